@@ -1,0 +1,42 @@
+# The two commands: `make run` and `make test`. Everything else is for developers.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PRESET ?= strategies/fedavg.toml
+
+.PHONY: run test test-all check format bench clean
+
+run: $(READY)            ## train FedAvg on scikit-learn's digits and write a report
+	$(BIN)/fedcore run $(PRESET)
+
+test: $(READY)           ## the fast tests
+	$(BIN)/pytest -n 2 -m "not slow and not network"
+
+test-all: $(READY)       ## every test, the slow ones too
+	$(BIN)/pytest -n 2 -m "not slow and not network"
+	$(BIN)/pytest -m "slow or network"
+
+check: $(READY)          ## format, lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)          ## clients per second of every engine and of Flower's own simulation
+	$(BIN)/python -m benchmarks.engines
+
+# torch first: where there is no GPU, its CPU build is taken if one is offered.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"found Python {v.major}.{v.minor}, fedcore needs 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

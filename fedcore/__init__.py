@@ -1,0 +1,26 @@
+"""fedcore: federated learning that is simulated, deployed and audited with the same method file."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Experiment": "config",
+    "FedcoreError": "errors",
+    "RunError": "errors",
+    "SettingsError": "errors",
+    "run": "loop",
+    "Result": "loop",
+    "Task": "task",
+    "Examples": "data.federated",
+    "FederatedData": "data.federated",
+}
+__all__ = list(_HOME)  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: the command line answers --help without importing torch.
+    if name not in _HOME:
+        raise AttributeError(f"module fedcore has no attribute {name}")
+    return getattr(importlib.import_module(f"fedcore.{_HOME[name]}"), name)

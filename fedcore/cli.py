@@ -1,0 +1,182 @@
+"""The command `fedcore`: results on stdout, progress on stderr, exit status 0 done, 1 failed, 2 bad settings, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedcore.errors import FedcoreError, SettingsError
+
+if TYPE_CHECKING:
+    from fedcore.config import Experiment
+    from fedcore.loop import Result
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Federated learning that is simulated, deployed and audited with the same method file.",
+)
+
+Preset = Annotated[str, typer.Argument(metavar="PRESET", help="a TOML file, or the name of a method")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting, e.g. rounds=5; repeatable")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else on stdout")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="the run directory; default: a new one in runs/")]
+
+
+@app.command()
+def run(
+    preset: Annotated[str | None, typer.Argument(metavar="PRESET", help="a TOML file, or the name of a method")] = None,
+    set_: Set = None,
+    engine: Annotated[str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="of everything that is drawn")] = None,
+    out: Out = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="go on with the run in this directory")] = None,
+    json_: Json = False,
+) -> None:
+    """Train, and write a run directory with a report. With --resume, PRESET may be left out."""
+    from fedcore import loop
+    from fedcore.progress import Terminal
+
+    if resume is not None and out is not None:
+        raise SettingsError(f"--out {out} and --resume {resume}: a resumed run stays in its directory; give one of the two")
+    experiment = _experiment(preset, set_, engine, seed, resume)
+    with Terminal() as terminal:
+        result = loop.run(experiment, out, resume, terminal)
+    report = _report(result)
+    if json_:
+        print(json.dumps(result.to_dict()))
+    else:
+        _show_result(result, report)
+
+
+@app.command()
+def compare(
+    presets: Annotated[list[str], typer.Argument(metavar="PRESET...", help="TOML files, or names of methods")],
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="runs of each, with seeds s, s+1, ...")] = 3,
+    set_: Set = None,
+    engine: Annotated[str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="default: a new one in runs/; an old one is gone on with")] = None,
+    json_: Json = False,
+) -> None:
+    """Run several presets with the same settings and seeds: a table with mean and standard deviation, and a plot."""
+    from fedcore import compare as comparing
+    from fedcore import rundir
+    from fedcore.progress import Terminal
+
+    experiments = [(Path(preset).stem, _experiment(preset, set_, engine, None, None)) for preset in presets]
+    with Terminal() as terminal:
+        comparison = comparing.compare(experiments, seeds, out or rundir.fresh("compare"), terminal)
+    if json_:
+        print(json.dumps(comparison.to_dict()))
+    else:
+        comparing.show(comparison)
+
+
+@app.command()
+def methods() -> None:
+    """List every method, with its reference."""
+    import ast
+
+    import strategies
+
+    folder = Path(strategies.__path__[0])
+    files = sorted(f for f in folder.glob("*.py") if not f.name.startswith("_"))
+    # Read, not imported: the list comes at once.
+    lines = {f.stem: (ast.get_docstring(ast.parse(f.read_text())) or "").partition("\n")[0] for f in files}
+    width = max(map(len, lines))
+    for name, line in lines.items():
+        print(f"{name:<{width}}  {line}")
+
+
+@app.command()
+def show(preset: Preset, set_: Set = None, json_: Json = False) -> None:
+    """Print the resolved settings of a preset, every default included."""
+    experiment = _experiment(preset, set_, None, None, None)
+    print(json.dumps(experiment.model_dump(mode="json")) if json_ else experiment.to_toml(), end="" if not json_ else "\n")
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a directory that `fedcore run` wrote")]) -> None:
+    """Write report.html of a run, finished or not, and print its path."""
+    from fedcore.report import write_report
+
+    print(write_report(run_dir))
+
+
+def _experiment(preset: str | None, set_: list[str] | None, engine: str | None, seed: int | None, resume: Path | None) -> Experiment:
+    from fedcore.config import Experiment
+    from fedcore.rundir import stored
+
+    overrides = list(set_ or [])
+    overrides += [f'engine.name="{engine}"'] if engine is not None else []
+    overrides += [f"seed={seed}"] if seed is not None else []
+    if preset is not None:
+        return Experiment.load(preset, overrides)
+    if resume is None:
+        raise SettingsError("expected a PRESET, e.g. fedcore run strategies/fedavg.toml, or --resume DIR")
+    return Experiment.parse(stored(resume), overrides, source=str(resume / "config.toml"))
+
+
+def _report(result: Result) -> Path | None:
+    from fedcore.report import write_report
+
+    try:
+        return write_report(Path(result.run_dir))
+    except Exception as e:  # the run is done and saved: its drawing must not fail it
+        logging.getLogger("fedcore").warning("no report: %s: %s; try again with: fedcore report %s", type(e).__name__, e, result.run_dir)
+        return None
+
+
+def _show_result(result: Result, report: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2%}"
+
+    final, rows = result.final, Table(show_header=False, box=None, pad_edge=False)
+    clients = final["client_accuracy"] or {}
+    facts: dict[str, Any] = {
+        "method": f"{result.method}, {result.engine} engine, seed {result.seed}",
+        "test accuracy": percent(final["test_accuracy"]),
+        "test loss": "-" if final["test_loss"] is None else f"{final['test_loss']:.4f}",
+        "accuracy per client": f"mean {percent(clients.get('mean'))}, 10th percentile {percent(clients.get('p10'))}, "
+        f"90th {percent(clients.get('p90'))}",
+        "rounds": f"{result.rounds}, {result.cohort:.4g} of {result.population} clients each",
+        "speed": f"{result.clients_per_second:,.0f} clients/s, first round done after {result.first_round_s:.1f} s",
+        "sent": f"{result.bytes_down / 1e6:,.1f} MB down, {result.bytes_up / 1e6:,.1f} MB up",
+        "left out": ", ".join(f"{reason} {n}" for reason, n in result.dropped.items()) or "nobody",
+        "parameters": f"sha256 {result.params_sha256[:16]}",
+        "report": str(report or "-"),
+    }
+    if final["test_accuracy"] is None:
+        del facts["test accuracy"], facts["accuracy per client"]
+    for name, value in facts.items():
+        rows.add_row(name, str(value))
+    Console(soft_wrap=True, highlight=False).print(rows)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message, never a traceback."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        app()
+    except FedcoreError as e:
+        print(f"fedcore: {e}", file=sys.stderr)
+        sys.exit(e.exit_status)
+    except KeyboardInterrupt:
+        print("fedcore: interrupted before the first round was done; nothing to resume", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

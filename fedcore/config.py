@@ -1,0 +1,220 @@
+"""Experiment: everything that a run depends on, from a preset (TOML), from overrides, or from Python."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+
+from fedcore import method as methods
+from fedcore.data.federated import LocalSettings
+from fedcore.data.partition import Dirichlet, PartitionSettings
+from fedcore.errors import SettingsError
+from fedcore.method import Method, MethodSettings
+from fedcore.models import Mlp, ModelSettings
+from fedcore.participation import ParticipationSettings, Uniform
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineSettings(_Section):
+    """Where client functions run."""
+
+    name: Literal["sequential", "vectorised", "ray", "grid"] = "vectorised"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    chunk: int | None = Field(None, ge=1, description="vectorised: clients in one batch, 1 = one after another; default: measured")
+    workers: int | None = Field(None, ge=1, description="ray: number of workers; default: one a core, or one a GPU share")
+    gpus_per_worker: float = Field(0.0, ge=0, description="ray: share of a GPU a worker holds, e.g. 0.25; on cuda default 1")
+    round_timeout: float = Field(3600.0, gt=0, description="grid: seconds after which a round goes on without late clients")
+
+
+class EvaluationSettings(_Section):
+    """What is measured, and when."""
+
+    every: int = Field(5, ge=1, description="rounds between evaluations; the last round is always evaluated")
+    clients: int = Field(1000, ge=0, description="clients whose own metrics are measured, drawn once; 0 = none")
+
+
+class CheckpointSettings(_Section):
+    """When a run can be taken up again."""
+
+    seconds: float = Field(30.0, ge=0, description="least time between two checkpoints; 0 = after every round")
+    state_ram_gb: float = Field(4.0, gt=0, description="client state held in memory, in GB; the rest is in mapped files")
+
+
+class Experiment(_Section):
+    """All settings of one run. Frozen; disagreements are refused here, not in round 40."""
+
+    method: SerializeAsAny[MethodSettings] = Field(description="the method by name, and its settings")
+    task: str = Field("digits", description='digits, fashion-mnist, cifar10, least-squares, or your own "package.module:make_task"')
+    rounds: int = Field(30, ge=1, description="T, rounds")
+    seed: int = Field(0, ge=0, description="of everything that is drawn")
+    population: int | None = Field(None, ge=1, description="N, clients; default: the natural clients of the data, or 100")
+    data_folder: Path | None = Field(None, description="folder of the data set's files, where it is not in a usual place")
+    holdout: float = Field(0.2, ge=0, lt=1, description="share of each client's examples kept for its own evaluation, in [0, 1)")
+    options: dict[str, Any] = Field({}, description="for your own task, as it pleases")
+    model: ModelSettings = Mlp()
+    partition: PartitionSettings = Dirichlet()
+    local: LocalSettings = LocalSettings()
+    participation: ParticipationSettings = Uniform()
+    min_reports: int = Field(1, ge=0, description="a round with fewer reports leaves the server as it was; 0: the method decides")
+    engine: EngineSettings = EngineSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_settings(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            return value
+        if "name" not in value:
+            raise ValueError('expected the name of a method, e.g. method.name = "fedavg"')
+        return methods.settings_of(methods.load(value["name"])).model_validate(dict(value))
+
+    def build_method(self) -> Method[Any]:
+        return methods.load(self.method.name)(self.method)
+
+    def to_toml(self) -> str:
+        """The resolved settings, as a preset that loads to an equal Experiment."""
+        import tomli_w
+
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+    @classmethod
+    def load(cls, preset: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Experiment:
+        """From a TOML file and `key=value` overrides. Raises SettingsError with one line for every fault."""
+        return cls.parse(read_preset(preset), overrides, source=str(preset))
+
+    @classmethod
+    def parse(
+        cls, values: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = (), source: str = "settings"
+    ) -> Experiment:
+        """From nested settings, and overrides by dotted key."""
+        merged: dict[str, Any] = _copy(values)
+        pairs = overrides.items() if isinstance(overrides, Mapping) else (_assignment(text) for text in overrides)
+        # A name first: choosing another method or model drops the settings of the one before.
+        for key, value in sorted(pairs, key=lambda pair: not pair[0].endswith("name")):
+            _set(merged, key, value)
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as e:
+            raise SettingsError(explain(e, cls, source)) from e
+
+
+def read_preset(preset: str | Path) -> dict[str, Any]:
+    """The values of a TOML file. Raises SettingsError when it is missing or no TOML."""
+    file = Path(preset)
+    if not file.is_file():
+        known = sorted(str(p) for p in Path("strategies").glob("*.toml"))
+        near = difflib.get_close_matches(str(preset), known, 1)
+        hint = f"did you mean {near[0]}?" if near else "expected a TOML file, e.g. strategies/fedavg.toml"
+        raise SettingsError(f"{preset}: there is no such preset; {hint}")
+    try:
+        return tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise SettingsError(f"{preset} is not valid TOML: {e}") from e
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise SettingsError(f'--set "{text}": expected key=value, e.g. --set participation.cohort=10')
+    try:
+        return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()  # a bare word is a string
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if isinstance(inner, str) and section == "method":
+            inner = values[section] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise SettingsError(f'--set {key}: "{section}" is a value, not a section; set {section} itself')
+        values = inner
+    if last == "name" and values.get("name") != value:
+        values.clear()
+    values[last] = value
+
+
+def _copy(values: Any) -> Any:
+    return {k: _copy(v) for k, v in values.items()} if isinstance(values, Mapping) else values
+
+
+def _without_none(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {k: _without_none(v) for k, v in values.items() if v is not None}
+    return values
+
+
+def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """One line a fault: the key as the user typed it, what was found, what was expected."""
+    return "\n".join(_explain_one(dict(fault), model, source) for fault in error.errors())
+
+
+def _explain_one(fault: dict[str, Any], model: type[BaseModel], source: str) -> str:
+    section, path = model, []
+    choices: list[type[BaseModel]] = []
+    for part in fault["loc"]:
+        if choices and any(_tag(c) == part for c in choices):  # the tag of a union is no key of the user's
+            section, choices = next(c for c in choices if _tag(c) == part), []
+            continue
+        path.append(str(part))
+        field = section.model_fields.get(str(part)) if section else None
+        choices = _models_in(field.annotation) if field else []
+        if len(choices) == 1:
+            section = choices[0]
+    key = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        if path[:-1] == ["method"] or not section.model_fields:
+            known = []
+        else:
+            known = list(section.model_fields)
+        return f"{source}: unknown key {key}{_near(path[-1], known, path[:-1])}"
+    if fault["type"] == "missing":
+        return f"{source}: {key} is missing{_described(section, path[-1])}"
+    if fault["type"] == "union_tag_invalid":
+        expected = fault["ctx"]["expected_tags"].replace("'", '"')
+        return f'{source}: {key}.name = "{fault["ctx"]["tag"]}": expected one of {expected}'
+    if fault["type"] == "union_tag_not_found":
+        return f"{source}: {key}.name is missing: expected one of {', '.join(str(_tag(c)) for c in choices)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    found = f" = {fault['input']!r}" if not isinstance(fault["input"], Mapping | BaseModel) else ""
+    return f"{source}: {key}{found}: {message[0].lower() + message[1:]}"
+
+
+def _near(name: str, known: list[str], section: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    if near:
+        return f"; did you mean {'.'.join([*section, near[0]])}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def _described(section: type[BaseModel], name: str) -> str:
+    field = section.model_fields.get(name)
+    return f": {field.description}" if field and field.description else ""
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    field = model.model_fields.get("name")
+    return field.default if field else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType):
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []

@@ -1,0 +1,176 @@
+"""A population's data, resident on the device, and the deterministic batches that clients draw from it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from fedcore.rng import rng
+from fedcore.types import Batches
+
+EVALUATION_BATCH = 64  # examples in one forward pass of one client's evaluation
+
+
+class Examples(NamedTuple):
+    """Inputs and targets with the same number of rows."""
+
+    x: Tensor  # [n, ...]
+    y: Tensor  # [n, ...]
+
+
+class LocalSettings(BaseModel):
+    """How much a client trains in a round it takes part in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_size: int = Field(20, ge=1, description="B, examples in a local step")
+    epochs: int = Field(1, ge=1, description="E, passes over the client's training examples; the last batch of each may be smaller")
+    steps: int | None = Field(None, ge=1, description="K, local steps instead of epochs, reshuffling whenever the examples run out")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> LocalSettings:
+        if self.steps is not None and "epochs" in self.model_fields_set and self.epochs != 1:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class FederatedData:
+    """Training rows and who holds them, and the global test set.
+
+    Client i holds rows `order[offsets[i]:offsets[i+1]]`; the last `round(holdout * size)` of them, after a shuffle of its own
+    rows, are held out of training and are what `evaluate` reads. Nothing here is copied per client.
+    """
+
+    def __init__(
+        self,
+        train: Examples,
+        test: Examples,
+        order: np.ndarray,
+        offsets: np.ndarray,
+        holdout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """`order` int64 row numbers grouped by client, `offsets` int64 [population + 1], `holdout` in [0, 1)."""
+        self.x, self.y = train
+        self.test = test
+        self.offsets = np.ascontiguousarray(offsets, dtype=np.int64)
+        self.order = np.ascontiguousarray(order, dtype=np.int64)
+        self.sizes = np.diff(self.offsets)
+        self.held = np.minimum(np.round(holdout * self.sizes).astype(np.int64), np.maximum(self.sizes - 1, 0))
+        if holdout > 0:
+            keys = rng(seed, "holdout").random(len(self.order))
+            client = np.repeat(np.arange(self.population), self.sizes)
+            self.order = self.order[np.lexsort((keys, client))]
+
+    @property
+    def population(self) -> int:
+        return len(self.sizes)
+
+    def to(self, device: torch.device) -> None:
+        self.x, self.y = self.x.to(device), self.y.to(device)
+        self.test = Examples(self.test.x.to(device), self.test.y.to(device))
+
+    def evaluated_on(self) -> Literal["train", "test"]:
+        """What `evaluate` reads: held-out examples, or the training examples where none are held out."""
+        return "test" if self.held.any() else "train"
+
+    def num_examples(self, clients: np.ndarray, data: str) -> np.ndarray:
+        """Examples that a client function of this kind works on, int64 [n]."""
+        if data == "test" and self.evaluated_on() == "test":
+            return self.held[clients]
+        return (self.sizes - self.held)[clients]
+
+    def rows(self, client: int, data: str) -> np.ndarray:
+        """Row numbers of one client, int64."""
+        start, end = self.offsets[client], self.offsets[client + 1]
+        cut = end - self.held[client]
+        return self.order[cut:end] if data == "test" and self.evaluated_on() == "test" else self.order[start:cut]
+
+    def label_counts(self, num_classes: int) -> np.ndarray:
+        """How many rows of each class every client holds, int64 [population, classes]."""
+        client = np.repeat(np.arange(self.population), self.sizes)
+        labels = self.y.cpu().numpy()[self.order]
+        flat = np.bincount(client * num_classes + labels, minlength=self.population * num_classes)
+        return flat.reshape(self.population, num_classes)
+
+    def steps(self, clients: np.ndarray, data: str, local: LocalSettings) -> np.ndarray:
+        """Local steps that each client has to do, int64 [n]; 0 for a client without examples."""
+        n = self.num_examples(clients, data)
+        if data == "train":
+            each = -(-n // local.batch_size) * local.epochs if local.steps is None else np.full_like(n, local.steps)
+            return np.where(n > 0, each, 0)
+        return -(-n // EVALUATION_BATCH)
+
+    def batches(self, clients: np.ndarray, data: str, local: LocalSettings, seed: int, t: int) -> Batches:
+        """What these clients work through in round t, stacked: x [n, K, B, ...], y [n, K, B, ...], mask [n, K, B].
+
+        K and B are the largest that one of them needs; the rest is padding (mask 0). A client's own rows and their order depend on
+        (seed, t, client) alone, so any grouping of clients gives each the same work.
+        """
+        count = self.num_examples(clients, data)
+        batch = local.batch_size if data == "train" else EVALUATION_BATCH
+        width = int(min(batch, max(count.max(initial=1), 1)))
+        steps = max(int(self.steps(clients, data, local).max(initial=1)), 1)
+        rows = np.zeros((len(clients), steps, width), dtype=np.int64)
+        mask = np.zeros((len(clients), steps, width), dtype=np.float32)
+        for i, client in enumerate(clients.tolist()):
+            own = self.rows(client, data)
+            if len(own) == 0:
+                continue
+            if data == "train":
+                fill_train(rows[i], mask[i], own, local, batch, rng(seed, "batches", t, client))
+            else:
+                fill(rows[i], mask[i], own, 0, batch)
+        index = torch.from_numpy(rows).to(self.x.device)
+        flat = index.flatten()
+        x = self.x.index_select(0, flat).view(*index.shape, *self.x.shape[1:])
+        y = self.y.index_select(0, flat).view(*index.shape, *self.y.shape[1:])
+        return Batches(x, y, torch.from_numpy(mask).to(self.x.device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As NumPy arrays, which pickle protocol 5 moves out of band: workers on one machine share them instead of copying.
+        tensors = {"x": self.x, "y": self.y, "test_x": self.test.x, "test_y": self.test.y}
+        arrays = {"order": self.order, "offsets": self.offsets, "sizes": self.sizes, "held": self.held}
+        return {**{name: value.cpu().numpy() for name, value in tensors.items()}, **arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.x, self.y = shared_tensor(state["x"]), shared_tensor(state["y"])
+        self.test = Examples(shared_tensor(state["test_x"]), shared_tensor(state["test_y"]))
+        for name in ("order", "offsets", "sizes", "held"):
+            setattr(self, name, state[name])
+
+
+def fill(rows: np.ndarray, mask: np.ndarray, own: np.ndarray, first: int, batch: int) -> int:
+    """Write `own` into batches of `batch` from step `first` on; returns the next free step."""
+    steps = -(-len(own) // batch)
+    for k in range(steps):
+        piece = own[k * batch : (k + 1) * batch]
+        rows[first + k, : len(piece)] = piece
+        mask[first + k, : len(piece)] = 1
+    return first + steps
+
+
+def fill_train(
+    rows: np.ndarray, mask: np.ndarray, own: np.ndarray, local: LocalSettings, batch: int, draw: np.random.Generator
+) -> None:
+    """Shuffled epochs, each cut into batches of its own; `local.steps` of them, or `local.epochs` epochs."""
+    if local.steps is None:
+        step = 0
+        for _ in range(local.epochs):
+            step = fill(rows, mask, draw.permutation(own), step, batch)
+        return
+    step = 0
+    while step < local.steps:
+        step = fill(rows, mask, draw.permutation(own)[: (local.steps - step) * batch], step, batch)
+
+
+def shared_tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the array's own memory, which may be read-only: nobody writes to data."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)

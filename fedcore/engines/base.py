@@ -1,0 +1,119 @@
+"""What an engine is: where client functions run. The only door between a method and its clients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.errors import SettingsError
+from fedcore.method import Method, data_of
+from fedcore.run_client import run_client
+from fedcore.types import Batches, ClientFunction, Reports, Tree
+
+if TYPE_CHECKING:
+    from fedcore.config import EngineSettings
+    from fedcore.data.federated import LocalSettings
+    from fedcore.state import StateStore
+    from fedcore.task import Task
+
+log = logging.getLogger("fedcore")
+
+
+class Engine(Protocol):
+    """Runs client functions somewhere, and brings back their reports."""
+
+    states: StateStore | None  # what clients keep between rounds; None where they keep it themselves
+    choices: dict[str, Any]  # what the engine measured and chose (JSON), so that a resumed run computes the same bits
+
+    def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
+        """Run `fn` for every client of `clients` (ascending ids) in round t; reports in any grouping, failures in `failed`."""
+        ...
+
+    def describe(self) -> str:
+        """One line for the user: where clients run, and how."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        ...
+
+
+class Work:
+    """One client's work, as every in-process engine does it: task, method, batch plan and seed."""
+
+    def __init__(self, task: Task, method: Method[Any], local: LocalSettings, seed: int) -> None:
+        self.task, self.method, self.local, self.seed = task, method, local, seed
+
+    def batches(self, fn: ClientFunction, clients: list[int], t: int) -> Batches:
+        """Stacked over the clients, [n, K, B, ...]."""
+        return self.task.data.batches(np.asarray(clients), data_of(fn), self.local, self.seed, t)
+
+    def num_examples(self, fn: ClientFunction, clients: list[int]) -> Tensor:
+        """float32 [n]."""
+        counts = self.task.data.num_examples(np.asarray(clients, dtype=np.int64), data_of(fn))
+        return torch.from_numpy(counts.astype(np.float32)).to(self.task.device)
+
+    def one(self, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> tuple[Tree, Tree]:
+        """(up, new state) of one client; `state` is on the task's device."""
+        batches = trees.at(self.batches(fn, [client], t), 0)
+        return run_client(fn, self.task, torch.tensor(float(t), device=self.task.device), down, state, batches)
+
+
+def report(work: Work, fn: ClientFunction, client: int, up: Tree) -> Reports:
+    """One client's report."""
+    stacked = trees.map(lambda x: x[None], up)
+    return Reports(torch.tensor([client]), stacked, work.num_examples(fn, [client]))
+
+
+def failure(clients: list[int], error: BaseException | str) -> Reports:
+    """A report of nothing but why these clients have none. The reason is counted by its text before the first colon."""
+    if isinstance(error, BaseException):
+        log.debug("client %s failed", clients, exc_info=error)
+        error = f"error: {type(error).__name__}: {error}"
+    return Reports(torch.empty(0, dtype=torch.int64), {}, torch.empty(0), dict.fromkeys(clients, error))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Client work on one thread, whatever engine: the number of threads changes the order of sums, hence the bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def device_for(settings: EngineSettings) -> torch.device:
+    """The device that the settings name. Raises SettingsError for cuda without one."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError('engine.device = "cuda": PyTorch sees no CUDA device here; set engine.device = "cpu" or "auto"')
+    return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def make(settings: EngineSettings, work: Work, states: StateStore) -> Engine:
+    """The in-process engine that the settings name, with the task moved to its device."""
+    device = device_for(settings)
+    if settings.name == "ray":
+        from fedcore.engines.ray import Ray
+
+        return Ray(work, states, settings, device)
+    work.task.to(device)
+    if settings.name == "sequential":
+        from fedcore.engines.sequential import Sequential
+
+        return Sequential(work, states)
+    if settings.name == "vectorised":
+        from fedcore.engines.vectorised import Vectorised
+
+        return Vectorised(work, states, settings.chunk)
+    raise SettingsError(
+        'engine.name = "grid": clients are Flower nodes, which a Flower server has to start: use "flwr run .", see docs/flower.md'
+    )

@@ -1,0 +1,40 @@
+"""One client after another: obviously correct, and the oracle that every other engine is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.engines.base import Work, failure, one_thread, report
+from fedcore.state import StateStore
+from fedcore.types import ClientFunction, Reports, Tree
+
+
+class Sequential:
+    """Clients in ascending order, in this process, on one thread."""
+
+    def __init__(self, work: Work, states: StateStore) -> None:
+        self.work, self.states = work, states
+        self.choices: dict[str, Any] = {}
+
+    def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
+        device = self.work.task.device
+        for client in clients.tolist():
+            state = trees.to(self.states.get(client), device)
+            try:
+                with one_thread():
+                    up, new = self.work.one(fn, client, down, state, t)
+            except Exception as e:  # a client may fail in any way; the round goes on without it
+                yield failure([client], e)
+                continue
+            self.states.put([client], trees.map(lambda x: x[None], new))
+            yield report(self.work, fn, client, up)
+
+    def describe(self) -> str:
+        return f"sequential on {self.work.task.device}"
+
+    def close(self) -> None:
+        pass

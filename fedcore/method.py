@@ -1,0 +1,129 @@
+"""What a method is: two halves, as pure functions over trees of tensors, in one file of `strategies/`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeVar, get_args, overload
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fedcore.errors import SettingsError
+from fedcore.task import Task
+from fedcore.types import Batches, Metrics, Model, Params, Round, Stateless, Tree
+
+PACKAGE = "strategies"
+
+Data = Literal["train", "all", "test"]
+"""What a client function reads: the round's shuffled minibatches, every training example once, or the held-out examples."""
+
+
+class MethodSettings(BaseModel):
+    """Base of a method's settings: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+
+
+S = TypeVar("S", bound=MethodSettings)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@overload
+def on_client(fn: F) -> F: ...
+@overload
+def on_client(*, data: Data) -> Callable[[F], F]: ...
+def on_client(fn: Any = None, *, data: Data = "train") -> Any:
+    """Mark a function that runs on a client and nowhere else; engines refuse to run any other.
+
+    Its annotations `down`, and the first of the returned pair, are the wire schema.
+    """
+
+    def mark(fn: F) -> F:
+        fn.client_data = data  # type: ignore[attr-defined]
+        return fn
+
+    return mark if fn is None else mark(fn)
+
+
+def data_of(fn: Callable[..., Any]) -> Data:
+    """Which of the client's examples `fn` reads. Raises TypeError for a function without @on_client."""
+    data: Data | None = getattr(fn, "client_data", None)
+    if data is None:
+        raise TypeError(f"{getattr(fn, '__qualname__', fn)} does not run on clients: mark it with @on_client")
+    return data
+
+
+class Method(Generic[S]):
+    """A method holds settings and nothing that changes: what changes is in its Server or its Client tuple."""
+
+    def __init__(self, settings: S) -> None:
+        self.s = settings
+
+    def init_server(self, params: Params, population: int) -> Any:
+        """What the server keeps between rounds: a NamedTuple with at least `params`."""
+        return Model(params)
+
+    def init_client(self, params: Params) -> Tree:
+        """What a client keeps between rounds, before its first; `params` are the initial global parameters."""
+        return Stateless()
+
+    @on_client(data="test")
+    def evaluate(self, task: Task, t: Tensor, down: Model, state: Tree, batches: Batches) -> tuple[Metrics, Tree]:
+        """The client's own metrics on its held-out examples, with the model that it would use."""
+        return Metrics(task.evaluate(self.model_for(down, state), batches)), state
+
+    def round(self, server: Any, r: Round) -> Any:
+        """One round: the server's state before it to the state after it."""
+        raise NotImplementedError(f"{type(self).__name__} defines no round")
+
+    def model_for(self, server: Any, state: Tree) -> Params:
+        """The model that a client with this state would use; `server` is anything with `params`."""
+        params: Params = server.params
+        return params
+
+
+def load(name: str) -> type[Method[Any]]:
+    """The method of `strategies/<name>.py`, or the class at "package.module:Class".
+
+    Raises SettingsError when there is none.
+    """
+    module_name, _, class_name = name.partition(":") if ":" in name else (f"{PACKAGE}.{name}", "", "")
+    if not class_name and (not name.isidentifier() or importlib.util.find_spec(module_name) is None):
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(names())}"
+        raise SettingsError(f'method.name = "{name}": there is no such method; {hint}')
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as e:
+        raise SettingsError(f'method.name = "{name}": cannot import {module_name}: {e}') from e
+    if class_name:
+        found = [vars(module)[class_name]] if class_name in vars(module) else []
+    else:
+        found = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module_name]
+    found = [c for c in found if issubclass(c, Method)]
+    if len(found) != 1:
+        raise SettingsError(f'method.name = "{name}": expected one subclass of Method in {module_name}, found {len(found)}')
+    method: type[Method[Any]] = found[0]
+    return method
+
+
+def names() -> list[str]:
+    """Every method in `strategies/`."""
+    package = importlib.import_module(PACKAGE)
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+
+
+def settings_of(method: type[Method[Any]]) -> type[MethodSettings]:
+    """The settings class in `class FedAvg(Method[Settings])`."""
+    for base in getattr(method, "__orig_bases__", ()):
+        for argument in get_args(base):
+            if inspect.isclass(argument) and issubclass(argument, MethodSettings):
+                return argument
+    raise TypeError(f"{method.__name__} names no settings: write class {method.__name__}(Method[Settings])")

@@ -1,0 +1,74 @@
+"""What a person sees while a run goes on: on stderr, a bar in a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedcore.config import Experiment
+from fedcore.engines.base import Engine
+
+EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Terminal:
+    """An observer of the round loop (`fedcore.loop.Observer`)."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._printed = time.monotonic()
+        self._test = ""
+
+    def started(self, experiment: Experiment, engine: Engine, population: int, first: int) -> None:
+        self._engine = engine
+        where = f" from round {first + 1}" if first else ""
+        facts = f"{experiment.method.name} on {experiment.task}, {population} clients, seed {experiment.seed}"
+        self.console.print(f"{facts}, {experiment.rounds} rounds{where}", highlight=False)
+        self._rounds, self._seen, self._announced = experiment.rounds, 0, False
+        self._task = self._bar.add_task("round", total=experiment.rounds, completed=first, facts="")
+        self._bar.start()
+
+    def client_done(self, t: int, n: int, cohort: int) -> None:
+        self._bar.update(self._task, description=f"round {t + 1}, client {n}/{cohort}")
+
+    def round_done(self, row: dict[str, Any]) -> None:
+        if not self._announced:  # engines that measure know what they do only now
+            self.console.print(self._engine.describe(), highlight=False)
+            self._announced = True
+        if row.get("test_loss") is not None:
+            self._test = f", test loss {row['test_loss']:.4f}"
+            if row.get("test_accuracy") is not None:
+                self._test = f", test accuracy {row['test_accuracy']:.1%}"
+        speed = row["reports"] / max(row["seconds"], 1e-9)
+        loss = f", loss {row['train_loss']:.4f}" if row.get("train_loss") is not None else ""
+        facts = f"{speed:,.0f} clients/s{loss}{self._test}"
+        self._bar.update(self._task, description="round", completed=row["round"], facts=facts)
+        last = row["round"] == self._rounds
+        if not self.console.is_terminal and (last or time.monotonic() - self._printed > EVERY):
+            self._printed = time.monotonic()
+            self.console.print(f"round {row['round']}/{self._rounds}: {facts}", highlight=False, soft_wrap=True)
+        if last:
+            self._bar.stop()
+
+    def note(self, message: str) -> None:
+        self.console.print(f"[yellow]note[/yellow] {message}", highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

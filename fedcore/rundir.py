@@ -1,0 +1,177 @@
+"""The run directory: config.toml, environment.json, metrics.jsonl, clients.parquet, checkpoint/, report.html."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import tomllib
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedcore.checkpoint import write_atomically
+from fedcore.config import Experiment
+from fedcore.errors import SettingsError
+from fedcore.types import Reports
+
+log = logging.getLogger("fedcore")
+
+MAY_CHANGE = ("rounds", "engine", "checkpoint")  # settings that a resumed run may have otherwise
+
+
+def open_run_dir(e: Experiment, out: Path | str | None, resume: Path | str | None) -> Path:
+    """The directory to write to. Raises SettingsError when it holds another run, or cannot be resumed with these settings."""
+    if resume is not None:
+        folder = Path(resume)
+        _refuse_changes(e, folder)
+        return folder
+    folder = Path(out) if out is not None else fresh(f"{e.method.name}-{e.task.replace(':', '-')}-seed{e.seed}")
+    if (folder / "config.toml").exists():
+        raise SettingsError(f"{folder} already holds a run: resume it with --resume {folder}, or choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e_:
+        raise SettingsError(f"--out {folder}: {e_.strerror}; expected a directory that can be made and written to") from e_
+    return folder
+
+
+def fresh(name: str) -> Path:
+    """A directory in runs/ that does not exist yet, named after the time and `name`."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder, number = Path("runs") / f"{stamp}-{name}", 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{stamp}-{name}-{number}"
+    return folder
+
+
+def stored(folder: Path | str) -> dict[str, Any]:
+    """The resolved settings of a run directory. Raises SettingsError when there are none."""
+    file = Path(folder) / "config.toml"
+    try:
+        return tomllib.loads(file.read_text())
+    except FileNotFoundError as e:
+        raise SettingsError(f"{folder} is no run directory: expected config.toml in it") from e
+    except (OSError, ValueError) as e:
+        raise SettingsError(f"{file} is damaged: {e}") from e
+
+
+def _refuse_changes(e: Experiment, folder: Path) -> None:
+    before = _leaves(Experiment.parse(stored(folder), source=str(folder / "config.toml")).model_dump(mode="json"))
+    now = _leaves(e.model_dump(mode="json"))
+    changed = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key.split(".")[0] not in MAY_CHANGE]
+    if changed:
+        lines = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in sorted(changed)]
+        raise SettingsError(
+            f"{folder} cannot be resumed with other settings: {'; '.join(lines)}. Only {', '.join(MAY_CHANGE)} may change; start a new run"
+        )
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def write_settings(folder: Path, e: Experiment) -> None:
+    write_atomically(folder / "config.toml", e.to_toml().encode())
+    facts = {
+        "fedcore": version("fedcore"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_atomically(folder / "environment.json", json.dumps(facts, indent=1).encode())
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, where this is one."""
+    try:
+        source = Path(__file__).parent
+        done = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def read_history(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to this round. Raises SettingsError when one is missing."""
+    file = folder / "metrics.jsonl"
+    rows: list[dict[str, Any]] = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # the line that a killed process did not finish
+    rows = [row for row in rows if row["round"] <= rounds]
+    if [row["round"] for row in rows] != list(range(1, rounds + 1)):
+        raise SettingsError(f"{file} is damaged: expected a line for each of the {rounds} rounds of the checkpoint; start the run anew")
+    return rows
+
+
+class ClientTable:
+    """clients.parquet: one row a (round, client function, client), with what it reported of itself."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._columns: dict[str, list[np.ndarray]] = {}
+        self._rows = 0
+
+    def add(self, number: int, function: str, r: Reports) -> None:
+        n = len(r.clients)
+        columns: dict[str, np.ndarray] = {
+            "round": np.full(n, number, dtype=np.int32),
+            "function": np.full(n, function, dtype=object),
+            "client": r.clients.numpy(),
+            "num_examples": r.num_examples.cpu().numpy(),
+            **{name: values.detach().float().cpu().numpy() for name, values in r.metrics.items()},
+        }
+        self._append(columns, n)
+
+    def _append(self, columns: dict[str, np.ndarray], n: int) -> None:
+        for name in columns.keys() | self._columns.keys():
+            column = self._columns.setdefault(name, [np.full(self._rows, np.nan)] if self._rows else [])
+            column.append(columns.get(name, np.full(n, np.nan)))
+        self._rows += n
+
+    def write(self, rounds: int) -> None:
+        """Replace the file by the rows up to this round."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        if self._rows == 0:
+            return
+        table = pa.table({name: np.concatenate(pieces) for name, pieces in self._columns.items()})
+        table = table.filter(pc.less_equal(table["round"], rounds))
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_atomically(self.file, sink.getvalue().to_pybytes())
+
+    def read(self, rounds: int) -> None:
+        """Take over rows up to this round, from the file; a missing or damaged file costs these rows and nothing else."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(self.file)
+        except (OSError, pa.ArrowException) as e:
+            log.warning("%s cannot be read (%s); its rows up to round %d are lost", self.file, e, rounds)
+            return
+        table = table.filter(pc.less_equal(table["round"], rounds))
+        self._append({name: table[name].to_numpy() for name in table.column_names}, len(table))

@@ -1,0 +1,110 @@
+"""A task: model, loss, metrics, data and an optional proxy set. The user's plug-in point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedcore.data.federated import Examples, FederatedData
+from fedcore.errors import SettingsError
+from fedcore.types import Batches, Params
+
+PerExample = Callable[[Tensor, Tensor], Tensor]
+"""(model outputs [B, ...], targets [B, ...]) -> one value an example, [B]."""
+
+
+def cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
+    """Negative log-likelihood of each example in nats, [B]."""
+    return nn.functional.cross_entropy(outputs, y, reduction="none")
+
+
+def accuracy(outputs: Tensor, y: Tensor) -> Tensor:
+    """1.0 where the largest output is the class, [B]."""
+    return (outputs.argmax(1) == y).to(outputs.dtype)
+
+
+def squared_error(outputs: Tensor, y: Tensor) -> Tensor:
+    """Half the squared distance of each example, [B]."""
+    return 0.5 * (outputs - y).square().flatten(1).sum(1)
+
+
+class Task:
+    """What is learned, from which data, and how it is judged.
+
+    `loss` and each of `metrics` map (outputs, targets) to one value an example; means over real examples are taken here.
+    `proxy` is data that the server holds itself, for methods that need it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: FederatedData,
+        loss: PerExample = cross_entropy,
+        metrics: dict[str, PerExample] | None = None,
+        proxy: Examples | None = None,
+        optimum: Params | None = None,
+    ) -> None:
+        """Raises SettingsError for a model with running statistics, which no mean over clients can be trusted with."""
+        for name, module in model.named_modules():
+            if getattr(module, "track_running_stats", False):
+                raise SettingsError(
+                    f'the model\'s "{name}" ({type(module).__name__}) keeps running statistics of its batches, which clients '
+                    "cannot share: use GroupNorm, or track_running_stats=False"
+                )
+        self.model = model
+        self.data = data
+        self.proxy = proxy
+        self.optimum = optimum  # the minimiser of the population's objective, where it is known
+        self.metrics = {"loss": loss, **({"accuracy": accuracy} if metrics is None else metrics)}
+
+    @property
+    def population(self) -> int:
+        return self.data.population
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.x.device
+
+    def to(self, device: torch.device) -> Task:
+        """Move model and data; in place."""
+        self.model.to(device)
+        self.data.to(device)
+        self.proxy = None if self.proxy is None else Examples(*(v.to(device) for v in self.proxy))
+        return self
+
+    def init_params(self) -> Params:
+        """The model's trainable parameters as it was built. Copies."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def predict(self, params: Params, x: Tensor) -> Tensor:
+        """Outputs of the model with these parameters, [B, ...]."""
+        outputs: Tensor = functional_call(self.model, params, (x,))
+        return outputs
+
+    def loss(self, params: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        """Mean loss over the examples where mask [B] is 1; 0 where there is none. 0-d."""
+        return (self.metrics["loss"](self.predict(params, x), y) * mask).sum() / mask.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def evaluate(self, params: Params, batches: Batches) -> dict[str, Tensor]:
+        """The mean of every metric over all real examples of `batches`, each 0-d."""
+        sums = dict.fromkeys(self.metrics, torch.zeros((), device=batches.mask.device))
+        for x, y, mask in zip(batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True):
+            outputs = self.predict(params, x)
+            sums = {name: total + (self.metrics[name](outputs, y) * mask).sum() for name, total in sums.items()}
+        return {name: total / batches.mask.sum().clamp(min=1) for name, total in sums.items()}
+
+    @torch.no_grad()
+    def test(self, params: Params, batch_size: int = 1000) -> dict[str, float]:
+        """The mean of every metric over the global test set."""
+        x, y = self.data.test
+        ones = torch.ones(len(x), device=x.device)
+        sums: dict[str, Tensor] = {}
+        for rows in torch.arange(len(x), device=x.device).split(batch_size):
+            batch = Batches(x[rows][None], y[rows][None], ones[rows][None])
+            for name, mean in self.evaluate(params, batch).items():
+                sums[name] = sums.get(name, torch.zeros((), device=x.device)) + mean * len(rows)
+        return {name: (total / max(len(x), 1)).item() for name, total in sums.items()}

@@ -1,0 +1,137 @@
+"""Arithmetic on trees of tensors, and means over the client axis of reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fedcore.errors import TooFewReports
+from fedcore.types import Reports, Tree
+
+SEPARATOR = "/"
+
+
+def map(fn: Callable[..., Any], *trees: Tree) -> Tree:
+    """`fn` on corresponding leaves."""
+    return pytree.tree_map(fn, *trees)
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    return pytree.tree_leaves(tree)
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    return map(torch.add, a, b)
+
+
+def sub(a: Tree, b: Tree) -> Tree:
+    return map(torch.sub, a, b)
+
+
+def scale(tree: Tree, factor: float | Tensor) -> Tree:
+    return map(lambda x: x * factor, tree)
+
+
+def axpy(factor: float | Tensor, a: Tree, b: Tree) -> Tree:
+    """factor * a + b."""
+    return map(lambda x, y: factor * x + y, a, b)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    return map(torch.zeros_like, tree)
+
+
+def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
+    """Leaves of `a` where the 0-d `condition` holds, else of `b`; without a branch, so that it batches."""
+    return map(lambda x, y: torch.where(condition, x, y), a, b)
+
+
+def dot(a: Tree, b: Tree) -> Tensor:
+    """Inner product over all leaves. 0-d."""
+    return torch.stack([(x * y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]).sum()
+
+
+def stack(trees: list[Tree]) -> Tree:
+    """Equal trees to one with a new leading axis."""
+    return map(lambda *xs: torch.stack(xs), *trees)
+
+
+def at(tree: Tree, index: int | slice | Tensor) -> Tree:
+    """Rows of the leading axis."""
+    return map(lambda x: x[index], tree)
+
+
+def to(tree: Tree, device: torch.device) -> Tree:
+    return map(lambda x: x.to(device), tree)
+
+
+def nbytes(tree: Tree) -> int:
+    return sum(x.numel() * x.element_size() for x in leaves(tree))
+
+
+def finite(tree: Tree) -> Tensor:
+    """Whether every floating-point value is finite; 0-d bool.
+
+    One sum a leaf instead of one test a value: NaN and Inf survive a sum, and finite values that overflow it are lost anyway.
+    """
+    sums = [x.sum() for x in leaves(tree) if x.is_floating_point()]
+    return torch.isfinite(torch.stack(sums).sum()) if sums else torch.tensor(True)
+
+
+def finite_rows(tree: Tree) -> Tensor | None:
+    """`finite` for each row of the leading axis, [n] bool; None where the tree has no floating-point leaf."""
+    sums = [x.reshape(len(x), -1).sum(1) for x in leaves(tree) if x.is_floating_point()]
+    return torch.isfinite(torch.stack(sums).sum(0)) if sums else None
+
+
+def flatten(tree: Tree) -> dict[str, Tensor]:
+    """Leaves by path: `{"params/0.weight": ..., "c/0.weight": ...}`; a bare tensor has the path ""."""
+    paths, _ = pytree.tree_flatten_with_path(tree)
+    return {SEPARATOR.join(str(_name(key)) for key in path): leaf for path, leaf in paths}
+
+
+def unflatten(flat: dict[str, Tensor], like: Tree) -> Tree:
+    """The inverse of `flatten`, in the shape of `like`. Raises KeyError on a missing path."""
+    return pytree.tree_unflatten([flat[path] for path in flatten(like)], pytree.tree_structure(like))
+
+
+def _name(key: Any) -> Any:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    raise TypeError(f"a tree of tensors is made of NamedTuples, dicts, lists and tuples, not of {key!r}")
+
+
+def weighted_sum(tree: Tree, weights: Tensor) -> Tree:
+    """sum_i weights[i] * row i, over the leading axis."""
+    if len(weights) == 1:  # one client at a time: no product with a matrix of one row
+        return map(lambda x: x[0] * weights[0], tree)
+    return map(lambda x: torch.tensordot(weights.to(x.dtype), x, 1), tree)
+
+
+def weighted_mean(reports: Iterable[Reports], weight: Callable[[Reports], Tensor] | None = None) -> Tree:
+    """The mean of `up` over all reports, by number of examples, or by `weight(reports)` -> [n].
+
+    Holds one model, whatever the cohort. Raises TooFewReports when nobody reported, or all weights are zero.
+    """
+    total: Tree = None
+    sum_of_weights: Tensor | float = 0.0
+    for r in reports:
+        if len(r.clients) == 0:
+            continue
+        w = r.num_examples if weight is None else weight(r)
+        part = weighted_sum(r.up, w)
+        total = part if total is None else add(total, part)
+        sum_of_weights = sum_of_weights + w.sum()
+    if total is None or not bool(torch.as_tensor(sum_of_weights) > 0):
+        raise TooFewReports("nobody reported with an example to its name")
+    return scale(total, 1 / sum_of_weights)
+
+
+def uniform_mean(reports: Iterable[Reports]) -> Tree:
+    """The mean of `up` over all reports, every client counting the same."""
+    return weighted_mean(reports, lambda r: torch.ones_like(r.num_examples))

@@ -1,0 +1,78 @@
+"""The vocabulary: trees of tensors, what a client reads, what comes back, and one round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fedcore.task import Task
+
+Tree = Any
+"""A tensor, or a nested NamedTuple or dict of tensors: what `torch.utils._pytree` flattens."""
+
+Params = dict[str, Tensor]
+"""Parameters by name, as `nn.Module.named_parameters` gives them."""
+
+
+class Batches(NamedTuple):
+    """The examples of one client's work in one round, in the order in which they are to be used."""
+
+    x: Tensor  # [K, B, ...]
+    y: Tensor  # [K, B, ...]
+    mask: Tensor  # [K, B]  1.0 = a real example, 0.0 = padding
+
+
+class Stateless(NamedTuple):
+    """The state of a client that keeps nothing between rounds."""
+
+
+class Model(NamedTuple):
+    """What a client needs to evaluate: the server's parameters."""
+
+    params: Params
+
+
+class Metrics(NamedTuple):
+    """What a client answers to an evaluation: means over its examples, by name."""
+
+    metrics: dict[str, Tensor]  # each 0-d
+
+
+class Reports(NamedTuple):
+    """What came back from n clients; every tensor has a leading client axis."""
+
+    clients: Tensor  # [n] int64 logical ids, ascending
+    up: Tree  # [n, ...]
+    num_examples: Tensor  # [n] float32, the examples that the work was done on
+    failed: dict[int, str] = {}  # clients that did not report, with the reason
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """The scalars among what the clients sent, by field name, each [n]; the loop logs them."""
+        fields: dict[str, Any] = self.up._asdict() if hasattr(self.up, "_asdict") else {}
+        found = {name: value for name, value in fields.items() if isinstance(value, Tensor) and value.ndim == 1}
+        return found | dict(fields.get("metrics", {}))
+
+
+ClientFunction = Callable[..., tuple[Tree, Tree]]
+"""(task, t, down, state, batches) -> (up, new state)."""
+
+Each = Callable[[ClientFunction, Tensor, Tree], Iterator[Reports]]
+"""(client function, client ids, down) -> what came back: the only door between a method and its clients."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a method is told of a round."""
+
+    t: int
+    cohort: Tensor  # [m] int64, ascending: who was asked. Who answered is in the reports.
+    population: int
+    task: Task
+    each: Each
+
+

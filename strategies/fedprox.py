@@ -1,0 +1,42 @@
+"""FedProx - FedAvg with a proximal term on the clients (Li et al., MLSys 2020, Algorithm 2).
+
+    w_t  global parameters   w^k  local parameters of client k   mu  weight of the proximal term   eta  local step size
+    Client k minimises h_k(w; w_t) = F_k(w) + mu/2 |w - w_t|^2, inexactly, by local SGD.
+    Choice:  clients are weighted by number of examples, as in the authors' experiments; stragglers' partial work is a smaller number of
+             local steps, not a setting here.
+    Reduces: to FedAvg with mu = 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pydantic import Field
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.local import local_sgd
+from fedcore.method import Method, MethodSettings, on_client
+from fedcore.task import Task
+from fedcore.types import Batches, Model, Params, Round, Stateless
+
+
+class Settings(MethodSettings):
+    local_lr: float = Field(0.1, gt=0, description="eta, step size of a local step")
+    mu: float = Field(0.01, ge=0, description="mu, weight of the proximal term; 0 is FedAvg")
+
+
+class Up(NamedTuple):
+    delta: Params  # w^k - w_t
+    loss: Tensor  # mean training loss F_k, for the log
+
+
+class FedProx(Method[Settings]):
+    @on_client
+    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+        w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr, prox=self.s.mu)  # argmin h_k
+        return Up(trees.sub(w, down.params), loss), state
+
+    def round(self, server: Model, r: Round) -> Model:
+        mean = trees.weighted_mean(r.each(self.train, r.cohort, server))
+        return Model(trees.add(server.params, mean.delta))

@@ -6,8 +6,6 @@ it is measured, once for a (method, model, batches, device), and remembered on d
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import platform
@@ -117,7 +115,7 @@ class Vectorised:
             "clients": 1 << int(len(ids)).bit_length(),
             "machine": [str(self.work.task.device), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__],
         }
-        return "chunk-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        return cache.key_of("chunk", facts)
 
     def _measure(self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int) -> int:
         """The chunk size with the least time a client, on the first clients of this round cut to a few steps."""

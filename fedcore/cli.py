@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ from fedcore.errors import FedcoreError, SettingsError
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
-    from fedcore.loop import Result
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,18 +41,19 @@ def run(
 ) -> None:
     """Train, and write a run directory with a report. With --resume, PRESET may be left out."""
     from fedcore import loop
-    from fedcore.progress import Terminal
+    from fedcore.progress import Terminal, show_result
+    from fedcore.report import write_or_note
 
     if resume is not None and out is not None:
         raise SettingsError(f"--out {out} and --resume {resume}: a resumed run stays in its directory; give one of the two")
     experiment = _experiment(preset, set_, engine, seed, resume)
     with Terminal() as terminal:
         result = loop.run(experiment, out, resume, terminal)
-    report = _report(result)
+    report_file = write_or_note(result.run_dir)
     if json_:
         print(json.dumps(result.to_dict()))
     else:
-        _show_result(result, report)
+        show_result(result, report_file)
 
 
 @app.command()
@@ -122,45 +122,6 @@ def _experiment(preset: str | None, set_: list[str] | None, engine: str | None, 
     if resume is None:
         raise SettingsError("expected a PRESET, e.g. fedcore run strategies/fedavg.toml, or --resume DIR")
     return Experiment.parse(stored(resume), overrides, source=str(resume / "config.toml"))
-
-
-def _report(result: Result) -> Path | None:
-    from fedcore.report import write_report
-
-    try:
-        return write_report(Path(result.run_dir))
-    except Exception as e:  # the run is done and saved: its drawing must not fail it
-        logging.getLogger("fedcore").warning("no report: %s: %s; try again with: fedcore report %s", type(e).__name__, e, result.run_dir)
-        return None
-
-
-def _show_result(result: Result, report: Path | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2%}"
-
-    final, rows = result.final, Table(show_header=False, box=None, pad_edge=False)
-    clients = final["client_accuracy"] or {}
-    facts: dict[str, Any] = {
-        "method": f"{result.method}, {result.engine} engine, seed {result.seed}",
-        "test accuracy": percent(final["test_accuracy"]),
-        "test loss": "-" if final["test_loss"] is None else f"{final['test_loss']:.4f}",
-        "accuracy per client": f"mean {percent(clients.get('mean'))}, 10th percentile {percent(clients.get('p10'))}, "
-        f"90th {percent(clients.get('p90'))}",
-        "rounds": f"{result.rounds}, {result.cohort:.4g} of {result.population} clients each",
-        "speed": f"{result.clients_per_second:,.0f} clients/s, first round done after {result.first_round_s:.1f} s",
-        "sent": f"{result.bytes_down / 1e6:,.1f} MB down, {result.bytes_up / 1e6:,.1f} MB up",
-        "left out": ", ".join(f"{reason} {n}" for reason, n in result.dropped.items()) or "nobody",
-        "parameters": f"sha256 {result.params_sha256[:16]}",
-        "report": str(report or "-"),
-    }
-    if final["test_accuracy"] is None:
-        del facts["test accuracy"], facts["accuracy per client"]
-    for name, value in facts.items():
-        rows.add_row(name, str(value))
-    Console(soft_wrap=True, highlight=False).print(rows)
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ from fedcore.method import Method, MethodSettings
 from fedcore.models import Mlp, ModelSettings
 from fedcore.participation import ParticipationSettings, Uniform
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -113,9 +115,11 @@ class Experiment(_Section):
 
 def read_preset(preset: str | Path) -> dict[str, Any]:
     """The values of a TOML file. Raises SettingsError when it is missing or no TOML."""
-    file = Path(preset)
-    if not file.is_file():
-        known = sorted(str(p) for p in Path("strategies").glob("*.toml"))
+    # As given; in the source tree or Flower app that this is part of; or the preset of a method by its name.
+    places = (Path(preset), ROOT / preset, ROOT / "strategies" / f"{preset}.toml")
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        known = sorted(f"strategies/{p.name}" for p in (ROOT / "strategies").glob("*.toml"))
         near = difflib.get_close_matches(str(preset), known, 1)
         hint = f"did you mean {near[0]}?" if near else "expected a TOML file, e.g. strategies/fedavg.toml"
         raise SettingsError(f"{preset}: there is no such preset; {hint}")

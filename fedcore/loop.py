@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
@@ -113,12 +113,12 @@ def run(
     out: Path | str | None = None,
     resume: Path | str | None = None,
     observer: Observer | None = None,
-    engine: Engine | None = None,
+    engine: Callable[[Work], Engine] | None = None,
 ) -> Result:
     """Run an experiment to its last round, or a stopped one from where it is.
 
-    `out` is the run directory (default: a new one in runs/), `resume` an existing one to go on with. `engine` replaces the one that the
-    settings name. Raises SettingsError, RunError, and Interrupted on KeyboardInterrupt, after a checkpoint.
+    `out` is the run directory (default: a new one in runs/), `resume` an existing one to go on with. `engine` makes another engine than
+    the one that the settings name. Raises SettingsError, RunError, and Interrupted on KeyboardInterrupt, after a checkpoint.
     """
     folder = open_run_dir(experiment, out, resume)
     loop = Loop(experiment, folder, observer or Quiet(), engine, resume is not None)
@@ -131,7 +131,7 @@ def run(
 class Loop:
     """One run: the parts, wired; `run` takes it round by round to the end."""
 
-    def __init__(self, e: Experiment, folder: Path, observer: Observer, engine: Engine | None, resume: bool) -> None:
+    def __init__(self, e: Experiment, folder: Path, observer: Observer, engine: Callable[[Work], Engine] | None, resume: bool) -> None:
         self.e, self.folder, self.observer = e, folder, observer
         self.begin = time.perf_counter()
         self.checkpoint = Checkpoint(folder / "checkpoint")
@@ -140,7 +140,8 @@ class Loop:
         self.method: Method[Any] = e.build_method()
         self.process: Process = e.participation.process(self.task.population, e.seed, self._label_counts)
         params = self.task.init_params()
-        self.engine = engine or engines.make(e.engine, Work(self.task, self.method, e.local, e.seed), self._store(params))
+        work = Work(self.task, self.method, e.local, e.seed)
+        self.engine = engine(work) if engine else engines.make(e.engine, work, self._store(params))
         server = self.method.init_server(trees.to(params, self.task.device), self.task.population)
         self.state = State(0, server, self.process.start())
         self.history: list[dict[str, Any]] = []
@@ -297,7 +298,7 @@ class Loop:
             final=final,
             history=rows,
             clients_trained=trained,
-            clients_per_second=round(trained / max(sum(row["seconds"] for row in rows), 1e-9), 2),
+            clients_per_second=round(_speed(rows), 2),
             first_round_s=rows[0]["first_round_s"],
             bytes_down=sum(row["bytes_down"] for row in rows),
             bytes_up=sum(row["bytes_up"] for row in rows),
@@ -408,6 +409,12 @@ def params_sha256(params: Params) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return digest.hexdigest()
+
+
+def _speed(rows: list[dict[str, Any]]) -> float:
+    """Clients a second, without the first round, which also warms up and measures, where there are others."""
+    later = rows[1:] or rows
+    return float(sum(row["reports"] for row in later) / max(sum(row["seconds"] for row in later), 1e-9))
 
 
 def _jsonable(value: Any) -> Any:

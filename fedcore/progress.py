@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine
+from fedcore.loop import Result
 
 EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -72,3 +75,31 @@ class Terminal:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+def show_result(result: Result, report: Path | None) -> None:
+    """The final table, on stdout."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2%}"
+
+    final, rows = result.final, Table(show_header=False, box=None, pad_edge=False)
+    clients = final["client_accuracy"] or {}
+    facts: dict[str, Any] = {
+        "method": f"{result.method}, {result.engine} engine, seed {result.seed}",
+        "test accuracy": percent(final["test_accuracy"]),
+        "test loss": "-" if final["test_loss"] is None else f"{final['test_loss']:.4f}",
+        "accuracy per client": f"mean {percent(clients.get('mean'))}, 10th percentile {percent(clients.get('p10'))}, "
+        f"90th {percent(clients.get('p90'))}",
+        "rounds": f"{result.rounds}, {result.cohort:.4g} of {result.population} clients each",
+        "speed": f"{result.clients_per_second:,.0f} clients/s, first round done after {result.first_round_s:.1f} s",
+        "sent": f"{result.bytes_down / 1e6:,.1f} MB down, {result.bytes_up / 1e6:,.1f} MB up",
+        "left out": ", ".join(f"{reason} {n}" for reason, n in result.dropped.items()) or "nobody",
+        "parameters": f"sha256 {result.params_sha256[:16]}",
+        "report": str(report or "-"),
+    }
+    if final["test_accuracy"] is None:
+        del facts["test accuracy"], facts["accuracy per client"]
+    for name, value in facts.items():
+        rows.add_row(name, str(value))
+    Console(soft_wrap=True, highlight=False).print(rows)

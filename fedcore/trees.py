@@ -37,8 +37,10 @@ def scale(tree: Tree, factor: float | Tensor) -> Tree:
 
 
 def axpy(factor: float | Tensor, a: Tree, b: Tree) -> Tree:
-    """factor * a + b."""
-    return map(lambda x, y: factor * x + y, a, b)
+    """factor * a + b, in one pass over memory."""
+    if isinstance(factor, Tensor):
+        return map(lambda x, y: torch.addcmul(y, x, factor), a, b)
+    return map(lambda x, y: torch.add(y, x, alpha=factor), a, b)
 
 
 def zeros_like(tree: Tree) -> Tree:

@@ -35,9 +35,11 @@ Answer = tuple[Tree, Tree] | str
 class Worker:
     """The actor: a resident task, and the same work that `sequential` does."""
 
-    def __init__(self, work: Work, device: str) -> None:
-        self.work = work
-        work.task.to(torch.device(device))
+    def __init__(self, work: list[Any], device: str) -> None:
+        import ray
+
+        self.work: Work = ray.get(work[0])
+        self.work.task.to(torch.device(device))
 
     def run(self, name: str, clients: list[int], down: Tree, states: list[Tree], t: int) -> list[Answer]:
         fn = getattr(self.work.method, name)
@@ -80,10 +82,10 @@ class Ray:
         workers = self._asked or int(resources.get("GPU", 0) / self.gpus if self.gpus else resources.get("CPU", 1))
         if workers < 1:
             raise RunError(f"engine.gpus_per_worker = {self.gpus}: Ray sees {resources.get('GPU', 0):g} GPUs, too few for one worker")
-        work = ray.put(self.work)
+        self._work = ray.put(self.work)  # held here, so that a worker that is started again finds it
         # Client work is pure, so a worker that dies is started again and its piece repeated.
         actor = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=3, max_task_retries=3)(Worker)
-        self._actors = [actor.remote(work, self.device.type) for _ in range(workers)]
+        self._actors = [actor.remote([self._work], self.device.type) for _ in range(workers)]
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         if not self._actors:

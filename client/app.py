@@ -1,6 +1,6 @@
 """The Flower ClientApp: one handler for every client function of every method.
 
-A node hosts the logical clients i with i mod (number of nodes) = its partition id: one each when there are as many nodes as clients.
+A node hosts the logical clients i with i mod (number of nodes) = its partition id; with as many nodes as clients, one each.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"  # as in pyproject.toml, where Flower wants to read it; inside a Flower app there is no installed version
+
 _HOME = {
     "Experiment": "config",
     "FedcoreError": "errors",
@@ -16,7 +18,7 @@ _HOME = {
     "Examples": "data.federated",
     "FederatedData": "data.federated",
 }
-__all__ = list(_HOME)  # noqa: PLE0604
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

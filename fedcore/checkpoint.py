@@ -1,7 +1,7 @@
 """Checkpoints: tensors as safetensors, the rest as JSON, replaced in one step.
 
 `state.json` names every file of the checkpoint with its SHA-256. New files are written beside the old under names of their own;
-renaming the new `state.json` over the old is the moment at which the new checkpoint counts, and whatever it does not name is then removed.
+renaming the new `state.json` over the old is the moment at which the new checkpoint counts; what it does not name then goes.
 A process killed at any instant leaves the old checkpoint or the new one, whole.
 """
 
@@ -70,12 +70,14 @@ class Checkpoint:
             facts: dict[str, Any] = json.loads(file.read_bytes())
             self._files = {part: {"file": str(e["file"]), "sha256": str(e["sha256"])} for part, e in facts["files"].items()}
         except FileNotFoundError as e:
-            raise SettingsError(f"{self.folder} holds no checkpoint: expected {STATE} in it; start the run anew without --resume") from e
+            raise SettingsError(
+                f"{self.folder} holds no checkpoint: expected {STATE} in it; start the run anew without --resume"
+            ) from e
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise self._damaged(file, "not the JSON that was written") from e
         if facts.get("version") != VERSION:
             raise SettingsError(
-                f"{file} is a checkpoint of version {facts.get('version')}, expected {VERSION}: resume it with the fedcore that wrote it"
+                f"{file} has version {facts.get('version')}, expected {VERSION}: resume it with the fedcore that wrote it"
             )
         return facts
 

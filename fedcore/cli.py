@@ -84,10 +84,7 @@ def methods() -> None:
     """List every method, with its reference."""
     import ast
 
-    import strategies
-
-    folder = Path(strategies.__path__[0])
-    files = sorted(f for f in folder.glob("*.py") if not f.name.startswith("_"))
+    files = sorted(f for f in (Path(__file__).parent.parent / "strategies").glob("*.py") if not f.name.startswith("_"))
     # Read, not imported: the list comes at once.
     lines = {f.stem: (ast.get_docstring(ast.parse(f.read_text())) or "").partition("\n")[0] for f in files}
     width = max(map(len, lines))
@@ -103,14 +100,18 @@ def show(preset: Preset, set_: Set = None, json_: Json = False) -> None:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a directory that `fedcore run` wrote")]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a directory that `fedcore run` wrote")],
+) -> None:
     """Write report.html of a run, finished or not, and print its path."""
     from fedcore.report import write_report
 
     print(write_report(run_dir))
 
 
-def _experiment(preset: str | None, set_: list[str] | None, engine: str | None, seed: int | None, resume: Path | None) -> Experiment:
+def _experiment(
+    preset: str | None, set_: list[str] | None, engine: str | None, seed: int | None, resume: Path | None
+) -> Experiment:
     from fedcore.config import Experiment
     from fedcore.rundir import stored
 

@@ -182,10 +182,7 @@ def _explain_one(fault: dict[str, Any], model: type[BaseModel], source: str) -> 
             section = choices[0]
     key = ".".join(path)
     if fault["type"] == "extra_forbidden":
-        if path[:-1] == ["method"] or not section.model_fields:
-            known = []
-        else:
-            known = list(section.model_fields)
+        known = [] if path[:-1] == ["method"] else list(section.model_fields)
         return f"{source}: unknown key {key}{_near(path[-1], known, path[:-1])}"
     if fault["type"] == "missing":
         return f"{source}: {key} is missing{_described(section, path[-1])}"

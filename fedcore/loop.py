@@ -11,10 +11,9 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcore import trees
+from fedcore import __version__, trees
 from fedcore.checkpoint import Checkpoint, write_atomically
 from fedcore.config import Experiment
 from fedcore.engines import base as engines
@@ -117,8 +116,8 @@ def run(
 ) -> Result:
     """Run an experiment to its last round, or a stopped one from where it is.
 
-    `out` is the run directory (default: a new one in runs/), `resume` an existing one to go on with. `engine` makes another engine than
-    the one that the settings name. Raises SettingsError, RunError, and Interrupted on KeyboardInterrupt, after a checkpoint.
+    `out` is the run directory (default: a new one in runs/), `resume` an existing one to go on with. `engine` makes another
+    engine than the one that the settings name. Raises SettingsError, RunError, and Interrupted on KeyboardInterrupt, after a checkpoint.
     """
     folder = open_run_dir(experiment, out, resume)
     loop = Loop(experiment, folder, observer or Quiet(), engine, resume is not None)
@@ -131,7 +130,9 @@ def run(
 class Loop:
     """One run: the parts, wired; `run` takes it round by round to the end."""
 
-    def __init__(self, e: Experiment, folder: Path, observer: Observer, engine: Callable[[Work], Engine] | None, resume: bool) -> None:
+    def __init__(
+        self, e: Experiment, folder: Path, observer: Observer, engine: Callable[[Work], Engine] | None, resume: bool
+    ) -> None:
         self.e, self.folder, self.observer = e, folder, observer
         self.begin = time.perf_counter()
         self.checkpoint = Checkpoint(folder / "checkpoint")
@@ -139,6 +140,7 @@ class Loop:
         self.task: Task = build_task(e)
         self.method: Method[Any] = e.build_method()
         self.process: Process = e.participation.process(self.task.population, e.seed, self._label_counts)
+        self.process.check(e.rounds)
         params = self.task.init_params()
         work = Work(self.task, self.method, e.local, e.seed)
         self.engine = engine(work) if engine else engines.make(e.engine, work, self._store(params))
@@ -219,7 +221,7 @@ class Loop:
         if (t + 1) % e.evaluation.every == 0 or t + 1 == e.rounds:
             row |= self.evaluate()
             row["evaluation_s"] = round(time.perf_counter() - now, 4)
-        return _jsonable(row)
+        return {key: _jsonable(value) for key, value in row.items()}
 
     def _each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int, tally: Tally) -> Iterator[Reports]:
         """What the engine brings back, less what no method should see: updates that are not finite."""
@@ -232,17 +234,17 @@ class Loop:
             self._note(good.failed)
             self.observer.client_done(t, tally.reports, tally.asked)
             if len(good.clients):
-                self.clients.add(t + 1, fn.__name__, good)  # type: ignore[attr-defined]
+                self.clients.add(t + 1, fn.__name__, good)
                 yield good
 
-    def _note(self, failed: dict[int, str]) -> None:
+    def _note(self, failed: Mapping[int, str]) -> None:
         for client, reason in failed.items():
             if reason not in self._warned and len(self._warned) < 20:
                 self._warned.add(reason)
                 self.observer.note(f"round {self.state.t + 1}: client {client} left out: {reason}")
 
     def _stop_if_hopeless(self, tally: Tally, asked: bool) -> None:
-        hopeless = asked and tally.reports == 0 or bool(tally.reasons["server not finite"])
+        hopeless = (asked and tally.reports == 0) or bool(tally.reasons["server not finite"])
         self._lost = self._lost + 1 if hopeless else 0
         if self._lost >= PATIENCE or (self._lost and self.state.t == self.e.rounds):
             reasons = ", ".join(f"{reason} ({n})" for reason, n in (+tally.reasons).items())
@@ -280,8 +282,8 @@ class Loop:
 
     def result(self) -> Result:
         rows = self.history
-        measured = next((row for row in reversed(rows) if "test_loss" in row), {})
-        final = {"test_loss": None, "test_accuracy": None, "client_accuracy": None}
+        measured: dict[str, Any] = next((row for row in reversed(rows) if "test_loss" in row), {})
+        final: dict[str, Any] = {"test_loss": None, "test_accuracy": None, "client_accuracy": None}
         final |= {key: value for key, value in measured.items() if key.startswith(("test_", "client_"))}
         final["clients_evaluated_on"] = self.task.data.evaluated_on()
         dropped: Counter[str] = Counter()
@@ -313,7 +315,7 @@ class Loop:
     def save(self) -> None:
         """The whole state of the run, on disk, in one step."""
         parts = {"server": trees.flatten(self.state.server), "participation": trees.flatten(self.state.participation)}
-        facts: dict[str, Any] = {"round": self.state.t, "engine": self.engine.choices, "fedcore": version("fedcore")}
+        facts: dict[str, Any] = {"round": self.state.t, "engine": self.engine.choices, "fedcore": __version__}
         keep: set[str] = set()
         states = self.engine.states
         if states is not None and not states.stateless:
@@ -340,7 +342,7 @@ class Loop:
         expected = trees.flatten(like)
         if flat.keys() != expected.keys() or any(flat[path].shape != x.shape for path, x in expected.items()):
             raise SettingsError(
-                f"{self.folder / 'checkpoint'}: its {name} state does not fit this method and model: is it another version of fedcore's?"
+                f"{self.folder / 'checkpoint'}: its {name} state does not fit this method and model: is it another fedcore's?"
             )
         return trees.unflatten(flat, like)
 

@@ -1,7 +1,7 @@
 """Who takes part in a round: an outside process that a method neither chooses nor sees.
 
-The processes follow Wang and Ji (FedAU, ICLR 2024) and its reference code: Bernoulli, two-state Markov and cyclic participation
-with a rate p_i for each client, which may be tied to the client's mix of classes. Uniform cohorts and recorded traces complete them.
+The processes follow Wang and Ji (FedAU, ICLR 2024) and its reference code: Bernoulli, two-state Markov and cyclic
+participation with a rate p_i for each client, which may be tied to the client's mix of classes. Uniform cohorts and recorded traces complete them.
 A process is two functions, `start() -> state` and `sample(t, state) -> (cohort, state)`; its state is in the checkpoint.
 """
 
@@ -41,6 +41,9 @@ class Process:
 
     def members(self, t: int) -> np.ndarray:
         raise NotImplementedError
+
+    def check(self, rounds: int) -> None:
+        """Raises SettingsError when the process cannot last for this many rounds."""
 
 
 class _Settings(BaseModel):
@@ -95,7 +98,9 @@ class _Rates(_Settings):
 
     mean: Probability = Field(0.1, description="mean rate, in (0, 1]; the rate of every client unless alpha or p is given")
     alpha: float | None = Field(
-        None, gt=0, description="alpha_p: rates follow the class mix, weighted by one draw of Dirichlet(alpha_p); small = uneven"
+        None,
+        gt=0,
+        description="alpha_p: rates follow the class mix, weighted by one draw of Dirichlet(alpha_p); small = uneven",
     )
     floor: float = Field(0.02, ge=0, le=1, description="p_min, the lowest rate when alpha is given")
     p: tuple[Probability, ...] | None = Field(None, description="the rate of every client, instead of mean and alpha")
@@ -113,7 +118,8 @@ class _Rates(_Settings):
         kappa = rng(seed, "rates").dirichlet(np.full(classes, self.alpha))
         shares = count / np.maximum(count.sum(1, keepdims=True), 1)
         # p_n = max(p_min, mean C sum_c kappa_c L_nc); clipped at 1, which the reference code forgets with many classes.
-        return np.clip(self.mean * classes * shares @ kappa, self.floor, 1.0)
+        rates: np.ndarray = np.clip(self.mean * classes * shares @ kappa, self.floor, 1.0)
+        return rates
 
 
 class Bernoulli(_Rates):
@@ -221,9 +227,13 @@ class _TraceProcess(Process):
         super().__init__(population, seed)
         self.rounds, self.file = rounds, file
 
+    def check(self, rounds: int) -> None:
+        if rounds > len(self.rounds):
+            raise SettingsError(
+                f"rounds = {rounds}, but {self.file} has {len(self.rounds)} lines, one a round: set rounds to at most that"
+            )
+
     def members(self, t: int) -> np.ndarray:
-        if t >= len(self.rounds):
-            raise SettingsError(f"{self.file} has {len(self.rounds)} lines, round {t + 1} needs another: set rounds = {len(self.rounds)}")
         return self.rounds[t]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 
 from fedcore.checkpoint import write_atomically
 from fedcore.errors import FedcoreError, SettingsError
+from fedcore.report_page import PAGE
 from fedcore.rundir import stored
 
 log = logging.getLogger("fedcore")
 
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedcore",
     "font.family": "sans-serif",
@@ -53,24 +54,38 @@ def write_report(run_dir: Path) -> Path:
     measure, name = ("test_accuracy", "test accuracy") if _series(rows, "test_accuracy")[0] else ("test_loss", "test loss")
     plot(f"Global {name}", "On the test set, which no client holds.", lambda a: _curve(a, rows, measure, name, "round"))
     plot("Loss", "Training loss is the cohort's own mean; test loss is on the test set.", lambda a: _losses(a, rows))
-    plot("Accuracy of single clients", "Each on its own data: mean, and the band from the 10th to the 90th percentile.",
-         lambda a: _band(a, rows))
+    plot(
+        "Accuracy of single clients",
+        "Each on its own data: mean, and the band from the 10th to the 90th percentile.",
+        lambda a: _band(a, rows),
+    )
     plot("Spread over clients", "At the last evaluation; one count a client.", lambda a: _histogram(a, run_dir))
-    plot(f"{name.capitalize()} for what it costs", "Bytes of updates and models, both directions, without protocol overhead.",
-         lambda a: _curve(a, rows, measure, name, "MB"))
-    plot("Who took part", "Clients whose update was used, and those left out, each round.", lambda a: _participation(a, rows))
+    plot(
+        f"{name.capitalize()} for what it costs",
+        "Bytes of updates and models, both directions, without protocol overhead.",
+        lambda a: _curve(a, rows, measure, name, "MB"),
+    )
+    plot(
+        "Who took part",
+        "Clients whose update was used, and those left out, each round.",
+        lambda a: _participation(a, rows),
+    )
     partition = _partition(settings)
     if partition is not None:
         plots.append(("Data of the clients", "How the training examples are spread.", partition))
-    page = Environment(loader=PackageLoader("fedcore"), autoescape=True).get_template("report.html.j2").render(
-        title=f"{settings['method']['name']} on {settings.get('task', 'digits')}",
-        facts=_facts(settings, rows),
-        summary=_summary(settings, rows),
-        plots=plots,
-        dropped=Counter(_merged(rows)).most_common(),
-        command=f"fedcore run {run_dir}/config.toml",
-        config=(run_dir / "config.toml").read_text(),
-        environment=_json(run_dir / "environment.json"),
+    page = (
+        Environment(autoescape=True)
+        .from_string(PAGE)
+        .render(
+            title=f"{settings['method']['name']} on {settings.get('task', 'digits')}",
+            facts=_facts(settings, rows),
+            summary=_summary(settings, rows),
+            plots=plots,
+            dropped=Counter(_merged(rows)).most_common(),
+            command=f"fedcore run {run_dir}/config.toml",
+            config=(run_dir / "config.toml").read_text(),
+            environment=_json(run_dir / "environment.json"),
+        )
     )
     file = run_dir / "report.html"
     write_atomically(file, page.encode())
@@ -178,7 +193,10 @@ def _participation(axes: Axes, rows: list[dict[str, Any]]) -> bool:
         return False
     x = [row["round"] for row in rows]
     reasons = sorted({reason for row in rows for reason in row["dropped"]})
-    heights = [[row["reports"] for row in rows], *([row["dropped"].get(reason, 0) for row in rows] for reason in reasons)]
+    heights = [
+        [row["reports"] for row in rows],
+        *([row["dropped"].get(reason, 0) for row in rows] for reason in reasons),
+    ]
     axes.stackplot(x, heights, labels=["used", *reasons], alpha=0.8, step="mid", linewidth=0)
     axes.set(xlabel="round", ylabel="clients", ylim=(0, None))
     if reasons:
@@ -214,7 +232,7 @@ def _merged(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _last(rows: list[dict[str, Any]], key: str) -> Any:
@@ -227,12 +245,14 @@ def _facts(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[tuple[s
     sent = sum(row["bytes_down"] + row["bytes_up"] for row in rows)
     seconds = sum(row["seconds"] for row in rows)
     trained = sum(row["reports"] for row in rows)
-    headline = ("test accuracy", _percent(accuracy)) if accuracy is not None else ("test loss", "–" if loss is None else f"{loss:.4g}")
+    headline = (
+        ("test accuracy", _percent(accuracy)) if accuracy is not None else ("test loss", "-" if loss is None else f"{loss:.4g}")
+    )
     facts = [headline]
     if clients:
-        facts.append(("clients, 10th – 90th percentile", f"{_percent(clients['p10'])} – {_percent(clients['p90'])}"))
+        facts.append(("clients, 10th - 90th percentile", f"{_percent(clients['p10'])} - {_percent(clients['p90'])}"))
     facts += [("rounds", f"{len(rows)} of {settings['rounds']}"), ("sent", f"{sent / 1e6:,.1f} MB")]
-    facts.append(("clients a second", f"{trained / seconds:,.0f}" if seconds else "–"))
+    facts.append(("clients a second", f"{trained / seconds:,.0f}" if seconds else "-"))
     return facts
 
 
@@ -257,5 +277,3 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found
-
-

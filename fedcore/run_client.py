@@ -10,9 +10,7 @@ from fedcore.types import Batches, ClientFunction, Tree
 from fedcore.uplink import uplink
 
 
-def run_client(
-    fn: ClientFunction, task: Task, t: Tensor, down: Tree, state: Tree, batches: Batches
-) -> tuple[Tree, Tree]:
+def run_client(fn: ClientFunction, task: Task, t: Tensor, down: Tree, state: Tree, batches: Batches) -> tuple[Tree, Tree]:
     """The client function, then the uplink: (what is sent, the client's new state).
 
     A client whose work is not finite keeps its old state: one diverged round must not stay with it for good.

@@ -9,13 +9,13 @@ import platform
 import subprocess
 import tomllib
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedcore import __version__
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
@@ -70,7 +70,8 @@ def _refuse_changes(e: Experiment, folder: Path) -> None:
     if changed:
         lines = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in sorted(changed)]
         raise SettingsError(
-            f"{folder} cannot be resumed with other settings: {'; '.join(lines)}. Only {', '.join(MAY_CHANGE)} may change; start a new run"
+            f"{folder} cannot be resumed with other settings: {'; '.join(lines)}. "
+            f"Only {', '.join(MAY_CHANGE)} may change; start a new run"
         )
 
 
@@ -84,7 +85,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_settings(folder: Path, e: Experiment) -> None:
     write_atomically(folder / "config.toml", e.to_toml().encode())
     facts = {
-        "fedcore": version("fedcore"),
+        "fedcore": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -102,7 +103,7 @@ def _commit() -> str | None:
     """The commit of the source tree, where this is one."""
     try:
         source = Path(__file__).parent
-        done = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        done = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, check=False, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
@@ -119,7 +120,9 @@ def read_history(folder: Path, rounds: int) -> list[dict[str, Any]]:
             break  # the line that a killed process did not finish
     rows = [row for row in rows if row["round"] <= rounds]
     if [row["round"] for row in rows] != list(range(1, rounds + 1)):
-        raise SettingsError(f"{file} is damaged: expected a line for each of the {rounds} rounds of the checkpoint; start the run anew")
+        raise SettingsError(
+            f"{file} is damaged: expected a line for each of the {rounds} rounds of the checkpoint; start the run anew"
+        )
     return rows
 
 

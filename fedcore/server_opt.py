@@ -1,4 +1,4 @@
-"""Server optimizers as (init, update), on the pseudo-gradient (Reddi et al., Adaptive Federated Optimization, ICLR 2021, Algorithm 2).
+"""Server optimizers as (init, update), on the pseudo-gradient (Reddi et al., Adaptive Federated Optimization, ICLR 2021, Alg. 2).
 
     Delta_t  mean of the clients' deltas (local minus global), a descent direction     eta  server learning rate
     m_t, v_t  first and second moment     tau  degree of adaptivity

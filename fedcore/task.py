@@ -103,8 +103,9 @@ class Task:
         x, y = self.data.test
         ones = torch.ones(len(x), device=x.device)
         sums: dict[str, Tensor] = {}
-        for rows in torch.arange(len(x), device=x.device).split(batch_size):
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
             batch = Batches(x[rows][None], y[rows][None], ones[rows][None])
             for name, mean in self.evaluate(params, batch).items():
-                sums[name] = sums.get(name, torch.zeros((), device=x.device)) + mean * len(rows)
+                sums[name] = sums.get(name, torch.zeros((), device=x.device)) + mean * batch.mask.sum()
         return {name: (total / max(len(x), 1)).item() for name, total in sums.items()}

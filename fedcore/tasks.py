@@ -33,8 +33,8 @@ def images(e: Experiment, name: str) -> Task:
 def least_squares(e: Experiment) -> Task:
     """Linear regression with a known optimum: y = x w_i + noise, each client with a w_i of its own around a common one.
 
-    Options: examples (20 a client), features (10), heterogeneity (standard deviation of w_i, 1.0), noise (0.1). `task.optimum` minimises
-    the mean over all training examples, hence FedAvg's objective with weights by example count.
+    Options: examples (20 a client), features (10), heterogeneity (standard deviation of w_i, 1.0), noise (0.1).
+    `task.optimum` minimises the mean over all training examples, hence FedAvg's objective with weights by example count.
     """
     known = {"examples": 20, "features": 10, "heterogeneity": 1.0, "noise": 0.1}
     if unknown := e.options.keys() - known:
@@ -50,7 +50,9 @@ def least_squares(e: Experiment) -> Task:
     data = FederatedData(examples, examples, np.arange(clients * n), offsets, e.holdout, e.seed)
     model = nn.Linear(d, 1, bias=False)
     nn.init.zeros_(model.weight)
-    kept = torch.from_numpy(np.concatenate([data.order[a : b - h] for a, b, h in zip(offsets, offsets[1:], data.held, strict=False)]))
+    kept = torch.from_numpy(
+        np.concatenate([data.order[a : b - h] for a, b, h in zip(offsets, offsets[1:], data.held, strict=False)])
+    )
     optimum = torch.linalg.lstsq(examples.x[kept].double(), examples.y[kept].double()).solution
     return Task(model, data, loss=squared_error, metrics={}, optimum={"weight": optimum.T.float()})
 
@@ -71,7 +73,9 @@ def build_task(e: Experiment) -> Task:
     if not isinstance(task, Task):
         raise SettingsError(f'task = "{e.task}": expected the function to return a fedcore.Task, it returned {type(task).__name__}')
     if e.population is not None and task.population != e.population:
-        raise SettingsError(f"population = {e.population}, but the task has {task.population} clients: set population to that, or leave it out")
+        raise SettingsError(
+            f"population = {e.population}, but the task has {task.population} clients: set population to that, or leave it out"
+        )
     return task
 
 
@@ -82,7 +86,9 @@ def _users(name: str) -> Callable[[Experiment], Task]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as e:
-        raise SettingsError(f'task = "{name}": cannot import {module_name}: {e}; run from the folder that holds it, or install it') from e
+        raise SettingsError(
+            f'task = "{name}": cannot import {module_name}: {e}; run from the folder that holds it, or install it'
+        ) from e
     make: Callable[[Experiment], Task] | None = getattr(module, function, None)
     if make is None:
         raise SettingsError(f'task = "{name}": {module_name} has no {function}')

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -48,7 +49,7 @@ class Reports(NamedTuple):
     clients: Tensor  # [n] int64 logical ids, ascending
     up: Tree  # [n, ...]
     num_examples: Tensor  # [n] float32, the examples that the work was done on
-    failed: dict[int, str] = {}  # clients that did not report, with the reason
+    failed: Mapping[int, str] = MappingProxyType({})  # clients that did not report, with the reason
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -74,5 +75,3 @@ class Round:
     population: int
     task: Task
     each: Each
-
-

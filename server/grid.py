@@ -1,7 +1,7 @@
 """The engine whose clients are Flower nodes: Ray actors under `flwr run`, devices in a deployment.
 
-One message a node and client function carries the ids of the clients that the node hosts. Clients are addressed by their logical id,
-never by Flower's random node id. Whatever a reply holds that it should not is left out, counted and named.
+One message a node carries the ids of the clients that it hosts. Clients are addressed by their logical id, never by Flower's random
+node id. Whatever a reply holds that it should not is left out, counted and named.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GridEngine:
         self._expected: dict[str, Tree] = {}
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
-        name = fn.__name__  # type: ignore[attr-defined]
+        name = fn.__name__
         if not self._nodes:
             self._nodes = self._find_nodes()
         _, schema = wire.schemas(fn)
@@ -127,8 +127,8 @@ class GridEngine:
                     raise RunError(f"a Flower node cannot start: {_one_line(reply.error.reason)}")
                 node = reply.content["node"]
                 assert isinstance(node, ConfigRecord)
-                found[int(node["partition-id"])] = reply.metadata.src_node_id  # type: ignore[arg-type]
-                total = int(node["num-partitions"])  # type: ignore[arg-type]
+                found[int(node["partition-id"])] = reply.metadata.src_node_id
+                total = int(node["num-partitions"])
             if total and len(found) == total:
                 return [found[i] for i in range(total)]
             time.sleep(POLL)
@@ -136,7 +136,7 @@ class GridEngine:
 
     def _shape_of(self, fn: ClientFunction, down: Tree, t: int) -> Tree:
         """What a client sends, by running one on a single example: shapes and types that replies must have."""
-        name = fn.__name__  # type: ignore[attr-defined]
+        name = fn.__name__
         if name not in self._expected:
             data, task = self.work.task.data, self.work.task
             one = Batches(data.x[:1][None], data.y[:1][None], torch.ones(1, 1, device=task.device))
@@ -156,5 +156,5 @@ def _list(record: ConfigRecord, key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "unknown").split())[:300]

@@ -1,9 +1,9 @@
 """FedAdagrad - Adagrad on the server (Reddi et al., Adaptive Federated Optimization, ICLR 2021, Algorithm 2).
 
-    x_t  global parameters   x_i  local parameters of client i   Delta_t  weighted mean of x_i - x_t   eta_l  local step size
-    m_t, v_t  first and second moment of Delta   eta  server step size   tau  degree of adaptivity
-    Choice:  no bias correction, and v starts at tau^2, as in Algorithm 2; clients are weighted by number of examples, as in the paper's
-             experiments. Defaults are the paper's common choice (beta_1, beta_2, tau); both step sizes need tuning per task.
+x_t  global parameters   x_i  local parameters of client i   Delta_t  weighted mean of x_i - x_t   eta_l  local step size
+m_t, v_t  first and second moment of Delta   eta  server step size   tau  degree of adaptivity
+Choice:  no bias correction, and v starts at tau^2, as in Algorithm 2; clients are weighted by number of examples, as in the paper's
+         experiments. Defaults are the paper's common choice (beta_1, beta_2, tau); both step sizes need tuning per task.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """FedAdam - Adam on the server (Reddi et al., Adaptive Federated Optimization, ICLR 2021, Algorithm 2).
 
-    x_t  global parameters   x_i  local parameters of client i   Delta_t  weighted mean of x_i - x_t   eta_l  local step size
-    m_t, v_t  first and second moment of Delta   eta  server step size   tau  degree of adaptivity
-    Choice:  no bias correction, and v starts at tau^2, as in Algorithm 2; clients are weighted by number of examples, as in the paper's
-             experiments. Defaults are the paper's common choice (beta_1, beta_2, tau); both step sizes need tuning per task.
+x_t  global parameters   x_i  local parameters of client i   Delta_t  weighted mean of x_i - x_t   eta_l  local step size
+m_t, v_t  first and second moment of Delta   eta  server step size   tau  degree of adaptivity
+Choice:  no bias correction, and v starts at tau^2, as in Algorithm 2; clients are weighted by number of examples, as in the paper's
+         experiments. Defaults are the paper's common choice (beta_1, beta_2, tau); both step sizes need tuning per task.
 """
 
 from __future__ import annotations
@@ -53,5 +53,7 @@ class FedAdam(Method[Settings]):
 
     def round(self, server: Server, r: Round) -> Server:
         mean = trees.weighted_mean(r.each(self.train, r.cohort, Model(server.params)))  # Delta_t
-        step, opt = self.opt.update(mean.delta, server.opt)  # v <- beta_2 v + (1 - beta_2) Delta^2;  x <- x + eta m / (sqrt(v) + tau)
+        step, opt = self.opt.update(
+            mean.delta, server.opt
+        )  # v <- beta_2 v + (1 - beta_2) Delta^2;  x <- x + eta m / (sqrt(v) + tau)
         return Server(trees.add(server.params, step), opt)

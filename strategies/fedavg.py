@@ -1,7 +1,7 @@
 """FedAvg - federated averaging (McMahan et al., AISTATS 2017, Algorithm 1).
 
-    w_t  global parameters   w^k  local parameters of client k   n_k  its number of examples   eta  local step size
-    Choice:  the server adds the mean of the differences w^k - w_t, which is the paper's mean of the w^k.
+w_t  global parameters   w^k  local parameters of client k   n_k  its number of examples   eta  local step size
+Choice:  the server adds the mean of the differences w^k - w_t, which is the paper's mean of the w^k.
 """
 
 from __future__ import annotations

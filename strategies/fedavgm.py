@@ -1,9 +1,9 @@
 """FedAvgM - FedAvg with server momentum (Hsu, Qi, Brown, arXiv 1909.06335, 2019, Section 4.3).
 
-    x_t  global parameters   x_i  local parameters of client i   Delta_t  weighted mean of x_i - x_t   eta_l  local step size
-    v_t  velocity   beta  server momentum   eta  server step size
-    Choice:  the mean is weighted by number of examples.
-    Reduces: to FedAvg with beta = 0 and eta = 1.
+x_t  global parameters   x_i  local parameters of client i   Delta_t  weighted mean of x_i - x_t   eta_l  local step size
+v_t  velocity   beta  server momentum   eta  server step size
+Choice:  the mean is weighted by number of examples.
+Reduces: to FedAvg with beta = 0 and eta = 1.
 """
 
 from __future__ import annotations

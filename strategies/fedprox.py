@@ -1,10 +1,10 @@
 """FedProx - FedAvg with a proximal term on the clients (Li et al., MLSys 2020, Algorithm 2).
 
-    w_t  global parameters   w^k  local parameters of client k   mu  weight of the proximal term   eta  local step size
-    Client k minimises h_k(w; w_t) = F_k(w) + mu/2 |w - w_t|^2, inexactly, by local SGD.
-    Choice:  clients are weighted by number of examples, as in the authors' experiments; stragglers' partial work is a smaller number of
-             local steps, not a setting here.
-    Reduces: to FedAvg with mu = 0.
+w_t  global parameters   w^k  local parameters of client k   mu  weight of the proximal term   eta  local step size
+Client k minimises h_k(w; w_t) = F_k(w) + mu/2 |w - w_t|^2, inexactly, by local SGD.
+Choice:  clients are weighted by number of examples, as in the authors' experiments; stragglers' partial work is a smaller number of
+         local steps, not a setting here.
+Reduces: to FedAvg with mu = 0.
 """
 
 from __future__ import annotations

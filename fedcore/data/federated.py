@@ -82,8 +82,10 @@ class FederatedData:
     def num_examples(self, clients: np.ndarray, data: str) -> np.ndarray:
         """Examples that a client function of this kind works on, int64 [n]."""
         if data == "test" and self.evaluated_on() == "test":
-            return self.held[clients]
-        return (self.sizes - self.held)[clients]
+            counts: np.ndarray = self.held[clients]
+        else:
+            counts = (self.sizes - self.held)[clients]
+        return counts
 
     def rows(self, client: int, data: str) -> np.ndarray:
         """Row numbers of one client, int64."""

@@ -39,7 +39,9 @@ class _Settings(BaseModel):
         if population is None:
             raise SettingsError(f'population is missing: the partition "{self.name}" needs the number of clients')
         if population > len(labels):
-            raise SettingsError(f"population = {population}: there are only {len(labels)} training examples; set a population of at most that")
+            raise SettingsError(
+                f"population = {population}: there are only {len(labels)} training examples; set a population of at most that"
+            )
         digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()
         facts = [self.model_dump(mode="json"), population, seed, digest, version("flwr-datasets")]
         key = cache.key_of("partition", facts)
@@ -70,7 +72,9 @@ class _Settings(BaseModel):
                 warnings.showwarning = too_late
                 partitioner.load_partition(0)
         except ValueError as e:
-            raise SettingsError(f"partition {self._settings()} of {len(labels)} examples over {population} clients: {_first(e)}{self._advice()}") from e
+            raise SettingsError(
+                f"partition {self._settings()} of {len(labels)} examples over {population} clients: {_first(e)}{self._advice()}"
+            ) from e
         rows = partitioner._partition_id_to_indices  # the whole assignment at once; load_partition copies client by client
         return [np.sort(np.asarray(rows[i], dtype=np.int64)) for i in range(population)]
 
@@ -123,7 +127,9 @@ class Dirichlet(_Settings):
         return part  # min_size is the partitioner's own condition
 
     def _advice(self) -> str:
-        return f"; raise partition.alpha, lower the population, or set partition.min_size below {self.min_size} (0 allows empty clients)"
+        return (
+            f"; raise partition.alpha, lower the population, or lower partition.min_size = {self.min_size} (0 allows empty clients)"
+        )
 
 
 class Shards(_Settings):
@@ -135,9 +141,7 @@ class Shards(_Settings):
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
         from flwr_datasets.partitioner import ShardPartitioner
 
-        return ShardPartitioner(
-            population, "label", num_shards_per_partition=self.per_client, seed=seed_of(seed, "shards") % 2**32
-        )
+        return ShardPartitioner(population, "label", num_shards_per_partition=self.per_client, seed=seed_of(seed, "shards") % 2**32)
 
 
 class Pathological(_Settings):
@@ -154,7 +158,7 @@ class Pathological(_Settings):
             raise SettingsError(f"partition.classes = {self.classes}: the data has {number} classes; set at most that")
         if population * self.classes < number:
             raise SettingsError(
-                f"partition.classes = {self.classes} with {population} clients leaves some of the {number} classes to nobody; raise either"
+                f"partition.classes = {self.classes} with {population} clients leaves some of {number} classes unused; raise either"
             )
         return PathologicalPartitioner(
             population,

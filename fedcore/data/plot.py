@@ -23,7 +23,15 @@ def partition_figure(counts: np.ndarray, title: str) -> Figure:
     bars, sizes_axis = figure.subplots(2, 1, height_ratios=[2, 1])
     bottom = np.zeros(len(columns))
     for label in range(classes):
-        bars.bar(np.arange(len(columns)), columns[:, label], 1.0, bottom, color=f"C{label % 10}", label=str(label), linewidth=0)
+        bars.bar(
+            np.arange(len(columns)),
+            columns[:, label],
+            1.0,
+            bottom,
+            color=f"C{label % 10}",
+            label=str(label),
+            linewidth=0,
+        )
         bottom += columns[:, label]
     bars.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 1), xticks=[], ylabel="share of classes", title=title)
     each = "one column a client" if population <= COLUMNS else f"one column {population // COLUMNS} or so clients"

@@ -35,12 +35,14 @@ def load(name: str, folder: Path | None = None) -> Source:
     """A data set by name; `folder` is where its files are, if not in a usual place. Raises SettingsError."""
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, 1)
-        raise SettingsError(f'"{name}" is no bundled data set; ' + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(SOURCES)}"))
+        raise SettingsError(
+            f'"{name}" is no bundled data set; ' + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(SOURCES)}")
+        )
     return SOURCES[name](folder)
 
 
 def digits(folder: Path | None = None) -> Source:
-    """1 797 handwritten digits of 8x8 pixels in [0, 1] that scikit-learn carries (Alpaydin and Kaynak, 1998); every fifth is for testing."""
+    """1 797 handwritten digits, 8x8 pixels in [0, 1], from scikit-learn (Alpaydin and Kaynak, 1998); every fifth is for testing."""
     found = importlib.util.find_spec("sklearn")  # located, not imported: that alone would take a second
     if found is None or not found.submodule_search_locations:
         raise SettingsError("the digits come with scikit-learn, which is not installed: pip install scikit-learn")
@@ -69,7 +71,7 @@ IDX = {
 
 
 def fashion_mnist(folder: Path | None = None) -> Source:
-    """60 000 + 10 000 grey images of clothing, 28x28 (Xiao, Rasul, Vollgraf, 2017), normalised by the training mean and deviation."""
+    """60 000 + 10 000 grey images of clothing, 28x28 (Xiao, Rasul, Vollgraf, 2017), normalised by training mean and deviation."""
     own = os.environ.get("FEDCORE_DATA")
     places = [folder] if folder else [Path(own) / "fashion-mnist"] if own else []
     places += [Path("/usr/share/datasets/fashion-mnist")] if folder is None else []
@@ -81,9 +83,16 @@ def fashion_mnist(folder: Path | None = None) -> Source:
         if folder is not None:
             raise SettingsError(f"data_folder = {folder}: expected the IDX files {', '.join(IDX.values())} there, plain or .gz")
         looked = ", ".join(str(place) for place in places)
-        arrays = _from_hub("zalando-datasets/fashion_mnist", "image", "label", f"no IDX files in {looked}; apt-get install dataset-fashion-mnist")
+        arrays = _from_hub(
+            "zalando-datasets/fashion_mnist",
+            "image",
+            "label",
+            f"no IDX files in {looked}; apt-get install dataset-fashion-mnist",
+        )
     mean, deviation = 0.2860, 0.3530
-    x = {part: torch.from_numpy(arrays[part]).float().div_(255).sub_(mean).div_(deviation)[:, None] for part in ("x_train", "x_test")}
+    x = {
+        part: torch.from_numpy(arrays[part]).float().div_(255).sub_(mean).div_(deviation)[:, None] for part in ("x_train", "x_test")
+    }
     y = {part: torch.from_numpy(arrays[part].astype(np.int64)) for part in ("y_train", "y_test")}
     return Source(x["x_train"], y["y_train"], x["x_test"], y["y_test"], 10)
 
@@ -104,12 +113,14 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
     dims = content[3] if len(content) > 4 and content[:3] == b"\x00\x00\x08" else 0
     sizes = np.frombuffer(content, ">i4", dims, 4) if dims and len(content) >= 4 + 4 * dims else np.array([-1])
     if len(content) - 4 - 4 * dims != np.prod(sizes, dtype=np.int64):
-        raise SettingsError(f"{file} is no whole IDX file of bytes (found {len(content)} bytes, sizes {sizes.tolist()}): fetch it again")
+        raise SettingsError(
+            f"{file} is no whole IDX file of bytes (found {len(content)} bytes, sizes {sizes.tolist()}): fetch it again"
+        )
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(sizes).copy()
 
 
 def cifar10(folder: Path | None = None) -> Source:
-    """50 000 + 10 000 colour images, 32x32 (Krizhevsky, 2009), from parquet files in the Hugging Face layout, normalised per channel."""
+    """50 000 + 10 000 colour images, 32x32 (Krizhevsky, 2009), from parquet files as on Hugging Face, normalised per channel."""
     own = os.environ.get("FEDCORE_DATA")
     place = folder or (Path(own) if own else None)
     files = {part: sorted(place.glob(f"*{part}*.parquet")) for part in ("train", "test")} if place else {}
@@ -118,12 +129,17 @@ def cifar10(folder: Path | None = None) -> Source:
         for part, found in files.items():
             arrays[f"x_{part}"], arrays[f"y_{part}"] = _read_parquet(found)
     elif folder is not None:
-        raise SettingsError(f"data_folder = {folder}: expected *train*.parquet and *test*.parquet there, with columns image and label")
+        raise SettingsError(
+            f"data_folder = {folder}: expected *train*.parquet and *test*.parquet there, with columns image and label"
+        )
     else:
         arrays = _from_hub("uoft-cs/cifar10", "img", "label", "set data_folder to a folder of its parquet files")
     mean = torch.tensor([0.4914, 0.4822, 0.4465])[:, None, None]
     deviation = torch.tensor([0.2470, 0.2435, 0.2616])[:, None, None]
-    x = {p: torch.from_numpy(arrays[p]).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(deviation).contiguous() for p in ("x_train", "x_test")}
+    x = {
+        p: torch.from_numpy(arrays[p]).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(deviation).contiguous()
+        for p in ("x_train", "x_test")
+    }
     y = {p: torch.from_numpy(arrays[p].astype(np.int64)) for p in ("y_train", "y_test")}
     return Source(x["x_train"], y["y_train"], x["x_test"], y["y_test"], 10)
 
@@ -160,4 +176,8 @@ def _from_hub(name: str, image: str, label: str, otherwise: str) -> dict[str, np
     return arrays
 
 
-SOURCES: dict[str, Callable[[Path | None], Source]] = {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10": cifar10}
+SOURCES: dict[str, Callable[[Path | None], Source]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "cifar10": cifar10,
+}

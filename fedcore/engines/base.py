@@ -29,8 +29,12 @@ log = logging.getLogger("fedcore")
 class Engine(Protocol):
     """Runs client functions somewhere, and brings back their reports."""
 
-    states: StateStore | None  # what clients keep between rounds; None where they keep it themselves
     choices: dict[str, Any]  # what the engine measured and chose (JSON), so that a resumed run computes the same bits
+
+    @property
+    def states(self) -> StateStore | None:
+        """What clients keep between rounds; None where they keep it themselves."""
+        ...
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         """Run `fn` for every client of `clients` (ascending ids) in round t; reports in any grouping, failures in `failed`."""

@@ -7,6 +7,7 @@ result has the bits of `sequential`, whatever the number of workers.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -76,12 +77,14 @@ class Ray:
 
             if not ray.is_initialized():
                 asked = max(self._asked or 0, os.cpu_count() or 1) if "RAY_ADDRESS" not in os.environ else None
-                ray.init(num_cpus=asked, include_dashboard=False, log_to_driver=False, logging_level="error")
+                ray.init(num_cpus=asked, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
                 self._started_ray = True
-        resources = ray.cluster_resources()
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         workers = self._asked or int(resources.get("GPU", 0) / self.gpus if self.gpus else resources.get("CPU", 1))
         if workers < 1:
-            raise RunError(f"engine.gpus_per_worker = {self.gpus}: Ray sees {resources.get('GPU', 0):g} GPUs, too few for one worker")
+            raise RunError(
+                f"engine.gpus_per_worker = {self.gpus}: Ray sees {resources.get('GPU', 0):g} GPUs, too few for one worker"
+            )
         self._work = ray.put(self.work)  # held here, so that a worker that is started again finds it
         # Client work is pure, so a worker that dies is started again and its piece repeated.
         actor = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=3, max_task_retries=3)(Worker)
@@ -92,7 +95,7 @@ class Ray:
             self._start()
         import ray
 
-        name = fn.__name__  # type: ignore[attr-defined]
+        name = fn.__name__
         steps = self.work.task.data.steps(clients.numpy(), data_of(fn), self.work.local)
         pieces = _pieces(clients.numpy(), steps, PIECES * len(self._actors))
         sent = ray.put(trees.to(down, torch.device("cpu")))

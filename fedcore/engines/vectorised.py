@@ -1,7 +1,7 @@
 """Clients in chunks, each chunk one batched computation under `torch.func.vmap`; the default on one machine.
 
 How many clients make a chunk decides the speed: too few waste the batching, too many fall out of the cache. No rule predicts it, so
-it is measured, once for a (method, model, batches, device), and remembered on disk: two runs of one seed then compute the same bits.
+it is measured, once a (method, model, batches, device), and remembered on disk: two runs of one seed then compute the same bits.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Vectorised:
     def _chunk(self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int) -> int:
         if self.chunk is not None:
             return self.chunk
-        name = fn.__name__  # type: ignore[attr-defined]
+        name = fn.__name__
         if name not in self.choices:
             key = self._key(fn, ids, down)
             known = cache.load(key)
@@ -107,13 +107,19 @@ class Vectorised:
     def _key(self, fn: ClientFunction, ids: np.ndarray, down: Tree) -> str:
         data = self.work.task.data
         facts = {
-            "function": f"{type(self.work.method).__module__}.{fn.__qualname__}",  # type: ignore[attr-defined]
+            "function": f"{type(self.work.method).__module__}.{fn.__qualname__}",
             "settings": self.work.method.s.model_dump(mode="json"),
             "model": str(self.work.task.model),
             "down": [(path, list(x.shape), str(x.dtype)) for path, x in trees.flatten(down).items()],
             "batch": [list(data.x.shape[1:]), self.work.local.model_dump(mode="json")],
-            "clients": 1 << int(len(ids)).bit_length(),
-            "machine": [str(self.work.task.device), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__],
+            "clients": 1 << len(ids).bit_length(),
+            "machine": [
+                str(self.work.task.device),
+                platform.processor(),
+                os.cpu_count(),
+                torch.get_num_threads(),
+                torch.__version__,
+            ],
         }
         return cache.key_of("chunk", facts)
 
@@ -127,7 +133,7 @@ class Vectorised:
                 seconds = self._trial(fn, ids[:size], down, t, batched=True)
             except Exception as e:
                 reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-                log.warning("%s cannot be batched over clients (%s); they run one after another", fn.__name__, reason)  # type: ignore[attr-defined]
+                log.warning("%s cannot be batched over clients (%s); they run one after another", fn.__name__, reason)
                 return 1
             if seconds < best_time:
                 best, best_time = size, seconds

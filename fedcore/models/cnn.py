@@ -11,7 +11,7 @@ from fedcore.errors import SettingsError
 
 
 class Cnn(BaseModel):
-    """Two 5x5 convolutions (32 and 64 channels, 2x2 max pooling) and 512 dense units (McMahan et al. 2017): 1 663 370 parameters at 28x28."""
+    """Two 5x5 convolutions (32, 64 channels, 2x2 pooling), 512 dense units (McMahan et al. 2017): 1 663 370 parameters at 28x28."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["cnn"] = "cnn"

@@ -1,4 +1,4 @@
-"""ResNet with group normalisation (He et al. 2016; Wu and He 2018): batch statistics of skewed clients do not average (Hsieh et al. 2020)."""
+"""ResNet (He et al. 2016) with group normalisation: batch statistics of skewed clients do not average (Hsieh et al. 2020)."""
 
 from __future__ import annotations
 

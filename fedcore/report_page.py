@@ -1,9 +1,12 @@
+"""The page of report.html. In Python, because a Flower app bundle carries no HTML files."""
+
+PAGE = """\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }} – fedcore</title>
+<title>{{ title }} - fedcore</title>
 <style>
   :root { color-scheme: light dark; --line: #8884; --soft: #888; --card: #fff; --page: #f6f7f9; --ink: #1a1d21; --accent: #1f77b4; }
   @media (prefers-color-scheme: dark) { :root { --card: #1d2126; --page: #14171a; --ink: #e6e8ea; --accent: #6ab0e6; } }
@@ -37,9 +40,11 @@
 </div>
 {% if dropped %}<details open><summary>Clients left out</summary>
 <table>{% for reason, n in dropped %}<tr><td>{{ reason }}</td><td>{{ n }}</td></tr>{% endfor %}</table></details>{% endif %}
-<details><summary>Run it again</summary><p><code>{{ command }}</code></p>
+{% if command %}<details><summary>Run it again</summary><p><code>{{ command }}</code></p>
 <p class="soft">Every setting, defaults included; the same seed gives the same bits on the same machine.</p><pre>{{ config }}</pre></details>
-<details><summary>Environment</summary><table>{% for key, value in environment.items() %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table></details>
+{% else %}<details><summary>All numbers</summary><pre>{{ config }}</pre></details>
+{% endif %}{% if environment %}<details><summary>Environment</summary><table>{% for key, value in environment.items() %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table></details>{% endif %}
 </main>
 </body>
 </html>
+"""

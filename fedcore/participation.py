@@ -1,7 +1,8 @@
 """Who takes part in a round: an outside process that a method neither chooses nor sees.
 
 The processes follow Wang and Ji (FedAU, ICLR 2024) and its reference code: Bernoulli, two-state Markov and cyclic
-participation with a rate p_i for each client, which may be tied to the client's mix of classes. Uniform cohorts and recorded traces complete them.
+participation with a rate p_i for each client, which may be tied to the client's mix of classes. Uniform cohorts and recorded
+traces complete them.
 A process is two functions, `start() -> state` and `sample(t, state) -> (cohort, state)`; its state is in the checkpoint.
 """
 
@@ -216,7 +217,7 @@ class Trace(_Settings):
                 raise SettingsError(f"{self.file}, line {number}: {e}; expected client ids separated by spaces") from e
             if len(ids) and not (ids[0] >= 0 and ids[-1] < population):
                 raise SettingsError(
-                    f"{self.file}, line {number}: client {ids[0] if ids[0] < 0 else ids[-1]}: expected ids from 0 to {population - 1}"
+                    f"{self.file}, line {number}: ids {ids[0]} to {ids[-1]}, expected ids from 0 to {population - 1}"
                 )
             rounds.append(ids)
         return _TraceProcess(population, seed, rounds, self.file)

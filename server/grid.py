@@ -127,8 +127,8 @@ class GridEngine:
                     raise RunError(f"a Flower node cannot start: {_one_line(reply.error.reason)}")
                 node = reply.content["node"]
                 assert isinstance(node, ConfigRecord)
-                found[int(node["partition-id"])] = reply.metadata.src_node_id
-                total = int(node["num-partitions"])
+                found[int(str(node["partition-id"]))] = reply.metadata.src_node_id
+                total = int(str(node["num-partitions"]))
             if total and len(found) == total:
                 return [found[i] for i in range(total)]
             time.sleep(POLL)

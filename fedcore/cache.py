@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,13 @@ def load(key: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(cache_dir() / f"{key}.npz", allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+    except Exception:  # a damaged file can raise nearly anything in zipfile and numpy
         return None
 
 
 def save(key: str, **arrays: np.ndarray) -> None:
     """Keep arrays under this key. A cache that cannot be written is no error: the result is computed again."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
         cache_dir().mkdir(parents=True, exist_ok=True)
         descriptor, part = tempfile.mkstemp(dir=cache_dir(), prefix=f".{key}-")
         try:

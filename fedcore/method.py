@@ -106,8 +106,8 @@ def load(name: str) -> type[Method[Any]]:
     if class_name:
         found = [vars(module)[class_name]] if class_name in vars(module) else []
     else:
-        found = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module_name]
-    found = [c for c in found if issubclass(c, Method)]
+        found = [c for c in vars(module).values() if getattr(c, "__module__", None) == module_name]
+    found = [c for c in found if inspect.isclass(c) and issubclass(c, Method)]
     if len(found) != 1:
         raise SettingsError(f'method.name = "{name}": expected one subclass of Method in {module_name}, found {len(found)}')
     method: type[Method[Any]] = found[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import time
 import warnings
 from importlib.metadata import version
@@ -15,7 +17,8 @@ from fedcore import cache
 from fedcore.errors import SettingsError
 from fedcore.rng import rng, seed_of
 
-SECONDS = 10.0  # after which a partition counts as impossible
+SECONDS = 5.0  # after which a partition that still fails its own conditions counts as impossible
+FORMAT = 1  # part of the cache key; raise it when the code below would spread the same rows otherwise
 
 
 class Partition(NamedTuple):
@@ -30,72 +33,79 @@ class _Settings(BaseModel):
 
     name: str
     least: ClassVar[int] = 1  # examples that every client must get
+    complete: ClassVar[bool] = True  # every row is with some client
 
     def split(self, labels: np.ndarray, groups: np.ndarray | None, population: int | None, seed: int) -> Partition:
-        """Spread rows with these labels over a population, the same way for the same seed.
+        """Spread rows with these labels over a population, the same way for the same seed; a client's rows are ascending.
 
+        `labels` integers [n], `groups` the natural client of each row [n] or None, `population` clients.
         Raises SettingsError when it cannot be done, within seconds.
         """
-        if population is None:
-            raise SettingsError(f'population is missing: the partition "{self.name}" needs the number of clients')
-        if population > len(labels):
-            raise SettingsError(
-                f"population = {population}: there are only {len(labels)} training examples; set a population of at most that"
-            )
-        digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()
-        facts = [self.model_dump(mode="json"), population, seed, digest, version("flwr-datasets")]
+        column, population = self._told_apart_by(labels, groups, population)
+        if not 1 <= population <= len(column):
+            raise SettingsError(f"population = {population}: must be in [1, {len(column)}], the number of training examples")
+        digest = hashlib.sha256(column.tobytes()).hexdigest()
+        facts = [FORMAT, self.model_dump(mode="json"), population, seed, digest, version("flwr-datasets")]
         key = cache.key_of("partition", facts)
         known = cache.load(key)
         if known is None:
             # Rows are shuffled first: some partitioners cut the data as it comes.
-            shuffled = rng(seed, "partition").permutation(len(labels))
-            parts = self._parts(labels[shuffled], population, seed)
-            known = _flat([shuffled[part] for part in parts])
+            shuffled = rng(seed, "partition").permutation(len(column))
+            parts = [np.sort(shuffled[part]) for part in self._parts(column[shuffled], population, seed)]
+            known = {"order": np.concatenate(parts), "offsets": np.cumsum([0, *map(len, parts)], dtype=np.int64)}
             cache.save(key, **known)
-        return self._checked(Partition(known["order"], known["offsets"]), population)
+        return self._checked(Partition(known["order"], known["offsets"]), len(column))
+
+    def _told_apart_by(self, labels: np.ndarray, groups: np.ndarray | None, population: int | None) -> tuple[np.ndarray, int]:
+        """The integers [n] that the partitioner looks at, and the number of clients."""
+        if population is None:
+            raise SettingsError(f'population is missing: the partition "{self.name}" needs the number of clients')
+        return np.ascontiguousarray(labels, dtype=np.int64), population
 
     def _parts(self, labels: np.ndarray, population: int, seed: int) -> list[np.ndarray]:
-        import datasets
-
         partitioner = self._partitioner(labels, population, seed)
-        partitioner.dataset = datasets.Dataset.from_dict({"label": labels})
+        import datasets  # with flwr_datasets a matter of seconds: only when the cache has no answer
+
+        partitioner.dataset = datasets.Dataset.from_dict({"label": labels, "row": np.arange(len(labels))})
         deadline = time.monotonic() + SECONDS
 
-        def too_late(message: Any, *_: Any, **__: Any) -> None:
+        def too_late(*_: Any, **__: Any) -> None:
             # The partitioners warn at every failed try; that is where a hopeless one can be stopped.
             if time.monotonic() > deadline:
-                raise ValueError(str(message))
+                raise ValueError(f"not found within {SECONDS:g} s")
 
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # one draws a progress bar
                 warnings.simplefilter("always")
                 warnings.showwarning = too_late
                 partitioner.load_partition(0)
         except ValueError as e:
-            raise SettingsError(
-                f"partition {self._settings()} of {len(labels)} examples over {population} clients: {_first(e)}{self._advice()}"
-            ) from e
-        rows = partitioner._partition_id_to_indices  # the whole assignment at once; load_partition copies client by client
-        return [np.sort(np.asarray(rows[i], dtype=np.int64)) for i in range(population)]
+            why = str(e).strip().splitlines()[0].rstrip(".")
+            raise self._error(f"{len(labels)} examples over {population} clients: {why}; {self._advice()}") from e
+        # The whole assignment at once, since load_partition copies client by client. It counts rows of the partitioner's
+        # own dataset, which the shard partitioner has sorted: hence the column of row numbers.
+        row = partitioner.dataset.with_format("numpy")["row"][:]
+        assigned = partitioner._partition_id_to_indices
+        return [row[np.asarray(assigned[i], dtype=np.int64)] for i in range(population)]
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
         raise NotImplementedError
 
-    def _checked(self, part: Partition, population: int) -> Partition:
+    def _checked(self, part: Partition, n: int) -> Partition:
         sizes = np.diff(part.offsets)
-        if sizes.min() < self.least:
-            few = int((sizes < self.least).sum())
-            raise SettingsError(
-                f"partition {self._settings()}: {few} of {population} clients get fewer than {self.least} examples{self._advice()}"
-            )
+        if few := int((sizes < self.least).sum()):
+            raise self._error(f"{few} of {len(sizes)} clients get fewer than {self.least} examples; {self._advice()}")
+        assert np.bincount(part.order, minlength=n).max() == 1, f'partition "{self.name}" gives a row to two clients'
+        if self.complete and len(part.order) < n:
+            raise self._error(f"{n - len(part.order)} of {n} examples go to no client; raise the population")
         return part
 
-    def _settings(self) -> str:
+    def _error(self, what: str) -> SettingsError:
         given = ", ".join(f"{key} = {value}" for key, value in self.model_dump().items() if key != "name")
-        return f'"{self.name}"' + (f" ({given})" if given else "")
+        return SettingsError(f'partition "{self.name}"' + (f" ({given})" if given else "") + f": {what}")
 
     def _advice(self) -> str:
-        return "; lower the population"
+        return "lower the population"
 
 
 class Iid(_Settings):
@@ -113,6 +123,7 @@ class Dirichlet(_Settings):
     """Each class is spread over the clients by one draw of Dirichlet(alpha) (Yurochkin et al. 2019; Hsu et al. 2019)."""
 
     name: Literal["dirichlet"] = "dirichlet"
+    least: ClassVar[int] = 0  # min_size is the partitioner's own condition
     alpha: float = Field(0.3, gt=0, description="concentration; small = each client few classes, large = IID")
     min_size: int = Field(1, ge=0, description="examples that every client gets at least; 0 allows clients without data")
 
@@ -120,28 +131,32 @@ class Dirichlet(_Settings):
         from flwr_datasets.partitioner import DirichletPartitioner
 
         return DirichletPartitioner(
-            population, "label", self.alpha, min_partition_size=self.min_size, seed=seed_of(seed, "dirichlet") % 2**32
+            population, "label", self.alpha, min_partition_size=self.min_size, seed=seed_of(seed, "dirichlet")
         )
-
-    def _checked(self, part: Partition, population: int) -> Partition:
-        return part  # min_size is the partitioner's own condition
 
     def _advice(self) -> str:
         return (
-            f"; raise partition.alpha, lower the population, or lower partition.min_size = {self.min_size} (0 allows empty clients)"
+            f"in every draw some client gets fewer than {self.min_size} examples: raise partition.alpha, lower the population, "
+            "or lower partition.min_size (0 allows empty clients)"
         )
 
 
 class Shards(_Settings):
-    """Rows sorted by class are cut in shards, and every client gets as many (McMahan et al. 2017)."""
+    """Rows sorted by class are cut in shards of equal size, and every client gets as many (McMahan et al. 2017).
+
+    Rows that are left when n does not divide by the number of shards are with no client.
+    """
 
     name: Literal["shards"] = "shards"
-    per_client: int = Field(2, ge=1, description="shards a client")
+    complete: ClassVar[bool] = False
+    per_client: int = Field(2, ge=1, description="shards a client; 1 or 2 = few classes each, many = IID")
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
+        if (shards := population * self.per_client) > len(labels):
+            raise self._error(f"{population} clients need {shards} shards of {len(labels)} examples; {self._advice()}")
         from flwr_datasets.partitioner import ShardPartitioner
 
-        return ShardPartitioner(population, "label", num_shards_per_partition=self.per_client, seed=seed_of(seed, "shards") % 2**32)
+        return ShardPartitioner(population, "label", num_shards_per_partition=self.per_client, seed=seed_of(seed, "shards"))
 
 
 class Pathological(_Settings):
@@ -151,25 +166,20 @@ class Pathological(_Settings):
     classes: int = Field(2, ge=1, description="classes a client")
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
-        from flwr_datasets.partitioner import PathologicalPartitioner
-
         number = len(np.unique(labels))
         if self.classes > number:
             raise SettingsError(f"partition.classes = {self.classes}: the data has {number} classes; set at most that")
-        if population * self.classes < number:
-            raise SettingsError(
-                f"partition.classes = {self.classes} with {population} clients leaves some of {number} classes unused; raise either"
-            )
+        from flwr_datasets.partitioner import PathologicalPartitioner
+
+        # As in the paper (Li et al. 2022), client i has class i mod number and others by chance, so that from `number` clients
+        # on no class is left out. Its draws with rejection never end well when all classes are wanted.
+        mode: Any = "deterministic" if self.classes == number else "first-deterministic"
         return PathologicalPartitioner(
-            population,
-            "label",
-            self.classes,
-            class_assignment_mode="first-deterministic",
-            seed=seed_of(seed, "pathological") % 2**32,
+            population, "label", self.classes, class_assignment_mode=mode, seed=seed_of(seed, "pathological")
         )
 
     def _advice(self) -> str:
-        return "; lower the population or raise partition.classes"
+        return "lower the population or partition.classes"
 
 
 class SizeSkew(_Settings):
@@ -181,8 +191,9 @@ class SizeSkew(_Settings):
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
         from flwr_datasets.partitioner import SizePartitioner
 
-        share = np.exp(self.sigma * rng(seed, "sizes").standard_normal(population))
-        cuts = np.floor(np.cumsum(share) / share.sum() * (len(labels) - population) + 1e-9).astype(np.int64)
+        log_size = self.sigma * rng(seed, "sizes").standard_normal(population)
+        share = np.cumsum(np.exp(log_size - log_size.max()))
+        cuts = np.floor(share / share[-1] * (len(labels) - population)).astype(np.int64)
         return SizePartitioner([int(n) for n in 1 + np.diff(cuts, prepend=0)])  # one each, the rest by the law
 
 
@@ -191,30 +202,18 @@ class Natural(_Settings):
 
     name: Literal["natural"] = "natural"
 
-    def split(self, labels: np.ndarray, groups: np.ndarray | None, population: int | None, seed: int) -> Partition:
+    def _told_apart_by(self, labels: np.ndarray, groups: np.ndarray | None, population: int | None) -> tuple[np.ndarray, int]:
         if groups is None:
             raise SettingsError('partition.name = "natural": this data set names no clients; choose another partition')
-        number = len(np.unique(groups))
-        if population not in (None, number):
-            raise SettingsError(f"population = {population}: the data has {number} natural clients; leave population out")
-        import datasets
+        names, client = np.unique(groups, return_inverse=True)
+        if population not in (None, len(names)):
+            raise SettingsError(f"population = {population}: the data has {len(names)} natural clients; leave population out")
+        return client.astype(np.int64), len(names)
+
+    def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
         from flwr_datasets.partitioner import NaturalIdPartitioner
 
-        partitioner = NaturalIdPartitioner("client")
-        partitioner.dataset = datasets.Dataset.from_dict({"client": groups})
-        partitioner.load_partition(0)
-        rows = partitioner._partition_id_to_indices
-        flat = _flat([np.sort(np.asarray(rows[i], dtype=np.int64)) for i in range(number)])
-        return Partition(flat["order"], flat["offsets"])
+        return NaturalIdPartitioner("label")
 
 
 PartitionSettings = Annotated[Iid | Dirichlet | Shards | Pathological | SizeSkew | Natural, Field(discriminator="name")]
-
-
-def _flat(parts: list[np.ndarray]) -> dict[str, np.ndarray]:
-    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-    return {"order": np.concatenate(parts).astype(np.int64), "offsets": offsets}
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

@@ -6,7 +6,9 @@ import difflib
 import gzip
 import importlib.util
 import io
+import math
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from fedcore.rng import rng
 class Source(NamedTuple):
     """A data set as published: training and test rows."""
 
-    x_train: Tensor  # [n, C, H, W] float32
+    x_train: Tensor  # [n, C, H, W] float32, scaled as the loader says
     y_train: Tensor  # [n] int64
     x_test: Tensor
     y_test: Tensor
@@ -49,8 +51,8 @@ def digits(folder: Path | None = None) -> Source:
     file = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
     try:
         table = np.loadtxt(io.BytesIO(gzip.decompress(file.read_bytes())), delimiter=",", dtype=np.float32)
-    except OSError as e:
-        raise SettingsError(f"{file}: {e.strerror}; expected the digits that scikit-learn carries, install it again") from e
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        raise SettingsError(f"{file}: {e}; expected the digits that scikit-learn carries, install it again") from e
     x = torch.from_numpy(table[:, :64] / 16).view(-1, 1, 8, 8)
     y = torch.from_numpy(table[:, 64].astype(np.int64))
     order = rng(0, "digits").permutation(len(y))
@@ -78,6 +80,7 @@ def fashion_mnist(folder: Path | None = None) -> Source:
     for place in places:
         if _idx_file(place, IDX["x_train"]):
             arrays = {part: _read_idx(place, name) for part, name in IDX.items()}
+            _check_images(place, arrays)
             break
     else:
         if folder is not None:
@@ -87,7 +90,7 @@ def fashion_mnist(folder: Path | None = None) -> Source:
             "zalando-datasets/fashion_mnist",
             "image",
             "label",
-            f"no IDX files in {looked}; apt-get install dataset-fashion-mnist",
+            f"no IDX files in {looked}; apt-get install dataset-fashion-mnist, or set data_folder to a folder of them",
         )
     mean, deviation = 0.2860, 0.3530
     x = {
@@ -108,15 +111,28 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         raise SettingsError(f"{folder} has no {name} or {name}.gz: expected all of {', '.join(IDX.values())}")
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise SettingsError(f"{file} cannot be read ({e}): fetch it again") from e
-    dims = content[3] if len(content) > 4 and content[:3] == b"\x00\x00\x08" else 0
-    sizes = np.frombuffer(content, ">i4", dims, 4) if dims and len(content) >= 4 + 4 * dims else np.array([-1])
-    if len(content) - 4 - 4 * dims != np.prod(sizes, dtype=np.int64):
+    dims = int(name[name.index("idx") + 3])  # a file's name says how many dimensions it has
+    start = 4 + 4 * dims
+    if content[:4] != bytes([0, 0, 8, dims]) or len(content) < start:
+        raise SettingsError(f"{file} is no IDX file of {dims} dimensions: found {content[:4].hex()}, expected 0000080{dims}")
+    sizes = [int(size) for size in np.frombuffer(content, ">u4", dims, 4)]
+    if len(content) - start != math.prod(sizes):
         raise SettingsError(
-            f"{file} is no whole IDX file of bytes (found {len(content)} bytes, sizes {sizes.tolist()}): fetch it again"
+            f"{file}: found {len(content) - start} bytes, expected {math.prod(sizes)} for sizes {sizes}: fetch it again"
         )
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(sizes).copy()
+    return np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy()
+
+
+def _check_images(place: Path, arrays: dict[str, np.ndarray]) -> None:
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.shape != (len(y), 28, 28) or len(y) == 0 or y.max() > 9:
+            raise SettingsError(
+                f"{place}: found {part} images {x.shape} and {len(y)} labels up to {y.max(initial=0)}, expected as many 28x28 images "
+                "as labels, in 10 classes: are these files of one data set?"
+            )
 
 
 def cifar10(folder: Path | None = None) -> Source:
@@ -130,14 +146,14 @@ def cifar10(folder: Path | None = None) -> Source:
             arrays[f"x_{part}"], arrays[f"y_{part}"] = _read_parquet(found)
     elif folder is not None:
         raise SettingsError(
-            f"data_folder = {folder}: expected *train*.parquet and *test*.parquet there, with columns image and label"
+            f"data_folder = {folder}: expected *train*.parquet and *test*.parquet there, with columns image (or img) and label"
         )
     else:
         arrays = _from_hub("uoft-cs/cifar10", "img", "label", "set data_folder to a folder of its parquet files")
     mean = torch.tensor([0.4914, 0.4822, 0.4465])[:, None, None]
     deviation = torch.tensor([0.2470, 0.2435, 0.2616])[:, None, None]
     x = {
-        p: torch.from_numpy(arrays[p]).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(deviation).contiguous()
+        p: torch.from_numpy(arrays[p]).permute(0, 3, 1, 2).contiguous().float().div_(255).sub_(mean).div_(deviation)
         for p in ("x_train", "x_test")
     }
     y = {p: torch.from_numpy(arrays[p].astype(np.int64)) for p in ("y_train", "y_test")}
@@ -154,16 +170,24 @@ def _read_parquet(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
         from PIL import Image
 
         try:
-            table = pq.read_table(files, columns=["image", "label"]).to_pydict()
-            images = np.stack([np.asarray(Image.open(io.BytesIO(i["bytes"])).convert("RGB")) for i in table["image"]])
+            # The hub's own files say "img", most mirrors "image".
+            column = "img" if "img" in pq.read_schema(files[0]).names else "image"
+            table = pq.read_table(files, columns=[column, "label"]).to_pydict()
+            images = np.stack([np.asarray(Image.open(io.BytesIO(i["bytes"])).convert("RGB")) for i in table[column]])
+            if images.shape[1:] != (32, 32, 3):
+                raise ValueError(f"found images of {images.shape[1]}x{images.shape[2]} pixels, expected 32x32")
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as e:
-            raise SettingsError(f"{files[0]}: {e}; expected a parquet file with columns image {{bytes, path}} and label") from e
+            raise SettingsError(f"{files[0]}: {e}; expected parquet with columns image {{bytes, path}} and label") from e
         known = {"x": images, "y": np.array(table["label"])}
         cache.save(key, **known)
     return known["x"], known["y"]
 
 
 def _from_hub(name: str, image: str, label: str, otherwise: str) -> dict[str, np.ndarray]:
+    """Training and test rows as x_train, y_train, x_test, y_test, decoded once and kept in the cache."""
+    key = cache.key_of("hub", name)
+    if (known := cache.load(key)) is not None:
+        return known
     import datasets
 
     arrays: dict[str, np.ndarray] = {}
@@ -172,7 +196,8 @@ def _from_hub(name: str, image: str, label: str, otherwise: str) -> dict[str, np
             rows: Any = datasets.load_dataset(name, split=part).with_format("numpy")
             arrays[f"x_{part}"], arrays[f"y_{part}"] = np.stack(list(rows[image])), np.asarray(rows[label])
     except Exception as e:  # whatever the hub's client raises, the user needs to know the other ways
-        raise SettingsError(f"{name} could not be had from the hub ({type(e).__name__}): {otherwise}, or set data_folder") from e
+        raise SettingsError(f"{name} could not be had from the hub ({type(e).__name__}): {otherwise}") from e
+    cache.save(key, **arrays)
     return arrays
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +21,12 @@ class ResNet(BaseModel):
     depth: Literal[10, 18, 34] = Field(18, description="layers")
     width: int = Field(64, ge=2, multiple_of=2, description="channels of the first stage, doubled at each next")
     groups: int = Field(2, ge=1, description="groups of every GroupNorm; divides width")
+
+    @model_validator(mode="after")
+    def _divides(self) -> ResNet:
+        if self.width % self.groups:
+            raise ValueError(f"groups = {self.groups} must divide width = {self.width}")
+        return self
 
     def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
         channels, _, _ = image(input_shape, "resnet", 8)

@@ -1,0 +1,280 @@
+"""Trees, splits, random numbers, local training, server optimizers: the small parts, each against plain arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedcore
+from fedcore import trees
+from fedcore.errors import SettingsError, TooFewReports
+from fedcore.local import full_gradient, local_sgd
+from fedcore.participation import Bernoulli, Cyclic, Markov, Trace, Uniform, answering
+from fedcore.rng import rng, seed_of, torch_seed
+from fedcore.run_client import run_client
+from fedcore.split import merge, split
+from fedcore.state import ROWS, StateStore
+from fedcore.types import Batches, Model, Reports, Stateless
+
+
+def params(seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {"a.weight": torch.randn(3, 2, generator=g), "a.bias": torch.randn(3, generator=g), "b": torch.randn((), generator=g)}
+
+
+# Trees
+
+
+def test_flatten_names_every_leaf_and_unflatten_is_its_inverse() -> None:
+    tree = (Model(params()), {"x": torch.ones(2)})
+    flat = trees.flatten(tree)
+    assert list(flat)[:2] == ["0/params/a.weight", "0/params/a.bias"]
+    again = trees.unflatten(flat, tree)
+    assert all(torch.equal(x, y) for x, y in zip(trees.leaves(again), trees.leaves(tree), strict=True))
+    assert list(trees.flatten(torch.ones(1))) == [""]
+
+
+def reports(values: list[float], counts: list[float]) -> Reports:
+    return Reports(torch.arange(len(values)), Model({"w": torch.tensor(values)[:, None]}), torch.tensor(counts))
+
+
+@given(
+    st.lists(st.tuples(st.floats(-10, 10), st.integers(1, 50)), min_size=1, max_size=8),
+    st.integers(1, 8),
+)
+def test_the_weighted_mean_is_the_same_however_reports_are_grouped(pairs: list[tuple[float, int]], size: int) -> None:
+    values, counts = [v for v, _ in pairs], [float(n) for _, n in pairs]
+    groups = [reports(values[i : i + size], counts[i : i + size]) for i in range(0, len(values), size)]
+    found = trees.weighted_mean(groups).params["w"].item()
+    assert found == pytest.approx(np.average(values, weights=counts), abs=1e-4)
+    assert trees.uniform_mean(groups).params["w"].item() == pytest.approx(np.mean(values), abs=1e-4)
+
+
+def test_a_mean_over_nobody_is_refused() -> None:
+    with pytest.raises(TooFewReports):
+        trees.weighted_mean([])
+    with pytest.raises(TooFewReports):
+        trees.weighted_mean([reports([1.0], [0.0])])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_finite_finds_what_is_not(bad: float) -> None:
+    tree = {"a": torch.zeros(4, 3), "n": torch.ones(4, dtype=torch.int64)}
+    assert bool(trees.finite(tree))
+    tree["a"][2, 1] = bad
+    assert not bool(trees.finite(tree))
+    rows = trees.finite_rows(tree)
+    assert rows is not None
+    assert rows.tolist() == [True, True, False, True]
+    assert trees.finite_rows({"n": torch.ones(3, dtype=torch.int64)}) is None
+
+
+def test_axpy_takes_numbers_and_tensors() -> None:
+    a, b = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([10.0, 20.0])}
+    assert trees.axpy(-2.0, a, b)["w"].tolist() == [8.0, 16.0]
+    assert trees.axpy(torch.tensor(0.5), a, b)["w"].tolist() == [10.5, 21.0]
+
+
+# Split
+
+
+@given(st.sets(st.sampled_from(["a.weight", "a.bias", "b"])))
+def test_a_split_is_total_disjoint_and_undone_by_merge(personal: set[str]) -> None:
+    p = params()
+    shared, own = split(p, lambda name: name in personal)
+    assert set(own) == personal
+    assert shared.keys() | own.keys() == p.keys()
+    assert list(merge(shared, own, order=p)) == list(p)
+    if own:
+        with pytest.raises(ValueError, match="disjoint"):
+            merge(p, own)
+
+
+# Random numbers
+
+
+def test_generators_are_named_and_independent_of_the_global_one() -> None:
+    torch.manual_seed(1)
+    a = rng(0, "batches", 3, 7).random(4)
+    torch.manual_seed(2)
+    assert np.array_equal(a, rng(0, "batches", 3, 7).random(4))
+    others = [rng(1, "batches", 3, 7), rng(0, "noise", 3, 7), rng(0, "batches", 7, 3), rng(0, "batches", 3)]
+    assert all(not np.array_equal(a, other.random(4)) for other in others)
+    assert 0 <= seed_of(0, "x", 1) < 2**63
+
+
+def test_torch_seed_puts_the_global_generator_back() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with torch_seed(0, "init"):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    with torch_seed(0, "init"):
+        assert torch.equal(torch.rand(3), first)
+
+
+# Local training
+
+
+def quadratic(p: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (0.5 * (x @ p["w"] - y).square() * mask).sum() / mask.sum().clamp(min=1)
+
+
+def test_local_sgd_with_its_hooks_is_the_written_out_recursion() -> None:
+    g = np.random.default_rng(0)
+    x, y, w0, c = g.standard_normal((3, 4, 2)), g.standard_normal((3, 4)), g.standard_normal(2), g.standard_normal(2)
+    mask = np.ones((3, 4))
+    mask[1, 2:] = 0
+    mask[2] = 0
+    w = w0.copy()
+    losses = []
+    for k in (0, 1):
+        n = int(mask[k].sum())
+        r = x[k, :n] @ w - y[k, :n]
+        losses.append(0.5 * np.mean(r**2))
+        w = w - 0.1 * (x[k, :n].T @ r / n + c + 0.3 * (w - w0))
+    batches = Batches(*(torch.tensor(v, dtype=torch.float64) for v in (x, y, mask)))
+    done = local_sgd(quadratic, {"w": torch.tensor(w0)}, batches, 0.1, {"w": torch.tensor(c)}, prox=0.3)
+    assert done.params["w"].tolist() == pytest.approx(w.tolist(), abs=1e-12)
+    assert done.steps.item() == 2
+    assert done.loss.item() == pytest.approx(np.mean(losses))
+
+
+def test_the_full_gradient_weighs_every_example_the_same() -> None:
+    g = np.random.default_rng(1)
+    x, y, w = g.standard_normal((2, 3, 2)), g.standard_normal((2, 3)), g.standard_normal(2)
+    mask = np.array([[1.0, 1, 1], [1, 0, 0]])
+    rows, targets = np.concatenate([x[0], x[1, :1]]), np.concatenate([y[0], y[1, :1]])
+    batches = Batches(*(torch.tensor(v, dtype=torch.float64) for v in (x, y, mask)))
+    gradient, value = full_gradient(quadratic, {"w": torch.tensor(w)}, batches)
+    assert gradient["w"].tolist() == pytest.approx((rows.T @ (rows @ w - targets) / 4).tolist())
+    assert value.item() == pytest.approx(0.5 * np.mean((rows @ w - targets) ** 2))
+
+
+def test_a_client_whose_work_is_not_finite_keeps_its_old_state() -> None:
+    def fn(task, t, down, state, batches):  # type: ignore[no-untyped-def]
+        return {"w": torch.tensor([torch.nan])}, {"c": state["c"] + 1}
+
+    up, state = run_client(fn, None, torch.tensor(0.0), None, {"c": torch.tensor([4.0])}, None)  # type: ignore[arg-type]
+    assert torch.isnan(up["w"]).all()
+    assert state["c"].tolist() == [4.0]
+
+
+# Participation
+
+
+def no_counts() -> np.ndarray:
+    raise AssertionError("this process does not need labels")
+
+
+def test_uniform_cohorts_have_their_size_and_no_client_twice() -> None:
+    process = Uniform(cohort=7).process(30, 0, no_counts)
+    cohorts = [process.sample(t, {})[0] for t in range(400)]
+    assert all(len(set(c.tolist())) == 7 and c.tolist() == sorted(c.tolist()) for c in cohorts)
+    share = np.bincount(torch.cat(cohorts).numpy(), minlength=30) / 400
+    assert share.min() > 0.15
+    assert share.max() < 0.32  # 7/30 = 0.233, standard deviation 0.021
+
+
+def test_bernoulli_takes_each_client_at_its_own_rate() -> None:
+    p = (0.1, 0.5, 1.0)
+    process = Bernoulli(p=p).process(3, 0, no_counts)
+    taken = np.zeros(3)
+    for t in range(4000):
+        taken[process.sample(t, {})[0].numpy()] += 1
+    assert taken / 4000 == pytest.approx(p, abs=0.03)
+
+
+def test_markov_has_the_long_run_rate_and_the_memory_of_the_reference() -> None:
+    process = Markov(p=(0.1, 0.02, 1.0), q=0.05).process(3, 0, no_counts)
+    assert process.enter == pytest.approx([0.05, 1 / 49, 0.05])  # type: ignore[attr-defined]
+    assert process.leave == pytest.approx([0.45, 1.0, 0.0])  # type: ignore[attr-defined]
+    state, seen = process.start(), np.zeros((20000, 3))
+    for t in range(20000):
+        cohort, state = process.sample(t, state)
+        seen[t, cohort.numpy()] = 1
+    assert seen.mean(0) == pytest.approx([0.1, 0.02, 1.0], abs=0.02)
+    centred = seen[:, 0] - seen[:, 0].mean()
+    assert (centred[1:] * centred[:-1]).mean() / centred.var() == pytest.approx(1 - 0.05 - 0.45, abs=0.05)
+
+
+def test_cyclic_clients_come_in_one_block_a_cycle() -> None:
+    process = Cyclic(p=(0.1, 0.5), cycle=20).process(2, 0, no_counts)
+    seen = np.zeros((200, 2), dtype=int)
+    for t in range(200):
+        seen[t, process.sample(t, {})[0].numpy()] = 1
+    for client, active in ((0, 2), (1, 10)):
+        first = int(seen[:, client].argmax())
+        assert all(seen[s : s + 20, client].sum() == active for s in range(first, 180))
+
+
+def test_rates_follow_the_class_mix_as_in_fedau() -> None:
+    counts = np.eye(4, dtype=int) * 5  # client n holds class n alone
+    rates = Bernoulli(mean=0.1, alpha=0.1, floor=0.0).rates(4, 3, lambda: counts)
+    assert rates.mean() == pytest.approx(0.1) or rates.max() == 1.0  # class-balanced: the mean is `mean`, unless clipped
+    assert Bernoulli(mean=0.1, alpha=0.1, floor=0.02).rates(4, 3, lambda: counts).min() >= 0.02
+
+
+def test_dropout_takes_its_share_and_is_the_same_each_time() -> None:
+    cohort = torch.arange(5000)
+    left = answering(cohort, 0.3, 0, 4)
+    assert len(left) / 5000 == pytest.approx(0.7, abs=0.03)
+    assert torch.equal(left, answering(cohort, 0.3, 0, 4))
+    assert not torch.equal(left, answering(cohort, 0.3, 0, 5))
+
+
+def test_a_trace_is_read_line_by_line(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "trace"
+    file.write_text("2 0\n\n1\n")
+    process = Trace(file=file).process(3, 0, no_counts)
+    assert [process.sample(t, {})[0].tolist() for t in range(3)] == [[0, 2], [], [1]]
+    with pytest.raises(SettingsError, match="3 lines"):
+        process.check(4)
+    file.write_text("0 9\n")
+    with pytest.raises(SettingsError, match="line 1"):
+        Trace(file=file).process(3, 0, no_counts)
+    with pytest.raises(SettingsError, match="No such file"):
+        Trace(file=tmp_path / "none").process(3, 0, no_counts)
+
+
+# Client state
+
+
+def test_state_is_kept_by_commit_and_forgotten_by_rollback(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    store = StateStore({"c": torch.zeros(2)}, 10**6, lambda: tmp_path)
+    store.put([5], {"c": torch.ones(1, 2)})
+    assert store.get(5)["c"].tolist() == [1, 1]
+    store.rollback()
+    assert store.get(5)["c"].tolist() == [0, 0]
+    store.put([5, 9], {"c": torch.tensor([[1.0, 2], [3, 4]])})
+    store.commit()
+    assert store.gather([9, 7, 5])["c"].tolist() == [[3, 4], [0, 0], [1, 2]]
+
+
+@pytest.mark.parametrize("ram", [10**9, 0], ids=["memory", "mapped files"])
+def test_a_store_is_the_same_in_memory_and_in_files_and_after_a_checkpoint(ram: int, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    initial = {"c": torch.zeros(3), "n": torch.zeros((), dtype=torch.int64)}
+    store = StateStore(initial, ram, lambda: tmp_path)
+    clients = rng(0, "ids").permutation(1000)[: 3 * ROWS + 5].tolist()
+    for i in clients:
+        store.put([i], {"c": torch.full((1, 3), float(i)), "n": torch.tensor([i])})
+    store.commit()
+    assert (len(list(tmp_path.iterdir())) > 0) == (ram == 0)
+    saved = dict(store.save_blocks(store.changed))
+    other = StateStore(initial, 10**9, lambda: tmp_path)
+    other.load(list(store.row_of), saved.__getitem__)
+    for s in (store, other):
+        assert s.gather(clients)["n"].tolist() == clients
+        assert s.get(1001)["n"].item() == 0
+    assert StateStore(Stateless(), ram, lambda: tmp_path).stateless
+
+
+def test_the_version_is_the_one_in_pyproject() -> None:
+    import tomllib
+    from pathlib import Path
+
+    assert tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"] == fedcore.__version__

@@ -6,73 +6,70 @@ A node hosts the logical clients i with i mod (number of nodes) = its partition 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedcore import trees, wire
 from fedcore.config import Experiment
-from fedcore.engines.base import Work, failure, one_thread
+from fedcore.engines.base import Work, device_for, failure, one_thread
+from fedcore.errors import RunError
 from fedcore.method import data_of
 from fedcore.tasks import build_task
 
 app = ClientApp()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def work_of(preset: str, overrides: str) -> Work:
     """Task and method, built once a process."""
-    experiment = Experiment.load(preset, overrides.split())
-    return Work(build_task(experiment), experiment.build_method(), experiment.local, experiment.seed)
+    e = Experiment.load(preset, overrides.split())
+    return Work(build_task(e).to(device_for(e.engine)), e.build_method(), e.local, e.seed)
 
 
 @app.query()
 def whoami(message: Message, context: Context) -> Message:
     """Which clients this node hosts."""
-    about = {key: int(context.node_config[key]) for key in ("partition-id", "num-partitions")}
-    return Message(RecordDict({"node": ConfigRecord(dict(about))}), reply_to=message)
+    me = {key: context.node_config[key] for key in ("partition-id", "num-partitions") if key in context.node_config}
+    return Message(RecordDict({"node": ConfigRecord(me)}), reply_to=message)  # type: ignore[arg-type]
 
 
 @app.train()
 def run(message: Message, context: Context) -> Message:
     """Run the named client function for some of this node's clients, and answer with what each sends."""
-    work = work_of(str(context.run_config["preset"]), str(context.run_config["set"]))
-    ask = message.content["work"]
-    assert isinstance(ask, ConfigRecord)
-    name, t = str(ask["function"]), int(ask["t"])  # type: ignore[arg-type]
-    fn = getattr(work.method, name)
-    data = data_of(fn)  # refuses a function that is not for clients
-    down_type, _ = wire.schemas(fn)
-    down = wire.decode(_arrays(message.content, "down"), down_type)
-    initial = work.method.init_client(work.task.init_params())
-    content = RecordDict()
-    done, counts, failed, reasons = [], [], [], []
-    for client in [int(i) for i in ask["clients"]]:  # type: ignore[union-attr]
+    ask: Any = message.content["work"]
+    clients, t = [int(client) for client in ask["clients"]], int(ask["t"])
+    content, counts, failed = RecordDict(), dict[int, int](), dict[int, str]()
+    try:
+        work = work_of(str(context.run_config["preset"]), str(context.run_config["set"]))
+        fn: Any = getattr(work.method, str(ask["function"]), None)
+        if not hasattr(fn, "client_data"):
+            raise RunError(f'{type(work.method).__module__} has no client function "{ask["function"]}"')
+        down = trees.to(wire.decode(_arrays(message.content, "down"), wire.schemas(fn)[0]), work.task.device)
+        initial = work.method.init_client(work.task.init_params())
+    except Exception as e:  # answered, not raised: Flower would send a traceback instead of the reason
+        failed.update(failure(clients, e).failed)
+        clients = []
+    for client in clients:
         key = f"state-{client}"
-        state = trees.unflatten(wire.flat(_arrays(context.state, key)), initial) if key in context.state else initial
         try:
+            state = wire.decode(_arrays(context.state, key), type(initial), initial) if key in context.state else initial
             with one_thread():
-                up, state = work.one(fn, client, down, state, t)
+                up, state = work.one(fn, client, down, trees.to(state, work.task.device), t)
+            content[f"up-{client}"] = wire.encode(up)
+            if trees.leaves(state) and data_of(fn) != "test":  # evaluation leaves no trace
+                context.state[key] = wire.encode(state)
+            counts[client] = int(work.num_examples(fn, [client]))
         except Exception as e:  # one client fails, the node's others do not
-            failed.append(client)
-            reasons.append(failure([client], e).failed[client])
-            continue
-        content[f"up-{client}"] = wire.encode(up)
-        done.append(client)
-        counts.append(int(work.num_examples(fn, [client])))
-        if trees.leaves(state) and data == "train":
-            context.state[key] = wire.encode(state)
-    about = {"t": t, "clients": done, "num-examples": counts, "failed": failed, "reasons": reasons}
+            failed.update(failure([client], e).failed)
+    about = {"t": t, "clients": [*counts], "num-examples": [*counts.values()], "failed": [*failed], "reasons": [*failed.values()]}
     content["about"] = ConfigRecord(about)  # type: ignore[arg-type]
     return Message(content, reply_to=message)
 
 
 def _arrays(records: RecordDict, key: str) -> ArrayRecord:
-    record = records[key]
+    record = records.get(key)
     if not isinstance(record, ArrayRecord):
-        raise wire.WireError(f'"{key}" holds no arrays')
+        raise wire.WireError(f'no arrays under "{key}"')
     return record
-
-
-torch.set_num_threads(1)  # nodes share the machine; client work is on one thread in any case

@@ -27,7 +27,7 @@ def key_of(kind: str, facts: Any) -> str:
 def load(key: str) -> dict[str, np.ndarray] | None:
     """The arrays saved under this key; None when there are none, or the file is damaged."""
     try:
-        with np.load(cache_dir() / f"{key}.npz", allow_pickle=False) as arrays:
+        with (cache_dir() / f"{key}.npz").open("rb") as f, np.load(f, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception:  # a damaged file can raise nearly anything in zipfile and numpy
         return None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
 from fedcore import method as methods
 from fedcore.data.federated import LocalSettings
@@ -83,6 +83,13 @@ class Experiment(_Section):
             raise ValueError('expected the name of a method, e.g. method.name = "fedavg"')
         return methods.settings_of(methods.load(value["name"])).model_validate(dict(value))
 
+    @field_validator("model", "partition", "participation", mode="before")
+    @classmethod
+    def _named(cls, value: Any, info: ValidationInfo) -> Any:
+        """A section without a name is of the default kind."""
+        default = cls.model_fields[str(info.field_name)].default
+        return {"name": default.name, **value} if isinstance(value, Mapping) else value
+
     def build_method(self) -> Method[Any]:
         return methods.load(self.method.name)(self.method)
 
@@ -110,7 +117,7 @@ class Experiment(_Section):
         try:
             return cls.model_validate(merged)
         except ValidationError as e:
-            raise SettingsError(explain(e, cls, source)) from e
+            raise SettingsError(explain(e, cls, source, merged)) from e
 
 
 def read_preset(preset: str | Path) -> dict[str, Any]:
@@ -163,12 +170,14 @@ def _without_none(values: Any) -> Any:
     return values
 
 
-def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+def explain(error: ValidationError, model: type[BaseModel], source: str, values: Mapping[str, Any]) -> str:
     """One line a fault: the key as the user typed it, what was found, what was expected."""
-    return "\n".join(_explain_one(dict(fault), model, source) for fault in error.errors())
+    method = values.get("method", {})
+    settings = methods.settings_of(methods.load(method["name"])) if isinstance(method, Mapping) and "name" in method else None
+    return "\n".join(_explain_one(dict(fault), model, source, settings) for fault in error.errors())
 
 
-def _explain_one(fault: dict[str, Any], model: type[BaseModel], source: str) -> str:
+def _explain_one(fault: dict[str, Any], model: type[BaseModel], source: str, method: type[BaseModel] | None) -> str:
     section, path = model, []
     choices: list[type[BaseModel]] = []
     for part in fault["loc"]:
@@ -179,11 +188,10 @@ def _explain_one(fault: dict[str, Any], model: type[BaseModel], source: str) -> 
         field = section.model_fields.get(str(part)) if section else None
         choices = _models_in(field.annotation) if field else []
         if len(choices) == 1:
-            section = choices[0]
+            section = method if path == ["method"] and method else choices[0]
     key = ".".join(path)
     if fault["type"] == "extra_forbidden":
-        known = [] if path[:-1] == ["method"] else list(section.model_fields)
-        return f"{source}: unknown key {key}{_near(path[-1], known, path[:-1])}"
+        return f"{source}: unknown key {key}{_near(path[-1], list(section.model_fields), path[:-1])}"
     if fault["type"] == "missing":
         return f"{source}: {key} is missing{_described(section, path[-1])}"
     if fault["type"] == "union_tag_invalid":

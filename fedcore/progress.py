@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine
@@ -83,7 +82,7 @@ def show_result(result: Result, report: Path | None) -> None:
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.2%}"
 
-    final, rows = result.final, Table(show_header=False, box=None, pad_edge=False)
+    final = result.final
     clients = final["client_accuracy"] or {}
     facts: dict[str, Any] = {
         "method": f"{result.method}, {result.engine} engine, seed {result.seed}",
@@ -101,5 +100,4 @@ def show_result(result: Result, report: Path | None) -> None:
     if final["test_accuracy"] is None:
         del facts["test accuracy"], facts["accuracy per client"]
     for name, value in facts.items():
-        rows.add_row(name, str(value))
-    Console(soft_wrap=True, highlight=False).print(rows)
+        print(f"{name:<21}{value}")

@@ -6,133 +6,206 @@ node id. Whatever a reply holds that it should not is left out, counted and name
 
 from __future__ import annotations
 
-import math
+import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedcore import trees, wire
-from fedcore.engines.base import Work, failure
+from fedcore.engines.base import Work, failure, one_thread
 from fedcore.errors import RunError
 from fedcore.run_client import run_client
 from fedcore.state import StateStore
 from fedcore.types import Batches, ClientFunction, Reports, Tree
 
-POLL = 0.05  # seconds between looks for replies; Flower's own loop sleeps 3
-WAIT = 120.0  # seconds for all nodes to be there at the start
+log = logging.getLogger("fedcore")
 
-Answer = tuple[Tree, float] | str
+POLL = 0.05  # seconds between looks for replies; Flower's own loop sleeps 3
+WAIT = 120.0  # seconds for the nodes to be there at the start
+
+MISSING = "no update: the node's answer holds none for this client"
+
+Answer = tuple[Tree, int] | str
 """(up, number of examples) of one client, or why there is none."""
 
 
 class GridEngine:
-    """Clients on Flower nodes; they keep their state themselves."""
+    """Clients on Flower nodes; they keep their state themselves.
+
+    With P nodes, the node of partition p hosts the clients i with i mod P = p: one each where there are as many nodes as clients.
+    """
 
     def __init__(self, grid: Grid, work: Work, timeout: float) -> None:
         """`timeout` in seconds: a round goes on without the clients that have not answered by then."""
         self.grid, self.work, self.timeout = grid, work, timeout
         self.states: StateStore | None = None
         self.choices: dict[str, Any] = {}
-        self._nodes: list[int] = []  # node id by partition id
+        self._partitions = 0  # P, as the nodes say
+        self._nodes: dict[int, int] = {}  # node id by partition id, of the nodes that are online
+        self._met: set[int] = set()  # nodes that were asked who they are
+        self._questions: dict[str, int] = {}  # message id to node, of those that have not said
         self._expected: dict[str, Tree] = {}
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
-        name = fn.__name__
-        if not self._nodes:
-            self._nodes = self._find_nodes()
+        """Raises RunError when no node is there at the start."""
+        self._meet(wait=not self._nodes)
         _, schema = wire.schemas(fn)
         like = self._shape_of(fn, down, t)
+        todo, answers, heard = clients.tolist(), dict[int, Answer](), set[int]()
         hosted: dict[int, list[int]] = {}
-        for client in clients.tolist():
-            hosted.setdefault(self._nodes[client % len(self._nodes)], []).append(client)
-        record = wire.encode(down)
-        messages = [
-            Message(
-                RecordDict({"down": record, "work": ConfigRecord({"function": name, "t": t, "clients": ids})}),
-                dst_node_id=node,
-                message_type="train",
-                ttl=self.timeout,
-            )
-            for node, ids in hosted.items()
-        ]
-        answers: dict[int, Answer] = {}
-        todo = clients.tolist()
-        for reply in self._replies(messages):
-            for client, answer in self._read(reply, hosted, schema, like, t).items():
-                answers.setdefault(client, answer)
-            while todo and todo[0] in answers:  # in ascending order, each as soon as it and all before it are there
-                yield self._report(todo[0], answers.pop(todo[0]))
-                todo.pop(0)
         for client in todo:
-            yield self._report(client, answers.get(client, f"timeout: no answer within {self.timeout:g} s"))
+            partition = client % self._partitions
+            if partition in self._nodes:
+                hosted.setdefault(self._nodes[partition], []).append(client)
+            else:
+                answers[client] = f"disconnected: the Flower node of partition {partition} of {self._partitions} is not there"
+        record = wire.encode(down)
+        contents = {
+            node: RecordDict({"down": record, "work": ConfigRecord({"function": fn.__name__, "t": t, "clients": ids})})
+            for node, ids in hosted.items()
+        }
+        for node, reply in self._ask(contents):
+            if node in heard:
+                yield failure(hosted[node], f"answered twice: of the answers in round {t + 1} the first counts")
+                continue
+            heard.add(node)
+            found, complaints = self._read(reply, hosted[node], schema, like, t)
+            answers |= found
+            for client, complaint in complaints.items():
+                yield failure([client], complaint)
+            while todo and todo[0] in answers:  # in ascending order, each as soon as it and all before it are there
+                client = todo.pop(0)
+                yield self._report(client, answers.pop(client))
+        for client in todo:
+            yield self._report(client, answers[client])
 
     def _report(self, client: int, answer: Answer) -> Reports:
         if isinstance(answer, str):
             return failure([client], answer)
         up, count = answer
-        return Reports(torch.tensor([client]), trees.map(lambda x: x[None], up), torch.tensor([count]))
+        return Reports(torch.tensor([client]), trees.map(lambda x: x[None], up), torch.tensor([float(count)]))
 
-    def _replies(self, messages: list[Message]) -> Iterator[Message]:
-        """Replies as they come, until all are there or the time is up."""
-        waiting = set(self.grid.push_messages(messages))
+    def _ask(self, contents: dict[int, RecordDict]) -> Iterator[tuple[int, Message | str]]:
+        """(node, reply) as they come, and (node, why there is none) for the others; every node at least once."""
+        node_of = self._push(contents, "train", self.timeout)
+        for node in contents.keys() - node_of.values():
+            yield node, "disconnected: Flower has no such node any more"
+        waiting = set(node_of)
+        # The messages expire just before; the last look after that makes Flower forget them, and refuse what comes later.
         deadline = time.monotonic() + self.timeout
-        while waiting and time.monotonic() < deadline:
-            replies: Iterable[Message] = self.grid.pull_messages(waiting)
-            for reply in replies:
-                waiting.discard(reply.metadata.reply_to_message_id)
-                yield reply
+        while waiting:
+            late = time.monotonic() > deadline
+            for message, reply in self._pull(waiting):
+                waiting.discard(message)
+                yield node_of[message], reply
+            if late:
+                break
             if waiting:
                 time.sleep(POLL)
+        for message in waiting:
+            yield node_of[message], _too_late(self.timeout)
 
-    def _read(self, reply: Message, hosted: dict[int, list[int]], schema: Any, like: Tree, t: int) -> dict[int, Answer]:
-        """What one node says of its clients, checked: nothing in it is trusted."""
-        asked = hosted.get(reply.metadata.src_node_id, [])
+    def _push(self, contents: dict[int, RecordDict], kind: str, ttl: float) -> dict[str, int]:
+        """Node by message id, without the nodes that Flower could not send to."""
+        messages = {node: Message(r, dst_node_id=node, message_type=kind, ttl=ttl) for node, r in contents.items()}
+        sent = set(self.grid.push_messages(list(messages.values())))
+        return {m.metadata.message_id: node for node, m in messages.items() if m.metadata.message_id in sent}
+
+    def _pull(self, waiting: set[str]) -> Iterator[tuple[str, Message]]:
+        asked = set(waiting)
+        for reply in self.grid.pull_messages(list(asked)):
+            if reply.metadata.reply_to_message_id in asked:
+                yield reply.metadata.reply_to_message_id, reply
+
+    def _read(
+        self, reply: Message | str, asked: list[int], schema: Any, like: Tree, t: int
+    ) -> tuple[dict[int, Answer], dict[int, str]]:
+        """What one node says of its clients, an answer for each that was asked; and complaints, for what it says beyond that.
+
+        Nothing in a reply is trusted.
+        """
+        if isinstance(reply, str):
+            return dict.fromkeys(asked, reply), {}
         if reply.has_error():
-            return dict.fromkeys(asked, f"error: {_one_line(reply.error.reason)}")
+            return dict.fromkeys(asked, _reason(reply.error, self.timeout)), {}
         about = reply.content.get("about")
-        if not isinstance(about, ConfigRecord) or about.get("t") != t:
-            return dict.fromkeys(asked, f"wrong round: expected an answer for round {t + 1}")
+        if not isinstance(about, ConfigRecord):
+            return dict.fromkeys(asked, 'bad message: no record "about" in the answer'), {}
+        if about.get("t") != t:
+            return dict.fromkeys(asked, f"wrong round: an answer for t = {about.get('t')!r}, expected {t}"), {}
         answers: dict[int, Answer] = {}
-        counts = dict(zip(_list(about, "clients"), _list(about, "num-examples"), strict=False))
-        for client, reason in zip(_list(about, "failed"), _list(about, "reasons"), strict=False):
-            answers[client] = str(reason)
-        for client in asked:
-            record, count = reply.content.get(f"up-{client}"), counts.get(client)
-            if not isinstance(record, ArrayRecord):
-                answers.setdefault(client, "no update: the node's answer holds none for this client")
-            elif not isinstance(count, int | float) or isinstance(count, bool) or not (0 <= count < math.inf):
-                answers[client] = f"bad count: {count!r} examples, expected a number from 0 on"
-            else:
-                try:
-                    answers[client] = (wire.decode(record, schema, like), float(count))
-                except wire.WireError as e:
-                    where = type(self.work.method).__module__
-                    answers[client] = f"bad message: it sent {e}: is it running another version of {where}?"
-        return {client: answer for client, answer in answers.items() if client in asked}
+        complaints: dict[int, str] = {}
+        failed = zip(_list(about, "failed"), _list(about, "reasons"), strict=False)
+        counts = zip(_list(about, "clients"), _list(about, "num-examples"), strict=False)
+        allowed = set(asked)
+        for client, said, count in [*((c, r, None) for c, r in failed), *((c, None, n) for c, n in counts)]:
+            if client in answers:
+                complaints[client] = f"answered twice: of the answers in round {t + 1} the first counts"
+            elif client in allowed:
+                error = None if said is None else f"error: {_one_line(str(said)).removeprefix('error: ')}"
+                answers[client] = error or self._update(reply.content.get(f"up-{client}"), count, schema, like)
+            elif not complaints.keys() - allowed:  # one complaint says enough
+                complaints[client] = f"unknown client: a node answered for client {client!r}, which it was not asked for"
+        return dict.fromkeys(asked, MISSING) | answers, complaints
 
-    def _find_nodes(self) -> list[int]:
-        """Node ids in order of partition id. Raises RunError when they do not all come."""
+    def _update(self, record: Any, count: Any, schema: Any, like: Tree) -> Answer:
+        if not isinstance(record, ArrayRecord):
+            return MISSING
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            return f"bad count: {count!r} examples, expected a whole number from 0 on"
+        try:
+            return wire.decode(record, schema, like), count
+        except wire.WireError as e:
+            where = type(self.work.method).__module__.replace(".", "/")
+            return f"bad message: it sent {e}: is it running another version of {where}.py?"
+
+    def _meet(self, wait: bool) -> None:
+        """Ask nodes that are new who they are. With `wait`, until all partitions are there; else what is heard now is enough."""
         deadline = time.monotonic() + WAIT
-        found: dict[int, int] = {}
-        total = 0
-        while time.monotonic() < deadline:
-            new = [node for node in self.grid.get_node_ids() if node not in found.values()]
-            for reply in self._replies([Message(RecordDict(), dst_node_id=node, message_type="query") for node in new]):
-                if reply.has_error():
-                    raise RunError(f"a Flower node cannot start: {_one_line(reply.error.reason)}")
-                node = reply.content["node"]
-                assert isinstance(node, ConfigRecord)
-                found[int(str(node["partition-id"]))] = reply.metadata.src_node_id
-                total = int(str(node["num-partitions"]))
-            if total and len(found) == total:
-                return [found[i] for i in range(total)]
+        trouble = "none is registered"
+        while True:
+            online = set(self.grid.get_node_ids())
+            new = online - self._met
+            self._met = online  # a node that goes and comes back is asked again
+            self._questions |= self._push({node: RecordDict() for node in new}, "query", WAIT)
+            for message, reply in self._pull(set(self._questions)) if self._questions else ():
+                trouble = self._introduce(self._questions.pop(message, 0), reply) or trouble
+            self._nodes = {partition: node for partition, node in self._nodes.items() if node in online}
+            complete = len(self._nodes) == self._partitions > 0
+            hopeless = not self._questions and online and not self._nodes  # all have answered, and none can take part
+            if complete or hopeless or not wait or time.monotonic() > deadline:
+                break
             time.sleep(POLL)
-        raise RunError(f"{len(found)} of {total or 'all'} Flower nodes answered within {WAIT:g} s: are they running the same app?")
+        if not self._partitions:
+            raise RunError(f"no Flower node can take part: {trouble}")
+        if wait and not complete:
+            log.warning("%d of %d Flower nodes are there after %g s; going on with them", len(self._nodes), self._partitions, WAIT)
+
+    def _introduce(self, node: int, reply: Message) -> str | None:
+        """Enter a node under its partition; or why it cannot be, which is logged."""
+        me = None if reply.has_error() else reply.content.get("node")
+        partition, total = (me.get("partition-id"), me.get("num-partitions")) if isinstance(me, ConfigRecord) else (None, None)
+        trouble = None
+        if reply.has_error():
+            trouble = _reason(reply.error, WAIT)
+        elif not isinstance(partition, int) or not isinstance(total, int) or not 0 <= partition < total:
+            trouble = f"a node says that it is partition {partition!r} of {total!r}: give it partition-id and num-partitions"
+        elif self._partitions not in (0, total):
+            trouble = f"a node says that it is one of {total} partitions, others say {self._partitions}"
+        else:
+            self._partitions = total
+            if self._nodes.get(partition, node) != node:
+                log.warning("two Flower nodes say that they are partition %d; the one that came last is asked", partition)
+            self._nodes[partition] = node
+        if trouble:
+            log.warning("Flower node %d is left out: %s", node, trouble)
+        return trouble
 
     def _shape_of(self, fn: ClientFunction, down: Tree, t: int) -> Tree:
         """What a client sends, by running one on a single example: shapes and types that replies must have."""
@@ -141,7 +214,8 @@ class GridEngine:
             data, task = self.work.task.data, self.work.task
             one = Batches(data.x[:1][None], data.y[:1][None], torch.ones(1, 1, device=task.device))
             state = self.work.method.init_client(task.init_params())
-            self._expected[name], _ = run_client(fn, task, torch.tensor(float(t)), down, state, one)
+            with one_thread():
+                self._expected[name], _ = run_client(fn, task, torch.tensor(float(t)), down, state, one)
         return self._expected[name]
 
     def describe(self) -> str:
@@ -156,5 +230,18 @@ def _list(record: ConfigRecord, key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _reason(error: Error, timeout: float) -> str:
+    if error.code in (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE):
+        return _too_late(timeout)
+    if error.code == ErrorCode.NODE_UNAVAILABLE:
+        return "disconnected: the Flower node went offline"
+    return f"error: {_one_line(error.reason)}"
+
+
+def _too_late(timeout: float) -> str:
+    return f"timeout: no answer within {timeout:g} s"
+
+
 def _one_line(text: str | None) -> str:
-    return " ".join((text or "unknown").split())[:300]
+    """A reason fit for a log. Ray gives a whole traceback, at the end of which is what the client said."""
+    return " ".join((text or "unknown").rpartition("Message: ")[2].rstrip(">'").split())[:300]

@@ -29,7 +29,7 @@ class Partition(NamedTuple):
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     least: ClassVar[int] = 1  # examples that every client must get
@@ -80,7 +80,7 @@ class _Settings(BaseModel):
                 warnings.showwarning = too_late
                 partitioner.load_partition(0)
         except ValueError as e:
-            why = str(e).strip().splitlines()[0].rstrip(".")
+            why = str(e).split(". ")[0]
             raise self._error(f"{len(labels)} examples over {population} clients: {why}; {self._advice()}") from e
         # The whole assignment at once, since load_partition copies client by client. It counts rows of the partitioner's
         # own dataset, which the shard partitioner has sorted: hence the column of row numbers.
@@ -193,7 +193,7 @@ class SizeSkew(_Settings):
 
         log_size = self.sigma * rng(seed, "sizes").standard_normal(population)
         share = np.cumsum(np.exp(log_size - log_size.max()))
-        cuts = np.floor(share / share[-1] * (len(labels) - population)).astype(np.int64)
+        cuts = np.floor(share / share[-1] * (len(labels) - population) + 1e-9).astype(np.int64)  # 1e-9: 3 may come as 2.99...
         return SizePartitioner([int(n) for n in 1 + np.diff(cuts, prepend=0)])  # one each, the rest by the law
 
 

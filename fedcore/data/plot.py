@@ -16,7 +16,8 @@ def partition_figure(counts: np.ndarray, title: str) -> Figure:
     population, classes = counts.shape
     sizes = counts.sum(1)
     shares = counts / np.maximum(sizes[:, None], 1)
-    ordered = shares[np.lexsort((-shares.max(1), shares.argmax(1)))]
+    main = np.where(sizes > 0, shares.argmax(1), classes)  # clients without examples come last
+    ordered = shares[np.lexsort((-shares.max(1), main))]
     groups = np.array_split(ordered, min(population, COLUMNS))
     columns = np.array([group.mean(0) for group in groups])
     figure = Figure(figsize=(9, 5), layout="constrained")

@@ -130,8 +130,8 @@ def _check_images(place: Path, arrays: dict[str, np.ndarray]) -> None:
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.shape != (len(y), 28, 28) or len(y) == 0 or y.max() > 9:
             raise SettingsError(
-                f"{place}: found {part} images {x.shape} and {len(y)} labels up to {y.max(initial=0)}, expected as many 28x28 images "
-                "as labels, in 10 classes: are these files of one data set?"
+                f"{place}: found {part} images {x.shape} and {len(y)} labels up to {y.max(initial=0)}, expected as many 28x28 "
+                "images as labels, in 10 classes: are these files of one data set?"
             )
 
 
@@ -171,7 +171,10 @@ def _read_parquet(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
 
         try:
             # The hub's own files say "img", most mirrors "image".
-            column = "img" if "img" in pq.read_schema(files[0]).names else "image"
+            names = pq.read_schema(files[0]).names
+            column = "img" if "img" in names else "image"
+            if not {column, "label"} <= set(names):
+                raise ValueError(f"found columns {', '.join(names)}")
             table = pq.read_table(files, columns=[column, "label"]).to_pydict()
             images = np.stack([np.asarray(Image.open(io.BytesIO(i["bytes"])).convert("RGB")) for i in table[column]])
             if images.shape[1:] != (32, 32, 3):

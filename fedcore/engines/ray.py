@@ -86,9 +86,12 @@ class Ray:
                 f"engine.gpus_per_worker = {self.gpus}: Ray sees {resources.get('GPU', 0):g} GPUs, too few for one worker"
             )
         self._work = ray.put(self.work)  # held here, so that a worker that is started again finds it
-        # Client work is pure, so a worker that dies is started again and its piece repeated.
-        actor = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=3, max_task_retries=3)(Worker)
-        self._actors = [actor.remote([self._work], self.device.type) for _ in range(workers)]
+        self._actors = [self._actor() for _ in range(workers)]
+
+    def _actor(self) -> Any:
+        import ray
+
+        return ray.remote(num_cpus=1, num_gpus=self.gpus)(Worker).remote([self._work], self.device.type)
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         if not self._actors:
@@ -101,6 +104,7 @@ class Ray:
         sent = ray.put(trees.to(down, torch.device("cpu")))
         todo, running = list(reversed(pieces)), {}
         answers: dict[int, Answer] = {}
+        again: set[int] = set()  # clients whose worker died once
 
         def next_piece(actor: Any) -> None:
             if todo:
@@ -114,12 +118,19 @@ class Ray:
             while client not in answers:
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 actor, piece = running.pop(done)
-                next_piece(actor)
                 try:
                     answers.update(zip(piece, ray.get(done), strict=True))
                 except ray.exceptions.RayError as e:
-                    reason = str(e).strip().splitlines()[0]
-                    answers.update(dict.fromkeys(piece, f"error: the worker died: {reason}"))
+                    self._actors.remove(actor)
+                    actor = self._actor()
+                    self._actors.append(actor)
+                    if again.isdisjoint(piece):  # client work is pure: it can simply be done again
+                        again.update(piece)
+                        todo.append(piece)
+                    else:
+                        reason = str(e).strip().splitlines()[0]
+                        answers.update(dict.fromkeys(piece, f"error: the worker died: {reason}"))
+                next_piece(actor)
             answer = answers.pop(client)
             if isinstance(answer, str):
                 yield failure([client], answer)

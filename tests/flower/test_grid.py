@@ -1,0 +1,254 @@
+"""The engine whose clients are Flower nodes, against the real ClientApp and a grid in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import ErrorCode
+
+import client.app
+import server.app
+import server.grid
+from fedcore import trees, wire
+from fedcore.config import Experiment
+from fedcore.errors import RunError
+from fedcore.loop import Loop, Quiet, Result, run
+from fedcore.types import Model
+from server.grid import GridEngine
+from tests.flower.fake import FakeGrid, Weather, in_place_of
+from tests.helpers import STRATEGIES, TOYS, assert_close, equal, small
+
+
+def preset_of(e: Experiment, folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "preset.toml").write_text(e.to_toml())
+    return str(folder / "preset.toml")
+
+
+def over_flower(e: Experiment, folder: Path, grid: FakeGrid, timeout: float = 60) -> Result:
+    return run(e, folder / "run", engine=lambda work: GridEngine(grid, work, timeout))  # type: ignore[arg-type]
+
+
+# Where all goes well
+
+
+@pytest.mark.parametrize("nodes", [12, 5], ids=["a node a client", "fewer nodes than clients"])
+@pytest.mark.parametrize("name", [*STRATEGIES, *TOYS])
+def test_flower_computes_what_sequential_computes(name: str, nodes: int, tmp_path: Path) -> None:
+    e = small(name)
+    one = run(e, tmp_path / "sequential")
+    other = over_flower(e, tmp_path, FakeGrid(preset_of(e, tmp_path), nodes))
+    assert_close(other.params, one.params, 1e-6, f"{name} over {nodes} nodes")
+    assert other.final["test_loss"] == pytest.approx(one.final["test_loss"], abs=1e-6)
+    assert other.dropped == {}
+    assert other.bytes_up == one.bytes_up
+
+
+def test_evaluation_leaves_no_trace_in_a_client(tmp_path: Path) -> None:
+    e = small("tests.methods:Scaffold", rounds=1)
+    grid = FakeGrid(preset_of(e, tmp_path), 12)
+    over_flower(e, tmp_path, grid)
+    kept = [int(key.removeprefix("state-")) for context in grid.contexts.values() for key in context.state]
+    assert len(kept) == 5  # the cohort; all 12 were evaluated
+
+
+# Bad weather: what a node answers in a round of all 12 clients, and what becomes of client 3 on node 103
+
+
+def rewrite(**changes: Any) -> Callable[[Message], list[Message]]:
+    def weather(reply: Message) -> list[Message]:
+        about = reply.content["about"]
+        assert isinstance(about, ConfigRecord)
+        reply.content["about"] = ConfigRecord({**about, **changes})
+        return [reply]
+
+    return weather
+
+
+def resend(edit: Callable[[Any], Any]) -> Callable[[Message], list[Message]]:
+    def weather(reply: Message) -> list[Message]:
+        up = wire.decode(reply.content["up-3"], Model)  # type: ignore[arg-type]
+        reply.content["up-3"] = wire.encode(edit(up))
+        return [reply]
+
+    return weather
+
+
+def without_update(reply: Message) -> list[Message]:
+    del reply.content["up-3"]
+    return [reply]
+
+
+def empty(reply: Message) -> list[Message]:
+    reply.content = RecordDict()
+    return [reply]
+
+
+RAY = (
+    "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run() (pid=9)\n File ...\n"
+    "flwr.clientapp.client_app.ClientAppException: \nException ClientAppException occurred. Message: out of\n memory'>"
+)
+AGAIN = "is it running another version of tests/methods.py?"
+BAD: dict[str, tuple[Weather, str]] = {
+    "an error": (lambda r: [in_place_of(r, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, RAY)], "error: out of memory"),
+    "no answer": (lambda r: [], "timeout: no answer within 0.3 s"),
+    "expired": (lambda r: [in_place_of(r, ErrorCode.MESSAGE_UNAVAILABLE, "?")], "timeout: no answer within 0.3 s"),
+    "offline": (lambda r: [in_place_of(r, ErrorCode.NODE_UNAVAILABLE, "?")], "disconnected: the Flower node went offline"),
+    "another round": (rewrite(t=7), "wrong round: an answer for t = 7, expected 0"),
+    "misshapen": (
+        resend(lambda up: Model({"weight": up.params["weight"].T})),
+        f'bad message: it sent "params/weight" of shape (5, 1), expected (1, 5): {AGAIN}',
+    ),
+    "another type": (
+        resend(lambda up: Model({"weight": up.params["weight"].double()})),
+        f'bad message: it sent "params/weight" of type float64, expected float32: {AGAIN}',
+    ),
+    "an undeclared field": (
+        resend(lambda up: Model({**up.params, "secret": torch.zeros(1)})),
+        f'bad message: it sent "params/secret", which Model does not declare: {AGAIN}',
+    ),
+    "a negative count": (rewrite(**{"num-examples": [-1]}), "bad count: -1 examples, expected a whole number from 0 on"),
+    "a fractional count": (rewrite(**{"num-examples": [2.5]}), "bad count: 2.5 examples, expected a whole number from 0 on"),
+    "no count": (rewrite(**{"num-examples": []}), server.grid.MISSING),
+    "counts of another kind": (rewrite(**{"num-examples": "many"}), server.grid.MISSING),
+    "no update": (without_update, server.grid.MISSING),
+    "nothing": (empty, 'bad message: no record "about" in the answer'),
+}
+
+
+class Notes(Quiet):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def one_round(weather: Weather, folder: Path, name: str = "tests.methods:NoBatching") -> tuple[dict[str, Any], list[str], Loop]:
+    """The row of a round of all 12 clients in which node 103 has this weather, and what the user was told."""
+    e = small(name, participation__cohort=12)  # evaluates after two rounds
+    grid = FakeGrid(preset_of(e, folder), 12, lambda r: weather(r) if r.metadata.src_node_id == 103 else [r])
+    notes = Notes()
+    loop = Loop(e, folder, notes, lambda work: GridEngine(grid, work, 0.3), False)  # type: ignore[arg-type]
+    return loop.round(), notes.notes, loop
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_answer_is_left_out_counted_and_named(kind: str, tmp_path: Path) -> None:
+    weather, reason = BAD[kind]
+    row, notes, loop = one_round(weather, tmp_path)
+    assert row["dropped"] == {reason.split(":")[0]: 1}
+    assert notes[0] == f"round 1: client 3 left out: {reason}"
+    assert row["reports"] == 11
+    assert bool(trees.finite(loop.state.server))
+
+
+@pytest.mark.parametrize(
+    ("weather", "reason"),
+    [
+        (lambda r: [r, r], "client 3 left out: answered twice: of the answers in round 1 the first counts"),
+        (
+            rewrite(**{"clients": [3, 3, 3], "num-examples": [9, 9, 9]}),
+            "client 3 left out: answered twice: of the answers in round 1 the first counts",
+        ),
+        (
+            rewrite(**{"clients": [3, 99, 4], "num-examples": [9, 9, 9]}),
+            "client 99 left out: unknown client: a node answered for client 99, which it was not asked for",
+        ),
+    ],
+    ids=["two messages", "three times in one message", "for others"],
+)
+def test_what_is_said_beyond_the_answer_is_counted_and_changes_nothing(weather: Weather, reason: str, tmp_path: Path) -> None:
+    row, notes, loop = one_round(weather, tmp_path / "bad")
+    good, _, undisturbed = one_round(lambda r: [r], tmp_path / "good")
+    assert row["dropped"] == {reason.split(": ")[1]: 1}
+    assert notes == [f"round 1: {reason}"]
+    assert row["reports"] == good["reports"] == 12
+    assert equal(loop.state.server, undisturbed.state.server)  # 9 is the true count
+
+
+def test_a_client_that_fails_fails_alone_and_gives_its_reason(tmp_path: Path) -> None:
+    e = small("tests.methods:NoBatching", participation__cohort=12)
+    grid = FakeGrid(preset_of(e, tmp_path), 2)
+    loop = Loop(e, tmp_path, notes := Notes(), lambda work: GridEngine(grid, work, 60), False)  # type: ignore[arg-type]
+    for context in grid.contexts.values():  # state that does not fit this method
+        context.state["state-3"] = wire.encode({"weight": torch.zeros(7)})
+    row = loop.round()
+    assert row["reports"] == 11
+    assert notes.notes == ['round 1: client 3 left out: error: WireError: "weight", which Stateless does not declare']
+
+
+# Nodes that come and go
+
+
+def loop_over(e: Experiment, folder: Path, grid: FakeGrid) -> Loop:
+    folder.mkdir(exist_ok=True)
+    return Loop(e, folder, Quiet(), lambda work: GridEngine(grid, work, 0.3), False)  # type: ignore[arg-type]
+
+
+def test_a_node_that_leaves_is_left_out_and_one_that_comes_back_is_asked_again(tmp_path: Path) -> None:
+    e = small("fedavg", participation__cohort=12)
+    grid = FakeGrid(preset_of(e, tmp_path), 4)
+    loop = loop_over(e, tmp_path, grid)
+    assert loop.round()["dropped"] == {}
+    gone = grid.contexts.pop(102)
+    assert loop.round()["dropped"] == {"disconnected": 3}
+    grid.contexts[555] = replace(gone, node_id=555)  # a device that restarted: the same partition, another node id
+    rows = [loop.round(), loop.round()]
+    assert rows[-1]["dropped"] == {}
+
+
+def test_a_node_that_vanishes_while_messages_are_sent_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    e = small("fedavg", participation__cohort=12)
+    grid = FakeGrid(preset_of(e, tmp_path), 4)
+    loop = loop_over(e, tmp_path, grid)
+    loop.round()
+    monkeypatch.setattr(grid, "get_node_ids", lambda ids=tuple(grid.contexts): ids)
+    del grid.contexts[101]
+    assert loop.round()["dropped"] == {"disconnected": 3}
+
+
+def test_nodes_that_never_come_are_an_error_and_some_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.grid, "WAIT", 0.2)
+    e = small("fedavg", participation__cohort=12)
+    grid = FakeGrid(preset_of(e, tmp_path), 4)
+    del grid.contexts[100]
+    assert loop_over(e, tmp_path / "a", grid).round()["dropped"] == {"disconnected": 3}
+    grid.contexts.clear()
+    with pytest.raises(RunError, match="no Flower node can take part: none is registered"):
+        loop_over(e, tmp_path / "b", grid).round()
+
+
+def test_a_node_without_a_partition_is_told_what_is_missing(tmp_path: Path) -> None:
+    e = small("fedavg")
+    grid = FakeGrid(preset_of(e, tmp_path), 1)
+    grid.contexts[100] = replace(grid.contexts[100], node_config={})
+    with pytest.raises(RunError, match="partition None of None: give it partition-id and num-partitions"):
+        loop_over(e, tmp_path, grid).round()
+
+
+# The two apps
+
+
+@pytest.mark.parametrize("function", ["init_server", "round", "model_for", "__class__", "nothing"])
+def test_only_functions_marked_for_clients_can_be_called(function: str, tmp_path: Path) -> None:
+    preset = preset_of(small("fedavg"), tmp_path)
+    work = ConfigRecord({"function": function, "t": 0, "clients": [3]})
+    message = Message(RecordDict({"work": work}), dst_node_id=100, message_type="train")
+    answer = client.app.app(message, Context(1, 100, {}, RecordDict(), {"preset": preset, "set": ""}))
+    about: Any = answer.content["about"]
+    assert about["reasons"] == [f'error: RunError: strategies.fedavg has no client function "{function}"']
+    assert list(answer.content) == ["about"]
+
+
+def test_a_run_that_fails_is_one_line_and_an_exception_for_flower(capsys: pytest.CaptureFixture[str]) -> None:
+    context = Context(1, 1, {}, RecordDict(), {"preset": "strategies/fedavg.toml", "set": "rounds=0"})
+    with pytest.raises(RunError, match="rounds = 0"):
+        server.app.app(FakeGrid("", 0), context)  # type: ignore[arg-type]
+    assert capsys.readouterr().err.startswith("fedcore: strategies/fedavg.toml: rounds = 0: ")

@@ -1,0 +1,88 @@
+"""Models: their published sizes, any image they claim to take, and batching over clients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+
+from fedcore.errors import SettingsError
+from fedcore.models import Cnn, LeNet, Logistic, Mlp, ModelSettings, ResNet
+
+SMALL_RESNET = ResNet(depth=10, width=8, groups=2)
+ALL = [Logistic(), Mlp(hidden=(16, 8)), Cnn(), LeNet(), SMALL_RESNET]
+SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
+
+
+def test_the_2nn_has_its_published_number_of_parameters() -> None:
+    model = Mlp(hidden=(200, 200)).build((1, 28, 28), 10)  # McMahan et al. 2017
+    assert sum(p.numel() for p in model.parameters()) == 199_210
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("settings", ALL, ids=repr)
+def test_every_model_takes_every_bundled_image(settings: Cnn, shape: tuple[int, ...]) -> None:
+    if isinstance(settings, LeNet) and shape == (1, 8, 8):
+        pytest.skip("LeNet needs 16x16")
+    assert settings.build(shape, 7)(torch.randn(2, *shape)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("settings", ALL, ids=repr)
+def test_gradients_batched_over_clients_are_those_of_each_client(settings: Cnn) -> None:
+    clients, shape = 3, (1, 16, 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = [settings.build(shape, 4).double() for _ in range(clients)]
+        x, y = torch.randn(clients, 5, *shape, dtype=torch.float64), torch.randint(4, (clients, 5))
+    params = {k: torch.stack([dict(m.named_parameters())[k].detach() for m in models]) for k, _ in models[0].named_parameters()}
+
+    def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(functional_call(models[0], p, (x,)), y)
+
+    batched = vmap(grad(loss))(params, x, y)
+    for i, model in enumerate(models):
+        parameters = dict(model.named_parameters())
+        alone = torch.autograd.grad(cross_entropy(model(x[i]), y[i]), list(parameters.values()))
+        for name, gradient in zip(parameters, alone, strict=True):
+            torch.testing.assert_close(batched[name][i], gradient, msg=f"gradient of {name}, client {i}")
+
+
+@pytest.mark.parametrize("settings", ALL, ids=repr)
+def test_a_model_keeps_no_running_statistics(settings: Cnn) -> None:
+    assert not dict(settings.build((1, 16, 16), 4).named_buffers())
+
+
+@pytest.mark.parametrize("settings", ALL, ids=repr)
+def test_the_global_seed_decides_initialisation(settings: Cnn) -> None:
+    with torch.random.fork_rng():
+        built = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            built.append(settings.build((1, 16, 16), 4).state_dict())
+    for name, value in built[0].items():
+        assert torch.equal(value, built[1][name]), name
+
+
+@pytest.mark.parametrize("settings", [Cnn(), LeNet(), SMALL_RESNET], ids=repr)
+def test_inputs_that_are_no_images_or_too_small_are_refused(settings: Cnn) -> None:
+    for shape in [(784,), (1, 2, 2), (28, 28)]:
+        with pytest.raises(SettingsError, match=r'use model\.name = "mlp"'):
+            settings.build(shape, 10)
+
+
+def test_settings_are_told_apart_by_name_and_impossible_ones_are_refused() -> None:
+    parse = TypeAdapter(ModelSettings).validate_python
+    assert parse({"name": "mlp", "hidden": [30, 20]}) == Mlp(hidden=(30, 20))
+    for wrong in (
+        {"name": "mlp", "hidden": []},
+        {"name": "mlp", "hidden": [0]},
+        {"name": "cnn", "width": 3},
+        {"name": "resnet", "width": 10, "groups": 4},
+        {"name": "resnet", "depth": 17},
+        {"name": "transformer"},
+    ):
+        with pytest.raises(ValidationError):
+            parse(wrong)

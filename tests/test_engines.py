@@ -1,0 +1,161 @@
+"""Engines beyond what the conformance suite says of all methods: Ray, fallbacks, failures, calibration, memory of a round."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedcore import trees
+from fedcore.engines.base import failure
+from fedcore.engines.ray import _pieces
+from fedcore.errors import RunError
+from fedcore.loop import run
+from tests.helpers import TOYS, loop_of, small
+
+DIGITS = {
+    "task": "digits",
+    "population": 20,
+    "partition__alpha": 0.5,
+    "model__name": "mlp",
+    "model__hidden": [16],
+    "participation__cohort": 7,
+    "rounds": 3,
+    "options": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedavg", TOYS[0]])
+def test_ray_has_the_bits_of_sequential_whatever_the_number_of_workers(name: str, tmp_path: Path) -> None:
+    expected = run(small(name, **DIGITS), tmp_path / "s")
+    for workers in (1, 2, 3):
+        e = small(name, **DIGITS, engine__name="ray", engine__workers=workers)
+        found = run(e, tmp_path / f"r{workers}")
+        assert found.params_sha256 == expected.params_sha256, f"{workers} workers"
+        assert found.final == expected.final
+        assert found.dropped == {}
+
+
+@pytest.mark.slow
+def test_ray_leaves_out_a_client_that_fails(tmp_path: Path) -> None:
+    e = small("tests.methods:BadWeather", rounds=1, participation__cohort=12, engine__name="ray", engine__workers=2)
+    loop = loop_of(e, tmp_path)
+    try:
+        data = loop.task.data
+        data.x[data.rows(4, "train")] = 666.0
+        row = loop.round()
+    finally:
+        loop.close()
+    assert row["dropped"] == {"error": 1}
+    assert row["reports"] == 11
+
+
+def test_pieces_hold_every_client_once_and_the_heaviest_come_first() -> None:
+    clients, steps = torch.arange(10).numpy(), torch.tensor([1, 9, 1, 1, 5, 1, 1, 1, 1, 1]).numpy()
+    pieces = _pieces(clients, steps, 4)
+    assert sorted(i for piece in pieces for i in piece) == list(range(10))
+    assert pieces[0][0] == 1
+    assert len(pieces) <= 4
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+def test_failing_clients_are_named_with_their_reason(engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    e = small("tests.methods:BadWeather", rounds=1, participation__cohort=12, engine__name=engine, engine__chunk=1)
+    loop = loop_of(e, tmp_path)
+    data = loop.task.data
+    data.x[data.rows(4, "train")] = 666.0
+    data.x[data.rows(7, "train")] = 667.0
+    with caplog.at_level(logging.WARNING):
+        row = loop.round()
+    assert row["dropped"] == {"error": 1, "not finite": 1}
+    assert row["reports"] == 10
+    assert "client 4 left out: error: ValueError: this client is broken" in caplog.text
+    assert bool(trees.finite(loop.state.server))
+
+
+def test_a_model_that_vmap_cannot_take_falls_back_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = run(small("tests.methods:NoBatching", engine__name="vectorised"), tmp_path / "v")
+    lines = [r.message for r in caplog.records if "cannot be batched" in r.message]
+    assert len(lines) == 1
+    expected = run(small("tests.methods:NoBatching"), tmp_path / "s")
+    assert found.final["test_loss"] == pytest.approx(expected.final["test_loss"], abs=1e-6)
+
+
+def test_the_measured_chunk_is_remembered_and_goes_into_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    e = small("fedavg", engine__name="vectorised", rounds=1)
+    monkeypatch.setenv("FEDCORE_CACHE", str(tmp_path / "cache"))
+    run(e, tmp_path / "a")
+    chosen = loop_of(e, tmp_path / "a", resume=True).engine.choices["train"]
+    monkeypatch.setattr("fedcore.engines.vectorised.Vectorised._measure", lambda *_: pytest.fail("measured again"))
+    again = loop_of(e, tmp_path / "b")
+    again.round()
+    assert again.engine.choices["train"] == chosen
+    monkeypatch.setenv("FEDCORE_CACHE", str(tmp_path / "empty"))
+    resumed = loop_of(e, tmp_path / "a", resume=True)
+    resumed.round()
+    assert resumed.engine.choices["train"] == chosen
+
+
+def test_ragged_clients_are_batched_with_clients_of_their_length(tmp_path: Path) -> None:
+    loop = loop_of(small("fedavg", **{**DIGITS, "partition": {"name": "size_skew"}}, engine__name="vectorised"), tmp_path)
+    loop.engine.chunk = 4  # type: ignore[attr-defined]
+    seen: list[list[int]] = []
+    data = loop.task.data
+    for r in loop.engine.each(loop.method.train, torch.arange(20), loop.state.server, 0):  # type: ignore[attr-defined]
+        seen.append(sorted(data.steps(r.clients.numpy(), "train", loop.e.local).tolist()))
+    assert [max(chunk) for chunk in seen] == sorted((max(chunk) for chunk in seen), reverse=True)
+
+
+def test_dropout_counts_and_min_reports_skips(tmp_path: Path) -> None:
+    found = run(small("fedavg", rounds=12, participation__dropout=0.5), tmp_path / "a")
+    lost = found.dropped["dropout"]
+    assert 10 < lost < 50
+    assert found.clients_trained == 60 - lost
+    skipped = run(small("fedavg", rounds=12, participation__dropout=0.5, min_reports=4), tmp_path / "b")
+    rows = skipped.history
+    assert all(row["skipped"] == (row["reports"] < 4) for row in rows)
+    assert 0 < sum(row["skipped"] for row in rows) < 12
+
+
+def test_a_run_whose_every_client_fails_stops_with_the_reason(tmp_path: Path) -> None:
+    loop = loop_of(small("tests.methods:BadWeather", rounds=30, engine__chunk=1), tmp_path)
+    loop.task.data.x[:] = 666.0
+    with pytest.raises(RunError, match=r"round 3: no usable update in 3 round.*error \(5\)"):
+        loop.run()
+
+
+def test_a_failure_says_what_and_why() -> None:
+    r = failure([3, 4], ValueError("no"))
+    assert dict(r.failed) == {3: "error: ValueError: no", 4: "error: ValueError: no"}
+    assert len(r.clients) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("engine", ["sequential", "vectorised", "ray"])
+def test_a_gpu_computes_what_the_cpu_computes(engine: str, tmp_path: Path) -> None:
+    cpu = run(small("fedavg", **DIGITS, engine__device="cpu"), tmp_path / "cpu")
+    gpu = run(small("fedavg", **DIGITS, engine__name=engine, engine__device="cuda"), tmp_path / "gpu")
+    assert gpu.final["test_loss"] == pytest.approx(cpu.final["test_loss"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_every_engine_learns_fashion_mnist_the_same(tmp_path: Path) -> None:
+    """The main job, for 20 rounds: 1 000 clients, Dirichlet 0.3, cohort 100, MLP 784-200-10."""
+    if not Path("/usr/share/datasets/fashion-mnist").exists():
+        pytest.skip("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
+    from fedcore import Experiment
+
+    def main_job(engine: str, *more: str):  # type: ignore[no-untyped-def]
+        settings = ["rounds=20", "evaluation.every=20", "evaluation.clients=50", f"engine.name={engine}", *more]
+        return run(Experiment.load("benchmarks/fashion.toml", settings), tmp_path / f"{engine}{len(more)}")
+
+    sequential = main_job("sequential")
+    vectorised, ray = main_job("vectorised"), main_job("ray", "engine.workers=2")
+    assert ray.params_sha256 == sequential.params_sha256
+    assert vectorised.final["test_loss"] == pytest.approx(sequential.final["test_loss"], abs=1e-4)
+    assert vectorised.final["test_accuracy"] > 0.75

@@ -1,0 +1,139 @@
+"""decode(encode(x)) is x; what does not fit the schema is refused by name."""
+
+from __future__ import annotations
+
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedcore import trees, wire
+from fedcore.types import Params, Stateless, Tree
+from fedcore.wire import WireError, decode, encode
+
+
+class Inner(NamedTuple):
+    params: Params
+    count: Tensor
+
+
+class Outer(NamedTuple):
+    delta: Params
+    inner: Inner
+    none: Stateless
+    loss: Tensor
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+shapes = st.lists(st.integers(0, 3), max_size=3)
+names = st.text(min_size=1, max_size=8) | st.sampled_from(["0.weight", "a/b", "/", ".", "delta", "inner/count"])
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    return (torch.randn(draw(shapes), generator=generator) * 100).to(draw(st.sampled_from(DTYPES)))
+
+
+params = st.dictionaries(names, tensors(), max_size=4)
+outers = st.builds(Outer, params, st.builds(Inner, params, tensors()), st.just(Stateless()), tensors())
+trees_and_schemas = st.one_of(
+    st.tuples(outers, st.just(Outer)),
+    st.tuples(params, st.just(Params)),
+    st.tuples(tensors(), st.just(Tensor)),
+    st.tuples(st.just(Stateless()), st.just(Stateless)),
+)
+
+
+def assert_same(a: Tree, b: Tree) -> None:
+    assert trees.map(lambda x: (x.dtype, x.shape), a) == trees.map(lambda x: (x.dtype, x.shape), b)
+    for (path, x), y in zip(trees.flatten(a).items(), trees.leaves(b), strict=True):
+        bits = [v.contiguous().reshape(-1).view(torch.uint8) for v in (x, y)] if x.numel() else []
+        assert not bits or torch.equal(*bits), f"{path} differs"
+
+
+@given(trees_and_schemas)
+def test_decode_of_encode_is_what_was_sent(sent: tuple[Tree, Any]) -> None:
+    tree, schema = sent
+    over_the_wire = recorddict_from_proto(recorddict_to_proto(RecordDict({"up": encode(tree)})))["up"]
+    assert isinstance(over_the_wire, ArrayRecord)
+    assert_same(decode(over_the_wire, schema), tree)
+    assert_same(decode(over_the_wire, schema, like=tree), tree)
+
+
+def test_views_and_tensors_that_need_gradients_are_sent_as_values() -> None:
+    x = torch.arange(6.0).reshape(2, 3).t().requires_grad_()
+    back = decode(encode(x), Tensor)
+    assert torch.equal(back, x)
+    assert not back.requires_grad
+    back += 1  # and what arrives may be written to
+
+
+SENT = Inner({"0.weight": torch.zeros(10, 64), "0.bias": torch.zeros(10)}, torch.tensor(3))
+
+
+@pytest.mark.parametrize(
+    ("arrived", "message"),
+    [
+        (SENT._replace(count=torch.tensor(3.0)), '"count" of type float32, expected int64'),
+        (SENT._replace(params={**SENT.params, "0.weight": torch.zeros(64, 10)}),
+         '"params/0.weight" of shape (64, 10), expected (10, 64)'),
+        (SENT._replace(params={"0.weight": torch.zeros(10, 64)}), 'no "params/0.bias", which Inner declares'),
+        (SENT._replace(params={**SENT.params, "1.bias": torch.zeros(2)}), '"params/1.bias", which Inner does not declare'),
+        (SENT.params, 'no "count", which Inner declares'),
+        (Outer({}, SENT, Stateless(), torch.tensor(0.0)), 'no "count", which Inner declares'),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(arrived: Tree, message: str) -> None:
+    with pytest.raises(WireError) as caught:
+        decode(encode(arrived), Inner, like=SENT)
+    assert str(caught.value) == message
+
+
+def test_without_a_tree_to_compare_with_the_fields_are_still_checked() -> None:
+    with pytest.raises(WireError, match='no "count", which is declared'):
+        decode(encode({"params": torch.zeros(1)}), Inner)
+    with pytest.raises(WireError, match='"extra", which Stateless does not declare'):
+        decode(encode({"extra": torch.zeros(1)}), Stateless)
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        Array("object", (1,), "numpy.ndarray", npy(np.array([{}], dtype=object))),
+        Array("float32", (1,), "numpy.ndarray", b"no array"),
+        Array("float32", (9,), "numpy.ndarray", npy(np.zeros(9))[:-8]),
+        Array("float32", (1,), "pickle", b""),
+        Array("bfloat16", (1,), "numpy.ndarray", npy(np.array(["text"]))),
+        Array("float32", (1,), "numpy.ndarray", npy(np.zeros(3, dtype=[("a", "f4")]))),
+    ],
+    ids=["pickle inside", "noise", "cut short", "another serialisation", "text", "records"],
+)
+def test_what_is_no_tensor_is_refused_and_never_unpickled(array: Array) -> None:
+    with pytest.raises(WireError, match='"loss", which cannot be read'):
+        decode(ArrayRecord({"/loss": array}), Tensor)
+
+
+def test_a_schema_that_cannot_be_sent_is_an_error_of_the_method() -> None:
+    for schema in (int, list[Tensor], dict[str, int], Any):
+        with pytest.raises(TypeError, match="cannot be sent"):
+            decode(encode({}), schema)
+
+
+def test_schemas_are_read_off_the_annotations() -> None:
+    def fn(task: Any, t: Tensor, down: Inner, state: Stateless, batches: Any) -> tuple[Outer, Stateless]: ...
+
+    assert wire.schemas(fn) == (Inner, Outer)

@@ -1,0 +1,120 @@
+"""`flwr run .` as a user types it, in a copy of the source tree with a Flower home of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedcore.config import Experiment
+from fedcore.loop import run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds what Flower started through /proc"),
+]
+
+ROOT = Path(__file__).parent.parent.parent
+SETTINGS = ["rounds=3", "population=8", "participation.cohort=5", "local.epochs=1"]
+
+Flwr = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clone") / "fedcore"
+    ignore = shutil.ignore_patterns("__pycache__")
+    for package in ("fedcore", "strategies", "server", "client"):
+        shutil.copytree(ROOT / package, folder / package, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flwr(clone: Path) -> Iterator[Flwr]:
+    """Call `flwr` in the clone; whatever it started is gone afterwards."""
+    home = clone.parent / "flwr-home"
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where flwr looks for flower-superlink
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": free_port(),
+        "FLWR_LOCAL_CONTROL_API_PORT": free_port(),
+        "HTTPS_PROXY": "http://127.0.0.1:9",  # nothing may be fetched
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+
+    def call(*arguments: str) -> str:
+        command = [str(Path(sys.executable).parent / "flwr"), *arguments]
+        done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    try:
+        yield call
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for _ in range(50):
+                if not (left := started_with(f"FLWR_HOME={home}")):
+                    break
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
+                time.sleep(0.1)
+        assert not started_with(f"FLWR_HOME={home}"), "Flower left processes behind"
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def started_with(variable: str) -> list[int]:
+    """Processes, other than those that have ended, that have this variable in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def run_config(settings: list[str]) -> list[str]:
+    return ["--run-config", f'preset="strategies/fedavg.toml" set="{" ".join(settings)}"']
+
+
+NODES = ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1"]
+
+
+def test_flwr_run_computes_what_sequential_computes(clone: Path, flwr: Flwr, tmp_path: Path) -> None:
+    log = flwr("run", ".", "--stream", *run_config(SETTINGS), *NODES)
+    files = list(clone.glob("runs/*/metrics.jsonl"))
+    assert len(files) == 1, log
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    one = run(Experiment.load("strategies/fedavg.toml", [*SETTINGS, "engine.name=sequential"]), tmp_path / "run")
+    assert len(rows) == 3, log
+    assert all(row["dropped"] == {} for row in rows), log
+    assert rows[-1]["test_loss"] == pytest.approx(one.final["test_loss"], abs=1e-4)
+    assert re.search(rf"test loss +{rows[-1]['test_loss']:.4f}", log), log
+    assert "grid of 4 Flower nodes" in log
+
+
+def test_a_setting_that_cannot_be_used_fails_the_run_with_one_clear_line(flwr: Flwr) -> None:
+    log = flwr("run", ".", "--stream", *run_config(["rounds=0"]), *NODES)  # flwr itself exits with 0 whatever the run does
+    assert "fedcore: strategies/fedavg.toml: rounds = 0: " in log
+    runs = json.loads(flwr("ls", "--format", "json"))["runs"]
+    assert [r["status"] for r in runs if "failed" in r["status"]] == ["finished:failed"]

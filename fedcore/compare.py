@@ -12,8 +12,6 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
@@ -79,13 +77,12 @@ def compare(experiments: list[tuple[str, Experiment]], seeds: int, out: Path, ob
 
 def show(comparison: Comparison) -> None:
     """The table, on stdout."""
-    table = Table(box=None, pad_edge=False)
-    names = ("", "test accuracy", "test loss", "client mean", "client p10", "client p90", "MB sent", "clients/s")
-    for number, name in enumerate(names):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in rows(comparison):
-        table.add_row(*row)
-    Console(soft_wrap=True, highlight=False).print(table)
+    names = ["", "test accuracy", "test loss", "client mean", "client p10", "client p90", "MB sent", "clients/s"]
+    table = [names, *rows(comparison)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(names))]
+    for row in table:
+        first, *others = (f"{text:<{w}}" if i == 0 else f"{text:>{w}}" for i, (text, w) in enumerate(zip(row, widths, strict=True)))
+        print("  ".join([first, *others]))
     seeds = len(next(iter(comparison.results.values())))
     print(f"mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}; plot: {comparison.folder / 'compare.html'}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedcore.config import Experiment
@@ -67,7 +68,8 @@ class Terminal:
             self._bar.stop()
 
     def note(self, message: str) -> None:
-        self.console.print(f"[yellow]note[/yellow] {message}", highlight=False, soft_wrap=True)
+        # Escaped, for it may quote what a client sent, and markup that does not close would end the run.
+        self.console.print(f"[yellow]note[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Terminal:
         return self

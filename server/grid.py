@@ -243,5 +243,6 @@ def _too_late(timeout: float) -> str:
 
 
 def _one_line(text: str | None) -> str:
-    """A reason fit for a log. Ray gives a whole traceback, at the end of which is what the client said."""
-    return " ".join((text or "unknown").rpartition("Message: ")[2].rstrip(">'").split())[:300]
+    """A reason fit for a log. Flower gives <class 'E'>:<'text'>, where Ray's text is a traceback that ends in what was raised."""
+    said = (text or "unknown").rpartition("Message: ")[2].rpartition(">:<'")[2].removesuffix("'>")
+    return " ".join(said.split())[:200]

@@ -19,6 +19,7 @@ from fedcore import trees, wire
 from fedcore.config import Experiment
 from fedcore.errors import RunError
 from fedcore.loop import Loop, Quiet, Result, run
+from fedcore.progress import Terminal
 from fedcore.types import Model
 from server.grid import GridEngine
 from tests.flower.fake import FakeGrid, Weather, in_place_of
@@ -94,9 +95,11 @@ RAY = (
     "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run() (pid=9)\n File ...\n"
     "flwr.clientapp.client_app.ClientAppException: \nException ClientAppException occurred. Message: out of\n memory'>"
 )
+DIED = "<class 'ray.exceptions.ActorDiedError'>:<'The actor died unexpectedly.\n\tpid: 9'>"
 AGAIN = "is it running another version of tests/methods.py?"
 BAD: dict[str, tuple[Weather, str]] = {
     "an error": (lambda r: [in_place_of(r, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, RAY)], "error: out of memory"),
+    "a process that dies": (lambda r: [in_place_of(r, ErrorCode.UNKNOWN, DIED)], "error: The actor died unexpectedly. pid: 9"),
     "no answer": (lambda r: [], "timeout: no answer within 0.3 s"),
     "expired": (lambda r: [in_place_of(r, ErrorCode.MESSAGE_UNAVAILABLE, "?")], "timeout: no answer within 0.3 s"),
     "offline": (lambda r: [in_place_of(r, ErrorCode.NODE_UNAVAILABLE, "?")], "disconnected: the Flower node went offline"),
@@ -182,6 +185,11 @@ def test_a_client_that_fails_fails_alone_and_gives_its_reason(tmp_path: Path) ->
     row = loop.round()
     assert row["reports"] == 11
     assert notes.notes == ['round 1: client 3 left out: error: WireError: "weight", which Stateless does not declare']
+
+
+def test_what_a_client_says_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal().note("client 3 left out: error: ValueError: no [/weather]")
+    assert "no [/weather]" in capsys.readouterr().err
 
 
 # Nodes that come and go

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,12 +26,11 @@ from fedcore.rng import rng
 from fedcore.tasks import build_task
 
 client_app, server_app = ClientApp(), ServerApp()
-SETTINGS, ROUNDS = Path(sys.argv[1]), int(sys.argv[2])
 
 
 @functools.cache
 def work() -> Work:
-    e = Experiment.model_validate_json(SETTINGS.read_text())
+    e = Experiment.model_validate_json(Path(os.environ["FEDCORE_BENCH_SETTINGS"]).read_text())
     return Work(build_task(e), e.build_method(), e.local, e.seed)
 
 
@@ -53,11 +53,12 @@ def train(message: Message, context: Context) -> Message:
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    e = Experiment.model_validate_json(SETTINGS.read_text())
-    nodes = sorted(grid.get_node_ids())
+    e = Experiment.model_validate_json(Path(os.environ["FEDCORE_BENCH_SETTINGS"]).read_text())
+    while len(nodes := sorted(grid.get_node_ids())) < e.population:
+        time.sleep(0.1)
     params = ArrayRecord(work().task.model.state_dict())
     seconds = []
-    for t in range(ROUNDS):
+    for t in range(int(os.environ["FEDCORE_BENCH_ROUNDS"])):
         begin = time.perf_counter()
         cohort = rng(e.seed, "bench", t).choice(len(nodes), 100, replace=False)
         content = RecordDict({"model": params, "config": ConfigRecord({"t": t})})
@@ -65,6 +66,8 @@ def main(grid: Grid, context: Context) -> None:
         total: dict[str, torch.Tensor] = {}
         weight = 0
         for reply in grid.send_and_receive(messages):
+            if reply.has_error():
+                raise SystemExit(reply.error.reason)
             n = int(reply.content["about"]["num-examples"])  # type: ignore[index,call-overload]
             weight += n
             for name, value in reply.content["model"].to_torch_state_dict().items():  # type: ignore[union-attr]
@@ -74,10 +77,18 @@ def main(grid: Grid, context: Context) -> None:
     print("SECONDS", json.dumps(seconds), flush=True)
 
 
-if __name__ == "__main__":
+def simulate() -> None:
     run_simulation(
         server_app,
         client_app,
         num_supernodes=1000,
         backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
     )
+
+
+if __name__ == "__main__":
+    # Ray's workers find the app by its module's name and its settings in the environment.
+    os.environ["FEDCORE_BENCH_SETTINGS"], os.environ["FEDCORE_BENCH_ROUNDS"] = sys.argv[1:]
+    from benchmarks import flower_simulation
+
+    flower_simulation.simulate()

@@ -1,26 +1,69 @@
-"""Several presets on the same seeds: a table with mean and standard deviation, and a plot."""
+"""Several presets on the same seeds: a table with mean and standard deviation, and plots."""
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
-from fedcore.errors import SettingsError
-from fedcore.loop import Observer, Quiet, Result, run
-from fedcore.report import STYLE, svg
-from fedcore.report_page import PAGE
+from fedcore.errors import RunError, SettingsError
+from fedcore.loop import Interrupted, Observer, Quiet, run
+from fedcore.report import DRAWING, LABEL_ROOM, SERIES, Plot, new_figure, plot, read_rows, shape_axes, size_text, svg, thin
+from fedcore.report import unit as byte_unit
+from fedcore.report_page import THEME, render
+from fedcore.rundir import stored
 
-MEASURES = ("test_accuracy", "test_loss", "client_mean", "client_p10", "client_p90", "mb_sent", "clients_per_second")
+MEASURES = {
+    "test_accuracy": "test accuracy",
+    "test_loss": "test loss",
+    "client_mean": "client mean",
+    "client_p10": "client p10",
+    "client_p90": "client p90",
+    "bytes": "sent",
+    "seconds": "seconds",
+    "clients_per_second": "clients/s",
+}
+STYLES = ("-", "--", ":", "-.")  # after ten labels the colours begin again
+
+
+class Run(NamedTuple):
+    """One finished run of a comparison."""
+
+    seed: int
+    folder: Path
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+
+    def values(self) -> dict[str, float | None]:
+        """Every measure at the end; None where the task has no such measure."""
+        last: dict[str, Any] = next((row for row in reversed(self.rows) if "test_loss" in row), {})
+        clients = last.get("client_accuracy") or {}
+        seconds = sum(row["seconds"] for row in self.rows)
+        return {
+            "test_accuracy": last.get("test_accuracy"),
+            "test_loss": last.get("test_loss"),
+            **{f"client_{part}": clients.get(part) for part in ("mean", "p10", "p90")},
+            "bytes": float(sum(row["bytes_down"] + row["bytes_up"] for row in self.rows)),
+            "seconds": round(seconds, 4),
+            "clients_per_second": round(sum(row["reports"] for row in self.rows) / max(seconds, 1e-9), 2),
+        }
+
+
+class Stat(NamedTuple):
+    mean: float
+    std: float | None  # n - 1 in the denominator; None for one seed
+    values: list[float]  # a seed
 
 
 @dataclass(frozen=True)
@@ -28,138 +71,242 @@ class Comparison:
     """What each preset came to, over its seeds."""
 
     folder: Path
-    results: dict[str, list[Result]]  # label -> one result a seed
+    seeds: int
+    experiments: dict[str, Experiment]
+    runs: dict[str, list[Run]]  # label -> one run a seed, less those that failed
+    failed: dict[str, str] = field(default_factory=dict)  # "label, seed s" -> why
 
-    def values(self, label: str, measure: str) -> list[float]:
-        """One value a seed; empty where the task has no such measure."""
-        found = [_measure(result, measure) for result in self.results[label]]
-        return [value for value in found if value is not None]
+    def stat(self, label: str, measure: str) -> Stat | None:
+        """Over the seeds; None where the task has no such measure."""
+        values = [value for run in self.runs[label] if (value := run.values()[measure]) is not None]
+        if not values:
+            return None
+        return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, values)
+
+    @property
+    def measure(self) -> str:
+        """What the runs are judged by."""
+        return "accuracy" if any(self.stat(label, "test_accuracy") for label in self.runs) else "loss"
 
     def to_dict(self) -> dict[str, Any]:
-        """Mean, standard deviation (n - 1) and single values of every measure, by label."""
+        """Mean, standard deviation and single values of every measure, by label; ready for JSON."""
         table: dict[str, Any] = {}
-        for label, results in self.results.items():
-            row: dict[str, Any] = {"seeds": [r.seed for r in results], "runs": [r.run_dir for r in results]}
-            for measure in MEASURES:
-                values = self.values(label, measure)
-                spread = statistics.stdev(values) if len(values) > 1 else None
-                row[measure] = {"mean": statistics.fmean(values), "std": spread, "values": values} if values else None
-            table[label] = row
-        return {"folder": str(self.folder), "methods": table}
+        for label, runs in self.runs.items():
+            stats = {measure: self.stat(label, measure) for measure in MEASURES}
+            table[label] = {
+                "method": self.experiments[label].method.name,
+                "rounds": self.experiments[label].rounds,
+                "seeds": [run.seed for run in runs],
+                "runs": [str(run.folder) for run in runs],
+                **{measure: stat and stat._asdict() for measure, stat in stats.items()},
+            }
+        return {"folder": str(self.folder), "seeds": self.seeds, "methods": table, "failed": self.failed}
 
 
-def compare(experiments: list[tuple[str, Experiment]], seeds: int, out: Path, observer: Observer | None = None) -> Comparison:
+def compare(
+    experiments: Sequence[tuple[str, Experiment]], seeds: int, out: Path | str, observer: Observer | None = None
+) -> Comparison:
     """Run every (label, experiment) with seeds s, s + 1, ..., each in a directory of its own below `out`.
 
-    What is there already is gone on with, or read: the same command again costs nothing. Writes compare.json and compare.html.
+    What is there already is read, or gone on with: the same command again costs nothing. A run that fails is left out, noted
+    and named in `failed`. Writes compare.json, compare.svg and compare.html. Raises SettingsError when `out` holds runs with
+    other settings, RunError when every run failed, and Interrupted.
     """
-    results: dict[str, list[Result]] = {}
+    out, observer = Path(out), observer or Quiet()
+    if not experiments or seeds < 1:
+        raise SettingsError(f"{len(experiments)} presets and {seeds} seeds: expected at least one of each")
+    labelled = distinct(experiments)
+    c = Comparison(out, seeds, labelled, {label: [] for label in labelled})
+    for label, experiment in labelled.items():
+        for seed in range(experiment.seed, experiment.seed + seeds):
+            one, folder = experiment.model_copy(update={"seed": seed}), out / f"{slug(label)}-seed{seed}"
+            try:
+                c.runs[label].append(Run(seed, folder, finish(one, folder, observer)))
+            except Interrupted as e:
+                raise Interrupted(f"interrupted in {folder}; go on with the same command and --out {out}") from e
+            except RunError as e:
+                c.failed[f"{label}, seed {seed}"] = str(e)
+                observer.note(f"{label}, seed {seed}, failed and is left out: {e}")
+            except SettingsError as e:
+                raise SettingsError(f"{label}, seed {seed}: {e}") from e
+    if not any(c.runs.values()):
+        raise RunError("every run failed; " + "; ".join(f"{name}: {why}" for name, why in c.failed.items()))
+    write(c)
+    return c
+
+
+def finish(e: Experiment, folder: Path, observer: Observer) -> list[dict[str, Any]]:
+    """The rows of this experiment's run in `folder`: read where it is complete, else run to the end first."""
+    if (folder / "config.toml").exists():
+        before = Experiment.parse(stored(folder), source=str(folder / "config.toml"))
+        if before.rounds > e.rounds:
+            raise SettingsError(f"{folder} holds a run of {before.rounds} rounds, and {e.rounds} are wanted: choose another --out")
+        rows = read_rows(folder / "metrics.jsonl") if before == e else []
+        if len(rows) == e.rounds:
+            return rows
+        run(e, resume=folder, observer=observer)
+    else:
+        run(e, out=folder, observer=observer)
+    return read_rows(folder / "metrics.jsonl")
+
+
+def distinct(experiments: Sequence[tuple[str, Experiment]]) -> dict[str, Experiment]:
+    """By label; a label whose directory another has taken gets a number."""
+    found: dict[str, Experiment] = {}
+    taken: set[str] = set()
     for label, experiment in experiments:
         name, number = label, 1
-        while name in results:
+        while slug(name) in taken:
             number += 1
             name = f"{label}-{number}"
-        results[name] = []
-        for seed in range(experiment.seed, experiment.seed + seeds):
-            one = experiment.model_copy(update={"seed": seed})
-            folder = out / f"{name}-seed{seed}"
-            begun = (folder / "config.toml").exists()
-            try:
-                result = run(one, None if begun else folder, folder if begun else None, observer or Quiet())
-            except SettingsError as e:
-                raise SettingsError(f"{name}, seed {seed}: {e}") from e
-            results[name].append(result)
-    comparison = Comparison(out, results)
-    write_atomically(out / "compare.json", json.dumps(comparison.to_dict(), indent=1).encode())
-    write_atomically(out / "compare.html", _page(comparison).encode())
-    return comparison
+        taken.add(slug(name))
+        found[name] = experiment
+    return found
 
 
-def show(comparison: Comparison) -> None:
+def slug(label: str) -> str:
+    """The label as the name of a directory."""
+    return re.sub(r"[^\w.+=-]+", "-", label).strip(".-") or "run"
+
+
+def show(c: Comparison) -> None:
     """The table, on stdout."""
-    names = ["", "test accuracy", "test loss", "client mean", "client p10", "client p90", "MB sent", "clients/s"]
-    table = [names, *rows(comparison)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(names))]
-    for row in table:
-        first, *others = (f"{text:<{w}}" if i == 0 else f"{text:>{w}}" for i, (text, w) in enumerate(zip(row, widths, strict=True)))
-        print("  ".join([first, *others]))
-    seeds = len(next(iter(comparison.results.values())))
-    print(f"mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}; plot: {comparison.folder / 'compare.html'}")
+    table = rows(c)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for first, *others in table:
+        print("  ".join([first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(others, widths[1:], strict=True))]))
+    print(f"{explained(c)} Plots: {c.folder / 'compare.html'}")
 
 
-def rows(comparison: Comparison) -> list[list[str]]:
-    """The table's rows: label, then one text a measure."""
-    return [[label, *(_text(m, comparison.values(label, m)) for m in MEASURES)] for label in comparison.results]
+def rows(c: Comparison) -> list[list[str]]:
+    """The table, its head first; a measure that no run has is left out."""
+    measures = [measure for measure in MEASURES if any(c.stat(label, measure) for label in c.runs)]
+    body = [[label, *(stat_text(m, c.stat(label, m)) for m in measures)] for label in c.runs]
+    return [["", *(MEASURES[m] for m in measures)], *body]
 
 
-def _text(measure: str, values: list[float]) -> str:
-    if not values:
+def stat_text(measure: str, stat: Stat | None) -> str:
+    if stat is None:
         return "-"
-    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-    if measure in ("test_accuracy", "client_mean", "client_p10", "client_p90"):
-        return f"{mean:.2%}" + (f" ± {spread:.2%}" if spread is not None else "")
-    digits = 4 if measure == "test_loss" else 1
-    return f"{mean:,.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None and measure == "test_loss" else "")
+    if measure == "bytes":
+        return size_text(stat.mean)
+    if measure in ("seconds", "clients_per_second"):
+        return f"{stat.mean:,.0f}" if stat.mean >= 100 else f"{stat.mean:.3g}"
+    if measure == "test_loss":
+        return f"{stat.mean:.4g}" + (f" ± {stat.std:.2g}" if stat.std is not None else "")
+    return f"{stat.mean:.2%}" + (f" ± {stat.std:.2%}" if stat.std is not None else "")
 
 
-def _measure(r: Result, measure: str) -> float | None:
-    if measure.startswith("client_") and measure != "clients_per_second":
-        spread = r.final["client_accuracy"]
-        return None if spread is None else float(spread[measure.removeprefix("client_")])
-    if measure == "mb_sent":
-        return (r.bytes_down + r.bytes_up) / 1e6
-    value = r.clients_per_second if measure == "clients_per_second" else r.final[measure]
-    return None if value is None else float(value)
+def explained(c: Comparison) -> str:
+    what = f"Mean ± standard deviation over {c.seeds} seeds." if c.seeds > 1 else "One seed: nothing is known of the spread."
+    return f"{what} Clients are measured on their own examples."
+
+
+# Files
+
+
+def write(c: Comparison) -> None:
+    """compare.json, compare.svg and compare.html."""
+    with rc_context(DRAWING):
+        files = {"compare.json": json.dumps(c.to_dict(), indent=1), "compare.svg": _picture(c), "compare.html": _page(c)}
+    for name, content in files.items():
+        write_atomically(c.folder / name, content.encode())
 
 
 def _page(c: Comparison) -> str:
-    plots = []
-    key = "test_accuracy" if any(c.values(label, "test_accuracy") for label in c.results) else "test_loss"
-    name = key.replace("_", " ")
-    for title, against in (
-        (f"{name.capitalize()} by round", "round"),
-        (f"{name.capitalize()} for what it costs", "MB sent"),
-    ):
-        with rc_context(STYLE):
-            figure = Figure(figsize=(6.4, 4), layout="constrained")
-            axes = figure.add_subplot()
-            for label, results in c.results.items():
-                x, values = _curves(results, key, against)
-                if len(x):
-                    (line,) = axes.plot(x, values.mean(0), label=label)
-                    axes.fill_between(x, values.min(0), values.max(0), alpha=0.2, linewidth=0, color=line.get_color())
-            axes.set(xlabel=against, ylabel=name)
-            axes.legend(frameon=False)
-            plots.append((title, "Mean over seeds; the band is from the lowest to the highest.", svg(figure)))
-    seeds = len(next(iter(c.results.values())))
-    facts = [(label, _text(key, c.values(label, key))) for label in c.results]
-    first = next(iter(c.results.values()))[0]
-    return (
-        Environment(autoescape=True)
-        .from_string(PAGE)
-        .render(
-            title=", ".join(c.results),
-            summary=f"{name.capitalize()} after {first.rounds} rounds, mean ± standard deviation over {seeds} seeds.",
-            facts=facts,
-            plots=plots,
-            dropped=[],
-            command=None,
-            config=json.dumps(c.to_dict(), indent=1),
-            environment={},
-        )
+    best = c.measure == "accuracy"
+    ranked = sorted(
+        ((stat, label) for label in c.runs if (stat := c.stat(label, f"test_{c.measure}"))),
+        reverse=best,
+        key=lambda pair: pair[0].mean,
+    )
+    summary = f"{len(c.runs)} experiment{'s' if len(c.runs) > 1 else ''} on {c.seeds} seed{'s' if c.seeds > 1 else ''} each."
+    if ranked:
+        named = [f"{label} {stat_text(f'test_{c.measure}', stat)}" for stat, label in ranked]
+        summary += f" Test {c.measure} at the end, best first: {'; '.join(named)}."
+    runs = [(f"{label}, seed {run.seed}", run.folder) for label, runs in c.runs.items() for run in runs]
+    return render(
+        "compare",
+        title=", ".join(c.runs),
+        summary=summary,
+        notes=[f"Left out: {name}: {why}" for name, why in c.failed.items()],
+        results=rows(c),
+        explained=explained(c),
+        plots=_plots(c),
+        differences=_differences(c),
+        runs=runs,
+        version=version("fedcore"),
+        folder=c.folder,
     )
 
 
-def _curves(results: list[Result], key: str, against: str) -> tuple[np.ndarray, np.ndarray]:
-    """x [points], values [seeds, points], at the rounds in which every seed was evaluated."""
-    by_seed = []
-    for r in results:
-        sent, found = 0.0, {}
-        for row in r.history:
-            sent += (row["bytes_down"] + row["bytes_up"]) / 1e6
-            if row.get(key) is not None:
-                found[row["round"]] = (row["round"] if against == "round" else sent, row[key])
-        by_seed.append(found)
-    rounds = sorted(set.intersection(*(set(found) for found in by_seed)))
-    x = np.array([np.mean([found[t][0] for found in by_seed]) for t in rounds])
-    return x, np.array([[found[t][1] for t in rounds] for found in by_seed])
+def _plots(c: Comparison) -> list[Plot]:
+    plots = []
+    for measure in dict.fromkeys((c.measure, "loss")):
+        for against in ("round", "bytes"):
+            figure, axes = new_figure(height=3.2)
+            if not _draw(axes, c, measure, against):
+                continue
+            if len(c.runs) > 1:
+                figure.legend(loc="outside upper left", ncols=min(len(c.runs), 3))
+            band = "The line is the mean over seeds, the band goes from the lowest to the highest." if c.seeds > 1 else "One seed."
+            plots.append(plot(figure, f"Test {measure} by {axes.get_xlabel()}", band))
+    return plots
+
+
+def _picture(c: Comparison) -> str:
+    """Both curves side by side, for a paper or a README: on white, whatever the reader's mode."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    drawn = [_draw(left, c, c.measure, "round"), _draw(right, c, c.measure, "bytes")]
+    if all(drawn):
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 5))
+    right.set_ylabel("")
+    return svg(figure, transparent=False, facecolor=THEME["card"][0])
+
+
+def _draw(axes: Axes, c: Comparison, measure: str, against: str) -> bool:
+    """A line and a band for each label; False when there is nothing to draw."""
+    curves = {label: curve(runs, f"test_{measure}") for label, runs in c.runs.items()}
+    curves = {label: found for label, found in curves.items() if len(found[0])}
+    if not curves:
+        return False
+    size, name = byte_unit(max(float(sent[-1]) for _, sent, _ in curves.values()))
+    for number, (label, (rounds, sent, values)) in enumerate(curves.items()):
+        x = rounds if against == "round" else sent / size
+        index = thin(range(len(x)))
+        x, y = x[index], values[:, index]
+        style: dict[str, Any] = {"color": SERIES[number % 9], "linestyle": STYLES[number // 9 % 4]}
+        axes.plot(x, y.mean(0), label=label, marker="o" if len(x) == 1 else "", **style)
+        if len(y) > 1:
+            axes.fill_between(x, y.min(0), y.max(0), alpha=0.18, linewidth=0, color=style["color"])
+    axes.set(xlabel="round" if against == "round" else f"{name} sent", ylabel=f"test {measure}")
+    everything = np.concatenate([values.ravel() for _, _, values in curves.values()]).tolist()
+    right = max(float((rounds if against == "round" else sent / size)[-1]) for rounds, sent, _ in curves.values())
+    shape_axes(axes, measure, everything, (1.02 if len(curves) > 1 else LABEL_ROOM) * right or 1)
+    return True
+
+
+def curve(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rounds [points], mean bytes sent [points], values [seeds, points]), at the rounds in which every seed was evaluated."""
+    found: list[dict[int, tuple[float, float]]] = []
+    for one in runs:
+        sent = np.cumsum([row["bytes_down"] + row["bytes_up"] for row in one.rows])
+        pairs = zip(one.rows, sent.tolist(), strict=True)
+        found.append({row["round"]: (total, row[key]) for row, total in pairs if row.get(key) is not None})
+    rounds = sorted(set.intersection(*(set(points) for points in found))) if found else []
+    sent = np.array([np.mean([points[t][0] for points in found]) for t in rounds])
+    return np.array(rounds), sent, np.array([[points[t][1] for t in rounds] for points in found])
+
+
+def _differences(c: Comparison) -> list[list[str]]:
+    """Settings that are not the same in all experiments, the head first."""
+    flat: dict[str, dict[str, Any]] = {}
+    for label, e in c.experiments.items():
+        flat[label] = {}
+        for key, value in e.model_dump(mode="json").items():
+            flat[label] |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
+    table = [[key, *(str(settings.get(key, "-")) for settings in flat.values())] for key in keys]
+    return [["setting", *flat], *(row for row in table if len(set(row[1:])) > 1)]

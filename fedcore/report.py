@@ -5,275 +5,643 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import re
+import shlex
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment
-from markupsafe import Markup
+from cycler import cycler
+from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from fedcore.checkpoint import write_atomically
+from fedcore.checkpoint import Checkpoint, write_atomically
 from fedcore.errors import FedcoreError, SettingsError
-from fedcore.report_page import PAGE
+from fedcore.report_page import THEME, render
 from fedcore.rundir import stored
 
 log = logging.getLogger("fedcore")
 
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fedcore",
+INK, SOFT, LINE = (THEME[name][0] for name in ("ink", "soft", "line"))
+SERIES = [THEME[f"s{n}"][0] for n in range(10)]
+DRAWING: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
+    "svg.hashsalt": "fedcore",  # the same plot has the same bytes
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": SOFT,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": "medium",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.alpha": 0.25,
     "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=SERIES),
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
 }
+POINTS = 400  # of one curve; a longer one is thinned
+BARS = 60  # of one plot; more rounds are averaged in groups
+REASONS = 5  # told apart in the plot
+LABEL_ROOM = 1.15  # of the last x, for the number beside the last point
 PARTITION_LIMIT = 20_000  # clients; a larger partition is not drawn
+COUNTS = ("round", "cohort", "reports", "bytes_down", "bytes_up", "seconds")  # numbers in every line of metrics.jsonl
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.html` of a run, finished or not, and return its path. Raises SettingsError for no run directory."""
-    run_dir = Path(run_dir)
-    settings = stored(run_dir)
-    rows = read_rows(run_dir / "metrics.jsonl")
-    plots: list[tuple[str, str, Markup]] = []
+class Plot(NamedTuple):
+    title: str
+    caption: str
+    picture: Markup
+    wide: bool = False
 
-    def plot(title: str, caption: str, draw: Callable[[Axes], bool]) -> None:
-        with rc_context(STYLE):
-            figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-            if draw(figure.add_subplot()):
-                plots.append((title, caption, svg(figure)))
 
-    measure, name = ("test_accuracy", "test accuracy") if _series(rows, "test_accuracy")[0] else ("test_loss", "test loss")
-    plot(f"Global {name}", "On the test set, which no client holds.", lambda a: _curve(a, rows, measure, name, "round"))
-    plot("Loss", "Training loss is the cohort's own mean; test loss is on the test set.", lambda a: _losses(a, rows))
-    plot(
-        "Accuracy of single clients",
-        "Each on its own data: mean, and the band from the 10th to the 90th percentile.",
-        lambda a: _band(a, rows),
+class Fact(NamedTuple):
+    name: str
+    value: str
+    detail: str
+
+
+@dataclass
+class Run:
+    """What a run directory holds, and `notes` on what it should hold and does not."""
+
+    folder: Path
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+    environment: dict[str, Any]
+    clients: dict[str, np.ndarray]  # at the last evaluation, by metric; [clients]
+    notes: list[str] = field(default_factory=list)
+    population: int | None = None
+    label_counts: np.ndarray | None = None  # [population, classes]
+    reference: str = ""  # what the method is
+
+    @property
+    def done(self) -> bool:
+        return len(self.rows) >= int(self.settings["rounds"])
+
+    @property
+    def measure(self) -> str:
+        """What the run is judged by."""
+        judged = any(row.get(f"{kind}_accuracy") is not None for row in self.rows for kind in ("test", "client"))
+        return "accuracy" if judged else "loss"
+
+    def last(self, key: str) -> Any:
+        return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
+
+    def total(self, key: str) -> float:
+        return float(sum(row[key] for row in self.rows))
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write `report.html` of a run, finished or not, and return its path.
+
+    Raises SettingsError for a folder that is no run directory, and for damaged settings or metrics. A missing or damaged
+    environment.json or clients.parquet, or data that is not at hand, costs its part of the page.
+    """
+    r = read_run(Path(run_dir))
+    name, task = r.settings["method"]["name"], r.settings["task"]
+    with rc_context(DRAWING):
+        sections = [
+            ("Learning", _learning(r)),
+            ("Clients", _clients(r)),
+            ("Rounds", _rounds(r)),
+            ("Data", _partition(r)),
+        ]
+    asked = r.total("cohort")
+    page = render(
+        "report",
+        title=f"{name} on {task}",
+        done=r.done,
+        status="finished" if r.done else f"unfinished: {len(r.rows)} of {r.settings['rounds']} rounds",
+        reference=r.reference,
+        summary=_summary(r),
+        notes=r.notes,
+        facts=_facts(r),
+        sections=sections,
+        seed=r.settings["seed"],
+        command=_command(r),
+        sha256=_params_sha256(r),
+        dropped=[(reason, f"{n:,}", f"{n / max(asked, 1):.1%}") for reason, n in _dropped(r.rows).most_common()],
+        evaluations=_evaluations(r),
+        config=(r.folder / "config.toml").read_text(),
+        environment=[(key, "-" if value is None else value) for key, value in r.environment.items()],
+        version=version("fedcore"),
+        folder=r.folder,
     )
-    plot("Spread over clients", "At the last evaluation; one count a client.", lambda a: _histogram(a, run_dir))
-    plot(
-        f"{name.capitalize()} for what it costs",
-        "Bytes of updates and models, both directions, without protocol overhead.",
-        lambda a: _curve(a, rows, measure, name, "MB"),
-    )
-    plot(
-        "Who took part",
-        "Clients whose update was used, and those left out, each round.",
-        lambda a: _participation(a, rows),
-    )
-    partition = _partition(settings)
-    if partition is not None:
-        plots.append(("Data of the clients", "How the training examples are spread.", partition))
-    page = (
-        Environment(autoescape=True)
-        .from_string(PAGE)
-        .render(
-            title=f"{settings['method']['name']} on {settings.get('task', 'digits')}",
-            facts=_facts(settings, rows),
-            summary=_summary(settings, rows),
-            plots=plots,
-            dropped=Counter(_merged(rows)).most_common(),
-            command=f"fedcore run {run_dir}/config.toml",
-            config=(run_dir / "config.toml").read_text(),
-            environment=_json(run_dir / "environment.json"),
-        )
-    )
-    file = run_dir / "report.html"
-    write_atomically(file, page.encode())
+    file = r.folder / "report.html"
+    try:
+        write_atomically(file, page.encode())
+    except OSError as e:
+        raise SettingsError(f"{file} cannot be written: {e.strerror}") from e
     return file
 
 
 def write_or_note(run_dir: Path | str) -> Path | None:
     """`write_report`, for the end of a run: the run is done and saved, so a drawing that fails is a note, not an error."""
     try:
-        return write_report(Path(run_dir))
+        return write_report(run_dir)
     except Exception as e:
         log.warning("no report (%s: %s); try again with: fedcore report %s", type(e).__name__, e, run_dir)
         log.debug("the report failed", exc_info=e)
         return None
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl up to the first that is not whole. Raises SettingsError when the file is missing or no such file."""
-    rows: list[dict[str, Any]] = []
+# Reading
+
+
+def read_run(folder: Path) -> Run:
+    """Everything about a run that the report needs. Raises SettingsError when settings or metrics cannot be read."""
+    settings = stored(folder)
+    expected = {"task": str, "rounds": int, "seed": int, "method": dict}
+    wrong = [key for key, kind in expected.items() if not isinstance(settings.get(key), kind)]
+    if wrong or "name" not in settings["method"]:
+        key = wrong[0] if wrong else "method.name"
+        raise SettingsError(f"{folder / 'config.toml'}: {key} is missing or damaged; expected the settings of a run")
+    r = Run(folder, settings, read_rows(folder / "metrics.jsonl"), {}, {}, population=settings.get("population"))
+    if not r.done:
+        r.notes.append(f"This run is not finished. Go on with: fedcore run --resume {shlex.quote(str(folder))}")
     try:
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            if not isinstance(row, dict) or "round" not in row:
-                raise SettingsError(f"{file}, line {len(rows) + 1}: expected a JSON object with a round; is it a metrics.jsonl?")
-            rows.append(row)
+        r.environment = dict(json.loads((folder / "environment.json").read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        r.notes.append(f"environment.json cannot be read ({_brief(e)}): versions and machine of this run are not known.")
+    r.clients = _last_evaluation(r)
+    _describe(r)
+    return r
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; the last may be one that a killed process did not finish. Raises SettingsError."""
+    try:
+        lines = file.read_bytes().splitlines()
     except FileNotFoundError as e:
-        raise SettingsError(f"{file.parent} has no metrics.jsonl: the run has not started") from e
-    except ValueError:
-        log.warning("%s ends in a line that is not whole; it is left out", file)
+        raise SettingsError(f"{file.parent} has no metrics.jsonl: its run has not begun") from e
+    except OSError as e:
+        raise SettingsError(f"{file} cannot be read: {e.strerror}") from e
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            if number == len(lines):
+                break
+            raise SettingsError(f"{file}, line {number} is damaged: expected a JSON object") from e
+        row = row if isinstance(row, dict) else {}
+        wrong = [key for key in COUNTS if not isinstance(row.get(key), int | float)]
+        if wrong or not isinstance(row.get("dropped"), dict) or row["round"] != number:
+            expected = f'a number "{wrong[0]}"' if wrong else f'round {number}, and "dropped" by reason'
+            raise SettingsError(f"{file}, line {number} is damaged: expected {expected}; is it a run's metrics.jsonl?")
+        rows.append(row)
     return rows
 
 
-def svg(figure: Figure) -> Markup:
-    """The figure as inline SVG, without what would change from one drawing to the next."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
-    text = out.getvalue()
-    return Markup(text[text.index("<svg") :])
-
-
-def _series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    found = [(row["round"], row[key]) for row in rows if row.get(key) is not None]
-    return [r for r, _ in found], [v for _, v in found]
-
-
-def _curve(axes: Axes, rows: list[dict[str, Any]], key: str, name: str, against: str) -> bool:
-    rounds, values = _series(rows, key)
-    if not rounds:
-        return False
-    sent = np.cumsum([row["bytes_down"] + row["bytes_up"] for row in rows]) / 1e6
-    by_round = {row["round"]: total for row, total in zip(rows, sent, strict=True)}
-    x = rounds if against == "round" else [by_round[r] for r in rounds]
-    axes.plot(x, values, marker="o", markersize=3)
-    axes.set(xlabel="round" if against == "round" else "MB sent", ylabel=name)
-    axes.annotate(f"{values[-1]:.4g}", (x[-1], values[-1]), xytext=(0, 6), textcoords="offset points", ha="right")
-    return True
-
-
-def _losses(axes: Axes, rows: list[dict[str, Any]]) -> bool:
-    for key, label in (("train_loss", "training"), ("test_loss", "test")):
-        rounds, values = _series(rows, key)
-        if rounds:
-            axes.plot(rounds, values, label=label)
-    axes.set(xlabel="round", ylabel="loss")
-    drawn = bool(axes.lines)
-    if drawn:
-        axes.legend(frameon=False)
-    return drawn
-
-
-def _band(axes: Axes, rows: list[dict[str, Any]]) -> bool:
-    found = [(row["round"], row["client_accuracy"]) for row in rows if row.get("client_accuracy")]
-    if not found:
-        return False
-    x = [r for r, _ in found]
-    low, middle, high = ([c[key] for _, c in found] for key in ("p10", "mean", "p90"))
-    axes.fill_between(x, low, high, alpha=0.25, linewidth=0, label="10th to 90th percentile")
-    axes.plot(x, middle, marker="o", markersize=3, label="mean")
-    axes.set(xlabel="round", ylabel="accuracy", ylim=(0, 1.02))
-    axes.legend(frameon=False, loc="lower right")
-    return True
-
-
-def _histogram(axes: Axes, run_dir: Path) -> bool:
+def _last_evaluation(r: Run) -> dict[str, np.ndarray]:
+    """What every client measured at the last evaluation that clients.parquet has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    file = r.folder / "clients.parquet"
+    if not file.exists():
+        return {}
     try:
-        table = pq.read_table(run_dir / "clients.parquet", filters=[("function", "==", "evaluate")])
-    except (OSError, pa.ArrowException):
-        return False
-    if "accuracy" not in table.column_names or len(table) == 0:
-        return False
-    rounds, counts = table["round"].to_numpy(), table["num_examples"].to_numpy()
-    values = table["accuracy"].to_numpy()[(rounds == rounds.max()) & (counts > 0)]
-    axes.hist(values, bins=np.linspace(0, 1, 21).tolist())
-    axes.axvline(float(values.mean()), color="C1", label=f"mean {values.mean():.1%}")
-    axes.set(xlabel=f"accuracy on own data, round {rounds.max()}", ylabel="clients", xlim=(0, 1))
-    axes.legend(frameon=False, loc="upper left")
-    return True
+        table = pq.read_table(file, filters=[("function", "==", "evaluate"), ("round", "<=", len(r.rows))])
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        if not len(table):
+            return {}
+        wanted = (columns["round"] == columns["round"].max()) & (columns["num_examples"] > 0)
+    except (OSError, KeyError, pa.ArrowException) as e:
+        r.notes.append(f"clients.parquet cannot be read ({_brief(e)}): the spread over clients is not drawn.")
+        return {}
+    columns.pop("function")
+    return {name: values[wanted] for name, values in columns.items()}
 
 
-def _participation(axes: Axes, rows: list[dict[str, Any]]) -> bool:
-    if not rows:
-        return False
-    x = [row["round"] for row in rows]
-    reasons = sorted({reason for row in rows for reason in row["dropped"]})
-    heights = [
-        [row["reports"] for row in rows],
-        *([row["dropped"].get(reason, 0) for row in rows] for reason in reasons),
-    ]
-    axes.stackplot(x, heights, labels=["used", *reasons], alpha=0.8, step="mid", linewidth=0)
-    axes.set(xlabel="round", ylabel="clients", ylim=(0, None))
-    if reasons:
-        axes.legend(frameon=False, loc="lower right")
-    return True
-
-
-def _partition(settings: dict[str, Any]) -> Markup | None:
-    """The partition's picture, where the task is a bundled one with classes."""
+def _describe(r: Run) -> None:
+    """Fill in what only the method and the task know, as far as they are at hand."""
+    from fedcore import method as methods
     from fedcore.config import Experiment
-    from fedcore.data.plot import partition_figure
-    from fedcore.tasks import TASKS, build_task
+    from fedcore.tasks import build_task
 
     try:
-        e = Experiment.parse(settings)
-        if e.task not in TASKS:
-            return None
+        e = Experiment.parse(r.settings, source=str(r.folder / "config.toml"))
+        module = sys.modules[methods.load(e.method.name).__module__]
+        r.reference = (module.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        if not _at_hand(e.task, e.data_folder):
+            return
         data = build_task(e).data
-        if data.y.is_floating_point() or data.population > PARTITION_LIMIT:
+    except FedcoreError as error:  # the method or the data may lie elsewhere than when the run was made
+        r.notes.append(f"Not drawn: how the data is spread over clients. {error}")
+        return
+    r.population = data.population
+    if not data.y.is_floating_point() and data.y.ndim == 1 and data.population <= PARTITION_LIMIT:
+        r.label_counts = data.label_counts(int(data.y.max()) + 1)
+
+
+def _at_hand(task: str, data_folder: Path | None) -> bool:
+    """Whether a bundled task can be built in a moment and without asking the hub: a report downloads nothing."""
+    if task in ("digits", "least-squares"):
+        return True
+    local = data_folder is not None or "FEDCORE_DATA" in os.environ or Path("/usr/share/datasets", task).exists()
+    return task in ("fashion-mnist", "cifar10") and local
+
+
+def _params_sha256(r: Run) -> str | None:
+    """Of the last round's parameters, as `fedcore run --json` prints it; None where the checkpoint is gone or older."""
+    from fedcore.loop import params_sha256
+
+    checkpoint = Checkpoint(r.folder / "checkpoint")
+    try:
+        if not r.done or not checkpoint.exists() or checkpoint.read()["round"] != len(r.rows):
             return None
-        with rc_context(STYLE):
-            return svg(partition_figure(data.label_counts(int(data.y.max()) + 1), ""))
-    except FedcoreError as e_:  # the data may lie elsewhere than when the run was made
-        log.warning("the partition is not drawn: %s", e_)
+        server = checkpoint.part("server")
+    except FedcoreError:
         return None
+    params = {path.removeprefix("params/"): x for path, x in server.items() if path.startswith("params/")}
+    return params_sha256(params) if params else None
 
 
-def _merged(rows: list[dict[str, Any]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for row in rows:
-        total.update(row["dropped"])
-    return dict(total)
+# Plots
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def new_figure(width: float = 4.7, height: float = 2.9) -> tuple[Figure, Axes]:
+    """Small, so that its text stays readable on a phone."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
-def _last(rows: list[dict[str, Any]], key: str) -> Any:
-    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+def inline(figure: Figure, label: str) -> Markup:
+    """The figure as SVG inside a page, in the page's font and colours; `label` is read to those who cannot see it."""
+    text = svg(figure)
+    text = text[text.index("<svg") :]
+    # Ids are unique in a page, not only in a figure.
+    prefix = re.sub(r"\W+", "-", label.lower())[:60]
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    for name, (light, _) in THEME.items():
+        text = text.replace(light, f"var(--{name})")
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
+    text = re.sub(r"font: ((?:[a-z]+ )*)([\d.]+px) [^;\"]*", r"font: \1\2 inherit", text)
+    text = re.sub(r'<svg ([^>]*?)\bwidth="[^"]*"', r"<svg \1", text, count=1)
+    text = re.sub(r'<svg ([^>]*?)\bheight="[^"]*"', rf'<svg \1role="img" aria-label="{escape(label)}"', text, count=1)
+    return Markup(text)
 
 
-def _facts(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    clients = _last(rows, "client_accuracy") or {}
-    accuracy, loss = _last(rows, "test_accuracy"), _last(rows, "test_loss")
-    sent = sum(row["bytes_down"] + row["bytes_up"] for row in rows)
-    seconds = sum(row["seconds"] for row in rows)
-    trained = sum(row["reports"] for row in rows)
-    headline = (
-        ("test accuracy", _percent(accuracy)) if accuracy is not None else ("test loss", "-" if loss is None else f"{loss:.4g}")
+def svg(figure: Figure, **options: Any) -> str:
+    """The figure as an SVG file, without what would change from one drawing to the next."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, **{"transparent": True, **options})
+    return out.getvalue()
+
+
+def plot(figure: Figure, title: str, caption: str, wide: bool = False) -> Plot:
+    return Plot(title, caption, inline(figure, f"{title}: {caption}"), wide)
+
+
+def thin(points: Sequence[Any]) -> list[Any]:
+    """At most POINTS of them, evenly, the last one included."""
+    if len(points) <= POINTS:
+        return list(points)
+    return [points[i] for i in np.linspace(0, len(points) - 1, POINTS).round().astype(int)]
+
+
+def unit(largest: float) -> tuple[float, str]:
+    """(bytes in one unit, its name) for numbers up to `largest` bytes."""
+    return next(((size, name) for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if largest >= size), (1.0, "B"))
+
+
+def size_text(n: float) -> str:
+    size, name = unit(n)
+    return f"{n / size:.3g} {name}" if n < 999.5 * size else f"{n / size:,.0f} {name}"
+
+
+def ticks(integer: bool) -> MaxNLocator:
+    return MaxNLocator(6, integer=integer, steps=[1, 2, 5, 10])
+
+
+def shape_axes(axes: Axes, measure: str, values: Sequence[float], right: float) -> None:
+    """x from 0 to `right`; accuracy in percent, a loss that spans two orders of magnitude on a log scale."""
+    if measure == "accuracy":
+        low, high = min(values), max(values)
+        room = max(0.06 * (high - low), 0.01)
+        axes.set_ylim(max(low - room, -0.02), min(high + 1.5 * room, 1.02))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.04 else 1))
+    elif min(values) > 0 and max(values) > 100 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_locator(ticks(integer=axes.get_xlabel() == "round"))
+    axes.set_xlim(0, right)
+
+
+def value_text(measure: str, value: float | None, digits: int = 1) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}%}" if measure == "accuracy" else f"{value:.{3 if digits == 0 else 4}g}"
+
+
+def _learning(r: Run) -> list[Plot]:
+    """Every test metric against rounds and against bytes, the one that the run is judged by first."""
+    sent = np.cumsum([row["bytes_down"] + row["bytes_up"] for row in r.rows])
+    names = {key.removeprefix("test_") for row in r.rows for key in row if key.startswith("test_")}
+    plots = []
+    for measure in sorted(names | {"loss"}, key=lambda name: (name != r.measure, name)):
+        test = thin([(row["round"], row[f"test_{measure}"]) for row in r.rows if row.get(f"test_{measure}") is not None])
+        train = thin([(row["round"], row[f"train_{measure}"]) for row in r.rows if row.get(f"train_{measure}") is not None])
+        if not test and not train:
+            continue
+        figure, axes = new_figure()
+        axes.set(xlabel="round", ylabel=measure)
+        if train:
+            axes.plot(
+                *zip(*train, strict=True),
+                color=SERIES[9],
+                linewidth=1.1,
+                marker="o" if len(train) == 1 else "",
+                label="training, mean over the cohort",
+            )
+        caption = "Training: the cohort's own mean while it trains."
+        shape_axes(axes, measure, [value for _, value in test + train], LABEL_ROOM * max(t for t, _ in test + train))
+        if test:
+            _line(axes, test, measure, "test set")
+            caption = f"On the test set, {value_text(measure, test[-1][1])} at the end." + (f" {caption}" if train else "")
+        if train and test:
+            figure.legend(loc="outside upper left", ncols=2)
+        plots.append(plot(figure, f"{'Test ' if test else 'Training '}{measure} by round", caption))
+        if test and sent[-1] > 0:
+            figure, axes = new_figure()
+            size, name = unit(sent[-1])
+            axes.set(xlabel=f"{name} sent", ylabel=measure)
+            shape_axes(axes, measure, [value for _, value in test], LABEL_ROOM * sent[test[-1][0] - 1] / size)
+            _line(axes, [(sent[t - 1] / size, value) for t, value in test], measure, "test set")
+            caption = "Models and updates of all clients, both directions, without protocol overhead."
+            plots.append(plot(figure, f"Test {measure} by {name} sent", caption))
+    return plots
+
+
+def _line(axes: Axes, points: Sequence[tuple[float, float]], measure: str, label: str) -> None:
+    x, y = zip(*points, strict=True)
+    axes.plot(x, y, color=SERIES[0], marker="o" if len(x) <= 40 else "", label=label)
+    axes.annotate(
+        value_text(measure, y[-1]),
+        (x[-1], y[-1]),
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="center",
+        fontweight="bold",
+        annotation_clip=False,
     )
-    facts = [headline]
-    if clients:
-        facts.append(("clients, 10th - 90th percentile", f"{_percent(clients['p10'])} - {_percent(clients['p90'])}"))
-    facts += [("rounds", f"{len(rows)} of {settings['rounds']}"), ("sent", f"{sent / 1e6:,.1f} MB")]
-    facts.append(("clients a second", f"{trained / seconds:,.0f}" if seconds else "-"))
-    return facts
 
 
-def _summary(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    e = settings
-    asked = np.mean([row["cohort"] for row in rows]) if rows else 0
-    text = f"{e['method']['name']} trained {e['model']['name']} on {e['task']}"
-    text += f" with {asked:.4g} clients a round" if rows else ", not yet a round"
-    text += f" of {e['population']}" if e.get("population") else ""
-    text += f", for {len(rows)} of {e['rounds']} rounds, from seed {e['seed']}."
-    skipped = sum(row["skipped"] for row in rows)
+def _clients(r: Run) -> list[Plot]:
+    """The measure on each client's own data: over rounds, and at the last evaluation."""
+    plots = []
+    on = "held-out examples" if r.settings.get("holdout", 0) else "examples"
+    found = [(row["round"], row.get(f"client_{r.measure}") or {}) for row in r.rows]
+    points = thin([(t, c["p10"], c["mean"], c["p90"]) for t, c in found if None not in (c.get("mean"), c.get("p10"), c.get("p90"))])
+    if points:
+        x, low, middle, high = zip(*points, strict=True)
+        figure, axes = new_figure()
+        axes.set(xlabel="round", ylabel=r.measure)
+        mark = "o" if len(x) <= 40 else ""
+        axes.fill_between(x, low, high, color=SERIES[0], alpha=0.2, linewidth=0, label="10th to 90th percentile")
+        axes.plot(x, middle, color=SERIES[0], marker=mark, label="mean over clients")
+        if len(x) == 1:  # a band needs two points; one gets a bar
+            axes.vlines(x, low, high, color=SERIES[0], alpha=0.4, linewidth=6)
+        shape_axes(axes, r.measure, [*low, *high], 1.02 * x[-1])
+        figure.legend(loc="outside upper left", ncols=2)
+        caption = f"The model on every client's own {on}: what a client gets, which the mean over all test examples hides."
+        plots.append(plot(figure, f"{r.measure.capitalize()} of single clients", caption))
+    values = r.clients.get(r.measure, np.array([]))
+    values = values[np.isfinite(values)]
+    if len(values):
+        figure, axes = new_figure()
+        t = int(r.clients["round"][0])
+        percent = r.measure == "accuracy"
+        axes.hist(values, bins=np.linspace(0, 1, 21).tolist() if percent else 30, color=SERIES[0], alpha=0.85, rwidth=0.92)
+        low, high = np.quantile(values, [0.1, 0.9])
+        for value, style, label in ((values.mean(), "-", "mean"), (low, ":", "10th and 90th percentile"), (high, ":", None)):
+            axes.axvline(value, color=SERIES[1], linestyle=style, linewidth=1.6, label=label)
+        axes.set(xlabel=f"{r.measure} on own {on}", ylabel="clients")
+        axes.yaxis.set_major_locator(ticks(integer=True))
+        if percent:
+            axes.set_xlim(-0.01, 1.01)
+            axes.xaxis.set_major_formatter(PercentFormatter(1))
+        figure.legend(loc="outside upper left", ncols=2)
+        caption = f"After round {t}, {len(values):,} clients, each counted once."
+        plots.append(plot(figure, "Spread over clients", caption))
+    return plots
+
+
+def _rounds(r: Run) -> list[Plot]:
+    """Who took part, and how long it took."""
+    if not r.rows:
+        return []
+    groups = [r.rows[part[0] : part[-1] + 1] for part in np.array_split(np.arange(len(r.rows)), min(len(r.rows), BARS))]
+    x = np.array([np.mean([row["round"] for row in group]) for group in groups])
+    width = 0.86 * len(r.rows) / len(groups)
+    main = [reason for reason, _ in _dropped(r.rows).most_common(REASONS)]
+    figure, axes = new_figure(height=2.9 + 0.12 * len(main))
+    bottom = np.zeros(len(groups))
+    layers = {"usable update": [row["reports"] for row in r.rows]}
+    layers |= {reason: [row["dropped"].get(reason, 0) for row in r.rows] for reason in main}
+    layers["other reasons"] = [sum(n for reason, n in row["dropped"].items() if reason not in main) for row in r.rows]
+    for number, (label, counts) in enumerate(layers.items()):
+        heights = np.array([np.mean(group) for group in np.array_split(counts, len(groups))])
+        if number == 0 or heights.any():
+            axes.bar(x, heights, width, bottom, color=SERIES[number], linewidth=0, label=_short(label))
+            bottom += heights
+    asked = np.array([np.mean([row["cohort"] for row in group]) for group in groups])
+    edges = np.append(x - width / 1.72, x[-1] + width / 1.72)
+    axes.stairs(asked, edges, color=INK, linewidth=1.2, label="asked", baseline=None)
+    skipped = [row["round"] for row in r.rows if row.get("skipped")]
     if skipped:
-        text += f" {skipped} rounds had too few reports and left the model as it was."
-    if len(rows) < e["rounds"]:
-        text += " The run is not finished."
+        axes.plot(skipped, np.zeros(len(skipped)), "x", color=SERIES[5], clip_on=False, label="skipped", zorder=4)
+    axes.set(xlabel="round", ylabel="clients", xlim=(0, len(r.rows) + 1), ylim=(0, max(asked.max(), bottom.max(), 1) * 1.05))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticks(integer=True))
+    figure.legend(loc="outside upper left", ncols=2)
+    caption = "Each round: clients asked, clients whose update was used, and the others by reason."
+    if len(groups) < len(r.rows):
+        caption += f" Means over {len(r.rows) // len(groups)} or so rounds."
+    plots = [plot(figure, "Who took part", caption)]
+
+    times = thin([(row["round"], row["seconds"]) for row in r.rows])
+    figure, axes = new_figure()
+    axes.set(xlabel="round", ylabel="seconds")
+    axes.plot(*zip(*times, strict=True), color=SERIES[2], marker="o" if len(times) <= 40 else "")
+    seconds = np.array([row["seconds"] for row in r.rows])
+    middle = float(np.median(seconds))
+    if seconds.min() > 0 and seconds.max() > 8 * middle:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.set_ylim(0, float(seconds.max()) * 1.1 or 1)
+    axes.set_xlim(0, len(r.rows) + 1)
+    axes.xaxis.set_major_locator(ticks(integer=True))
+    caption = f"Median {time_text(middle)}, without evaluation."
+    if r.rows[0].get("first_round_s"):
+        caption += f" From start to the end of the first round, with everything loaded: {time_text(r.rows[0]['first_round_s'])}."
+    return [*plots, plot(figure, "Seconds a round", caption)]
+
+
+def _partition(r: Run) -> list[Plot]:
+    from fedcore.data.plot import partition_figure
+
+    if r.label_counts is None:
+        return []
+    figure = partition_figure(r.label_counts, "")
+    figure.set_size_inches(5.2, 3.9)
+    sizes = r.label_counts.sum(1)
+    partition = r.settings.get("partition", {})
+    caption = f"{_given(partition)}; {sizes.min():,} to {sizes.max():,} examples a client, median {np.median(sizes):,.0f}."
+    return [plot(figure, "How classes and examples are spread over clients", caption[0].upper() + caption[1:], wide=True)]
+
+
+# Words
+
+
+def _summary(r: Run) -> str:
+    s, rows = r.settings, r.rows
+    image = s["task"] in ("digits", "fashion-mnist", "cifar10")
+    model = f" ({s['model']['name']})" if image and "name" in s.get("model", {}) else ""
+    text = f"{s['method']['name']} trained a model{model} on {s['task']}"
+    if r.population:
+        text += f", whose examples are spread over {r.population:,} clients"
+        text += f" ({_given(s['partition'])})" if image and "partition" in s else ""
+    if not rows:
+        return f"{text}. No round is done yet."
+    cohorts = [row["cohort"] for row in rows]
+    same = min(cohorts) == max(cohorts)
+    text += f". {cohorts[0]:,}" if same else f". Between {min(cohorts):,} and {max(cohorts):,}"
+    text += f" of them {'was' if cohorts[0] == 1 and same else 'were'} asked in {_each(len(rows))}."
+    test, loss = r.last(f"test_{r.measure}"), r.last("test_loss")
+    if test is not None:
+        text += f" The server's model reaches {value_text(r.measure, test)} test {r.measure}"
+        text += f" (loss {loss:.4g})." if r.measure != "loss" and loss is not None else "."
+    elif (r.last("client_loss") or r.last("client_accuracy")) is None:
+        text += " It has not been evaluated yet."
+    clients = r.last(f"client_{r.measure}") or {}
+    if None not in (clients.get("mean"), clients.get("p10"), clients.get("p90")):
+        mean, low, high = (value_text(r.measure, clients[key]) for key in ("mean", "p10", "p90"))
+        text += f" Clients differ: on their own examples the mean {r.measure} is {mean}, a tenth of them are at {low} or below"
+        text += f" and a tenth at {high} or above."
+    asked, used = r.total("cohort"), r.total("reports")
+    lost = sum(_dropped(rows).values())
+    if lost:
+        text += f" Of {asked:,.0f} requests to clients, {lost:,} brought no usable update."
+    elif used:
+        text += f" All {asked:,.0f} requests to clients brought a usable update."
+    if skipped := sum(bool(row.get("skipped")) for row in rows):
+        text += f" {skipped} round{'s' if skipped > 1 else ''} had too few reports and left the model as it was."
     return text
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
+def _each(rounds: int) -> str:
+    return "the one round" if rounds == 1 else f"each of {rounds:,} rounds"
+
+
+def _facts(r: Run) -> list[Fact]:
+    key = f"test_{r.measure}"
+    at: dict[str, Any] = next((row for row in reversed(r.rows) if row.get(key) is not None), {})
+    detail = f"after round {at['round']}" if at else "not evaluated yet"
+    if r.measure != "loss" and at.get("test_loss") is not None:
+        detail += f", loss {at['test_loss']:.4g}"
+    facts = [Fact(f"test {r.measure if at else 'result'}", value_text(r.measure, at.get(key)), detail)]
+    if clients := r.last(f"client_{r.measure}"):
+        low, high = (value_text(r.measure, clients.get(key), 0) for key in ("p10", "p90"))
+        mean = value_text(r.measure, clients.get("mean"))
+        facts.append(Fact("single clients", f"{low} to {high}", f"10th to 90th percentile, mean {mean}"))
+    cohort = r.total("cohort") / max(len(r.rows), 1)
+    of = f" of {r.population:,}" if r.population else ""
+    facts.append(
+        Fact(
+            "rounds",
+            f"{len(r.rows):,}" if r.done else f"{len(r.rows):,} of {r.settings['rounds']:,}",
+            f"{count_text(cohort)}{of} clients each",
+        )
+    )
+    down, up = r.total("bytes_down"), r.total("bytes_up")
+    facts.append(Fact("sent", size_text(down + up), f"{size_text(down)} down, {size_text(up)} up"))
+    seconds = r.total("seconds")
+    evaluation = sum(row.get("evaluation_s") or 0 for row in r.rows)
+    speed = r.total("reports") / seconds if seconds else 0
+    facts.append(
+        Fact(
+            "time",
+            time_text(seconds + evaluation),
+            f"{speed:,.0f} clients a second" if speed >= 10 else f"{speed:.2g} clients a second",
+        )
+    )
+    return facts
+
+
+def count_text(n: float) -> str:
+    return f"{n:,.0f}" if n >= 100 or n == round(n) else f"{n:.1f}"
+
+
+def time_text(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _command(r: Run) -> str:
+    file = str(r.folder / "config.toml")
+    if r.settings.get("engine", {}).get("name") == "grid":
+        return f"flwr run . --run-config {shlex.quote(f'preset={json.dumps(file)}')}"
+    return f"fedcore run {shlex.quote(file)}"
+
+
+def _evaluations(r: Run) -> list[list[str]]:
+    """A table, its head first; empty without an evaluation."""
+    tests = sorted({key for row in r.rows for key in row if key.startswith("test_")})
+    spreads = sorted({key for row in r.rows for key, value in row.items() if key.startswith("client_") and isinstance(value, dict)})
+    sent = np.cumsum([row["bytes_down"] + row["bytes_up"] for row in r.rows])
+    head = ["round", "sent", *(key.replace("_", " ") for key in tests)]
+    head += [f"{key.replace('_', ' ')} {part}" for key in spreads for part in ("mean", "p10", "p90")]
+    body = []
+    for row in thin([row for row in r.rows if any(key in row for key in (*tests, *spreads))]):
+        line = [str(row["round"]), size_text(float(sent[row["round"] - 1]))]
+        line += [value_text(key.removeprefix("test_"), row.get(key), 2) for key in tests]
+        for key in spreads:
+            line += [value_text(key.removeprefix("client_"), (row.get(key) or {}).get(part), 2) for part in ("mean", "p10", "p90")]
+        body.append(line)
+    return [head, *body] if body else []
+
+
+def _dropped(rows: list[dict[str, Any]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update(row["dropped"])
+    return total
+
+
+def _given(section: dict[str, Any]) -> str:
+    """`dirichlet partition, alpha 0.3`"""
+    facts = [f"{key.replace('_', ' ')} {value}" for key, value in section.items() if key != "name"]
+    return ", ".join([f"{section.get('name')} partition", *facts])
+
+
+def _short(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _brief(error: Exception) -> str:
+    return _short(str(error).partition("\n")[0] or type(error).__name__, 80)

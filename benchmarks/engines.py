@@ -1,8 +1,8 @@
 """Clients per second of every engine, of a plain PyTorch loop, and of Flower's own Ray simulation: `make bench`.
 
-One process tree, the same model, data, cohort, batches and learning rate; the contenders take turns, and what is printed are medians
-over the rounds after the first. Also: what an engine itself costs a client (clients that do nothing), and a round with 1 000 and with
-100 000 registered clients. Prints tables, or JSON with --json, and writes benchmarks/results.json.
+One process tree, the same model, data, cohort, batches and learning rate; the contenders take turns, and what is printed are
+medians over the rounds after the first. Also: what an engine itself costs a client (clients that do nothing), and a round with
+1 000 and with 100 000 registered clients. Prints tables, or JSON with --json, and writes benchmarks/results.json.
 """
 
 from __future__ import annotations

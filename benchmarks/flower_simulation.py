@@ -89,6 +89,6 @@ def simulate() -> None:
 if __name__ == "__main__":
     # Ray's workers find the app by its module's name and its settings in the environment.
     os.environ["FEDCORE_BENCH_SETTINGS"], os.environ["FEDCORE_BENCH_ROUNDS"] = sys.argv[1:]
-    from benchmarks import flower_simulation
+    from benchmarks import flower_simulation  # noqa: PLW0406
 
     flower_simulation.simulate()

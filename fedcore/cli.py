@@ -42,13 +42,14 @@ def run(
     """Train, and write a run directory with a report. With --resume, PRESET may be left out."""
     from fedcore import loop
     from fedcore.progress import Terminal, show_result
-    from fedcore.report import write_or_note
 
     if resume is not None and out is not None:
         raise SettingsError(f"--out {out} and --resume {resume}: a resumed run stays in its directory; give one of the two")
     experiment = _experiment(preset, set_, engine, seed, resume)
     with Terminal() as terminal:
         result = loop.run(experiment, out, resume, terminal)
+    from fedcore.report import write_or_note  # with its plots half a second: not before the first round
+
     report_file = write_or_note(result.run_dir)
     if json_:
         print(json.dumps(result.to_dict()))

@@ -20,7 +20,7 @@ from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
 from fedcore.errors import RunError, SettingsError
 from fedcore.loop import Interrupted, Observer, Quiet, run
-from fedcore.report import DRAWING, LABEL_ROOM, SERIES, Plot, new_figure, plot, read_rows, shape_axes, size_text, svg, thin
+from fedcore.report import LABEL_ROOM, SERIES, STYLE, Plot, new_figure, plot, read_rows, shape_axes, size_text, svg, thin
 from fedcore.report import unit as byte_unit
 from fedcore.report_page import THEME, render
 from fedcore.rundir import stored
@@ -207,7 +207,7 @@ def explained(c: Comparison) -> str:
 
 def write(c: Comparison) -> None:
     """compare.json, compare.svg and compare.html."""
-    with rc_context(DRAWING):
+    with rc_context(STYLE):
         files = {"compare.json": json.dumps(c.to_dict(), indent=1), "compare.svg": _picture(c), "compare.html": _page(c)}
     for name, content in files.items():
         write_atomically(c.folder / name, content.encode())

@@ -30,7 +30,7 @@ from fedcore.errors import RunError, SettingsError, TooFewReports
 from fedcore.method import Method
 from fedcore.participation import Process, answering
 from fedcore.rng import rng
-from fedcore.rundir import ClientTable, open_run_dir, read_history, write_settings
+from fedcore.rundir import ClientTable, make_run_dir, open_run_dir, read_history, write_settings
 from fedcore.state import StateStore
 from fedcore.task import Task
 from fedcore.tasks import build_task
@@ -150,6 +150,7 @@ class Loop:
         self.clients = ClientTable(folder / "clients.parquet")
         if facts is not None:
             self._restore(facts)
+        make_run_dir(folder)
         # What was logged after the checkpoint goes, for those rounds are run again.
         self.history = read_history(folder, self.state.t)
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
@@ -285,7 +286,7 @@ class Loop:
         measured: dict[str, Any] = next((row for row in reversed(rows) if "test_loss" in row), {})
         final: dict[str, Any] = {"test_loss": None, "test_accuracy": None, "client_accuracy": None}
         final |= {key: value for key, value in measured.items() if key.startswith(("test_", "client_"))}
-        final["clients_evaluated_on"] = self.task.data.evaluated_on()
+        final["clients_evaluated_on"] = self.task.data.evaluated_on
         dropped: Counter[str] = Counter()
         for row in rows:
             dropped.update(row["dropped"])

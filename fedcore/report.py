@@ -33,7 +33,7 @@ log = logging.getLogger("fedcore")
 
 INK, SOFT, LINE = (THEME[name][0] for name in ("ink", "soft", "line"))
 SERIES = [THEME[f"s{n}"][0] for n in range(10)]
-DRAWING: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
     "svg.hashsalt": "fedcore",  # the same plot has the same bytes
     "font.family": "sans-serif",
@@ -117,7 +117,7 @@ def write_report(run_dir: Path | str) -> Path:
     """
     r = read_run(Path(run_dir))
     name, task = r.settings["method"]["name"], r.settings["task"]
-    with rc_context(DRAWING):
+    with rc_context(STYLE):
         sections = [
             ("Learning", _learning(r)),
             ("Clients", _clients(r)),

@@ -35,11 +35,15 @@ def open_run_dir(e: Experiment, out: Path | str | None, resume: Path | str | Non
     folder = Path(out) if out is not None else fresh(f"{e.method.name}-{e.task.replace(':', '-')}-seed{e.seed}")
     if (folder / "config.toml").exists():
         raise SettingsError(f"{folder} already holds a run: resume it with --resume {folder}, or choose another --out")
+    return folder
+
+
+def make_run_dir(folder: Path) -> None:
+    """Make it, when everything else has gone well. Raises SettingsError when it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e_:
-        raise SettingsError(f"--out {folder}: {e_.strerror}; expected a directory that can be made and written to") from e_
-    return folder
+    except OSError as e:
+        raise SettingsError(f"--out {folder}: {e.strerror}; expected a directory that can be made and written to") from e
 
 
 def fresh(name: str) -> Path:

@@ -100,6 +100,7 @@ class Task:
     @torch.no_grad()
     def test(self, params: Params, batch_size: int = 1000) -> dict[str, float]:
         """The mean of every metric over the global test set."""
+        self.model.eval()
         x, y = self.data.test
         ones = torch.ones(len(x), device=x.device)
         sums: dict[str, Tensor] = {}

@@ -293,13 +293,13 @@ def test_batches_depend_on_seed_round_and_client_and_not_on_company() -> None:
 
 def test_held_out_examples_are_never_trained_on() -> None:
     d = data(holdout=0.3)
-    assert d.evaluated_on() == "test"
+    assert d.evaluated_on == "test"
     for client in (0, 2, 3):
         held, kept = set(d.rows(client, "test")), set(d.rows(client, "train"))
         assert not held & kept
         assert held | kept == set(range(d.offsets[client], d.offsets[client + 1]))
     assert d.num_examples(np.array([0, 1, 2, 3]), "test").tolist() == [3, 0, 1, 3]
-    assert data().evaluated_on() == "train"
+    assert data().evaluated_on == "train"
     assert EVALUATION_BATCH > 1
 
 

@@ -110,6 +110,22 @@ def test_ragged_clients_are_batched_with_clients_of_their_length(tmp_path: Path)
     assert [max(chunk) for chunk in seen] == sorted((max(chunk) for chunk in seen), reverse=True)
 
 
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+def test_a_models_own_noise_is_drawn_from_the_seed_and_off_in_evaluation(engine: str, tmp_path: Path) -> None:
+    def params(folder: str) -> tuple[str, float]:
+        loop = loop_of(small("fedavg", **DIGITS, engine__name=engine, engine__chunk=3), tmp_path / folder)
+        loop.task.model.insert(1, torch.nn.Dropout(0.5))  # type: ignore[operator]
+        loop.state = loop.state._replace(server=loop.method.init_server(loop.task.init_params(), 20))
+        result = loop.run()
+        assert loop.task.test(result.params) == loop.task.test(result.params)
+        return result.params_sha256, result.final["client_loss"]["mean"]
+
+    torch.manual_seed(1)
+    first = params("a")
+    torch.manual_seed(2)
+    assert params("b") == first
+
+
 def test_dropout_counts_and_min_reports_skips(tmp_path: Path) -> None:
     found = run(small("fedavg", rounds=12, participation__dropout=0.5), tmp_path / "a")
     lost = found.dropped["dropout"]

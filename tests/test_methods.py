@@ -103,7 +103,7 @@ def trajectory(name: str, settings: dict[str, Any], rounds: int = ROUNDS) -> lis
     params = task.init_params()
     engine = Sequential(
         Work(task, method, LocalSettings(batch_size=4, epochs=EPOCHS), 0),
-        StateStore(method.init_client(params), 10**9, lambda: Path()),
+        StateStore(method.init_client(params), 10**9, Path),
     )
     server, path = method.init_server(params, 2), []
     for t in range(rounds):

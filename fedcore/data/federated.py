@@ -62,6 +62,9 @@ class FederatedData:
         self.order = np.ascontiguousarray(order, dtype=np.int64)
         self.sizes = np.diff(self.offsets)
         self.held = np.minimum(np.round(holdout * self.sizes).astype(np.int64), np.maximum(self.sizes - 1, 0))
+        self.kept = self.sizes - self.held
+        # What `evaluate` reads: held-out examples, or the training examples where none are held out.
+        self.evaluated_on: Literal["train", "test"] = "test" if self.held.any() else "train"
         if holdout > 0:
             keys = rng(seed, "holdout").random(len(self.order))
             client = np.repeat(np.arange(self.population), self.sizes)
@@ -75,23 +78,16 @@ class FederatedData:
         self.x, self.y = self.x.to(device), self.y.to(device)
         self.test = Examples(self.test.x.to(device), self.test.y.to(device))
 
-    def evaluated_on(self) -> Literal["train", "test"]:
-        """What `evaluate` reads: held-out examples, or the training examples where none are held out."""
-        return "test" if self.held.any() else "train"
-
     def num_examples(self, clients: np.ndarray, data: str) -> np.ndarray:
         """Examples that a client function of this kind works on, int64 [n]."""
-        if data == "test" and self.evaluated_on() == "test":
-            counts: np.ndarray = self.held[clients]
-        else:
-            counts = (self.sizes - self.held)[clients]
+        counts: np.ndarray = (self.held if data == self.evaluated_on == "test" else self.kept)[clients]
         return counts
 
     def rows(self, client: int, data: str) -> np.ndarray:
         """Row numbers of one client, int64."""
         start, end = self.offsets[client], self.offsets[client + 1]
         cut = end - self.held[client]
-        return self.order[cut:end] if data == "test" and self.evaluated_on() == "test" else self.order[start:cut]
+        return self.order[cut:end] if data == self.evaluated_on == "test" else self.order[start:cut]
 
     def label_counts(self, num_classes: int) -> np.ndarray:
         """How many rows of each class every client holds, int64 [population, classes]."""
@@ -137,13 +133,14 @@ class FederatedData:
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy arrays, which pickle protocol 5 moves out of band: workers on one machine share them instead of copying.
         tensors = {"x": self.x, "y": self.y, "test_x": self.test.x, "test_y": self.test.y}
-        arrays = {"order": self.order, "offsets": self.offsets, "sizes": self.sizes, "held": self.held}
-        return {**{name: value.cpu().numpy() for name, value in tensors.items()}, **arrays}
+        arrays = {"order": self.order, "offsets": self.offsets, "sizes": self.sizes, "held": self.held, "kept": self.kept}
+        pixels = {name: value.cpu().numpy() for name, value in tensors.items()}
+        return {**pixels, **arrays, "evaluated_on": self.evaluated_on}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.x, self.y = shared_tensor(state["x"]), shared_tensor(state["y"])
         self.test = Examples(shared_tensor(state["test_x"]), shared_tensor(state["test_y"]))
-        for name in ("order", "offsets", "sizes", "held"):
+        for name in ("order", "offsets", "sizes", "held", "kept", "evaluated_on"):
             setattr(self, name, state[name])
 
 

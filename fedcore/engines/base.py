@@ -14,6 +14,7 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.errors import SettingsError
 from fedcore.method import Method, data_of
+from fedcore.rng import torch_seed
 from fedcore.run_client import run_client
 from fedcore.types import Batches, ClientFunction, Reports, Tree
 
@@ -67,7 +68,16 @@ class Work:
     def one(self, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> tuple[Tree, Tree]:
         """(up, new state) of one client; `state` is on the task's device."""
         batches = trees.at(self.batches(fn, [client], t), 0)
-        return run_client(fn, self.task, torch.tensor(float(t), device=self.task.device), down, state, batches)
+        now = torch.tensor(float(t), device=self.task.device)
+        with self.model_noise(fn, t, client):
+            return run_client(fn, self.task, now, down, state, batches)
+
+    @contextmanager
+    def model_noise(self, fn: ClientFunction, t: int, client: int) -> Iterator[None]:
+        """Dropout and its like: on in training alone, and drawn from a key instead of from wherever the generator stands."""
+        self.task.model.train(data_of(fn) != "test")
+        with torch_seed(self.seed, "model", t, client):
+            yield
 
 
 def report(work: Work, fn: ClientFunction, client: int, up: Tree) -> Reports:

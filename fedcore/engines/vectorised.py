@@ -55,7 +55,8 @@ class Vectorised:
 
     def _chunked(self, fn: ClientFunction, chunk: list[int], down: Tree, t: int) -> Iterator[Reports]:
         try:
-            up, new = self._batched(fn, down, self._states(chunk), self.work.batches(fn, chunk, t), t)
+            with self.work.model_noise(fn, t, chunk[0]):
+                up, new = self._batched(fn, down, self._states(chunk), self.work.batches(fn, chunk, t), t)
         except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
             log.debug("chunk %s failed, going through it one by one", chunk, exc_info=True)
             yield from self._loop(fn, chunk, down, t)

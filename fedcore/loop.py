@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcore import __version__, trees
+from fedcore import __version__, engines, trees
 from fedcore.checkpoint import Checkpoint, write_atomically
 from fedcore.config import Experiment
-from fedcore.engines import base as engines
 from fedcore.engines.base import Engine, Work
 from fedcore.errors import RunError, SettingsError, TooFewReports
 from fedcore.method import Method

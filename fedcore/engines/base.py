@@ -110,24 +110,3 @@ def device_for(settings: EngineSettings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError('engine.device = "cuda": PyTorch sees no CUDA device here; set engine.device = "cpu" or "auto"')
     return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def make(settings: EngineSettings, work: Work, states: StateStore) -> Engine:
-    """The in-process engine that the settings name, with the task moved to its device."""
-    device = device_for(settings)
-    if settings.name == "ray":
-        from fedcore.engines.ray import Ray
-
-        return Ray(work, states, settings, device)
-    work.task.to(device)
-    if settings.name == "sequential":
-        from fedcore.engines.sequential import Sequential
-
-        return Sequential(work, states)
-    if settings.name == "vectorised":
-        from fedcore.engines.vectorised import Vectorised
-
-        return Vectorised(work, states, settings.chunk)
-    raise SettingsError(
-        'engine.name = "grid": clients are Flower nodes, which a Flower server has to start: use "flwr run .", see docs/flower.md'
-    )

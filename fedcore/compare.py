@@ -7,7 +7,6 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fedcore import __version__
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
 from fedcore.errors import RunError, SettingsError
@@ -235,7 +235,7 @@ def _page(c: Comparison) -> str:
         plots=_plots(c),
         differences=_differences(c),
         runs=runs,
-        version=version("fedcore"),
+        version=__version__,
         folder=c.folder,
     )
 

@@ -390,11 +390,13 @@ class Tally:
 
 def keep_finite(r: Reports) -> Reports:
     """The reports whose update is finite; the others are in `failed`."""
-    ok = trees.finite_rows(r.up) if len(r.clients) else None
-    if ok is None or bool(ok.all()):
+    ok = trees.finite_rows(r.up) if len(r.clients) else []
+    if all(ok):
         return r
-    bad = dict.fromkeys(r.clients[~ok.cpu()].tolist(), "not finite: the update holds NaN or Inf")
-    return Reports(r.clients[ok.cpu()], trees.at(r.up, ok), r.num_examples[ok], {**r.failed, **bad})
+    good, clients = torch.tensor(ok), r.clients.tolist()
+    bad = {i: "not finite: the update holds NaN or Inf" for i, fine in zip(clients, ok, strict=True) if not fine}
+    rows = good.to(r.num_examples.device)
+    return Reports(r.clients[good], trees.at(r.up, rows), r.num_examples[rows], {**r.failed, **bad})
 
 
 def spread(values: Tensor) -> dict[str, float]:

@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from fedcore import __version__
 from fedcore.checkpoint import Checkpoint, write_atomically
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.report_page import THEME, render
@@ -142,7 +142,7 @@ def write_report(run_dir: Path | str) -> Path:
         evaluations=_evaluations(r),
         config=(r.folder / "config.toml").read_text(),
         environment=[(key, "-" if value is None else value) for key, value in r.environment.items()],
-        version=version("fedcore"),
+        version=__version__,
         folder=r.folder,
     )
     file = r.folder / "report.html"

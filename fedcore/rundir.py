@@ -135,19 +135,26 @@ class ClientTable:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self._reports: list[tuple[int, str, Reports]] = []  # not yet in columns, which wait for a write
         self._columns: dict[str, list[np.ndarray]] = {}
         self._rows = 0
 
     def add(self, number: int, function: str, r: Reports) -> None:
-        n = len(r.clients)
-        columns: dict[str, np.ndarray] = {
-            "round": np.full(n, number, dtype=np.int32),
-            "function": np.full(n, function, dtype=object),
-            "client": r.clients.numpy(),
-            "num_examples": r.num_examples.cpu().numpy(),
-            **{name: values.detach().float().cpu().numpy() for name, values in r.metrics.items()},
-        }
-        self._append(columns, n)
+        # Without `up`, which is as large as the model.
+        self._reports.append((number, function, Reports(r.clients, r.metrics, r.num_examples)))
+
+    def _collect(self) -> None:
+        for number, function, r in self._reports:
+            n = len(r.clients)
+            columns: dict[str, np.ndarray] = {
+                "round": np.full(n, number, dtype=np.int32),
+                "function": np.full(n, function, dtype=object),
+                "client": r.clients.numpy(),
+                "num_examples": r.num_examples.cpu().numpy(),
+                **{name: values.detach().float().cpu().numpy() for name, values in r.up.items()},
+            }
+            self._append(columns, n)
+        self._reports.clear()
 
     def _append(self, columns: dict[str, np.ndarray], n: int) -> None:
         for name in columns.keys() | self._columns.keys():
@@ -161,6 +168,7 @@ class ClientTable:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
+        self._collect()
         if self._rows == 0:
             return
         table = pa.table({name: np.concatenate(pieces) for name, pieces in self._columns.items()})

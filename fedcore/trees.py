@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,13 +17,20 @@ from fedcore.types import Reports, Tree
 SEPARATOR = "/"
 
 
-def map(fn: Callable[..., Any], *trees: Tree) -> Tree:
-    """`fn` on corresponding leaves."""
-    return pytree.tree_map(fn, *trees)
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """`fn` on corresponding leaves. A third of the time of `pytree.tree_map`, which every client pays several times."""
+    if isinstance(tree, dict):
+        return {key: map(fn, value, *[r[key] for r in rest]) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        values = [map(fn, *xs) for xs in zip(tree, *rest, strict=True)]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return fn(tree, *rest)
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    return pytree.tree_leaves(tree)
+    if isinstance(tree, dict | tuple | list):
+        return [leaf for inner in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(inner)]
+    return [tree]
 
 
 def add(a: Tree, b: Tree) -> Tree:
@@ -84,10 +93,10 @@ def finite(tree: Tree) -> Tensor:
     return torch.isfinite(torch.stack(sums).sum()) if sums else torch.tensor(True)
 
 
-def finite_rows(tree: Tree) -> Tensor | None:
-    """`finite` for each row of the leading axis, [n] bool; None where the tree has no floating-point leaf."""
-    sums = [x.reshape(len(x), -1).sum(1) for x in leaves(tree) if x.is_floating_point()]
-    return torch.isfinite(torch.stack(sums).sum(0)) if sums else None
+def finite_rows(tree: Tree) -> list[bool]:
+    """`finite` for each row of the leading axis; empty where the tree has no floating-point leaf."""
+    sums = [x.sum().view(1) if x.shape[0] == 1 else x.reshape(x.shape[0], -1).sum(1) for x in leaves(tree) if x.is_floating_point()]
+    return [math.isfinite(value) for value in functools.reduce(torch.add, sums).tolist()] if sums else []
 
 
 def flatten(tree: Tree) -> dict[str, Tensor]:
@@ -115,6 +124,14 @@ def weighted_sum(tree: Tree, weights: Tensor) -> Tree:
     return map(lambda x: torch.tensordot(weights.to(x.dtype), x, 1), tree)
 
 
+def add_weighted_(total: Tree, tree: Tree, weights: Tensor) -> Tree:
+    """total + sum_i weights[i] * row i, in place: `total` must be the caller's own. Returns it."""
+    if len(weights) == 1:
+        w = weights[0]
+        return map(lambda t, x: t.addcmul_(x[0], w.to(t.dtype)), total, tree)
+    return map(lambda t, x: t.add_(x), total, weighted_sum(tree, weights))
+
+
 def weighted_mean(reports: Iterable[Reports], weight: Callable[[Reports], Tensor] | None = None) -> Tree:
     """The mean of `up` over all reports, by number of examples, or by `weight(reports)` -> [n].
 
@@ -126,8 +143,7 @@ def weighted_mean(reports: Iterable[Reports], weight: Callable[[Reports], Tensor
         if len(r.clients) == 0:
             continue
         w = r.num_examples if weight is None else weight(r)
-        part = weighted_sum(r.up, w)
-        total = part if total is None else add(total, part)
+        total = weighted_sum(r.up, w) if total is None else add_weighted_(total, r.up, w)
         sum_of_weights = sum_of_weights + w.sum()
     if total is None or not bool(torch.as_tensor(sum_of_weights) > 0):
         raise TooFewReports("nobody reported with an example to its name")

@@ -66,10 +66,9 @@ def test_finite_finds_what_is_not(bad: float) -> None:
     assert bool(trees.finite(tree))
     tree["a"][2, 1] = bad
     assert not bool(trees.finite(tree))
-    rows = trees.finite_rows(tree)
-    assert rows is not None
-    assert rows.tolist() == [True, True, False, True]
-    assert trees.finite_rows({"n": torch.ones(3, dtype=torch.int64)}) is None
+    assert trees.finite_rows(tree) == [True, True, False, True]
+    assert trees.finite_rows(trees.at(tree, slice(2, 3))) == [False]
+    assert trees.finite_rows({"n": torch.ones(3, dtype=torch.int64)}) == []
 
 
 def test_axpy_takes_numbers_and_tensors() -> None:

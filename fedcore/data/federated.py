@@ -98,11 +98,7 @@ class FederatedData:
 
     def steps(self, clients: np.ndarray, data: str, local: LocalSettings) -> np.ndarray:
         """Local steps that each client has to do, int64 [n]; 0 for a client without examples."""
-        n = self.num_examples(clients, data)
-        if data == "train":
-            each = -(-n // local.batch_size) * local.epochs if local.steps is None else np.full_like(n, local.steps)
-            return np.where(n > 0, each, 0)
-        return -(-n // EVALUATION_BATCH)
+        return np.asarray(_steps(self.num_examples(clients, data), data, local))
 
     def batches(self, clients: np.ndarray, data: str, local: LocalSettings, seed: int, t: int) -> Batches:
         """What these clients work through in round t, stacked: x [n, K, B, ...], y [n, K, B, ...], mask [n, K, B].
@@ -110,20 +106,18 @@ class FederatedData:
         K and B are the largest that one of them needs; the rest is padding (mask 0). A client's own rows and their order depend on
         (seed, t, client) alone, so any grouping of clients gives each the same work.
         """
-        count = self.num_examples(clients, data)
         batch = local.batch_size if data == "train" else EVALUATION_BATCH
-        width = int(min(batch, max(count.max(initial=1), 1)))
-        steps = max(int(self.steps(clients, data, local).max(initial=1)), 1)
-        rows = np.zeros((len(clients), steps, width), dtype=np.int64)
-        mask = np.zeros((len(clients), steps, width), dtype=np.float32)
-        for i, client in enumerate(clients.tolist()):
-            own = self.rows(client, data)
-            if len(own) == 0:
+        own = [self.rows(client, data) for client in clients.tolist()]
+        longest = max(map(len, own), default=0)
+        shape = len(clients), max(_steps(longest, data, local), 1), min(batch, max(longest, 1))
+        rows, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+        for i, (client, mine) in enumerate(zip(clients.tolist(), own, strict=True)):
+            if len(mine) == 0:
                 continue
             if data == "train":
-                fill_train(rows[i], mask[i], own, local, batch, rng(seed, "batches", t, client))
+                fill_train(rows[i], mask[i], mine, local, batch, rng(seed, "batches", t, client))
             else:
-                fill(rows[i], mask[i], own, 0, batch)
+                fill(rows[i], mask[i], mine, 0, batch)
         index = torch.from_numpy(rows).to(self.x.device)
         flat = index.flatten()
         x = self.x.index_select(0, flat).view(*index.shape, *self.x.shape[1:])
@@ -142,6 +136,13 @@ class FederatedData:
         self.test = Examples(shared_tensor(state["test_x"]), shared_tensor(state["test_y"]))
         for name in ("order", "offsets", "sizes", "held", "kept", "evaluated_on"):
             setattr(self, name, state[name])
+
+
+def _steps(n: Any, data: str, local: LocalSettings) -> Any:
+    """Steps for n examples; an int, or an array of them."""
+    if data != "train":
+        return -(-n // EVALUATION_BATCH)
+    return -(-n // local.batch_size) * local.epochs if local.steps is None else (n > 0) * local.steps
 
 
 def fill(rows: np.ndarray, mask: np.ndarray, own: np.ndarray, first: int, batch: int) -> int:

@@ -55,6 +55,7 @@ class Work:
 
     def __init__(self, task: Task, method: Method[Any], local: LocalSettings, seed: int) -> None:
         self.task, self.method, self.local, self.seed = task, method, local, seed
+        self._now = (-1, torch.empty(0))
 
     def batches(self, fn: ClientFunction, clients: list[int], t: int) -> Batches:
         """Stacked over the clients, [n, K, B, ...]."""
@@ -65,17 +66,24 @@ class Work:
         counts = self.task.data.num_examples(np.asarray(clients, dtype=np.int64), data_of(fn))
         return torch.from_numpy(counts.astype(np.float32)).to(self.task.device)
 
+    def now(self, t: int) -> Tensor:
+        """The round as a client function gets it: 0-d, on the task's device."""
+        if self._now[0] != t:
+            self._now = (t, torch.tensor(float(t), device=self.task.device))
+        return self._now[1]
+
     def one(self, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> tuple[Tree, Tree]:
         """(up, new state) of one client; `state` is on the task's device."""
         batches = trees.at(self.batches(fn, [client], t), 0)
-        now = torch.tensor(float(t), device=self.task.device)
         with self.model_noise(fn, t, client):
-            return run_client(fn, self.task, now, down, state, batches)
+            return run_client(fn, self.task, self.now(t), down, state, batches)
 
     @contextmanager
     def model_noise(self, fn: ClientFunction, t: int, client: int) -> Iterator[None]:
         """Dropout and its like: on in training alone, and drawn from a key instead of from wherever the generator stands."""
-        self.task.model.train(data_of(fn) != "test")
+        training = data_of(fn) != "test"
+        if self.task.model.training != training:
+            self.task.model.train(training)
         with torch_seed(self.seed, "model", t, client):
             yield
 

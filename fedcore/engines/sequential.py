@@ -22,16 +22,16 @@ class Sequential:
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         device = self.work.task.device
-        for client in clients.tolist():
-            state = trees.to(self.states.get(client), device)
-            try:
-                with one_thread():
+        with one_thread():  # between clients too: to wake a second thread for each costs more than it brings
+            for client in clients.tolist():
+                state = trees.to(self.states.get(client), device)
+                try:
                     up, new = self.work.one(fn, client, down, state, t)
-            except Exception as e:  # a client may fail in any way; the round goes on without it
-                yield failure([client], e)
-                continue
-            self.states.put([client], trees.map(lambda x: x[None], new))
-            yield report(self.work, fn, client, up)
+                except Exception as e:  # a client may fail in any way; the round goes on without it
+                    yield failure([client], e)
+                    continue
+                self.states.put([client], trees.map(lambda x: x[None], new))
+                yield report(self.work, fn, client, up)
 
     def describe(self) -> str:
         return f"sequential on {self.work.task.device}"

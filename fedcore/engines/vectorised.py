@@ -66,7 +66,7 @@ class Vectorised:
 
     def _batched(self, fn: ClientFunction, down: Tree, states: Tree, batches: Batches, t: int) -> tuple[Tree, Tree]:
         n = len(batches.mask)
-        now = torch.tensor(float(t), device=self.work.task.device)
+        now = self.work.now(t)
         stateless = not trees.leaves(states)
 
         def client(state: Tree, batch: Batches) -> tuple[Tree, Tree]:
@@ -153,10 +153,9 @@ class Vectorised:
             if batched:
                 self._batched(fn, down, states, batches, t)
             else:
-                now = torch.tensor(float(t), device=self.work.task.device)
                 for i in range(len(chunk)):
                     state = states if not trees.leaves(states) else trees.at(states, i)
-                    run_client(fn, self.work.task, now, down, state, trees.at(batches, i))
+                    run_client(fn, self.work.task, self.work.now(t), down, state, trees.at(batches, i))
             if self.work.task.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - begin) / len(chunk))

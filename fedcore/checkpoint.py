@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,16 @@ class Checkpoint:
     def exists(self) -> bool:
         return (self.folder / STATE).is_file()
 
-    def save(self, number: int, facts: dict[str, Any], parts: dict[str, dict[str, Tensor]], keep: set[str] | None = None) -> None:
-        """Write `parts` (flat trees of tensors) and `facts` (JSON) as checkpoint `number`.
+    def save(
+        self, number: int, facts: dict[str, Any], parts: Iterable[tuple[str, dict[str, Tensor]]], keep: set[str] | None = None
+    ) -> None:
+        """Write `parts` (names and flat trees of tensors, one after another) and `facts` (JSON) as checkpoint `number`.
 
         Parts named in `keep` are taken over from the previous checkpoint as they are.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {part: self._files[part] for part in keep or set()}
-        for part, tensors in parts.items():
+        for part, tensors in parts:
             content = save({path or ".": x.detach().cpu().contiguous() for path, x in tensors.items()})
             name = f"{part}-{number:06d}.safetensors"
             write_atomically(self.folder / name, content)

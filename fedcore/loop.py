@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -140,9 +141,18 @@ class Loop:
         self.method: Method[Any] = e.build_method()
         self.process: Process = e.participation.process(self.task.population, e.seed, self._label_counts)
         self.process.check(e.rounds)
+        known = self.process.rates
+        self.rates = None if known is None else torch.from_numpy(known * (1 - e.participation.dropout))
         params = self.task.init_params()
         work = Work(self.task, self.method, e.local, e.seed)
-        self.engine = engine(work) if engine else engines.make(e.engine, work, self._store(params))
+        initial = {"clients": self.method.init_client(params), "memory": self.method.init_memory(params)}
+        ram = int(e.checkpoint.state_ram_gb * 1e9) // max(sum(trees.nbytes(row) > 0 for row in initial.values()), 1)
+        clients = StateStore(initial["clients"], ram, lambda: self._spill("clients"))
+        self.engine = engine(work) if engine else engines.make(e.engine, work, clients)
+        self.memory = StateStore(initial["memory"], ram, lambda: self._spill("memory"), self.task.device)
+        self.stores = {"memory": self.memory}
+        if self.engine.states is not None:
+            self.stores["clients"] = self.engine.states
         server = self.method.init_server(trees.to(params, self.task.device), self.task.population)
         self.state = State(0, server, self.process.start())
         self.history: list[dict[str, Any]] = []
@@ -174,8 +184,8 @@ class Loop:
                 try:
                     row = self.round()
                 except Interrupted:
-                    if self.engine.states is not None:
-                        self.engine.states.rollback()
+                    for store in self.stores.values():
+                        store.rollback()
                     self.save()
                     raise
                 self.history.append(row)
@@ -191,7 +201,7 @@ class Loop:
         begin = time.perf_counter()
         t, e = self.state.t, self.e
         cohort, participation = self.process.sample(t, self.state.participation)
-        tally = Tally(len(cohort))
+        tally = Tally(set(cohort.tolist()))
         answer = answering(cohort, e.participation.dropout, e.seed, t)
         absent = frozenset(cohort.tolist()) - frozenset(answer.tolist())
 
@@ -199,23 +209,27 @@ class Loop:
             present = clients[[i not in absent for i in clients.tolist()]] if absent else clients
             return self._each(fn, present, down, t, tally)
 
+        r = Round(t, cohort, self.task.population, self.task, each, self.memory, e.seed, self.rates)
         try:
-            server = self.method.round(self.state.server, Round(t, cohort, self.task.population, self.task, each))
-            if len(cohort) and tally.reports < e.min_reports:
-                raise TooFewReports(f"{tally.reports} reports, expected at least {e.min_reports}")
+            server = self.method.round(self.state.server, r)
+            if len(cohort) and len(tally.reported) < e.min_reports:
+                raise TooFewReports(f"{len(tally.reported)} reports, expected at least {e.min_reports}")
             if not bool(trees.finite(server)):
-                tally.reasons["server not finite"] += 1
+                tally.broken = True
                 raise TooFewReports("the mean of finite updates is not finite")
+            self.memory.commit()
         except TooFewReports:
             server = self.state.server
+            self.memory.rollback()
             tally.skipped = True
         if self.engine.states is not None:
-            self.engine.states.commit()
-        tally.reasons["dropout"] += len(absent)
+            self.engine.states.commit()  # a client has done its work, whatever became of the round
+        tally.failed |= dict.fromkeys(absent, "dropout")
         self.state = State(t + 1, server, participation)
         self._stop_if_hopeless(tally, bool(len(answer)))
         now = time.perf_counter()
         row: dict[str, Any] = {"round": t + 1, **tally.row(), "seconds": round(now - begin, 4)}
+        row |= {f"server_{name}": value for name, value in r.log.items()}
         if t == 0:
             row["first_round_s"] = round(now - self.begin, 3)
         if (t + 1) % e.evaluation.every == 0 or t + 1 == e.rounds:
@@ -225,6 +239,9 @@ class Loop:
 
     def _each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int, tally: Tally) -> Iterator[Reports]:
         """What the engine brings back, less what no method should see: updates that are not finite."""
+        if len(clients) == 0:
+            return
+        tally.asked.update(clients.tolist())
         tally.bytes_down += len(clients) * trees.nbytes(down)
         for r in self.engine.each(fn, clients, down, t):
             if self._stop.is_set():
@@ -232,7 +249,7 @@ class Loop:
             good = keep_finite(r)
             tally.add(good)
             self._note(good.failed)
-            self.observer.client_done(t, tally.reports, tally.asked)
+            self.observer.client_done(t, len(tally.reported), len(tally.asked))
             if len(good.clients):
                 self.clients.add(t + 1, fn.__name__, good)
                 yield good
@@ -244,10 +261,10 @@ class Loop:
                 self.observer.note(f"round {self.state.t + 1}: client {client} left out: {reason}")
 
     def _stop_if_hopeless(self, tally: Tally, asked: bool) -> None:
-        hopeless = (asked and tally.reports == 0) or bool(tally.reasons["server not finite"])
+        hopeless = (asked and not tally.reported) or tally.broken
         self._lost = self._lost + 1 if hopeless else 0
         if self._lost >= PATIENCE or (self._lost and self.state.t == self.e.rounds):
-            reasons = ", ".join(f"{reason} ({n})" for reason, n in (+tally.reasons).items())
+            reasons = ", ".join(f"{reason} ({n})" for reason, n in tally.row()["dropped"].items())
             raise RunError(
                 f"round {self.state.t}: no usable update in {self._lost} round(s) in a row; the last: {reasons}. "
                 "With updates that are not finite, check the model and lower the learning rate (method.local_lr)"
@@ -314,28 +331,36 @@ class Loop:
 
     def save(self) -> None:
         """The whole state of the run, on disk, in one step."""
-        parts = {"server": trees.flatten(self.state.server), "participation": trees.flatten(self.state.participation)}
         facts: dict[str, Any] = {"round": self.state.t, "engine": self.engine.choices, "fedcore": __version__}
         keep: set[str] = set()
-        states = self.engine.states
-        if states is not None and not states.stateless:
-            facts["clients"] = list(states.row_of)
-            parts |= {f"clients-{n}": block for n, block in states.save_blocks(states.changed)}
-            keep = {f"clients-{n}" for n in range(len(states.blocks)) if n not in states.changed}
+        for name, store in self.stores.items():
+            if not store.stateless:
+                facts[name] = list(store.row_of)
+                keep |= {f"{name}-{n}" for n in range(len(store.blocks)) if n not in store.changed}
         self.clients.write(self.state.t)
-        self.checkpoint.save(self.state.t, facts, parts, keep)
-        if states is not None:
-            states.changed.clear()
+        self.checkpoint.save(self.state.t, facts, self._parts(), keep)
+        for store in self.stores.values():
+            store.changed.clear()
         self._saved = time.perf_counter()
+
+    def _parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield "server", trees.flatten(self.state.server)
+        yield "participation", trees.flatten(self.state.participation)
+        for name, store in self.stores.items():
+            yield from ((f"{name}-{n}", block) for n, block in store.save_blocks(store.changed))
 
     def _restore(self, facts: dict[str, Any]) -> None:
         t = int(facts["round"])
         self.engine.choices.update(facts["engine"])
         server = self._part("server", self.state.server)
         self.state = State(t, trees.to(server, self.task.device), self._part("participation", self.state.participation))
-        if "clients" in facts and self.engine.states is not None:
-            self.engine.states.load(facts["clients"], lambda n: self.checkpoint.part(f"clients-{n}"))
+        for name, store in self.stores.items():
+            if name in facts:
+                store.load(facts[name], partial(self._block, name))
         self.clients.read(t)
+
+    def _block(self, name: str, number: int) -> dict[str, Tensor]:
+        return self.checkpoint.part(f"{name}-{number}")
 
     def _part(self, name: str, like: Tree) -> Tree:
         flat = self.checkpoint.part(name)
@@ -346,14 +371,10 @@ class Loop:
             )
         return trees.unflatten(flat, like)
 
-    def _store(self, params: Params) -> StateStore:
-        def spill() -> Path:
-            folder = self.folder / "state"
-            folder.mkdir(exist_ok=True)
-            return folder
-
-        initial = self.method.init_client(params)
-        return StateStore(initial, int(self.e.checkpoint.state_ram_gb * 1e9), spill)
+    def _spill(self, name: str) -> Path:
+        folder = self.folder / "state" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def _label_counts(self) -> np.ndarray:
         y = self.task.data.y
@@ -364,27 +385,30 @@ class Loop:
 
 @dataclass
 class Tally:
-    """What one round counted."""
+    """What one round counted. A client counts once, however often it was asked."""
 
-    asked: int
-    reports: int = 0
+    asked: set[int]
+    reported: set[int] = field(default_factory=set)
+    failed: dict[int, str] = field(default_factory=dict)  # client -> reason
     bytes_down: int = 0
     bytes_up: int = 0
     skipped: bool = False
-    reasons: Counter[str] = field(default_factory=Counter)
-    sums: dict[str, float] = field(default_factory=dict)
+    broken: bool = False  # the server's state after the round was not finite
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def add(self, r: Reports) -> None:
-        self.reasons.update(reason.split(":")[0] for reason in r.failed.values())
+        self.failed.update({client: reason.split(":")[0] for client, reason in r.failed.items()})
         if len(r.clients):
-            self.reports += len(r.clients)
+            self.reported.update(r.clients.tolist())
             self.bytes_up += trees.nbytes(r.up)
             for name, values in r.metrics.items():
-                self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
+                total, n = self.sums.get(name, (0.0, 0))
+                self.sums[name] = total + float(values.sum()), n + len(values)
 
     def row(self) -> dict[str, Any]:
-        means = {f"train_{name}": total / self.reports for name, total in self.sums.items()} if self.reports else {}
-        counts = {"cohort": self.asked, "reports": self.reports, "dropped": dict(+self.reasons)}
+        dropped = Counter(self.failed.values()) + Counter({"server not finite": int(self.broken)})
+        counts = {"cohort": len(self.asked), "reports": len(self.reported - self.failed.keys()), "dropped": dict(dropped)}
+        means = {f"train_{name}": total / n for name, (total, n) in self.sums.items()}
         return {**counts, "skipped": self.skipped, **means, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
 
 

@@ -74,6 +74,10 @@ class Method(Generic[S]):
         """What a client keeps between rounds, before its first; `params` are the initial global parameters."""
         return Stateless()
 
+    def init_memory(self, params: Params) -> Tree:
+        """What the server keeps of each client between rounds, in `Round.memory`; nothing unless a method says so."""
+        return Stateless()
+
     @on_client(data="test")
     def evaluate(self, task: Task, t: Tensor, down: Model, state: Tree, batches: Batches) -> tuple[Metrics, Tree]:
         """The client's own metrics on its held-out examples, with the model that it would use."""

@@ -30,6 +30,8 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 class Process:
     """Base of the processes: no state, and `members` gives who takes part."""
 
+    rates: np.ndarray | None = None  # p_i, the long-run share of rounds of each client, float64 [population], where it is known
+
     def __init__(self, population: int, seed: int) -> None:
         self.population, self.seed = population, seed
 
@@ -87,6 +89,7 @@ class _UniformProcess(Process):
     def __init__(self, population: int, seed: int, size: int) -> None:
         super().__init__(population, seed)
         self.size = size
+        self.rates = np.full(population, size / population)
 
     def members(self, t: int) -> np.ndarray:
         if self.size == self.population:
@@ -135,10 +138,10 @@ class Bernoulli(_Rates):
 class _BernoulliProcess(Process):
     def __init__(self, population: int, seed: int, rates: np.ndarray) -> None:
         super().__init__(population, seed)
-        self.rates = rates
+        self.p = self.rates = rates
 
     def members(self, t: int) -> np.ndarray:
-        return np.flatnonzero(rng(self.seed, "participation", t).random(self.population) < self.rates)
+        return np.flatnonzero(rng(self.seed, "participation", t).random(self.population) < self.p)
 
 
 class Markov(_Rates):
@@ -157,13 +160,13 @@ class Markov(_Rates):
 class _MarkovProcess(Process):
     def __init__(self, population: int, seed: int, rates: np.ndarray, q: float) -> None:
         super().__init__(population, seed)
-        self.rates = rates
+        self.p = self.rates = rates
         leave = q * (1 / rates - 1)
         shrink = np.maximum(leave, 1.0)
         self.enter, self.leave = q / shrink, leave / shrink
 
     def start(self) -> Tree:
-        return {"active": torch.from_numpy(rng(self.seed, "participation").random(self.population) < self.rates)}
+        return {"active": torch.from_numpy(rng(self.seed, "participation").random(self.population) < self.p)}
 
     def sample(self, t: int, state: Tree) -> tuple[Tensor, Tree]:
         # One transition comes before the first observed round, as in the reference.
@@ -191,6 +194,7 @@ class _CyclicProcess(Process):
         self.active = np.maximum(1, np.round(cycle * rates).astype(np.int64))
         self.absent = np.maximum(1, cycle - self.active)
         self.delay = rng(seed, "participation").integers(0, self.absent)
+        self.rates = self.active / (self.active + self.absent)
 
     def members(self, t: int) -> np.ndarray:
         since = t - self.delay

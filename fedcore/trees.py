@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -15,6 +15,7 @@ from fedcore.errors import TooFewReports
 from fedcore.types import Reports, Tree
 
 SEPARATOR = "/"
+T = TypeVar("T")
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -52,8 +53,14 @@ def axpy(factor: float | Tensor, a: Tree, b: Tree) -> Tree:
     return map(lambda x, y: torch.add(y, x, alpha=factor), a, b)
 
 
-def zeros_like(tree: Tree) -> Tree:
-    return map(torch.zeros_like, tree)
+def zeros_like(tree: T, dtype: torch.dtype | None = None) -> T:
+    zeros: T = map(lambda x: torch.zeros_like(x, dtype=dtype), tree)
+    return zeros
+
+
+def like(tree: Tree, other: Tree) -> Tree:
+    """The values of `tree` in the types of `other`."""
+    return map(lambda x, y: x.to(y.dtype), tree, other)
 
 
 def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
@@ -120,15 +127,15 @@ def _name(key: Any) -> Any:
 def weighted_sum(tree: Tree, weights: Tensor) -> Tree:
     """sum_i weights[i] * row i, over the leading axis."""
     if len(weights) == 1:  # one client at a time: no product with a matrix of one row
-        return map(lambda x: x[0] * weights[0], tree)
-    return map(lambda x: torch.tensordot(weights.to(x.dtype), x, 1), tree)
+        return map(lambda x: x[0] * weights[0].to(x), tree)
+    return map(lambda x: torch.tensordot(weights.to(x), x, 1), tree)
 
 
 def add_weighted_(total: Tree, tree: Tree, weights: Tensor) -> Tree:
     """total + sum_i weights[i] * row i, in place: `total` must be the caller's own. Returns it."""
     if len(weights) == 1:
         w = weights[0]
-        return map(lambda t, x: t.addcmul_(x[0], w.to(t.dtype)), total, tree)
+        return map(lambda t, x: t.addcmul_(x[0], w.to(t)), total, tree)
     return map(lambda t, x: t.add_(x), total, weighted_sum(tree, weights))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+from fedcore.errors import SettingsError
 
 if TYPE_CHECKING:
     from fedcore.task import Task
@@ -66,6 +68,21 @@ Each = Callable[[ClientFunction, Tensor, Tree], Iterator[Reports]]
 """(client function, client ids, down) -> what came back: the only door between a method and its clients."""
 
 
+class Memory(Protocol):
+    """What the server keeps of single clients between rounds: one row a client, `Method.init_memory` before its first write.
+
+    A round that fails or is skipped leaves no trace in it.
+    """
+
+    def gather(self, clients: Tensor) -> Tree:
+        """Rows stacked, [n, ...], on the task's device."""
+        ...
+
+    def put(self, clients: Tensor, rows: Tree) -> None:
+        """New rows, stacked [n, ...]; `gather` sees them at once."""
+        ...
+
+
 @dataclass(frozen=True)
 class Round:
     """What a method is told of a round."""
@@ -75,3 +92,13 @@ class Round:
     population: int
     task: Task
     each: Each
+    memory: Memory
+    seed: int  # for what the method draws itself: rng(r.seed, "purpose", r.t, ...)
+    rates: Tensor | None = None  # p_i, [population] float64: how often the update of client i arrives, where that is known
+    log: dict[str, float] = field(default_factory=dict)  # numbers for this round's line in metrics.jsonl, as server_<name>
+
+    def known_rates(self) -> Tensor:
+        """p_i of every client, float64 [population], for methods that are told. Raises SettingsError where nobody knows them."""
+        if self.rates is None:
+            raise SettingsError("this participation process has no rates p_i, which the method's settings ask for: use another")
+        return self.rates

@@ -1,13 +1,19 @@
 """FedAvg - federated averaging (McMahan et al., AISTATS 2017, Algorithm 1).
 
 w_t  global parameters   w^k  local parameters of client k   n_k  its number of examples   eta  local step size
-Choice:  the server adds the mean of the differences w^k - w_t, which is the paper's mean of the w^k.
+S_t  clients whose update arrived   N  population   p_k  rate at which client k takes part
+Weights of the differences w^k - w_t, the last three as Wang and Ji compare them (FedAU, ICLR 2024):
+    examples       n_k / n over S_t, the paper's mean of the w^k
+    participating  1 / |S_t|                 follows the clients that come often, where rates differ
+    all            1 / N                     the same, and slower by the mean rate: needs a larger server step
+    known          1 / (N p_k), the true p_k   unbiased: inverse probability, the oracle that nobody has
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -20,6 +26,8 @@ from fedcore.types import Batches, Model, Params, Round, Stateless
 
 class Settings(MethodSettings):
     local_lr: float = Field(0.1, gt=0, description="eta, step size of a local step")
+    server_lr: float = Field(1.0, gt=0, description="step size of the server; 1 is the paper's mean")
+    weighting: Literal["examples", "participating", "all", "known"] = Field("examples", description="of the updates that arrived")
 
 
 class Up(NamedTuple):
@@ -34,5 +42,15 @@ class FedAvg(Method[Settings]):
         return Up(trees.sub(w, down.params), loss), state
 
     def round(self, server: Model, r: Round) -> Model:
-        mean = trees.weighted_mean(r.each(self.train, r.cohort, server))  # weights n_k / n
-        return Model(trees.add(server.params, mean.delta))
+        reports = r.each(self.train, r.cohort, server)
+        if self.s.weighting == "examples":
+            mean = trees.weighted_mean(reports).delta  # weights n_k / n
+        elif self.s.weighting == "participating":
+            mean = trees.uniform_mean(reports).delta
+        else:
+            p = r.known_rates() if self.s.weighting == "known" else torch.ones(r.population)
+            total = trees.zeros_like(server.params)
+            for reported in reports:
+                total = trees.add_weighted_(total, reported.up.delta, 1 / p[reported.clients])
+            mean = trees.scale(total, 1 / r.population)  # a round without updates moves nothing
+        return Model(trees.axpy(self.s.server_lr, mean, server.params))

@@ -1,0 +1,119 @@
+"""FedAMD - anchor sampling: cached large-batch gradients guide local steps (Wu et al., ICML 2023, Algorithm 1).
+
+x_t  global parameters   y_k  local parameters   v_i  cached gradient of client i on all its examples   vbar  mean of the v_i
+p  probability that a participant is an anchor, not a miner   K  local steps of a miner   eta_l, eta_s  local and server step size
+    anchors   v_i <- grad f_i(x_t), after vbar was used
+    miners    g_0 = vbar;  g_k = g_{k-1} + grad f_i(y_k; B) - grad f_i(y_{k-1}; B);  y_{k+1} = y_k - eta_l g_k
+    server    x_{t+1} = x_t + eta_s (mean of y_K - x_t over the miners); x_t without miners
+Choice:  caches are the server's, as in the authors' code: a message that is lost changes nothing. Before the first round every
+         client is asked for its gradient; who did not answer has no cache, is left out of vbar, and is an anchor when it first
+         takes part. `period` is the authors' sequential schedule. The server tosses the coins, so that only miners get vbar.
+Reduces: with period 2, K = 1 and everybody taking part, to a step of gradient descent every second round; to FedAvg never (K > 1).
+Heed:    dropout, momentum or clipping inside local steps break the recursion. Anchors send raw gradients, the most telling message.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.func import grad_and_value
+
+from fedcore import trees
+from fedcore.local import full_gradient
+from fedcore.method import Method, MethodSettings, on_client
+from fedcore.rng import rng
+from fedcore.task import Task
+from fedcore.types import Batches, Model, Params, Round, Stateless
+
+
+class Settings(MethodSettings):
+    local_lr: float = Field(0.01, gt=0, description="eta_l, step size of a local step")
+    server_lr: float = Field(1.0, gt=0, description="eta_s, step size of the server")
+    p: float = Field(0.2, gt=0, lt=1, description="probability that a participant is an anchor, in (0, 1)")
+    period: int | None = Field(None, ge=2, description="tau: all are anchors every tau-th round, and miners else; replaces p")
+
+
+class Server(NamedTuple):
+    params: Params
+    v: Params  # vbar, the mean of the caches there are; float64, because it is a running sum
+    refreshed: Tensor  # [N] int64, rounds elapsed when the cache of client i was last refreshed; 0 = it has none
+
+
+class Guide(NamedTuple):
+    params: Params  # x_t
+    v: Params  # vbar
+
+
+class Gradient(NamedTuple):
+    v: Params  # grad f_i(x_t)
+    loss: Tensor  # f_i(x_t), for the log
+
+
+class Up(NamedTuple):
+    delta: Params  # y_K - x_t
+    loss: Tensor  # mean training loss over the steps that compute one, for the log
+
+
+class FedAMD(Method[Settings]):
+    def init_server(self, params: Params, population: int) -> Server:
+        return Server(params, trees.zeros_like(params, torch.float64), torch.zeros(population, dtype=torch.int64))
+
+    def init_memory(self, params: Params) -> Params:
+        return trees.zeros_like(params)  # v_i
+
+    @on_client(data="all")
+    def anchor(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Gradient, Stateless]:
+        return Gradient(*full_gradient(task.loss, down.params, batches)), state
+
+    @on_client
+    def mine(self, task: Task, t: Tensor, down: Guide, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+        gradient = grad_and_value(task.loss)
+        before, y, g = down.params, down.params, down.v
+        steps = total = torch.zeros((), device=batches.mask.device)
+        for k, (x, target, mask) in enumerate(zip(*(b.unbind() for b in batches), strict=True)):
+            real = (mask.sum() > 0).to(mask.dtype)
+            if k > 0:  # step 0 would add the difference of two equal gradients
+                now, loss = gradient(y, x, target, mask)  # the same B in both
+                then, _ = gradient(before, x, target, mask)
+                g = trees.axpy(real, trees.sub(now, then), g)
+                steps, total = steps + real, total + real * loss
+            before, y = y, trees.axpy(-self.s.local_lr * real, g, y)
+        return Up(trees.sub(y, down.params), total / steps.clamp(min=1)), state
+
+    def round(self, server: Server, r: Round) -> Server:
+        if not bool((server.refreshed > 0).any()):
+            server = self._refresh(server, r, torch.arange(r.population))  # the gradients of all clients, once
+        anchors, miners = self._roles(server, r)
+        guide = Guide(server.params, trees.like(server.v, server.params))  # caches as of the end of the round before
+        total, reported = trees.zeros_like(server.params), 0
+        for p in r.each(self.mine, miners, guide):
+            total = trees.add_weighted_(total, p.up.delta, torch.ones(len(p.clients)))
+            reported += len(p.clients)
+        after = self._refresh(server, r, anchors)
+        r.log["v_norm"] = trees.dot(guide.v, guide.v).sqrt().item()
+        r.log["cache_age"] = (r.t + 1 - after.refreshed[after.refreshed > 0]).double().mean().item()
+        return after._replace(params=trees.axpy(self.s.server_lr / max(reported, 1), total, server.params))
+
+    def _roles(self, server: Server, r: Round) -> tuple[Tensor, Tensor]:
+        """(anchors, miners) of the cohort."""
+        if self.s.period is not None:
+            anchor = torch.full((len(r.cohort),), r.t % self.s.period == 0)
+        else:
+            coins = [rng(r.seed, "anchor", r.t, i).random() < self.s.p for i in r.cohort.tolist()]
+            anchor = torch.tensor(coins, dtype=torch.bool)
+        anchor |= (server.refreshed[r.cohort] == 0).cpu()  # who has no cache has to make one
+        return r.cohort[anchor], r.cohort[~anchor]
+
+    def _refresh(self, server: Server, r: Round, clients: Tensor) -> Server:
+        """v_i <- grad f_i(x_t) for these clients, and vbar with them."""
+        caches = (server.refreshed > 0).sum()
+        total, refreshed = trees.scale(server.v, caches), server.refreshed.clone()
+        for p in r.each(self.anchor, clients, Model(server.params)):
+            change = trees.sub(p.up.v, r.memory.gather(p.clients))
+            total = trees.add_weighted_(total, change, torch.ones(len(p.clients)))
+            r.memory.put(p.clients, p.up.v)
+            refreshed[p.clients] = r.t + 1
+        return server._replace(v=trees.scale(total, 1 / (refreshed > 0).sum().clamp(min=1)), refreshed=refreshed)

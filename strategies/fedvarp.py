@@ -1,0 +1,67 @@
+"""FedVARP - variance reduction by the last update of every client (Jhunjhunwala et al., UAI 2022, Algorithm 1).
+
+w_t  global parameters   w_i  local parameters   Delta_i = w_i - w_t   y_i  last Delta_i that arrived, 0 before the first
+y = (1/N) sum_j y_j   S_t  clients whose update arrived   p_i  rate at which client i takes part   N  population
+    v = y + (1/|S_t|) sum_{i in S_t} (Delta_i - y_i);   w_{t+1} = w_t + eta_s v;   y_i <- Delta_i for i in S_t
+Choice:  a round without updates moves along y, as the equation says (the code of the FedAU paper stands still there). The paper
+         samples cohorts of one size; where clients take part at rates of their own, weighting = "known" puts 1 / (N p_i) in the
+         place of 1/|S_t|, which keeps v unbiased.
+Reduces: to FedAvg with weighting "participating" when everybody always takes part; with "known" it is FedStale at beta = 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.local import local_sgd
+from fedcore.method import Method, MethodSettings, on_client
+from fedcore.task import Task
+from fedcore.types import Batches, Model, Params, Round, Stateless
+
+
+class Settings(MethodSettings):
+    local_lr: float = Field(0.1, gt=0, description="eta_c, step size of a local step")
+    server_lr: float = Field(1.0, gt=0, description="eta_s, step size of the server")
+    weighting: Literal["participating", "known"] = Field("participating", description="1/|S_t|, or 1 / (N p_i) with the true p_i")
+
+
+class Server(NamedTuple):
+    params: Params
+    y: Params  # mean of the memory over the population; float64, because it is a running sum
+
+
+class Up(NamedTuple):
+    delta: Params  # Delta_i
+    loss: Tensor  # mean training loss, for the log
+
+
+class FedVARP(Method[Settings]):
+    def init_server(self, params: Params, population: int) -> Server:
+        return Server(params, trees.zeros_like(params, torch.float64))
+
+    def init_memory(self, params: Params) -> Params:
+        return trees.zeros_like(params)  # y_i
+
+    @on_client
+    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+        w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
+        return Up(trees.sub(w, down.params), loss), state
+
+    def round(self, server: Server, r: Round) -> Server:
+        p = r.known_rates() if self.s.weighting == "known" else torch.ones(r.population)
+        fresh, news, arrived = trees.zeros_like(server.params), trees.zeros_like(server.y), 0
+        for reported in r.each(self.train, r.cohort, Model(server.params)):
+            clients, delta = reported.clients, reported.up.delta
+            change = trees.sub(delta, r.memory.gather(clients))  # Delta_i - y_i
+            fresh = trees.add_weighted_(fresh, change, 1 / p[clients])
+            news = trees.add_weighted_(news, change, torch.ones(len(clients)))
+            r.memory.put(clients, delta)  # y_i <- Delta_i
+            arrived += len(clients)
+        count = r.population if self.s.weighting == "known" else max(arrived, 1)
+        v = trees.axpy(1.0, trees.like(server.y, fresh), trees.scale(fresh, 1 / count))
+        return Server(trees.axpy(self.s.server_lr, v, server.params), trees.axpy(1 / r.population, news, server.y))

@@ -1,0 +1,60 @@
+"""MIFA - memory-augmented impatient federated averaging (Gu et al., NeurIPS 2021, Algorithm 1).
+
+w_t  global parameters   w_i  local parameters   Delta_i = w_i - w_t   G_i  last Delta_i that arrived, 0 before the first
+N  population   S_t  clients whose update arrived
+    G_i <- Delta_i for i in S_t, first;   w_{t+1} = w_t + eta_s (1/N) sum_j G_j
+Choice:  the paper lets every client take part in its first round; here G starts at zero and the divisor is N from the start, as in
+         the comparison of Wang and Ji (ICLR 2024), so that it starts slowly. A round without updates moves along the memory.
+Reduces: to FedAvg with weighting "participating" when everybody always takes part.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.local import local_sgd
+from fedcore.method import Method, MethodSettings, on_client
+from fedcore.task import Task
+from fedcore.types import Batches, Model, Params, Round, Stateless
+
+
+class Settings(MethodSettings):
+    local_lr: float = Field(0.1, gt=0, description="step size of a local step")
+    server_lr: float = Field(1.0, gt=0, description="eta_s, step size of the server")
+
+
+class Server(NamedTuple):
+    params: Params
+    g: Params  # mean of the memory over the population; float64, because it is a running sum
+
+
+class Up(NamedTuple):
+    delta: Params  # Delta_i
+    loss: Tensor  # mean training loss, for the log
+
+
+class Mifa(Method[Settings]):
+    def init_server(self, params: Params, population: int) -> Server:
+        return Server(params, trees.zeros_like(params, torch.float64))
+
+    def init_memory(self, params: Params) -> Params:
+        return trees.zeros_like(params)  # G_i
+
+    @on_client
+    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+        w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
+        return Up(trees.sub(w, down.params), loss), state
+
+    def round(self, server: Server, r: Round) -> Server:
+        news = trees.zeros_like(server.g)
+        for p in r.each(self.train, r.cohort, Model(server.params)):
+            change = trees.sub(p.up.delta, r.memory.gather(p.clients))
+            news = trees.add_weighted_(news, change, torch.ones(len(p.clients)))
+            r.memory.put(p.clients, p.up.delta)  # G_i <- Delta_i
+        g = trees.axpy(1 / r.population, news, server.g)  # before the step, unlike FedVARP and FedStale
+        return Server(trees.axpy(self.s.server_lr, trees.like(g, server.params), server.params), g)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fedcore import method as methods
 from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.loop import Loop, Quiet
-from fedcore.types import Tree
+from fedcore.state import StateStore
+from fedcore.types import Reports, Round, Tree
 
 STRATEGIES = sorted(p.stem for p in (Path(__file__).parent.parent / "strategies").glob("[!_]*.py"))
 TOYS = ["tests.methods:Scaffold", "tests.methods:Two"]
@@ -53,3 +58,44 @@ def equal(a: Tree, b: Tree) -> bool:
     """Bit for bit."""
     left, right = trees.flatten(a), trees.flatten(b)
     return left.keys() == right.keys() and all(torch.equal(x, right[path]) for path, x in left.items())
+
+
+class Server:
+    """A method's server alone: rounds in which clients send what the test says. The model is one vector "w".
+
+    Methods whose clients send a NamedTuple with `delta`; FedAMD sends other things, and is tested with real clients.
+    """
+
+    def __init__(self, name: str, population: int, w: Sequence[float] = (0.0,), **settings: Any) -> None:
+        module = importlib.import_module(f"strategies.{name}")
+        cls = methods.load(name)
+        self.up: Any = module.Up
+        self.method = cls(methods.settings_of(cls)(name=name, **settings))
+        self.population, self.t = population, 0
+        params = {"w": torch.tensor(w)}
+        self.memory = StateStore(self.method.init_memory(params), 10**9, Path)
+        self.state = self.method.init_server(params, population)
+        self.log: dict[str, float] = {}
+
+    @property
+    def w(self) -> Tensor:
+        """The model after the last round."""
+        return self.state.params["w"]
+
+    def round(self, deltas: Mapping[int, Sequence[float]], rates: Sequence[float] | None = None) -> Tensor:
+        """One round in which these clients' updates arrive; the step that the model makes."""
+        before, ids = self.w, sorted(deltas)
+
+        def each(fn: Any, clients: Tensor, down: Tree) -> Iterator[Reports]:
+            for i in clients.tolist():
+                delta = torch.tensor(deltas[i], dtype=before.dtype)
+                extra = {"dc": {"w": torch.zeros_like(delta)[None]}} if "dc" in self.up._fields else {}
+                up = self.up(delta={"w": delta[None]}, loss=torch.zeros(1), **extra)
+                yield Reports(torch.tensor([i]), up, torch.ones(1))
+
+        p = None if rates is None else torch.tensor(rates, dtype=torch.float64)
+        r = Round(self.t, torch.tensor(ids, dtype=torch.int64), self.population, None, each, self.memory, 0, p)  # type: ignore[arg-type]
+        self.state = self.method.round(self.state, r)
+        self.memory.commit()
+        self.t, self.log = self.t + 1, r.log
+        return self.w - before

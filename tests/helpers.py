@@ -13,6 +13,7 @@ from torch import Tensor
 from fedcore import method as methods
 from fedcore import trees
 from fedcore.config import Experiment
+from fedcore.errors import TooFewReports
 from fedcore.loop import Loop, Quiet
 from fedcore.state import StateStore
 from fedcore.types import Reports, Round, Tree
@@ -95,7 +96,10 @@ class Server:
 
         p = None if rates is None else torch.tensor(rates, dtype=torch.float64)
         r = Round(self.t, torch.tensor(ids, dtype=torch.int64), self.population, None, each, self.memory, 0, p)  # type: ignore[arg-type]
-        self.state = self.method.round(self.state, r)
-        self.memory.commit()
+        try:
+            self.state = self.method.round(self.state, r)
+            self.memory.commit()
+        except TooFewReports:  # as in the loop: the round is skipped
+            self.memory.rollback()
         self.t, self.log = self.t + 1, r.log
         return self.w - before

@@ -28,6 +28,7 @@ from fedcore.rundir import stored
 MEASURES = {
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
+    "test_distance": "distance",
     "client_mean": "client mean",
     "client_p10": "client p10",
     "client_p90": "client p90",
@@ -53,6 +54,7 @@ class Run(NamedTuple):
         return {
             "test_accuracy": last.get("test_accuracy"),
             "test_loss": last.get("test_loss"),
+            "test_distance": last.get("test_distance"),
             **{f"client_{part}": clients.get(part) for part in ("mean", "p10", "p90")},
             "bytes": float(sum(row["bytes_down"] + row["bytes_up"] for row in self.rows)),
             "seconds": round(seconds, 4),
@@ -192,7 +194,7 @@ def stat_text(measure: str, stat: Stat | None) -> str:
         return size_text(stat.mean)
     if measure in ("seconds", "clients_per_second"):
         return f"{stat.mean:,.0f}" if stat.mean >= 100 else f"{stat.mean:.3g}"
-    if measure == "test_loss":
+    if measure in ("test_loss", "test_distance"):
         return f"{stat.mean:.4g}" + (f" ± {stat.std:.2g}" if stat.std is not None else "")
     return f"{stat.mean:.2%}" + (f" ± {stat.std:.2%}" if stat.std is not None else "")
 
@@ -242,7 +244,7 @@ def _page(c: Comparison) -> str:
 
 def _plots(c: Comparison) -> list[Plot]:
     plots = []
-    for measure in dict.fromkeys((c.measure, "loss")):
+    for measure in dict.fromkeys((c.measure, "loss", "distance")):
         for against in ("round", "bytes"):
             figure, axes = new_figure(height=3.2)
             if not _draw(axes, c, measure, against):

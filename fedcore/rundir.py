@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
 import tomllib
+from array import array
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -135,32 +137,21 @@ class ClientTable:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._reports: list[tuple[int, str, Reports]] = []  # not yet in columns, which wait for a write
-        self._columns: dict[str, list[np.ndarray]] = {}
-        self._rows = 0
+        # Compact and growing in place: a small tensor a report, kept, would hold on to the large freed ones around it.
+        self._columns: dict[str, list[str] | array[float]] = {name: array("d") for name in ("round", "client", "num_examples")}
+        self._columns["function"] = []
 
     def add(self, number: int, function: str, r: Reports) -> None:
-        # Without `up`, which is as large as the model.
-        self._reports.append((number, function, Reports(r.clients, r.metrics, r.num_examples)))
+        n = len(r.clients)
+        facts: dict[str, list[Any]] = {"round": [number] * n, "function": [function] * n, "client": r.clients.tolist()}
+        facts |= {"num_examples": r.num_examples.tolist(), **{name: values.tolist() for name, values in r.metrics.items()}}
+        self._append(facts, n)
 
-    def _collect(self) -> None:
-        for number, function, r in self._reports:
-            n = len(r.clients)
-            columns: dict[str, np.ndarray] = {
-                "round": np.full(n, number, dtype=np.int32),
-                "function": np.full(n, function, dtype=object),
-                "client": r.clients.numpy(),
-                "num_examples": r.num_examples.cpu().numpy(),
-                **{name: values.detach().float().cpu().numpy() for name, values in r.up.items()},
-            }
-            self._append(columns, n)
-        self._reports.clear()
-
-    def _append(self, columns: dict[str, np.ndarray], n: int) -> None:
+    def _append(self, columns: dict[str, list[Any]], n: int) -> None:
+        rows = len(self._columns["round"])
         for name in columns.keys() | self._columns.keys():
-            column = self._columns.setdefault(name, [np.full(self._rows, np.nan)] if self._rows else [])
-            column.append(columns.get(name, np.full(n, np.nan)))
-        self._rows += n
+            column = self._columns.setdefault(name, array("d", [math.nan]) * rows)
+            column.extend(columns.get(name, [math.nan] * n))
 
     def write(self, rounds: int) -> None:
         """Replace the file by the rows up to this round."""
@@ -168,10 +159,11 @@ class ClientTable:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        self._collect()
-        if self._rows == 0:
+        if not self._columns["round"]:
             return
-        table = pa.table({name: np.concatenate(pieces) for name, pieces in self._columns.items()})
+        integers = {"round": np.int32, "client": np.int64}
+        columns = {name: np.asarray(values) for name, values in self._columns.items()}
+        table = pa.table({name: values.astype(integers.get(name, values.dtype)) for name, values in columns.items()})
         table = table.filter(pc.less_equal(table["round"], rounds))
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
@@ -189,4 +181,4 @@ class ClientTable:
             log.warning("%s cannot be read (%s); its rows up to round %d are lost", self.file, e, rounds)
             return
         table = table.filter(pc.less_equal(table["round"], rounds))
-        self._append({name: table[name].to_numpy() for name in table.column_names}, len(table))
+        self._append(table.to_pydict(), len(table))

@@ -99,7 +99,7 @@ class Task:
 
     @torch.no_grad()
     def test(self, params: Params, batch_size: int = 1000) -> dict[str, float]:
-        """The mean of every metric over the global test set."""
+        """The mean of every metric over the global test set; and the Euclidean `distance` to the optimum, where it is known."""
         self.model.eval()
         x, y = self.data.test
         ones = torch.ones(len(x), device=x.device)
@@ -109,4 +109,8 @@ class Task:
             batch = Batches(x[rows][None], y[rows][None], ones[rows][None])
             for name, mean in self.evaluate(params, batch).items():
                 sums[name] = sums.get(name, torch.zeros((), device=x.device)) + mean * batch.mask.sum()
-        return {name: (total / max(len(x), 1)).item() for name, total in sums.items()}
+        found = {name: (total / max(len(x), 1)).item() for name, total in sums.items()}
+        if self.optimum is not None:
+            squares = [(params[name].double() - best.to(x.device)).square().sum() for name, best in self.optimum.items()]
+            found["distance"] = torch.stack(squares).sum().sqrt().item()
+        return found

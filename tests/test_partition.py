@@ -1,9 +1,11 @@
-"""Partitions: every row where it belongs, the same for the same seed, and a clear refusal within seconds."""
+"""Partitions: every row where it belongs, the same for the same seed, cached, drawn, and a clear refusal within seconds."""
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from fedcore import cache
 from fedcore.data.partition import (
     Dirichlet,
     Iid,
@@ -55,10 +58,25 @@ def test_every_row_is_with_exactly_one_client_in_ascending_order(partition: obje
     part = split(partition, LABELS, 50)
     assert part.offsets[0] == 0
     assert part.offsets[-1] == len(part.order)
+    assert len(part.offsets) == 51
     assert part.order.dtype == part.offsets.dtype == np.int64
+    assert np.diff(part.offsets).min() >= (partition.min_size if isinstance(partition, Dirichlet) else 1)
     np.testing.assert_array_equal(np.sort(part.order), np.arange(len(LABELS)))
     for i in range(50):
         assert (np.diff(part.order[part.offsets[i] : part.offsets[i + 1]]) > 0).all(), f"rows of client {i} are not ascending"
+
+
+@pytest.mark.parametrize("partition", ALL, ids=repr)
+def test_the_seed_decides_and_the_cache_changes_nothing(partition: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = split(partition, LABELS, 50, 2)
+    assert isinstance(partition, Natural) or not np.array_equal(computed.order, split(partition, LABELS, 50, 3).order)
+    with monkeypatch.context() as m:
+        m.setattr(type(partition), "_parts", lambda *_: pytest.fail("computed again"))
+        known = split(partition, LABELS, 50, 2)
+    monkeypatch.setenv("FEDCORE_CACHE", str(tmp_path / "another"))
+    for again in (known, split(partition, LABELS, 50, 2)):
+        np.testing.assert_array_equal(again.order, computed.order)
+        np.testing.assert_array_equal(again.offsets, computed.offsets)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -93,6 +111,37 @@ def test_a_split_is_a_partition_or_a_settings_error(partition: object, labels: n
     np.testing.assert_array_equal(part.order, again.order)
 
 
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(population=st.integers(1, 40), rows=st.integers(40, 200), sigma=st.floats(0, 2), seed=st.integers(0, 5))
+def test_iid_and_size_skew_always_cover_every_row_and_iid_in_equal_numbers(
+    population: int, rows: int, sigma: float, seed: int
+) -> None:
+    for partition in (Iid(), SizeSkew(sigma=sigma)):
+        part = partition.split(np.arange(rows) % 3, None, population, seed)
+        sizes = np.diff(part.offsets)
+        assert len(sizes) == population
+        assert sizes.min() >= 1
+        assert isinstance(partition, SizeSkew) or np.ptp(sizes) <= 1
+        np.testing.assert_array_equal(np.sort(part.order), np.arange(rows))
+
+
+def test_alpha_is_heterogeneity() -> None:
+    def classes(alpha: float) -> float:
+        return float((label_counts(split(Dirichlet(alpha=alpha), LABELS, 50), LABELS) > 0).sum(1).mean())
+
+    assert classes(0.1) < classes(1.0) < classes(100.0)
+    assert classes(100.0) == 10
+
+
+def test_pathological_clients_have_exactly_their_classes() -> None:
+    counts = label_counts(split(Pathological(classes=3), LABELS, 50), LABELS)
+    assert ((counts > 0).sum(1) == 3).all()
+
+
 def test_two_shards_a_client_are_few_classes() -> None:
     counts = label_counts(split(Shards(per_client=2), LABELS, 50), LABELS)
     assert (counts.sum(1) == 120).all()
@@ -109,26 +158,34 @@ def test_size_skew_without_spread_is_equal_sizes() -> None:
     assert np.ptp(np.diff(split(SizeSkew(sigma=2), LABELS, 50).offsets)) > 500
 
 
-def test_natural_clients_are_the_groups_in_order_of_their_names() -> None:
-    groups = np.array(["bob", "ann", "bob", "cy", "ann"], dtype=object)
-    part = Natural().split(np.zeros(5, dtype=np.int64), groups, None, 0)
-    assert part.order.tolist() == [1, 4, 0, 2, 3]
-    assert part.offsets.tolist() == [0, 2, 4, 5]
+def test_natural_clients_are_the_groups_in_order_of_their_names_and_no_others() -> None:
+    labels, groups = np.zeros(6, dtype=np.int64), np.array(["bob", "ann", "bob", "cy", "ann", "bob"])
+    for same in (groups, groups.astype(object)):
+        part = Natural().split(labels, same, None, 0)
+        assert part.order.tolist() == [1, 4, 0, 2, 5, 3]
+        assert part.offsets.tolist() == [0, 2, 5, 6]
+    with pytest.raises(SettingsError, match="names no clients"):
+        Natural().split(labels, None, None, 0)
+    with pytest.raises(SettingsError, match="3 natural clients"):
+        Natural().split(labels, groups, 4, 0)
 
 
 @pytest.mark.parametrize(
     ("partition", "population", "message"),
     [
+        (Iid(), None, "population is missing"),
         (Iid(), 0, r"population = 0: must be in \[1, 6000\]"),
+        (Iid(), 6001, r"population = 6001: must be in \[1, 6000\]"),
         (Shards(per_client=40), 200, "200 clients need 8000 shards of 6000 examples; lower the population"),
         (Pathological(classes=2), 5, "of 6000 examples go to no client; raise the population"),
         (Pathological(classes=2), 5000, r"lower the population or partition\.classes"),
+        (Pathological(classes=11), 20, "has 10 classes"),
         (Dirichlet(alpha=0.01), 500, r"raise partition\.alpha"),
         (Dirichlet(min_size=13), 500, r"lower partition\.min_size"),
     ],
     ids=repr,
 )
-def test_what_cannot_be_split_is_refused_in_one_line_with_advice(partition: Iid, population: int, message: str) -> None:
+def test_what_cannot_be_split_is_refused_in_one_line_with_advice(partition: Iid, population: int | None, message: str) -> None:
     with pytest.raises(SettingsError, match=message) as refused:
         partition.split(LABELS, None, population, 0)
     assert len(str(refused.value)) < 400
@@ -159,6 +216,18 @@ def test_two_thousand_clients_at_the_default_alpha_all_have_examples() -> None:
     assert len(np.unique(part.order)) == 60_000
 
 
+def test_two_thousand_clients_at_alpha_one_hundredth_are_refused_in_seconds_or_made_with_empty_ones() -> None:
+    labels = np.arange(60_000) % 10
+    start = time.monotonic()
+    with pytest.raises(SettingsError, match="0 allows empty clients"):
+        Dirichlet(alpha=0.01).split(labels, None, 2000, 0)
+    assert time.monotonic() - start < 30  # a bound against hanging, not a speed
+    part = Dirichlet(alpha=0.01, min_size=0).split(labels, None, 2000, 0)
+    np.testing.assert_array_equal(np.sort(part.order), np.arange(60_000))
+    assert len(part.offsets) == 2001
+    assert np.diff(part.offsets).min() == 0
+
+
 def test_a_hopeless_draw_is_stopped_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedcore.data.partition.SECONDS", 0)
     with pytest.raises(SettingsError, match="not found within 0 s"):
@@ -179,13 +248,27 @@ def test_a_damaged_or_unwritable_cache_is_as_none(tmp_path: Path, monkeypatch: p
     first = Iid().split(LABELS, None, 10, 0)
     (file,) = (tmp_path / "cache").glob("*.npz")
     whole = file.read_bytes()
-    for damaged in (b"", b"nonsense", whole[:-100], whole[:200] + b"\xff" + whole[201:]):
+    known = cache.load(file.stem)
+    assert known is not None
+    np.testing.assert_array_equal(known["order"], first.order)
+    for damaged in (b"", b"nonsense", b"PK damaged", whole[:-100], whole[:200] + b"\xff" + whole[201:]):
         file.write_bytes(damaged)
+        assert cache.load(file.stem) is None
         np.testing.assert_array_equal(Iid().split(LABELS, None, 10, 0).order, first.order)
         assert file.read_bytes() == whole, "the damaged file should have been replaced"
     (tmp_path / "file").touch()
-    monkeypatch.setenv("FEDCORE_CACHE", str(tmp_path / "file"))
-    np.testing.assert_array_equal(Iid().split(LABELS, None, 10, 0).order, first.order)
+    for unwritable in (str(tmp_path / "file"), "/proc/none"):
+        monkeypatch.setenv("FEDCORE_CACHE", unwritable)
+        np.testing.assert_array_equal(Iid().split(LABELS, None, 10, 0).order, first.order)
+        assert cache.load(file.stem) is None
+
+
+def test_a_partition_is_drawn_for_few_and_for_many_clients() -> None:
+    for population in (3, 3000):
+        counts = np.random.default_rng(0).integers(0, 9, (population, 10))
+        figure = partition_figure(counts, "a partition")
+        figure.savefig(io.BytesIO(), format="svg")
+        assert len(figure.axes) == 2
 
 
 def test_one_client_and_clients_without_examples_can_be_drawn() -> None:

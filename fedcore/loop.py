@@ -407,7 +407,7 @@ class Tally:
 
     def row(self) -> dict[str, Any]:
         dropped = Counter(self.failed.values()) + Counter({"server not finite": int(self.broken)})
-        counts = {"cohort": len(self.asked), "reports": len(self.reported - self.failed.keys()), "dropped": dict(dropped)}
+        counts = {"cohort": len(self.asked), "reports": len(self.reported), "dropped": dict(dropped)}
         means = {f"train_{name}": total / n for name, (total, n) in self.sums.items()}
         return {**counts, "skipped": self.skipped, **means, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
 

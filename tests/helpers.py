@@ -19,7 +19,7 @@ from fedcore.state import StateStore
 from fedcore.types import Reports, Round, Tree
 
 STRATEGIES = sorted(p.stem for p in (Path(__file__).parent.parent / "strategies").glob("[!_]*.py"))
-TOYS = ["tests.methods:Scaffold", "tests.methods:Two"]
+TOYS = ["tests.methods:Two"]
 
 SMALL: dict[str, Any] = {
     "task": "least-squares",

@@ -1,4 +1,4 @@
-"""Methods that only tests use: what the shipped ones do not exercise yet (client state, two calls in a round, failing clients)."""
+"""Methods and tasks that only tests use: what the shipped ones do not do (fail, wait, refuse to be batched)."""
 
 from __future__ import annotations
 
@@ -6,53 +6,27 @@ import os
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.config import Experiment
 from fedcore.local import full_gradient, local_sgd
 from fedcore.method import Method, MethodSettings, on_client
 from fedcore.task import Task
+from fedcore.tasks import TASKS
 from fedcore.types import Batches, Model, Params, Round, Stateless
+from strategies.scaffold import Scaffold, Server
 
 
 class Settings(MethodSettings):
     local_lr: float = 0.05
-    wait: float = 0.0  # seconds a round, so that a test can kill it in the middle
 
 
-class Up(NamedTuple):
-    delta: Params
-    dc: Params
-
-
-class Server(NamedTuple):
+class Guided(NamedTuple):
     params: Params
     c: Params
-
-
-class Scaffold(Method[Settings]):
-    """SCAFFOLD (Karimireddy et al. 2020, option II): a client state of the size of the model."""
-
-    def init_server(self, params: Params, population: int) -> Server:
-        return Server(params, trees.zeros_like(params))
-
-    def init_client(self, params: Params) -> Params:
-        return trees.zeros_like(params)
-
-    @on_client
-    def train(self, task: Task, t: Tensor, down: Server, state: Params, batches: Batches) -> tuple[Up, Params]:
-        drift = trees.sub(down.c, state)
-        y, steps, _ = local_sgd(task.loss, down.params, batches, self.s.local_lr, drift)
-        delta = trees.sub(y, down.params)
-        slope = trees.scale(delta, -1 / (steps.clamp(min=1) * self.s.local_lr))
-        c_new = trees.sub(slope, drift)
-        return Up(delta, trees.sub(c_new, state)), c_new
-
-    def round(self, server: Server, r: Round) -> Server:
-        time.sleep(self.s.wait)
-        mean = trees.uniform_mean(r.each(self.train, r.cohort, server))
-        return Server(trees.add(server.params, mean.delta), trees.axpy(len(r.cohort) / r.population, mean.dc, server.c))
 
 
 class Two(Method[Settings]):
@@ -63,13 +37,13 @@ class Two(Method[Settings]):
         return full_gradient(task.loss, down.params, batches)[0], state
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Server, state: Stateless, batches: Batches) -> tuple[Model, Stateless]:
+    def train(self, task: Task, t: Tensor, down: Guided, state: Stateless, batches: Batches) -> tuple[Model, Stateless]:
         y, _, _ = local_sgd(task.loss, down.params, batches, self.s.local_lr, correction=down.c)
         return Model(trees.sub(y, down.params)), state
 
     def round(self, server: Model, r: Round) -> Model:
         gradient = trees.weighted_mean(r.each(self.slope, r.cohort, server))
-        down = Server(server.params, trees.scale(gradient, 0.5))
+        down = Guided(server.params, trees.scale(gradient, 0.5))
         mean = trees.weighted_mean(r.each(self.train, r.cohort, down))
         return Model(trees.add(server.params, mean.params))
 
@@ -108,12 +82,25 @@ class NoBatching(Method[Settings]):
         return Model(trees.add(server.params, trees.weighted_mean(r.each(self.train, r.cohort, server)).params))
 
 
-class Crash(Scaffold):
-    """Kills its own process, with no chance to tidy up, at the round in $FEDCORE_TEST_CRASH."""
+class Waiting(Scaffold):
+    """SCAFFOLD in rounds of at least $FEDCORE_TEST_WAIT seconds, so that a test can stop it in the middle of one."""
 
     def round(self, server: Server, r: Round) -> Server:
-        if str(r.t) == os.environ.get("FEDCORE_TEST_CRASH"):
-            for _ in r.each(self.train, r.cohort[: len(r.cohort) // 2], server):
-                pass
-            os.kill(os.getpid(), 9)
+        time.sleep(float(os.environ.get("FEDCORE_TEST_WAIT", "0")))
         return super().round(server, r)
+
+
+def crashing(e: Experiment) -> Task:
+    """Least squares whose process kills itself when a client's training examples are read the $FEDCORE_TEST_CRASH-th time."""
+    task, left = TASKS["least-squares"](e), int(os.environ.get("FEDCORE_TEST_CRASH", "0"))
+    rows = task.data.rows
+
+    def counted(client: int, data: str) -> np.ndarray:
+        nonlocal left
+        left -= data != "test"
+        if left == 0 and "FEDCORE_TEST_CRASH" in os.environ:
+            os.kill(os.getpid(), 9)
+        return rows(client, data)
+
+    task.data.rows = counted  # type: ignore[method-assign]
+    return task

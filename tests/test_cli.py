@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from fedcore import Experiment, run
 from fedcore.checkpoint import STATE
-from tests.helpers import STRATEGIES
+from tests.helpers import STRATEGIES, small
 
 Cli = Callable[..., tuple[int, str, str]]
 QUICK = ["--set", "rounds=2", "--set", "population=20", "--set", "participation.cohort=4", "--set", "engine.chunk=4"]
@@ -217,13 +218,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage: str, cli: Cli, tmp_path
     assert ("expected 1" if damage == "version" else "is damaged") in err
 
 
-def start(folder: Path, method: str, rounds: int, *more: str, **environment: str) -> subprocess.Popen[str]:
+WAITING = "tests.methods:Waiting"  # SCAFFOLD, slowly
+
+
+def start(folder: Path, method: str, rounds: int, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fedcore.cli", "run", "fedavg", *TINY, "--set", f"method.name={method}"]
     command += ["--set", f"rounds={rounds}", *more]
     command += ["--resume", str(folder)] if (folder / "config.toml").exists() else ["--out", str(folder)]
-    return subprocess.Popen(
-        [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
+    environment = {**os.environ, "FEDCORE_TEST_WAIT": "0.1"}
+    return subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, object]:
@@ -233,25 +236,32 @@ def finish(process: subprocess.Popen[str]) -> dict[str, object]:
     return result
 
 
+KEEPERS = [name for name in STRATEGIES if name not in ("fedavg", "fedprox")]  # methods that keep more than the model
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
-@pytest.mark.parametrize("crash", [0, 3])
-def test_kill_9_in_the_middle_of_a_round_costs_nothing(engine: str, crash: int, tmp_path: Path) -> None:
-    more = ["--engine", engine]
-    whole = finish(start(tmp_path / "whole", "tests.methods:Crash", 5, *more))
-    killed = start(tmp_path / "r", "tests.methods:Crash", 5, *more, FEDCORE_TEST_CRASH=str(crash))
-    killed.communicate(timeout=120)
+@pytest.mark.parametrize("name", KEEPERS)
+@pytest.mark.parametrize(("engine", "reads"), [("sequential", 33), ("vectorised", 3)])
+def test_kill_9_in_the_middle_of_a_round_costs_nothing(name: str, engine: str, reads: int, tmp_path: Path) -> None:
+    values = {"task": "tests.methods:crashing", "rounds": 8, "participation": {"name": "markov", "mean": 0.5, "dropout": 0.1}}
+    e = small(name, min_reports=0, engine__name=engine, engine__chunk=2)
+    e = Experiment.parse(e.model_dump(mode="json") | values)
+    (tmp_path / "preset.toml").write_text(e.to_toml())
+    whole = run(e, tmp_path / "whole")
+    command = [sys.executable, "-m", "fedcore.cli", "run", str(tmp_path / "preset.toml"), "--out", str(tmp_path / "r")]
+    killed = subprocess.run(command, env={**os.environ, "FEDCORE_TEST_CRASH": str(reads)}, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL
-    resumed = finish(start(tmp_path / "r", "tests.methods:Crash", 5, *more))
-    assert resumed["params_sha256"] == whole["params_sha256"]
-    assert len(resumed["history"]) == 5  # type: ignore[arg-type]
+    done = _lines(tmp_path / "r")
+    assert (done == 0) == (reads == 3)
+    assert done < 8
+    assert run(e, resume=tmp_path / "r").params_sha256 == whole.params_sha256
 
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_costs_nothing(tmp_path: Path) -> None:
-    more = ["--set", "method.wait=0.1", "--set", 'participation={name="markov",mean=0.4,dropout=0.1}']
-    whole = finish(start(tmp_path / "whole", "tests.methods:Scaffold", 12, *more))
-    process, kills = start(tmp_path / "r", "tests.methods:Scaffold", 12, *more), 0
+    more = ["--set", 'participation={name="markov",mean=0.4,dropout=0.1}']
+    whole = finish(start(tmp_path / "whole", "scaffold", 12, *more))
+    process, kills = start(tmp_path / "r", WAITING, 12, *more), 0
     while kills < 4:
         lines = _lines(tmp_path / "r") + 1
         deadline = time.monotonic() + 60
@@ -261,16 +271,16 @@ def test_kill_9_at_any_moment_costs_nothing(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
         kills += 1
-        process = start(tmp_path / "r", "tests.methods:Scaffold", 12, *more)
+        process = start(tmp_path / "r", WAITING, 12, *more)
     assert finish(process)["params_sha256"] == whole["params_sha256"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_a_checkpoint_that_resume_takes(number: signal.Signals, tmp_path: Path) -> None:
-    more = ["--set", "method.wait=0.1", "--set", "checkpoint.seconds=1000"]
-    whole = finish(start(tmp_path / "whole", "tests.methods:Scaffold", 10, *more))
-    process = start(tmp_path / "r", "tests.methods:Scaffold", 10, *more)
+    more = ["--set", "checkpoint.seconds=1000"]
+    whole = finish(start(tmp_path / "whole", "scaffold", 10, *more))
+    process = start(tmp_path / "r", WAITING, 10, *more)
     deadline = time.monotonic() + 60
     while _lines(tmp_path / "r") < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -279,7 +289,7 @@ def test_an_interrupt_leaves_a_checkpoint_that_resume_takes(number: signal.Signa
     assert process.returncode == 130
     assert f"--resume {tmp_path / 'r'}" in err
     assert "Traceback" not in err
-    assert finish(start(tmp_path / "r", "tests.methods:Scaffold", 10, *more))["params_sha256"] == whole["params_sha256"]
+    assert finish(start(tmp_path / "r", WAITING, 10, *more))["params_sha256"] == whole["params_sha256"]
 
 
 def _lines(folder: Path) -> int:

@@ -52,7 +52,7 @@ def test_flower_computes_what_sequential_computes(name: str, nodes: int, tmp_pat
 
 
 def test_evaluation_leaves_no_trace_in_a_client(tmp_path: Path) -> None:
-    e = small("tests.methods:Scaffold", rounds=1)
+    e = small("scaffold", rounds=1)
     grid = FakeGrid(preset_of(e, tmp_path), 12)
     over_flower(e, tmp_path, grid)
     kept = [int(key.removeprefix("state-")) for context in grid.contexts.values() for key in context.state]

@@ -121,6 +121,7 @@ def write_report(run_dir: Path | str) -> Path:
         sections = [
             ("Learning", _learning(r)),
             ("Clients", _clients(r)),
+            ("Method", _method(r)),
             ("Rounds", _rounds(r)),
             ("Data", _partition(r)),
         ]
@@ -443,6 +444,21 @@ def _clients(r: Run) -> list[Plot]:
         figure.legend(loc="outside upper left", ncols=2)
         caption = f"After round {t}, {len(values):,} clients, each counted once."
         plots.append(plot(figure, "Spread over clients", caption))
+    return plots
+
+
+def _method(r: Run) -> list[Plot]:
+    """What the method logged on the server, a plot a number."""
+    plots = []
+    for key in sorted({key for row in r.rows for key in row if key.startswith("server_")}):
+        points = thin([(row["round"], row[key]) for row in r.rows if row.get(key) is not None])
+        if points:
+            figure, axes = new_figure()
+            name = key.removeprefix("server_").replace("_", " ")
+            axes.set(xlabel="round", ylabel=name)
+            axes.plot(*zip(*points, strict=True), color=SERIES[4], marker="o" if len(points) <= 40 else "")
+            shape_axes(axes, name, [value for _, value in points], 1.02 * points[-1][0])
+            plots.append(plot(figure, f"{name.capitalize()} by round", f"Logged by the method; {points[-1][1]:.4g} at the end."))
     return plots
 
 

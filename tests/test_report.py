@@ -172,6 +172,15 @@ def test_regression_is_judged_by_its_loss(tmp_path: Path) -> None:
     assert "Loss of single clients" in titles(file)
 
 
+def test_what_the_method_logged_is_drawn(tmp_path: Path) -> None:
+    values = {**SMALL, "participation.name": "bernoulli", "participation.mean": 0.5, "min_reports": 0}
+    values = {key: value for key, value in values.items() if key != "participation.cohort"}
+    run(Experiment.parse({"method": "fedau"}, values), out=tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert max(row.get("server_omega_max", 0) for row in rows) >= 1
+    assert "Omega max by round" in titles(write_report(tmp_path / "run"))
+
+
 def test_empty_and_skipped_rounds_are_counted(copy: Path) -> None:
     rows = read_rows(copy / "metrics.jsonl")
     rows[1] |= {"cohort": 0, "reports": 0, "skipped": False, "dropped": {}, "train_loss": None, "train_accuracy": None}

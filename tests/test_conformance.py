@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fedcore.loop import run
 from fedcore.method import data_of
 from fedcore.run_client import run_client
 from fedcore.types import Batches, Reports, Round
+from tests import golden
 from tests.helpers import STRATEGIES, TOYS, assert_close, equal, loop_of, small
 
 every = pytest.mark.parametrize("name", [*STRATEGIES, *TOYS])
@@ -51,6 +53,13 @@ def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(name: str, 
         ]
         assert shas[0] == shas[1]
         assert shas[0] != shas[2]
+
+
+@shipped
+def test_the_curve_is_the_recorded_one(name: str, tmp_path: Path) -> None:
+    recorded = json.loads(golden.FILE.read_text())
+    assert name in recorded, "record it: python -m tests.golden"
+    assert golden.curve(name, tmp_path / "r") == pytest.approx(recorded[name], rel=1e-5)
 
 
 # Invariances

@@ -94,9 +94,8 @@ def main() -> None:
         "local": {"steps": 10, "batch_size": 8},
         "evaluation": {"every": a.rounds // 16, "clients": 0},
     }
-    print(
-        f"| gap after {', '.join(map(str, at))} rounds | {' | '.join(f'eta_l = {lr}' for lr in RATES)} |\n|---|{'---|' * len(RATES)}"
-    )
+    print(f"| gap after {', '.join(map(str, at))} rounds | {' | '.join(f'eta_l = {lr}' for lr in RATES)} |")
+    print(f"|---|{'---|' * len(RATES)}")
     table: dict[str, list[str]] = {label: [] for label in methods()}
     for lr in RATES:
         runs = [(label, Experiment.parse({**base, "method": {**m, "local_lr": lr}})) for label, m in methods().items()]

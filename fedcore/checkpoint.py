@@ -41,7 +41,12 @@ class Checkpoint:
         self._files: dict[str, dict[str, str]] = {}  # part -> {"file", "sha256"}
 
     def exists(self) -> bool:
-        return (self.folder / STATE).is_file()
+        """Raises SettingsError when there are parts of a checkpoint, and nothing that says which."""
+        if (self.folder / STATE).is_file():
+            return True
+        if any(self.folder.glob("*.safetensors")):
+            raise self._damaged(self.folder / STATE, "missing, beside the parts of a checkpoint")
+        return False
 
     def save(
         self, number: int, facts: dict[str, Any], parts: Iterable[tuple[str, dict[str, Tensor]]], keep: set[str] | None = None
@@ -58,7 +63,7 @@ class Checkpoint:
             write_atomically(self.folder / name, content)
             files[part] = {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
         state = {"version": VERSION, **facts, "files": files}
-        write_atomically(self.folder / STATE, json.dumps(state, indent=1).encode())
+        write_atomically(self.folder / STATE, json.dumps({**state, "sha256": _digest(state)}, indent=1).encode())
         _sync(self.folder)
         self._files = files
         current = {entry["file"] for entry in files.values()} | {STATE}
@@ -82,6 +87,8 @@ class Checkpoint:
             raise SettingsError(
                 f"{file} has version {facts.get('version')}, expected {VERSION}: resume it with the fedcore that wrote it"
             )
+        if facts.pop("sha256", None) != _digest(facts):
+            raise self._damaged(file, "its SHA-256 is not the one that it names")
         return facts
 
     def part(self, name: str) -> dict[str, Tensor]:
@@ -99,6 +106,10 @@ class Checkpoint:
 
     def _damaged(self, file: Path, what: str) -> SettingsError:
         return SettingsError(f"{file} is damaged ({what}): restore it from a copy, or start the run anew without --resume")
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(folder: Path) -> None:

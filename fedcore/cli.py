@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,9 +48,8 @@ def run(
 
     if resume is not None and out is not None:
         raise SettingsError(f"--out {out} and --resume {resume}: a resumed run stays in its directory; give one of the two")
-    experiment = _experiment(preset, set_, engine, seed, resume)
-    with Terminal() as terminal:
-        result = loop.run(experiment, out, resume, terminal)
+    with _interruptible(), Terminal() as terminal:
+        result = loop.run(_experiment(preset, set_, engine, seed, resume), out, resume, terminal)
     from fedcore.report import write_or_note  # with its plots half a second: not before the first round
 
     report_file = write_or_note(result.run_dir)
@@ -72,12 +74,14 @@ def compare(
     from fedcore.progress import Terminal
 
     experiments = [(Path(preset).stem, _experiment(preset, set_, engine, None, None)) for preset in presets]
-    with Terminal() as terminal:
+    with _interruptible(), Terminal() as terminal:
         comparison = comparing.compare(experiments, seeds, out or rundir.fresh("compare"), terminal)
     if json_:
         print(json.dumps(comparison.to_dict()))
     else:
         comparing.show(comparison)
+    if comparison.failed:
+        sys.exit(1)
 
 
 @app.command()
@@ -110,6 +114,16 @@ def report(
     print(write_report(run_dir))
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C where the round loop does not heed it: before the first round, or a second time."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("fedcore: interrupted; a run that has a checkpoint goes on with: fedcore run --resume DIR", file=sys.stderr)
+        sys.exit(130)
+
+
 def _experiment(
     preset: str | None, set_: list[str] | None, engine: str | None, seed: int | None, resume: Path | None
 ) -> Experiment:
@@ -129,14 +143,12 @@ def _experiment(
 def main() -> None:
     """Entry point: a user's mistake is one message, never a traceback."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    sys.path.insert(0, os.getcwd())  # a user's own task or method lies where the command is given
     try:
         app()
     except FedcoreError as e:
         print(f"fedcore: {e}", file=sys.stderr)
         sys.exit(e.exit_status)
-    except KeyboardInterrupt:
-        print("fedcore: interrupted before the first round was done; nothing to resume", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
 

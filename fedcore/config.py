@@ -20,11 +20,12 @@ from fedcore.method import Method, MethodSettings
 from fedcore.models import Mlp, ModelSettings
 from fedcore.participation import ParticipationSettings, Uniform
 
+KINDS = ("method", "model", "partition", "participation")  # sections whose keys depend on their name
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class EngineSettings(_Section):
@@ -79,7 +80,7 @@ class Experiment(_Section):
             value = {"name": value}
         if not isinstance(value, Mapping):
             return value
-        if "name" not in value:
+        if not isinstance(value.get("name"), str):
             raise ValueError('expected the name of a method, e.g. method.name = "fedavg"')
         return methods.settings_of(methods.load(value["name"])).model_validate(dict(value))
 
@@ -111,8 +112,8 @@ class Experiment(_Section):
         """From nested settings, and overrides by dotted key."""
         merged: dict[str, Any] = _copy(values)
         pairs = overrides.items() if isinstance(overrides, Mapping) else (_assignment(text) for text in overrides)
-        # A name first: choosing another method or model drops the settings of the one before.
-        for key, value in sorted(pairs, key=lambda pair: not pair[0].endswith("name")):
+        # A kind first: choosing another method or model drops the settings of the one before.
+        for key, value in sorted(pairs, key=lambda pair: pair[0] not in (*KINDS, *(f"{kind}.name" for kind in KINDS))):
             _set(merged, key, value)
         try:
             return cls.model_validate(merged)
@@ -155,8 +156,10 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(inner, dict):
             raise SettingsError(f'--set {key}: "{section}" is a value, not a section; set {section} itself')
         values = inner
-    if last == "name" and values.get("name") != value:
-        values.clear()
+    if last == "name" and key.removesuffix(".name") in KINDS:
+        default = Experiment.model_fields[sections[0]].default
+        if values.get("name", getattr(default, "name", None)) != value:
+            values.clear()
     values[last] = value
 
 
@@ -173,7 +176,11 @@ def _without_none(values: Any) -> Any:
 def explain(error: ValidationError, model: type[BaseModel], source: str, values: Mapping[str, Any]) -> str:
     """One line a fault: the key as the user typed it, what was found, what was expected."""
     method = values.get("method", {})
-    settings = methods.settings_of(methods.load(method["name"])) if isinstance(method, Mapping) and "name" in method else None
+    settings = (
+        methods.settings_of(methods.load(method["name"]))
+        if isinstance(method, Mapping) and isinstance(method.get("name"), str)
+        else None
+    )
     return "\n".join(_explain_one(dict(fault), model, source, settings) for fault in error.errors())
 
 

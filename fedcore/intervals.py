@@ -41,8 +41,11 @@ def omega(x: Intervals, clients: Tensor, t: int, cutoff: int | None = None) -> T
     return torch.where(m > 0, (t - s).double() / m.clamp(min=1), 1.0)
 
 
-def after(x: Intervals, clients: Tensor, t: int, cutoff: int | None = None) -> Intervals:
-    """The intervals after round t, in which the updates of `clients` arrived. Does not write to `x`."""
+def after(x: Intervals, arrived: list[Tensor], t: int, cutoff: int | None = None) -> Intervals:
+    """The intervals after round t, in which the updates of these clients arrived; `x` stays as it is."""
+    if not arrived:
+        return x
+    clients = torch.cat(arrived)
     m, _ = _tiles(x, clients, t, cutoff)
     where = (clients.to(x.closed.device),)
     return Intervals(x.closed.index_put(where, m + 1), x.seen.index_put(where, torch.full_like(m, t + 1)))

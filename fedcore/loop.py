@@ -6,17 +6,19 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,9 +30,9 @@ from fedcore.config import Experiment
 from fedcore.engines.base import Engine, Work
 from fedcore.errors import RunError, SettingsError, TooFewReports
 from fedcore.method import Method
-from fedcore.participation import Process, answering
+from fedcore.participation import Process, UniformProcess, answering
 from fedcore.rng import rng
-from fedcore.rundir import ClientTable, make_run_dir, open_run_dir, read_history, write_settings
+from fedcore.rundir import ClientTable, make_run_dir, open_run_dir, read_history
 from fedcore.state import StateStore
 from fedcore.task import Task
 from fedcore.tasks import build_task
@@ -120,7 +122,12 @@ def run(
     engine than the one that the settings name. Raises SettingsError, RunError, and Interrupted (after a checkpoint) on SIGINT.
     """
     folder = open_run_dir(experiment, out, resume)
-    loop = Loop(experiment, folder, observer or Quiet(), engine, resume is not None)
+    try:
+        loop = Loop(experiment, folder, observer or Quiet(), engine, resume is not None)
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()  # made for this run, and still empty
+        raise
     try:
         return loop.run()
     finally:
@@ -137,10 +144,16 @@ class Loop:
         self.begin = time.perf_counter()
         self.checkpoint = Checkpoint(folder / "checkpoint")
         facts = self.checkpoint.read() if resume and self.checkpoint.exists() else None
+        if facts is not None and facts["round"] > e.rounds:
+            raise SettingsError(f"rounds = {e.rounds}, but {folder} has done {facts['round']}: set rounds to at least that")
+        if resume and facts is None and (folder / "metrics.jsonl").exists():
+            observer.note(f"{folder} has no checkpoint yet: its run begins anew")
         self.task: Task = build_task(e)
+        self.task.check()
         self.method: Method[Any] = e.build_method()
         self.process: Process = e.participation.process(self.task.population, e.seed, self._label_counts)
         self.process.check(e.rounds)
+        self._check_participation()
         known = self.process.rates
         self.rates = None if known is None else torch.from_numpy(known * (1 - e.participation.dropout))
         params = self.task.init_params()
@@ -159,13 +172,12 @@ class Loop:
         self.clients = ClientTable(folder / "clients.parquet")
         if facts is not None:
             self._restore(facts)
-        make_run_dir(folder)
+        make_run_dir(folder, e)
         # What was logged after the checkpoint goes, for those rounds are run again.
         self.history = read_history(folder, self.state.t)
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(folder / "metrics.jsonl", lines.encode())
         self._evaluated = self._evaluated_clients()
-        self._lost = 0  # rounds in a row that failed entirely
         self._saved = time.perf_counter()
         self._warned: set[str] = set()
         self._stop = threading.Event()
@@ -177,24 +189,32 @@ class Loop:
     def run(self) -> Result:
         """To the last round. Raises Interrupted on SIGINT or SIGTERM, with a checkpoint of the last whole round."""
         e = self.e
-        write_settings(self.folder, e)
         self.observer.started(e, self.engine, self.task.population, self.state.t)
         with (self.folder / "metrics.jsonl").open("a") as metrics, _signals(self._stop):
             while self.state.t < e.rounds:
                 try:
+                    self._heed_stop()
                     row = self.round()
                 except Interrupted:
                     for store in self.stores.values():
                         store.rollback()
-                    self.save()
+                    self.save(metrics)
                     raise
                 self.history.append(row)
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
                 self.observer.round_done(row)
-                if time.perf_counter() - self._saved >= e.checkpoint.seconds or self.state.t == e.rounds:
-                    self.save()
+                hopeless = self._hopeless()
+                if hopeless or time.perf_counter() - self._saved >= e.checkpoint.seconds or self.state.t == e.rounds:
+                    self.save(metrics)
+                if hopeless:
+                    raise RunError(hopeless)
         return self.result()
+
+    def _heed_stop(self) -> None:
+        if self._stop.is_set():
+            done = f"interrupted after round {self.state.t} of {self.e.rounds}"
+            raise Interrupted(f"{done}; go on with: fedcore run --resume {self.folder}")
 
     def round(self) -> dict[str, Any]:
         """One round: the row that metrics.jsonl gets. Replaces `self.state`."""
@@ -218,15 +238,15 @@ class Loop:
                 tally.broken = True
                 raise TooFewReports("the mean of finite updates is not finite")
             self.memory.commit()
-        except TooFewReports:
+        except TooFewReports as error:
             server = self.state.server
             self.memory.rollback()
             tally.skipped = True
+            self._note_once("skipped", f"round {t + 1} left the model as it was: {error}")
         if self.engine.states is not None:
             self.engine.states.commit()  # a client has done its work, whatever became of the round
         tally.failed |= dict.fromkeys(absent, "dropout")
         self.state = State(t + 1, server, participation)
-        self._stop_if_hopeless(tally, bool(len(answer)))
         now = time.perf_counter()
         row: dict[str, Any] = {"round": t + 1, **tally.row(), "seconds": round(now - begin, 4)}
         row |= {f"server_{name}": value for name, value in r.log.items()}
@@ -244,31 +264,36 @@ class Loop:
         tally.asked.update(clients.tolist())
         tally.bytes_down += len(clients) * trees.nbytes(down)
         for r in self.engine.each(fn, clients, down, t):
-            if self._stop.is_set():
-                raise Interrupted(f"interrupted after round {t} of {self.e.rounds}; go on with: fedcore run --resume {self.folder}")
+            self._heed_stop()
+            if len(r.clients):
+                tally.bytes_up += trees.nbytes(r.up)  # what was sent, whether it is of use or not
             good = keep_finite(r)
             tally.add(good)
-            self._note(good.failed)
+            self._note_failed(good.failed)
             self.observer.client_done(t, len(tally.reported), len(tally.asked))
             if len(good.clients):
                 self.clients.add(t + 1, fn.__name__, good)
                 yield good
 
-    def _note(self, failed: Mapping[int, str]) -> None:
+    def _note_failed(self, failed: Mapping[int, str]) -> None:
         for client, reason in failed.items():
-            if reason not in self._warned and len(self._warned) < 20:
-                self._warned.add(reason)
-                self.observer.note(f"round {self.state.t + 1}: client {client} left out: {reason}")
+            self._note_once(reason, f"round {self.state.t + 1}: client {client} left out: {reason}")
 
-    def _stop_if_hopeless(self, tally: Tally, asked: bool) -> None:
-        hopeless = (asked and not tally.reported) or tally.broken
-        self._lost = self._lost + 1 if hopeless else 0
-        if self._lost >= PATIENCE or (self._lost and self.state.t == self.e.rounds):
-            reasons = ", ".join(f"{reason} ({n})" for reason, n in tally.row()["dropped"].items())
-            raise RunError(
-                f"round {self.state.t}: no usable update in {self._lost} round(s) in a row; the last: {reasons}. "
-                "With updates that are not finite, check the model and lower the learning rate (method.local_lr)"
-            )
+    def _note_once(self, reason: str, message: str) -> None:
+        if reason not in self._warned and len(self._warned) < 20:
+            self._warned.add(reason)
+            self.observer.note(message)
+
+    def _hopeless(self) -> str | None:
+        """Why the run had better end: PATIENCE rounds in a row without any usable update, or every round that there was."""
+        lost = len(list(takewhile(without_use, reversed(self.history))))
+        if lost < PATIENCE and not (lost == self.state.t == self.e.rounds):
+            return None
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in self.history[-1]["dropped"].items())
+        return (
+            f"round {self.state.t}: no usable update in {lost} round(s) in a row; the last: {reasons}. "
+            "With updates that are not finite, check the model and lower the learning rate (method.local_lr)"
+        )
 
     # Evaluation
 
@@ -285,7 +310,11 @@ class Loop:
         server, t = self.state.server, self.state.t - 1
         found: dict[str, Any] = {f"test_{name}": value for name, value in self.task.test(server.params).items()}
         values: dict[str, list[Tensor]] = {}
+        failed: set[int] = set()
         for r in self.engine.each(self.method.evaluate, self._evaluated, Model(server.params), t):
+            self._heed_stop()
+            self._note_failed(r.failed)
+            failed.update(r.failed)
             if len(r.clients) == 0:
                 continue
             self.clients.add(t + 1, "evaluate", r)
@@ -294,8 +323,9 @@ class Loop:
         if self.engine.states is not None:
             self.engine.states.rollback()  # evaluation leaves no trace in the clients
         for name, pieces in values.items():
-            found[f"client_{name}"] = spread(torch.cat(pieces))
-        return found
+            if len(measured := torch.cat(pieces)):
+                found[f"client_{name}"] = spread(measured)
+        return found | ({"evaluation_failed": len(failed)} if failed else {})
 
     def result(self) -> Result:
         rows = self.history
@@ -329,8 +359,10 @@ class Loop:
 
     # Checkpoints
 
-    def save(self) -> None:
-        """The whole state of the run, on disk, in one step."""
+    def save(self, metrics: IO[str] | None = None) -> None:
+        """The whole state of the run, on disk, in one step; and `metrics` before it, so that no checkpoint knows more rounds."""
+        if metrics is not None:
+            os.fsync(metrics.fileno())
         facts: dict[str, Any] = {"round": self.state.t, "engine": self.engine.choices, "fedcore": __version__}
         keep: set[str] = set()
         for name, store in self.stores.items():
@@ -371,6 +403,15 @@ class Loop:
             )
         return trees.unflatten(flat, like)
 
+    def _check_participation(self) -> None:
+        """Raises SettingsError for what the first round would find: before anything is written."""
+        p = self.e.participation
+        if self.process.rates is None and self.method.needs_rates():
+            raise SettingsError(f'participation.name = "{p.name}" has no known rates p_i, which the settings of the method ask for')
+        if isinstance(self.process, UniformProcess) and self.process.size < self.e.min_reports:
+            found = f"min_reports = {self.e.min_reports}, but a cohort has {self.process.size} clients"
+            raise SettingsError(f"{found}: set it to at most that")
+
     def _spill(self, name: str) -> Path:
         folder = self.folder / "state" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -400,7 +441,6 @@ class Tally:
         self.failed.update({client: reason.split(":")[0] for client, reason in r.failed.items()})
         if len(r.clients):
             self.reported.update(r.clients.tolist())
-            self.bytes_up += trees.nbytes(r.up)
             for name, values in r.metrics.items():
                 total, n = self.sums.get(name, (0.0, 0))
                 self.sums[name] = total + float(values.sum()), n + len(values)
@@ -410,6 +450,12 @@ class Tally:
         counts = {"cohort": len(self.asked), "reports": len(self.reported), "dropped": dict(dropped)}
         means = {f"train_{name}": total / n for name, (total, n) in self.sums.items()}
         return {**counts, "skipped": self.skipped, **means, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
+
+
+def without_use(row: dict[str, Any]) -> bool:
+    """Whether clients were asked in this round, and not one brought anything: to drop out is no failure."""
+    dropped = row["dropped"]
+    return bool(dropped.get("server not finite") or (row["reports"] == 0 and row["cohort"] > dropped.get("dropout", 0)))
 
 
 def keep_finite(r: Reports) -> Reports:

@@ -26,7 +26,7 @@ Data = Literal["train", "all", "test"]
 class MethodSettings(BaseModel):
     """Base of a method's settings: frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
 
@@ -78,6 +78,10 @@ class Method(Generic[S]):
         """What the server keeps of each client between rounds, in `Round.memory`; nothing unless a method says so."""
         return Stateless()
 
+    def needs_rates(self) -> bool:
+        """Whether the settings ask for the true participation rates (`Round.known_rates`)."""
+        return False
+
     @on_client(data="test")
     def evaluate(self, task: Task, t: Tensor, down: Model, state: Tree, batches: Batches) -> tuple[Metrics, Tree]:
         """The client's own metrics on its held-out examples, with the model that it would use."""
@@ -98,7 +102,9 @@ def load(name: str) -> type[Method[Any]]:
 
     Raises SettingsError when there is none.
     """
-    module_name, _, class_name = name.partition(":") if ":" in name else (f"{PACKAGE}.{name}", "", "")
+    module_name, colon, class_name = name.partition(":") if ":" in name else (f"{PACKAGE}.{name}", "", "")
+    if colon and not (class_name and module_name and not module_name.startswith(".")):
+        raise SettingsError(f'method.name = "{name}": expected "package.module:Class"')
     if not class_name and (not name.isidentifier() or importlib.util.find_spec(module_name) is None):
         near = difflib.get_close_matches(name, names(), 1)
         hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(names())}"

@@ -50,7 +50,7 @@ class Process:
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a sampled client never answers, in [0, 1)")
 
@@ -72,7 +72,7 @@ class Uniform(_Settings):
         """Raises SettingsError for a cohort of zero or one larger than the population."""
         size = self.cohort or population
         if self.fraction is not None:
-            size = int(population * self.fraction)
+            size = int(population * self.fraction + 1e-9)  # 100 x 0.29 is 28.999...
             if size == 0:
                 raise SettingsError(
                     f"participation: a cohort of 0: population {population} x fraction {self.fraction} rounds down; "
@@ -82,10 +82,10 @@ class Uniform(_Settings):
             raise SettingsError(
                 f"participation.cohort = {size}: the population is {population}; set a cohort of at most that, or raise population"
             )
-        return _UniformProcess(population, seed, size)
+        return UniformProcess(population, seed, size)
 
 
-class _UniformProcess(Process):
+class UniformProcess(Process):
     def __init__(self, population: int, seed: int, size: int) -> None:
         super().__init__(population, seed)
         self.size = size
@@ -166,7 +166,7 @@ class _MarkovProcess(Process):
         self.enter, self.leave = q / shrink, leave / shrink
 
     def start(self) -> Tree:
-        return {"active": torch.from_numpy(rng(self.seed, "participation").random(self.population) < self.p)}
+        return {"active": torch.from_numpy(rng(self.seed, "participation start").random(self.population) < self.p)}
 
     def sample(self, t: int, state: Tree) -> tuple[Tensor, Tree]:
         # One transition comes before the first observed round, as in the reference.
@@ -211,13 +211,13 @@ class Trace(_Settings):
         """Raises SettingsError for a missing file, or ids that are no clients of the population."""
         try:
             lines = self.file.read_text().splitlines()
-        except OSError as e:
-            raise SettingsError(f"participation.file = {self.file}: {e.strerror}; expected a text file, one line a round") from e
+        except (OSError, UnicodeDecodeError) as e:
+            raise SettingsError(f"participation.file = {self.file}: {e}; expected a text file, one line a round") from e
         rounds = []
         for number, line in enumerate(lines, 1):
             try:
                 ids = np.unique(np.array(line.split(), dtype=np.int64))
-            except ValueError as e:
+            except (ValueError, OverflowError) as e:
                 raise SettingsError(f"{self.file}, line {number}: {e}; expected client ids separated by spaces") from e
             if len(ids) and not (ids[0] >= 0 and ids[-1] < population):
                 raise SettingsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -37,25 +38,33 @@ def open_run_dir(e: Experiment, out: Path | str | None, resume: Path | str | Non
     folder = Path(out) if out is not None else fresh(f"{e.method.name}-{e.task.replace(':', '-')}-seed{e.seed}")
     if (folder / "config.toml").exists():
         raise SettingsError(f"{folder} already holds a run: resume it with --resume {folder}, or choose another --out")
+    if folder.is_dir() and any(folder.iterdir()):  # a run writes and deletes in its directory
+        raise SettingsError(f"--out {folder} is not empty and holds no run: expected a new or empty directory")
     return folder
 
 
-def make_run_dir(folder: Path) -> None:
-    """Make it, when everything else has gone well. Raises SettingsError when it cannot be made."""
+def make_run_dir(folder: Path, e: Experiment) -> None:
+    """Make it and write the settings, when everything else has gone well. Raises SettingsError when that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise SettingsError(f"--out {folder}: {e.strerror}; expected a directory that can be made and written to") from e
+        write_settings(folder, e)
+    except OSError as error:
+        raise SettingsError(f"--out {folder}: {error.strerror}; expected a directory that can be made and written to") from error
 
 
 def fresh(name: str) -> Path:
-    """A directory in runs/ that does not exist yet, named after the time and `name`."""
+    """A new directory in runs/, named after the time and `name`; made at once, so that no other process takes it."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder, number = Path("runs") / f"{stamp}-{name}", 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{stamp}-{name}-{number}"
-    return folder
+    for number in itertools.count(1):
+        folder = Path("runs") / (f"{stamp}-{name}" if number == 1 else f"{stamp}-{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise SettingsError(f"{folder} cannot be made: {e.strerror}; choose a directory with --out") from e
+    raise AssertionError("unreachable")
 
 
 def stored(folder: Path | str) -> dict[str, Any]:
@@ -119,7 +128,7 @@ def read_history(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl up to this round. Raises SettingsError when one is missing."""
     file = folder / "metrics.jsonl"
     rows: list[dict[str, Any]] = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -47,7 +47,12 @@ class Task:
         proxy: Examples | None = None,
         optimum: Params | None = None,
     ) -> None:
-        """Raises SettingsError for a model with running statistics, which no mean over clients can be trusted with."""
+        """Raises SettingsError for a model with running statistics, which no mean over clients can be trusted with.
+
+        `metrics` are reported beside the loss; default: accuracy.
+        """
+        if metrics is not None and "loss" in metrics:
+            raise SettingsError('metrics holds "loss", which is the name of what is trained on: give it another name')
         for name, module in model.named_modules():
             if getattr(module, "track_running_stats", False):
                 raise SettingsError(
@@ -59,6 +64,26 @@ class Task:
         self.proxy = proxy
         self.optimum = optimum  # the minimiser of the population's objective, where it is known
         self.metrics = {"loss": loss, **({"accuracy": accuracy} if metrics is None else metrics)}
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Try model, loss and metrics on two examples. Raises SettingsError when they do not fit each other."""
+        x, y = self.data.x[:2], self.data.y[:2]
+        if len(x) == 0:
+            return
+        try:
+            outputs = self.predict(self.init_params(), x)
+        except Exception as e:
+            raise SettingsError(f"the model cannot take examples of shape {tuple(x.shape[1:])}: {type(e).__name__}: {e}") from e
+        for name, metric in self.metrics.items():
+            try:
+                values = metric(outputs, y)
+            except Exception as e:
+                facts = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(y.shape)}"
+                raise SettingsError(f'the metric "{name}" cannot take {facts}: {type(e).__name__}: {e}') from e
+            if values.shape != (len(x),):
+                found = f"gives shape {tuple(values.shape)} for {len(x)} examples"
+                raise SettingsError(f'the metric "{name}" {found}, expected one value an example: ({len(x)},)')
 
     @property
     def population(self) -> int:

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from fedcore.config import Experiment
@@ -22,6 +23,10 @@ DEFAULT_POPULATION = 100
 
 def images(e: Experiment, name: str) -> Task:
     """Classification of a bundled image data set, spread over clients by `e.partition`."""
+    if e.options:
+        raise SettingsError(f'options.{next(iter(e.options))}: "{name}" has no options; least-squares and your own tasks have')
+    if name == "digits" and e.data_folder is not None:
+        raise SettingsError(f"data_folder = {e.data_folder}: the digits come with scikit-learn; leave it out")
     source = sources.load(name, e.data_folder)
     population = e.population or (None if e.partition.name == "natural" else DEFAULT_POPULATION)
     part = e.partition.split(source.y_train.numpy(), source.groups, population, e.seed)
@@ -30,21 +35,34 @@ def images(e: Experiment, name: str) -> Task:
     return Task(e.model.build(tuple(source.x_train.shape[1:]), source.num_classes), data)
 
 
+class LeastSquares(BaseModel):
+    """Options of `least_squares`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    examples: int = Field(20, ge=1, description="examples a client")
+    features: int = Field(10, ge=1, description="dimension of w")
+    heterogeneity: float = Field(1.0, ge=0, description="standard deviation of the clients' own w_i")
+    noise: float = Field(0.1, ge=0, description="standard deviation of the noise in y")
+
+
 def least_squares(e: Experiment) -> Task:
     """Linear regression with a known optimum: y = x w_i + noise, each client with a w_i of its own around a common one.
 
-    Options: examples (20 a client), features (10), heterogeneity (standard deviation of w_i, 1.0), noise (0.1).
-    `task.optimum` minimises the mean over all training examples, hence FedAvg's objective with weights by example count.
+    `task.optimum` minimises the mean over all training examples, hence FedAvg's objective with weights by example count. It is
+    tested on the examples that it trains on. Sections `model` and `partition` do not apply.
     """
-    known = {"examples": 20, "features": 10, "heterogeneity": 1.0, "noise": 0.1}
-    if unknown := e.options.keys() - known:
-        raise SettingsError(f"options: unknown key {sorted(unknown)[0]}; least-squares knows {', '.join(known)}")
-    o = {**known, **e.options}
-    clients, n, d = e.population or DEFAULT_POPULATION, int(o["examples"]), int(o["features"])
+    try:
+        o = LeastSquares(**e.options)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key, known = ".".join(map(str, fault["loc"])), ", ".join(LeastSquares.model_fields)
+        raise SettingsError(f"options.{key} = {fault['input']!r}: {fault['msg'].lower()}; least-squares knows {known}") from error
+    clients, n, d = e.population or DEFAULT_POPULATION, o.examples, o.features
     draw = rng(e.seed, "least-squares")
-    w = draw.standard_normal((1, d, 1)) + o["heterogeneity"] * draw.standard_normal((clients, d, 1))
+    w = draw.standard_normal((1, d, 1)) + o.heterogeneity * draw.standard_normal((clients, d, 1))
     x = draw.standard_normal((clients, n, d), dtype=np.float32)
-    y = (x @ w.astype(np.float32) + o["noise"] * draw.standard_normal((clients, n, 1))).astype(np.float32)
+    y = (x @ w.astype(np.float32) + o.noise * draw.standard_normal((clients, n, 1))).astype(np.float32)
     examples = Examples(torch.from_numpy(x.reshape(-1, d)), torch.from_numpy(y.reshape(-1, 1)))
     offsets = np.arange(clients + 1) * n
     data = FederatedData(examples, examples, np.arange(clients * n), offsets, e.holdout, e.seed)
@@ -85,7 +103,7 @@ def _users(name: str) -> Callable[[Experiment], Task]:
         raise SettingsError(f'task = "{name}": expected one of {", ".join(TASKS)}, or your own as "package.module:make_task"')
     try:
         module = importlib.import_module(module_name)
-    except ImportError as e:
+    except (ImportError, ValueError, TypeError) as e:
         raise SettingsError(
             f'task = "{name}": cannot import {module_name}: {e}; run from the folder that holds it, or install it'
         ) from e

@@ -96,13 +96,19 @@ def finite(tree: Tree) -> Tensor:
 
     One sum a leaf instead of one test a value: NaN and Inf survive a sum, and finite values that overflow it are lost anyway.
     """
-    sums = [x.sum() for x in leaves(tree) if x.is_floating_point()]
+    sums = [x.sum(dtype=_wide(x)) for x in leaves(tree) if x.is_floating_point()]
     return torch.isfinite(torch.stack(sums).sum()) if sums else torch.tensor(True)
+
+
+def _wide(x: Tensor) -> torch.dtype | None:
+    """The type to sum in: half precision overflows where its values do not."""
+    return torch.float32 if x.element_size() < 4 else None
 
 
 def finite_rows(tree: Tree) -> list[bool]:
     """`finite` for each row of the leading axis; empty where the tree has no floating-point leaf."""
-    sums = [x.sum().view(1) if x.shape[0] == 1 else x.reshape(x.shape[0], -1).sum(1) for x in leaves(tree) if x.is_floating_point()]
+    rows = [x.reshape(x.shape[0], -1) for x in leaves(tree) if x.is_floating_point()]
+    sums = [x.sum(1, dtype=_wide(x)) for x in rows]
     return [math.isfinite(value) for value in functools.reduce(torch.add, sums).tolist()] if sums else []
 
 

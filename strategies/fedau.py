@@ -50,11 +50,12 @@ class FedAU(Method[Settings]):
         return Up(trees.sub(y, down.params), loss), state
 
     def round(self, server: Server, r: Round) -> Server:
-        total, history = trees.zeros_like(server.params), server.intervals
+        total, arrived = trees.zeros_like(server.params), []
         for p in r.each(self.train, r.cohort, Model(server.params)):
             omega = intervals.omega(server.intervals, p.clients, r.t, self.s.cutoff)  # Algorithm 2
             total = trees.add_weighted_(total, p.up.delta, omega)  # sum over S_t of omega_n Delta_n
-            history = intervals.after(history, p.clients, r.t, self.s.cutoff)
+            arrived.append(p.clients)
             r.log["omega_max"] = max(r.log.get("omega_max", 0.0), omega.max().item())
         mean = trees.scale(total, 1 / r.population)  # over N, never over |S_t|
+        history = intervals.after(server.intervals, arrived, r.t, self.s.cutoff)
         return Server(trees.axpy(self.s.server_lr, mean, server.params), history)

@@ -41,6 +41,9 @@ class FedAvg(Method[Settings]):
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)  # ClientUpdate
         return Up(trees.sub(w, down.params), loss), state
 
+    def needs_rates(self) -> bool:
+        return self.s.weighting == "known"
+
     def round(self, server: Model, r: Round) -> Model:
         reports = r.each(self.train, r.cohort, server)
         if self.s.weighting == "examples":
@@ -48,9 +51,9 @@ class FedAvg(Method[Settings]):
         elif self.s.weighting == "participating":
             mean = trees.uniform_mean(reports).delta
         else:
-            p = r.known_rates() if self.s.weighting == "known" else torch.ones(r.population)
             total = trees.zeros_like(server.params)
-            for reported in reports:
-                total = trees.add_weighted_(total, reported.up.delta, 1 / p[reported.clients])
+            for p in reports:
+                inverse = 1 / r.known_rates()[p.clients] if self.needs_rates() else torch.ones(len(p.clients))
+                total = trees.add_weighted_(total, p.up.delta, inverse)
             mean = trees.scale(total, 1 / r.population)  # a round without updates moves nothing
         return Model(trees.axpy(self.s.server_lr, mean, server.params))

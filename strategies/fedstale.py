@@ -14,6 +14,7 @@ Reduces: to inverse-probability FedAvg (weighting "known") at beta = 0, to FedVA
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -62,29 +63,34 @@ class FedStale(Method[Settings]):
         return Up(trees.sub(w, down.params), loss), state
 
     def round(self, server: Server, r: Round) -> Server:
-        beta, a = self.s.beta, self._weights(r)
-        fresh, news, history = trees.zeros_like(server.params), trees.zeros_like(server.h), server.intervals
+        beta, weight = self.s.beta, self._weights(r)
+        fresh, news, arrived = trees.zeros_like(server.params), trees.zeros_like(server.h), []
         for p in r.each(self.train, r.cohort, Model(server.params)):
             clients, delta, h = p.clients, p.up.delta, r.memory.gather(p.clients)
-            inverse = self._inverse_rates(server, r, clients)  # 1 / q_i
+            a, inverse = weight(clients), self._inverse_rates(server, r, clients)  # a_i, 1 / q_i
             # From the difference: its two terms are large and cancel where q_i is small.
-            fresh = trees.add_weighted_(fresh, trees.axpy(-beta, h, delta), a[clients] * inverse)
-            news = trees.add_weighted_(news, trees.sub(delta, h), a[clients])
+            fresh = trees.add_weighted_(fresh, trees.axpy(-beta, h, delta), a * inverse)
+            news = trees.add_weighted_(news, trees.sub(delta, h), a)
             r.memory.put(clients, delta)  # h_i <- Delta_i
-            history = intervals.after(history, clients, r.t, self.s.cutoff)
-            r.log["weight_max"] = max(r.log.get("weight_max", 0.0), (a[clients] * inverse).max().item())
+            arrived.append(clients)
+            r.log["weight_max"] = max(r.log.get("weight_max", 0.0), (a * inverse).max().item())
         u = trees.axpy(beta, trees.like(server.h, fresh), trees.scale(fresh, 1 / r.population))  # U, with H of before
         h_new = trees.axpy(1 / r.population, news, server.h)
+        history = intervals.after(server.intervals, arrived, r.t, self.s.cutoff)
         return Server(trees.axpy(self.s.server_lr, u, server.params), h_new, history)
+
+    def needs_rates(self) -> bool:
+        return self.s.rates == "known"
 
     def _inverse_rates(self, server: Server, r: Round, clients: Tensor) -> Tensor:
         if self.s.rates == "known":
             return 1 / r.known_rates()[clients]
         return intervals.omega(server.intervals, clients, r.t, self.s.cutoff).cpu()
 
-    def _weights(self, r: Round) -> Tensor:
-        """a_i, float64 [population]."""
+    def _weights(self, r: Round) -> Callable[[Tensor], Tensor]:
+        """clients -> a_i, float64 [n]."""
         if self.s.weights == "uniform":
-            return torch.ones(r.population, dtype=torch.float64)
-        n = torch.from_numpy(r.task.data.num_examples(np.arange(r.population), "train")).double()
-        return n / n.mean()
+            return lambda clients: torch.ones(len(clients), dtype=torch.float64)
+        n = r.task.data.num_examples(np.arange(r.population), "train")
+        mean = n.mean()
+        return lambda clients: torch.from_numpy(n[clients.numpy()] / mean)

@@ -52,16 +52,19 @@ class FedVARP(Method[Settings]):
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub(w, down.params), loss), state
 
+    def needs_rates(self) -> bool:
+        return self.s.weighting == "known"
+
     def round(self, server: Server, r: Round) -> Server:
-        p = r.known_rates() if self.s.weighting == "known" else torch.ones(r.population)
         fresh, news, arrived = trees.zeros_like(server.params), trees.zeros_like(server.y), 0
         for reported in r.each(self.train, r.cohort, Model(server.params)):
             clients, delta = reported.clients, reported.up.delta
             change = trees.sub(delta, r.memory.gather(clients))  # Delta_i - y_i
-            fresh = trees.add_weighted_(fresh, change, 1 / p[clients])
-            news = trees.add_weighted_(news, change, torch.ones(len(clients)))
+            ones = torch.ones(len(clients))
+            fresh = trees.add_weighted_(fresh, change, 1 / r.known_rates()[clients] if self.needs_rates() else ones)
+            news = trees.add_weighted_(news, change, ones)
             r.memory.put(clients, delta)  # y_i <- Delta_i
             arrived += len(clients)
-        count = r.population if self.s.weighting == "known" else max(arrived, 1)
+        count = r.population if self.needs_rates() else max(arrived, 1)
         v = trees.axpy(1.0, trees.like(server.y, fresh), trees.scale(fresh, 1 / count))
         return Server(trees.axpy(self.s.server_lr, v, server.params), trees.axpy(1 / r.population, news, server.y))

@@ -16,6 +16,7 @@ import pytest
 
 from fedcore import Experiment, run
 from fedcore.checkpoint import STATE
+from fedcore.rundir import fresh
 from tests.helpers import STRATEGIES, small
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -123,6 +124,25 @@ REFUSED = {
     ),
     "a module that is not there": (["run", "fedavg", "--set", "task=no.such:thing"], "cannot import no.such"),
     "no data there": (["run", "fedavg", "--set", "task=fashion-mnist", "--set", "data_folder=/none"], "data_folder = /none"),
+    "no finite number": (["run", "fedavg", "--set", "method.local_lr=inf"], "method.local_lr = inf"),
+    "a rate that is none": (
+        ["run", "fedavg", "--set", "participation.name=bernoulli", "--set", "participation.alpha=inf"],
+        "participation.alpha = inf",
+    ),
+    "more reports than clients": (["run", "fedavg", *TINY, "--set", "min_reports=5"], "a cohort has 4 clients"),
+    "a method that is no name": (["run", "fedavg", "--set", "method.name=5"], "expected the name of a method"),
+    "a method without a module": (["run", "fedavg", "--set", 'method.name=":x"'], "package.module:Class"),
+    "a task without a module": (["run", "fedavg", "--set", 'task=":x"'], "cannot import"),
+    "an option that is no number": (["run", "fedavg", *TINY, "--set", "options.examples=abc"], "options.examples = 'abc'"),
+    "an option out of range": (["run", "fedavg", *TINY, "--set", "options.features=0"], "options.features = 0"),
+    "an option of another task": (["run", "fedavg", "--set", "options.features=3"], '"digits" has no options'),
+    "a folder for the digits": (["run", "fedavg", "--set", "data_folder=/none"], "leave it out"),
+    "a trace that is no text": (
+        ["run", "fedavg", "--set", f'participation={{name="trace",file="{sys.executable}"}}'],
+        "expected a text file",
+    ),
+    "a directory that cannot be written": (["run", "fedavg", *TINY, "--out", "/sys/kernel"], "/sys/kernel"),
+    "a directory with other files": (["run", "fedavg", *TINY, "--out", "docs"], "is not empty and holds no run"),
     "a grid without Flower": (["run", "fedavg", "--engine", "grid"], "flwr run ."),
     "a resume of nothing": (["run", "--resume", "/none"], "expected config.toml"),
     "a report of nothing": (["report", "/none"], "expected config.toml"),
@@ -132,7 +152,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_settings_end_with_one_message_and_status_2(name: str, cli: Cli, tmp_path: Path) -> None:
     arguments, expected = REFUSED[name]
-    out = ["--out", tmp_path / "r"] if arguments[0] == "run" and "--resume" not in arguments else []
+    out = ["--out", tmp_path / "r"] if arguments[0] == "run" and not {"--resume", "--out"} & set(arguments) else []
     status, stdout, err = cli(*arguments, *out)
     assert status == 2
     assert expected in err
@@ -185,6 +205,56 @@ def test_resuming_with_other_settings_names_them(cli: Cli, tmp_path: Path) -> No
     assert "method.local_lr was 0.1 and is now 0.3" in err
 
 
+def test_resuming_to_fewer_rounds_than_are_done_is_refused(cli: Cli, tmp_path: Path) -> None:
+    assert cli("run", "fedavg", *TINY, "--out", tmp_path / "r")[0] == 0
+    before = (tmp_path / "r" / "config.toml").read_bytes()
+    status, _, err = cli("run", "--resume", tmp_path / "r", "--set", "rounds=1")
+    assert status == 2
+    assert "has done 2" in err
+    assert (tmp_path / "r" / "config.toml").read_bytes() == before
+
+
+def test_known_rates_are_refused_where_nobody_knows_them_before_anything_is_written(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "trace").write_text("0 1\n2\n")
+    trace = f"participation.file={tmp_path / 'trace'}"
+    settings = ["task=least-squares", "population=20", "rounds=2", "participation.name=trace", "method.weighting=known"]
+    arguments = [part for setting in [*settings, trace] for part in ("--set", setting)]
+    status, _, err = cli("run", "fedavg", *arguments, "--out", tmp_path / "r")
+    assert status == 2
+    assert "no known rates" in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_two_runs_of_one_moment_get_two_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len({fresh("x") for _ in range(5)}) == 5
+
+
+def test_a_task_of_the_users_own_is_found_where_the_command_is_given(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from fedcore.tasks import least_squares as make_task\n")
+    more = [
+        "--set",
+        "task=mine:make_task",
+        "--set",
+        "rounds=1",
+        "--set",
+        "population=8",
+        "--set",
+        "participation.cohort=4",
+        "--json",
+    ]
+    command = [str(Path(sys.executable).parent / "fedcore"), "run", "fedavg", *more]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_comparison_that_lacks_a_run_ends_with_status_1(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "boom.toml").write_text('method.name = "fedavg"\nmethod.local_lr = 1e38\n')
+    status, out, _ = cli("compare", "fedavg", tmp_path / "boom.toml", *TINY, "--seeds", "1", "--out", tmp_path / "c")
+    assert status == 1
+    assert "boom" in out
+
+
 def test_a_finished_run_can_be_made_longer_on_another_engine(cli: Cli, tmp_path: Path) -> None:
     whole = json.loads(cli("run", "fedavg", *TINY, "--set", "rounds=4", "--json", "--out", tmp_path / "w")[1])
     assert cli("run", "fedavg", *TINY, "--out", tmp_path / "r")[0] == 0
@@ -195,7 +265,7 @@ def test_a_finished_run_can_be_made_longer_on_another_engine(cli: Cli, tmp_path:
     assert longer["final"]["test_loss"] == pytest.approx(whole["final"]["test_loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["state", "bytes", "missing", "metrics", "version"])
+@pytest.mark.parametrize("damage", ["state", "bytes", "missing", "metrics", "version", "edited", "no state"])
 def test_a_damaged_checkpoint_is_refused_by_name(damage: str, cli: Cli, tmp_path: Path) -> None:
     assert cli("run", "fedavg", *TINY, "--out", tmp_path / "r")[0] == 0
     checkpoint = tmp_path / "r" / "checkpoint"
@@ -212,7 +282,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage: str, cli: Cli, tmp_path
         (tmp_path / "r" / "metrics.jsonl").write_text("")
     else:
         state = json.loads((checkpoint / STATE).read_text())
-        (checkpoint / STATE).write_text(json.dumps({**state, "version": 99}))
+        (checkpoint / STATE).write_text(json.dumps({**state, **({"version": 99} if damage == "version" else {"round": 1})}))
+    if damage == "no state":
+        (checkpoint / STATE).unlink()
     status, _, err = cli("run", "--resume", tmp_path / "r", "--set", "rounds=3")
     assert status == 2
     assert ("expected 1" if damage == "version" else "is damaged") in err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedcore
-from fedcore import trees
+from fedcore import Experiment, trees
+from fedcore.data.federated import Examples, FederatedData
 from fedcore.errors import SettingsError, TooFewReports
 from fedcore.local import full_gradient, local_sgd
 from fedcore.participation import Bernoulli, Cyclic, Markov, Trace, Uniform, answering
@@ -17,6 +20,7 @@ from fedcore.rng import rng, seed_of, torch_seed
 from fedcore.run_client import run_client
 from fedcore.split import merge, split
 from fedcore.state import ROWS, StateStore
+from fedcore.task import Task, squared_error
 from fedcore.types import Batches, Model, Reports, Stateless
 
 
@@ -69,6 +73,9 @@ def test_finite_finds_what_is_not(bad: float) -> None:
     assert trees.finite_rows(tree) == [True, True, False, True]
     assert trees.finite_rows(trees.at(tree, slice(2, 3))) == [False]
     assert trees.finite_rows({"n": torch.ones(3, dtype=torch.int64)}) == []
+    large = {"a": torch.full((2, 100_000), 2.0, dtype=torch.half)}  # whose sum no half can hold
+    assert bool(trees.finite(large))
+    assert trees.finite_rows(large) == [True, True]
 
 
 def test_axpy_takes_numbers_and_tensors() -> None:
@@ -201,6 +208,27 @@ def test_markov_has_the_long_run_rate_and_the_memory_of_the_reference() -> None:
     assert (centred[1:] * centred[:-1]).mean() / centred.var() == pytest.approx(1 - 0.05 - 0.45, abs=0.05)
 
 
+def test_markov_participation_is_stationary_from_the_first_round() -> None:
+    process = Markov(mean=0.3).process(20_000, 0, no_counts)
+    cohort, _ = process.sample(0, process.start())
+    assert len(cohort) / 20_000 == pytest.approx(0.3, abs=0.015)
+
+
+def test_a_fraction_of_the_population_is_not_cut_by_rounding() -> None:
+    assert [len(Uniform(fraction=f).process(100, 0, no_counts).sample(0, {})[0]) for f in (0.29, 0.57, 0.055)] == [29, 57, 5]
+
+
+def test_rates_are_those_at_which_clients_come() -> None:
+    for settings in (Uniform(cohort=3), Bernoulli(mean=0.3), Markov(mean=0.3, q=0.2), Cyclic(mean=0.3, cycle=10)):
+        process = settings.process(10, 0, no_counts)
+        state, came = process.start(), np.zeros(10)
+        for t in range(4000):
+            cohort, state = process.sample(t, state)
+            came[cohort.numpy()] += 1
+        assert process.rates is not None
+        assert came / 4000 == pytest.approx(process.rates, abs=0.04), settings.name
+
+
 def test_cyclic_clients_come_in_one_block_a_cycle() -> None:
     process = Cyclic(p=(0.1, 0.5), cycle=20).process(2, 0, no_counts)
     seen = np.zeros((200, 2), dtype=int)
@@ -277,3 +305,48 @@ def test_the_version_is_the_one_in_pyproject() -> None:
     from pathlib import Path
 
     assert tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"] == fedcore.__version__
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        (["engine.name=vectorised"], {"engine": {"device": "cpu", "workers": 2}}),
+        (["engine.name=grid"], {"engine": {"round_timeout": 60.0}}),
+        (["participation.name=uniform"], {"participation": {"cohort": 10}}),
+        (["options.name=foo"], {"options": {"base": "x", "name": "foo"}}),
+        (["method.mu=0.5", "method=fedprox"], {"method": {"mu": 0.5, "name": "fedprox"}}),
+        (["participation.name=bernoulli"], {"participation": {"name": "bernoulli", "mean": 0.1}}),
+    ],
+    ids=str,
+)
+def test_choosing_a_kind_drops_only_the_settings_of_another_kind(overrides: list[str], kept: dict[str, dict[str, Any]]) -> None:
+    values = {
+        "method": {"name": "fedavg"},
+        "engine": {"device": "cpu", "workers": 2, "round_timeout": 60},
+        "participation": {"cohort": 10},
+        "options": {"base": "x"},
+    }
+    found = Experiment.parse(values, overrides).model_dump(mode="json")
+    for section, expected in kept.items():
+        assert expected.items() <= found[section].items()
+
+
+# Tasks
+
+
+def test_a_task_whose_parts_do_not_fit_is_refused_by_name() -> None:
+    x, y = torch.randn(4, 3), torch.randn(4, 1)
+    data = FederatedData(Examples(x, y), Examples(x, y), np.arange(4), np.array([0, 2, 4]))
+    line = torch.nn.Linear(3, 1)
+    with pytest.raises(SettingsError, match=r"metric \"loss\" gives shape \(2, 1\)"):
+        Task(line, data, loss=lambda outputs, y: (outputs - y) ** 2, metrics={}).check()
+    with pytest.raises(SettingsError, match=r"cannot take examples of shape \(3,\)"):
+        Task(torch.nn.Linear(4, 1), data, loss=squared_error, metrics={}).check()
+    with pytest.raises(SettingsError, match='the metric "odd" cannot take'):
+        Task(line, data, loss=squared_error, metrics={"odd": lambda outputs, y: outputs @ y}).check()
+    with pytest.raises(SettingsError, match='metrics holds "loss"'):
+        Task(line, data, loss=squared_error, metrics={"loss": squared_error})
+    Task(line, data, loss=squared_error, metrics={}).check()

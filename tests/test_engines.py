@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from fedcore import trees
+from fedcore import cache, trees
 from fedcore.engines.base import failure
 from fedcore.engines.ray import _pieces
 from fedcore.errors import RunError
-from fedcore.loop import run
+from fedcore.loop import Interrupted, run
 from tests.helpers import TOYS, loop_of, small
 
 DIGITS = {
@@ -101,7 +103,8 @@ def test_the_measured_chunk_is_remembered_and_goes_into_the_checkpoint(tmp_path:
 
 
 def test_ragged_clients_are_batched_with_clients_of_their_length(tmp_path: Path) -> None:
-    loop = loop_of(small("fedavg", **{**DIGITS, "partition": {"name": "size_skew"}}, engine__name="vectorised"), tmp_path)
+    digits = {key: value for key, value in DIGITS.items() if key != "partition__alpha"}
+    loop = loop_of(small("fedavg", **digits, partition__name="size_skew", engine__name="vectorised"), tmp_path)
     loop.engine.chunk = 4  # type: ignore[attr-defined]
     seen: list[list[int]] = []
     data = loop.task.data
@@ -141,6 +144,77 @@ def test_a_run_whose_every_client_fails_stops_with_the_reason(tmp_path: Path) ->
     loop = loop_of(small("tests.methods:BadWeather", rounds=30, engine__chunk=1), tmp_path)
     loop.task.data.x[:] = 666.0
     with pytest.raises(RunError, match=r"round 3: no usable update in 3 round.*error \(5\)"):
+        loop.run()
+
+
+def test_a_lost_last_round_does_not_lose_the_run(tmp_path: Path) -> None:
+    (tmp_path / "trace").write_text("0\n1\n2\n")
+    e = small("tests.methods:BadWeather", rounds=3, participation={"name": "trace", "file": str(tmp_path / "trace")})
+    loop = loop_of(e, tmp_path / "r")
+    loop.task.data.x[loop.task.data.rows(2, "train")] = 667.0
+    result = loop.run()
+    assert [row["reports"] for row in result.history] == [1, 1, 0]
+    assert result.history[2]["bytes_up"] == result.history[1]["bytes_up"]  # sent, if of no use
+    assert loop.checkpoint.read()["round"] == 3
+
+
+def test_a_client_that_fails_while_chunks_are_measured_is_left_out_and_nothing_is_remembered(tmp_path: Path) -> None:
+    e = small("tests.methods:BadWeather", rounds=1, participation__cohort=12, engine__name="vectorised")
+    loop = loop_of(e, tmp_path)
+    data = loop.task.data
+    data.x[data.rows(0, "train")] = 666.0
+    batches = data.batches
+
+    def broken(clients: np.ndarray, *more: Any) -> Any:
+        if 0 in clients:
+            raise OSError("disk on fire")
+        return batches(clients, *more)
+
+    data.batches = broken  # type: ignore[method-assign]
+    row = loop.round()
+    assert row["reports"] == 11
+    assert row["dropped"] == {"error": 1}
+    fn = loop.method.train  # type: ignore[attr-defined]
+    assert cache.load(loop.engine._key(fn, np.arange(12), loop.state.server)) is None  # type: ignore[attr-defined]
+
+
+def test_a_model_with_dropout_is_trained_client_by_client(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    losses = []
+    for engine in ("sequential", "vectorised"):
+        loop = loop_of(small("fedavg", **DIGITS, engine__name=engine), tmp_path / engine)
+        loop.task.model.insert(1, torch.nn.Dropout(0.5))  # type: ignore[operator]
+        loop.state = loop.state._replace(server=loop.method.init_server(loop.task.init_params(), 20))
+        losses.append(loop.run().final["test_loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert "clients run one after another" in caplog.text
+
+
+def test_an_evaluation_in_which_clients_fail_counts_them(tmp_path: Path) -> None:
+    loop = loop_of(small("fedavg", rounds=1), tmp_path)
+    rows = loop.task.data.rows
+
+    def broken(client: int, data: str) -> np.ndarray:
+        if client in (3, 4) and data == "test":
+            raise OSError("disk on fire")
+        return rows(client, data)
+
+    loop.task.data.rows = broken  # type: ignore[method-assign]
+    assert loop.run().history[0]["evaluation_failed"] == 2
+
+
+def test_clients_without_an_example_are_no_reason_to_fail_an_evaluation(tmp_path: Path) -> None:
+    loop = loop_of(small("fedavg", rounds=1), tmp_path)
+    loop.task.data.held[:] = 0
+    loop.task.data.evaluated_on = "test"
+    assert "client_loss" not in loop.run().history[0]
+
+
+def test_a_stop_is_heeded_where_nobody_takes_part(tmp_path: Path) -> None:
+    (tmp_path / "trace").write_text("\n" * 50)
+    e = small("fedavg", rounds=50, participation={"name": "trace", "file": str(tmp_path / "trace")})
+    loop = loop_of(e, tmp_path / "r")
+    loop._stop.set()
+    with pytest.raises(Interrupted, match="after round 0 of 50"):
         loop.run()
 
 

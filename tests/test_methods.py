@@ -105,10 +105,11 @@ def trajectory(name: str, settings: dict[str, Any], rounds: int = ROUNDS) -> lis
         Work(task, method, LocalSettings(batch_size=4, epochs=EPOCHS), 0),
         StateStore(method.init_client(params), 10**9, Path),
     )
+    memory = StateStore(method.init_memory(params), 10**9, Path)
     server, path = method.init_server(params, 2), []
     for t in range(rounds):
         each = partial(engine.each, t=t)
-        server = method.round(server, Round(t, torch.arange(2), 2, task, each))
+        server = method.round(server, Round(t, torch.arange(2), 2, task, each, memory, 0))
         path.append(server.params["weight"].item())
     return path
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from fedcore import cache, trees
@@ -100,9 +100,11 @@ class Vectorised:
             key = self._key(fn, ids, down)
             known = cache.load(key)
             if known is None:
-                cache.save(key, chunk=np.array(self._measure(fn, ids, down, t)))
-                known = cache.load(key)  # of two runs that measured at once, both take what was written last
-            self.choices[name] = int(known["chunk"]) if known else self._measure(fn, ids, down, t)
+                size, measured = self._measure(fn, ids, down, t)
+                if measured:
+                    cache.save(key, chunk=np.array(size))
+                    known = cache.load(key)  # of two runs that measured at once, both take what was written last
+            self.choices[name] = int(known["chunk"]) if known else size
         return int(self.choices[name])
 
     def _key(self, fn: ClientFunction, ids: np.ndarray, down: Tree) -> str:
@@ -124,23 +126,32 @@ class Vectorised:
         }
         return cache.key_of("chunk", facts)
 
-    def _measure(self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int) -> int:
-        """The chunk size with the least time a client, on the first clients of this round cut to a few steps."""
+    def _measure(self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int) -> tuple[int, bool]:
+        """(chunk size with the least time a client, whether it was measured), on the first clients of this round, a few steps each.
+
+        What a client raises is no measurement: it may be the client's own fault, which the loop will name.
+        """
         if len(ids) == 1:
-            return 1
-        best, best_time, start = 1, self._trial(fn, ids[:2], down, t, batched=False), time.perf_counter()
+            return 1, False
+        if noisy := [m for m in self.work.task.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]:
+            log.warning("%s draws for each client on its own: clients run one after another", type(noisy[0]).__name__)
+            return 1, True
+        try:
+            best, best_time, start = 1, self._trial(fn, ids[:2], down, t, batched=False), time.perf_counter()
+        except Exception:
+            return 1, False
         for size in (s for s in SIZES if s <= max(len(ids), SIZES[0])):
             try:
                 seconds = self._trial(fn, ids[:size], down, t, batched=True)
             except Exception as e:
                 reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
                 log.warning("%s cannot be batched over clients (%s); they run one after another", fn.__name__, reason)
-                return 1
+                return 1, False
             if seconds < best_time:
                 best, best_time = size, seconds
             elif seconds > 1.3 * best_time or time.perf_counter() - start > BUDGET:
                 break
-        return best
+        return best, True
 
     def _trial(self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int, batched: bool) -> float:
         """Seconds a client, the better of two tries after none: the first also warms up."""

@@ -58,6 +58,11 @@ def zeros_like(tree: T, dtype: torch.dtype | None = None) -> T:
     return zeros
 
 
+def double(tree: Tree) -> Tree:
+    """In float64."""
+    return map(torch.Tensor.double, tree)
+
+
 def like(tree: Tree, other: Tree) -> Tree:
     """The values of `tree` in the types of `other`."""
     return map(lambda x, y: x.to(y.dtype), tree, other)

@@ -112,7 +112,7 @@ class FedAMD(Method[Settings]):
         caches = (server.refreshed > 0).sum()
         total, refreshed = trees.scale(server.v, caches), server.refreshed.clone()
         for p in r.each(self.anchor, clients, Model(server.params)):
-            change = trees.sub(p.up.v, r.memory.gather(p.clients))
+            change = trees.sub(trees.double(p.up.v), r.memory.gather(p.clients))
             total = trees.add_weighted_(total, change, torch.ones(len(p.clients)))
             r.memory.put(p.clients, p.up.v)
             refreshed[p.clients] = r.t + 1

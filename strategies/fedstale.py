@@ -70,7 +70,7 @@ class FedStale(Method[Settings]):
             a, inverse = weight(clients), self._inverse_rates(server, r, clients)  # a_i, 1 / q_i
             # From the difference: its two terms are large and cancel where q_i is small.
             fresh = trees.add_weighted_(fresh, trees.axpy(-beta, h, delta), a * inverse)
-            news = trees.add_weighted_(news, trees.sub(delta, h), a)
+            news = trees.add_weighted_(news, trees.sub(trees.double(delta), h), a)
             r.memory.put(clients, delta)  # h_i <- Delta_i
             arrived.append(clients)
             r.log["weight_max"] = max(r.log.get("weight_max", 0.0), (a * inverse).max().item())

@@ -59,10 +59,10 @@ class FedVARP(Method[Settings]):
         fresh, news, arrived = trees.zeros_like(server.params), trees.zeros_like(server.y), 0
         for reported in r.each(self.train, r.cohort, Model(server.params)):
             clients, delta = reported.clients, reported.up.delta
-            change = trees.sub(delta, r.memory.gather(clients))  # Delta_i - y_i
-            ones = torch.ones(len(clients))
-            fresh = trees.add_weighted_(fresh, change, 1 / r.known_rates()[clients] if self.needs_rates() else ones)
-            news = trees.add_weighted_(news, change, ones)
+            y, ones = r.memory.gather(clients), torch.ones(len(clients))
+            weight = 1 / r.known_rates()[clients] if self.needs_rates() else ones
+            fresh = trees.add_weighted_(fresh, trees.sub(delta, y), weight)
+            news = trees.add_weighted_(news, trees.sub(trees.double(delta), y), ones)
             r.memory.put(clients, delta)  # y_i <- Delta_i
             arrived += len(clients)
         count = r.population if self.needs_rates() else max(arrived, 1)

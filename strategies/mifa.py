@@ -53,7 +53,7 @@ class Mifa(Method[Settings]):
     def round(self, server: Server, r: Round) -> Server:
         news = trees.zeros_like(server.g)
         for p in r.each(self.train, r.cohort, Model(server.params)):
-            change = trees.sub(p.up.delta, r.memory.gather(p.clients))
+            change = trees.sub(trees.double(p.up.delta), r.memory.gather(p.clients))
             news = trees.add_weighted_(news, change, torch.ones(len(p.clients)))
             r.memory.put(p.clients, p.up.delta)  # G_i <- Delta_i
         g = trees.axpy(1 / r.population, news, server.g)  # before the step, unlike FedVARP and FedStale

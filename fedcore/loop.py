@@ -160,9 +160,9 @@ class Loop:
         work = Work(self.task, self.method, e.local, e.seed)
         initial = {"clients": self.method.init_client(params), "memory": self.method.init_memory(params)}
         ram = int(e.checkpoint.state_ram_gb * 1e9) // max(sum(trees.nbytes(row) > 0 for row in initial.values()), 1)
-        clients = StateStore(initial["clients"], ram, lambda: self._spill("clients"))
+        clients = StateStore(initial["clients"], ram, partial(_spill, folder, "clients"))
         self.engine = engine(work) if engine else engines.make(e.engine, work, clients)
-        self.memory = StateStore(initial["memory"], ram, lambda: self._spill("memory"), self.task.device)
+        self.memory = StateStore(initial["memory"], ram, partial(_spill, folder, "memory"), self.task.device)
         self.stores = {"memory": self.memory}
         if self.engine.states is not None:
             self.stores["clients"] = self.engine.states
@@ -412,11 +412,6 @@ class Loop:
             found = f"min_reports = {self.e.min_reports}, but a cohort has {self.process.size} clients"
             raise SettingsError(f"{found}: set it to at most that")
 
-    def _spill(self, name: str) -> Path:
-        folder = self.folder / "state" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     def _label_counts(self) -> np.ndarray:
         y = self.task.data.y
         if y.is_floating_point() or y.ndim != 1:
@@ -450,6 +445,13 @@ class Tally:
         counts = {"cohort": len(self.asked), "reports": len(self.reported), "dropped": dict(dropped)}
         means = {f"train_{name}": total / n for name, (total, n) in self.sums.items()}
         return {**counts, "skipped": self.skipped, **means, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
+
+
+def _spill(run_dir: Path, name: str) -> Path:
+    """Where a store's mapped files go. No method: a store that knew its loop would keep a finished run in memory."""
+    folder = run_dir / "state" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def without_use(row: dict[str, Any]) -> bool:

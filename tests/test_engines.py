@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +218,22 @@ def test_a_stop_is_heeded_where_nobody_takes_part(tmp_path: Path) -> None:
     loop._stop.set()
     with pytest.raises(Interrupted, match="after round 0 of 50"):
         loop.run()
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedvarp", "scaffold"])
+def test_a_finished_run_gives_its_memory_back_at_once(name: str, tmp_path: Path) -> None:
+    loop_of(small(name), tmp_path / "first").run()  # imports and caches of the first time are no leak
+    gc.collect()
+    gc.disable()  # what only the collector finds can stay for many runs: it does not know how large tensors are
+    try:
+        loop = loop_of(small(name), tmp_path / "second")
+        loop.run()
+        loop.close()
+        data = weakref.ref(loop.task.data)
+        del loop
+        assert data() is None
+    finally:
+        gc.enable()
 
 
 def test_a_failure_says_what_and_why() -> None:

@@ -21,6 +21,7 @@ from fedcore.models import Mlp, ModelSettings
 from fedcore.participation import ParticipationSettings, Uniform
 
 KINDS = ("method", "model", "partition", "participation")  # sections whose keys depend on their name
+ALTERNATIVES = (("local.epochs", "local.steps"), ("participation.cohort", "participation.fraction"))  # one of two
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -111,7 +112,11 @@ class Experiment(_Section):
     ) -> Experiment:
         """From nested settings, and overrides by dotted key."""
         merged: dict[str, Any] = _copy(values)
-        pairs = overrides.items() if isinstance(overrides, Mapping) else (_assignment(text) for text in overrides)
+        pairs = list(overrides.items() if isinstance(overrides, Mapping) else (_assignment(text) for text in overrides))
+        given = {key for key, _ in pairs}
+        for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
+            if one in given and other not in given:  # given here, it replaces the other of the preset
+                _drop(merged, other)
         # A kind first: choosing another method or model drops the settings of the one before.
         for key, value in sorted(pairs, key=lambda pair: pair[0] not in (*KINDS, *(f"{kind}.name" for kind in KINDS))):
             _set(merged, key, value)
@@ -161,6 +166,12 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if values.get("name", getattr(default, "name", None)) != value:
             values.clear()
     values[last] = value
+
+
+def _drop(values: dict[str, Any], key: str) -> None:
+    section, _, last = key.partition(".")
+    if isinstance(values.get(section), dict):
+        values[section].pop(last, None)
 
 
 def _copy(values: Any) -> Any:

@@ -117,7 +117,10 @@ REFUSED = {
     "no value": (["run", "fedavg", "--set", "rounds"], "expected key=value"),
     "a cohort of zero": (["run", "fedavg", "--set", 'participation={name="uniform",fraction=0.001}'], "a cohort of 0"),
     "too large a cohort": (["run", "fedavg", "--set", "participation.cohort=101"], "the population is 100"),
-    "cohort and fraction": (["run", "fedavg", "--set", "participation.fraction=0.1"], "give one of the two"),
+    "cohort and fraction": (
+        ["run", "fedavg", "--set", "participation.fraction=0.1", "--set", "participation.cohort=3"],
+        "give one of the two",
+    ),
     "an impossible partition": (
         ["run", "fedavg", "--set", "partition.alpha=0.001", "--set", "partition.min_size=20"],
         "raise partition.alpha",

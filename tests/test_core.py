@@ -318,6 +318,8 @@ def test_the_version_is_the_one_in_pyproject() -> None:
         (["participation.name=uniform"], {"participation": {"cohort": 10}}),
         (["options.name=foo"], {"options": {"base": "x", "name": "foo"}}),
         (["method.mu=0.5", "method=fedprox"], {"method": {"mu": 0.5, "name": "fedprox"}}),
+        (["participation.fraction=0.5"], {"participation": {"cohort": None, "fraction": 0.5}}),
+        (["local.steps=5"], {"local": {"steps": 5}}),
         (["participation.name=bernoulli"], {"participation": {"name": "bernoulli", "mean": 0.1}}),
     ],
     ids=str,
@@ -327,6 +329,7 @@ def test_choosing_a_kind_drops_only_the_settings_of_another_kind(overrides: list
         "method": {"name": "fedavg"},
         "engine": {"device": "cpu", "workers": 2, "round_timeout": 60},
         "participation": {"cohort": 10},
+        "local": {"epochs": 3},
         "options": {"base": "x"},
     }
     found = Experiment.parse(values, overrides).model_dump(mode="json")

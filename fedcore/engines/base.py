@@ -14,7 +14,7 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.errors import SettingsError
 from fedcore.method import Method, data_of
-from fedcore.rng import torch_seed
+from fedcore.rng import seed_of, torch_seed
 from fedcore.run_client import run_client
 from fedcore.types import Batches, ClientFunction, Reports, Tree
 
@@ -85,6 +85,8 @@ class Work:
         if self.task.model.training != training:
             self.task.model.train(training)
         with torch_seed(self.seed, "model", t, client):
+            if self.task.device.type == "cuda":  # a generator of its own, which nothing else of ours draws from
+                torch.cuda.manual_seed(seed_of(self.seed, "model", t, client))
             yield
 
 

@@ -118,7 +118,7 @@ class Experiment(_Section):
             if one in given and other not in given:  # given here, it replaces the other of the preset
                 _drop(merged, other)
         # A kind first: choosing another method or model drops the settings of the one before.
-        for key, value in sorted(pairs, key=lambda pair: pair[0] not in (*KINDS, *(f"{kind}.name" for kind in KINDS))):
+        for key, value in sorted(pairs, key=lambda pair: not (pair[0].removesuffix(".name") in KINDS and isinstance(pair[1], str))):
             _set(merged, key, value)
         try:
             return cls.model_validate(merged)

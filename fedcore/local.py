@@ -36,10 +36,10 @@ def local_sgd(
 
     A batch that is all padding moves nothing, whatever the hooks: ragged clients train side by side.
     """
-    y = params
-    steps = total = torch.zeros((), device=batches.mask.device)
+    y, dtype = params, next(iter(params.values())).dtype  # a step size in float32 would round a float64 model
+    steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
     for x, target, mask in zip(batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True):
-        real = (mask.sum() > 0).to(mask.dtype)
+        real = (mask.sum() > 0).to(dtype)
         g, value = grad_and_value(loss)(y, x, target, mask)
         if correction is not None:
             g = trees.add(g, correction)
@@ -52,8 +52,9 @@ def local_sgd(
 
 def full_gradient(loss: Loss, params: Params, batches: Batches) -> tuple[Params, Tensor]:
     """Gradient and value of the mean loss over all real examples of `batches`."""
-    total = batches.mask.sum().clamp(min=1)
-    gradient, value = trees.zeros_like(params), torch.zeros((), device=batches.mask.device)
+    dtype = next(iter(params.values())).dtype
+    total = batches.mask.sum().clamp(min=1).to(dtype)
+    gradient, value = trees.zeros_like(params), torch.zeros((), dtype=dtype, device=batches.mask.device)
     for x, y, mask in zip(batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True):
         share = mask.sum() / total
         g, v = grad_and_value(loss)(params, x, y, mask)

@@ -71,10 +71,10 @@ class FedAMD(Method[Settings]):
     @on_client
     def mine(self, task: Task, t: Tensor, down: Guide, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
         gradient = grad_and_value(task.loss)
-        before, y, g = down.params, down.params, down.v
-        steps = total = torch.zeros((), device=batches.mask.device)
+        before, y, g, dtype = down.params, down.params, down.v, next(iter(down.params.values())).dtype
+        steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
         for k, (x, target, mask) in enumerate(zip(*(b.unbind() for b in batches), strict=True)):
-            real = (mask.sum() > 0).to(mask.dtype)
+            real = (mask.sum() > 0).to(dtype)
             if k > 0:  # step 0 would add the difference of two equal gradients
                 now, loss = gradient(y, x, target, mask)  # the same B in both
                 then, _ = gradient(before, x, target, mask)
@@ -109,11 +109,12 @@ class FedAMD(Method[Settings]):
 
     def _refresh(self, server: Server, r: Round, clients: Tensor) -> Server:
         """v_i <- grad f_i(x_t) for these clients, and vbar with them."""
-        caches = (server.refreshed > 0).sum()
-        total, refreshed = trees.scale(server.v, caches), server.refreshed.clone()
+        total = trees.scale(server.v, int((server.refreshed > 0).sum()))
+        refreshed = server.refreshed.clone()
         for p in r.each(self.anchor, clients, Model(server.params)):
             change = trees.sub(trees.double(p.up.v), r.memory.gather(p.clients))
             total = trees.add_weighted_(total, change, torch.ones(len(p.clients)))
             r.memory.put(p.clients, p.up.v)
             refreshed[p.clients] = r.t + 1
-        return server._replace(v=trees.scale(total, 1 / (refreshed > 0).sum().clamp(min=1)), refreshed=refreshed)
+        caches = max(int((refreshed > 0).sum()), 1)
+        return server._replace(v=trees.scale(total, 1 / caches), refreshed=refreshed)

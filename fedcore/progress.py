@@ -80,6 +80,7 @@ class Terminal:
 
 def show_result(result: Result, report: Path | None) -> None:
     """The final table, on stdout."""
+    from fedcore.report import size_text  # with matplotlib: not before the first round
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.2%}"
@@ -94,7 +95,7 @@ def show_result(result: Result, report: Path | None) -> None:
         f"90th {percent(clients.get('p90'))}",
         "rounds": f"{result.rounds}, {result.cohort:.4g} of {result.population} clients each",
         "speed": f"{result.clients_per_second:,.0f} clients/s, first round done after {result.first_round_s:.1f} s",
-        "sent": f"{result.bytes_down / 1e6:,.1f} MB down, {result.bytes_up / 1e6:,.1f} MB up",
+        "sent": f"{size_text(result.bytes_down)} down, {size_text(result.bytes_up)} up",
         "left out": ", ".join(f"{reason} {n}" for reason, n in result.dropped.items()) or "nobody",
         "parameters": f"sha256 {result.params_sha256[:16]}",
         "report": str(report or "-"),

@@ -19,9 +19,9 @@ from fedcore import __version__
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
 from fedcore.errors import RunError, SettingsError
+from fedcore.limits import byte_unit, size_text
 from fedcore.loop import Interrupted, Observer, Quiet, run
-from fedcore.report import LABEL_ROOM, SERIES, STYLE, Plot, new_figure, plot, read_rows, shape_axes, size_text, svg, thin
-from fedcore.report import unit as byte_unit
+from fedcore.report import LABEL_ROOM, SERIES, STYLE, Plot, new_figure, plot, read_rows, shape_axes, svg, thin
 from fedcore.report_page import THEME, render
 from fedcore.rundir import stored
 

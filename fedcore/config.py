@@ -16,12 +16,18 @@ from fedcore import method as methods
 from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
 from fedcore.errors import SettingsError
+from fedcore.links import LinksSettings
 from fedcore.method import Method, MethodSettings
 from fedcore.models import Mlp, ModelSettings
 from fedcore.participation import ParticipationSettings, Uniform
 
 KINDS = ("method", "model", "partition", "participation")  # sections whose keys depend on their name
-ALTERNATIVES = (("local.epochs", "local.steps"), ("participation.cohort", "participation.fraction"))  # one of two
+ALTERNATIVES = (  # one of two
+    ("local.epochs", "local.steps"),
+    ("participation.cohort", "participation.fraction"),
+    ("links.downlink.variance", "links.downlink.snr_db"),
+    ("links.uplink.variance", "links.uplink.snr_db"),
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -64,11 +70,13 @@ class Experiment(_Section):
     population: int | None = Field(None, ge=1, description="N, clients; default: the natural clients of the data, or 100")
     data_folder: Path | None = Field(None, description="folder of the data set's files, where it is not in a usual place")
     holdout: float = Field(0.2, ge=0, lt=1, description="share of each client's examples kept for its own evaluation, in [0, 1)")
+    proxy: int = Field(0, ge=0, description="labelled examples that the server holds itself, class-balanced; no client has them")
     options: dict[str, Any] = Field({}, description="for your own task, as it pleases")
     model: ModelSettings = Mlp()
     partition: PartitionSettings = Dirichlet()
     local: LocalSettings = LocalSettings()
     participation: ParticipationSettings = Uniform()
+    links: LinksSettings = LinksSettings()
     min_reports: int = Field(1, ge=0, description="a round with fewer reports leaves the server as it was; 0: the method decides")
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -169,9 +177,13 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _drop(values: dict[str, Any], key: str) -> None:
-    section, _, last = key.partition(".")
-    if isinstance(values.get(section), dict):
-        values[section].pop(last, None)
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        if not isinstance(inner, dict):
+            return
+        values = inner
+    values.pop(last, None)
 
 
 def _copy(values: Any) -> Any:

@@ -31,12 +31,19 @@ def local_sgd(
     lr: float | Tensor,
     correction: Params | None = None,
     prox: float = 0.0,
+    center: Params | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
 ) -> LocalWork:
-    """SGD over `batches`, one step each: y <- y - lr (g(y) + correction + prox (y - params)).
+    """SGD over `batches`, one step each, from y = params and v = 0:
 
-    A batch that is all padding moves nothing, whatever the hooks: ragged clients train side by side.
+        v <- momentum v + g(y) + correction + prox (y - center) + weight_decay y;  y <- y - lr v
+
+    `center` is params unless given. A batch that is all padding moves nothing, whatever the hooks: ragged clients train side by
+    side.
     """
     y, dtype = params, next(iter(params.values())).dtype  # a step size in float32 would round a float64 model
+    center, v = params if center is None else center, trees.zeros_like(params) if momentum else {}
     steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
     for x, target, mask in zip(batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True):
         real = (mask.sum() > 0).to(dtype)
@@ -44,7 +51,11 @@ def local_sgd(
         if correction is not None:
             g = trees.add(g, correction)
         if prox:
-            g = trees.map(lambda g, a, b: g + prox * (a - b), g, y, params)
+            g = trees.map(lambda g, a, b: g + prox * (a - b), g, y, center)
+        if weight_decay:
+            g = trees.axpy(weight_decay, y, g)
+        if momentum:
+            g = v = trees.axpy(real, g, trees.scale(v, 1 - real * (1 - momentum)))
         y = trees.axpy(-lr * real, g, y)
         steps, total = steps + real, total + real * value
     return LocalWork(y, steps, total / steps.clamp(min=1))

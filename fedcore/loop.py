@@ -156,8 +156,11 @@ class Loop:
         self._check_participation()
         known = self.process.rates
         self.rates = None if known is None else torch.from_numpy(known * (1 - e.participation.dropout))
+        advice = self.method.check(self.task, self.process.largest)
+        if advice:
+            observer.note(advice)
         params = self.task.init_params()
-        work = Work(self.task, self.method, e.local, e.seed)
+        work = Work(self.task, self.method, e.local, e.seed, e.links)
         initial = {"clients": self.method.init_client(params), "memory": self.method.init_memory(params)}
         ram = int(e.checkpoint.state_ram_gb * 1e9) // max(sum(trees.nbytes(row) > 0 for row in initial.values()), 1)
         clients = StateStore(initial["clients"], ram, partial(_spill, folder, "clients"))
@@ -226,7 +229,8 @@ class Loop:
         absent = frozenset(cohort.tolist()) - frozenset(answer.tolist())
 
         def each(fn: ClientFunction, clients: Tensor, down: Tree) -> Iterator[Reports]:
-            present = clients[[i not in absent for i in clients.tolist()]] if absent else clients
+            heard = bool(trees.leaves(down))  # who is sent nothing cannot miss it: it works on its own
+            present = clients[[i not in absent for i in clients.tolist()]] if absent and heard else clients
             return self._each(fn, present, down, t, tally)
 
         r = Round(t, cohort, self.task.population, self.task, each, self.memory, e.seed, self.rates)
@@ -261,7 +265,8 @@ class Loop:
         """What the engine brings back, less what no method should see: updates that are not finite."""
         if len(clients) == 0:
             return
-        tally.asked.update(clients.tolist())
+        if trees.leaves(down):
+            tally.asked.update(clients.tolist())
         tally.bytes_down += len(clients) * trees.nbytes(down)
         for r in self.engine.each(fn, clients, down, t):
             self._heed_stop()
@@ -325,13 +330,15 @@ class Loop:
         for name, pieces in values.items():
             if len(measured := torch.cat(pieces)):
                 found[f"client_{name}"] = spread(measured)
+                if name == "nmsd":
+                    found["nmsd_db"] = 10 * measured.double().mean().log10().item()
         return found | ({"evaluation_failed": len(failed)} if failed else {})
 
     def result(self) -> Result:
         rows = self.history
         measured: dict[str, Any] = next((row for row in reversed(rows) if "test_loss" in row), {})
         final: dict[str, Any] = {"test_loss": None, "test_accuracy": None, "client_accuracy": None}
-        final |= {key: value for key, value in measured.items() if key.startswith(("test_", "client_"))}
+        final |= {key: value for key, value in measured.items() if key.startswith(("test_", "client_", "nmsd_"))}
         final["clients_evaluated_on"] = self.task.data.evaluated_on
         dropped: Counter[str] = Counter()
         for row in rows:
@@ -376,7 +383,8 @@ class Loop:
         self._saved = time.perf_counter()
 
     def _parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        yield "server", trees.flatten(self.state.server)
+        # Cloned: two fields of a method's server may be the same tensor, which safetensors does not take.
+        yield "server", {path: x.clone() for path, x in trees.flatten(self.state.server).items()}
         yield "participation", trees.flatten(self.state.participation)
         for name, store in self.stores.items():
             yield from ((f"{name}-{n}", block) for n, block in store.save_blocks(store.changed))
@@ -434,7 +442,8 @@ class Tally:
 
     def add(self, r: Reports) -> None:
         self.failed.update({client: reason.split(":")[0] for client, reason in r.failed.items()})
-        if len(r.clients):
+        if len(r.clients) and trees.leaves(r.up):  # who works on its own, without a message, reports nothing
+            self.asked.update(r.clients.tolist())
             self.reported.update(r.clients.tolist())
             for name, values in r.metrics.items():
                 total, n = self.sums.get(name, (0.0, 0))
@@ -497,6 +506,8 @@ def _jsonable(value: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for them."""
     if isinstance(value, dict):
         return {key: _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

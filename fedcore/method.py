@@ -78,6 +78,13 @@ class Method(Generic[S]):
         """What the server keeps of each client between rounds, in `Round.memory`; nothing unless a method says so."""
         return Stateless()
 
+    def check(self, task: Task, cohort: int) -> str | None:
+        """Before anything is written: raises SettingsError for what would fail later; or says what the user should know.
+
+        `cohort` is the largest to expect, in clients.
+        """
+        return None
+
     def needs_rates(self) -> bool:
         """Whether the settings ask for the true participation rates (`Round.known_rates`)."""
         return False

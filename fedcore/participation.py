@@ -48,6 +48,14 @@ class Process:
     def check(self, rounds: int) -> None:
         """Raises SettingsError when the process cannot last for this many rounds."""
 
+    @property
+    def largest(self) -> int:
+        """The largest cohort to expect, in clients: of random ones, what six standard deviations above the mean allow."""
+        if self.rates is None:
+            return self.population
+        spread = 6 * float(np.sqrt((self.rates * (1 - self.rates)).sum()))
+        return min(self.population, int(np.ceil(self.rates.sum() + spread)))
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -90,6 +98,10 @@ class UniformProcess(Process):
         super().__init__(population, seed)
         self.size = size
         self.rates = np.full(population, size / population)
+
+    @property
+    def largest(self) -> int:
+        return self.size
 
     def members(self, t: int) -> np.ndarray:
         if self.size == self.population:
@@ -237,6 +249,10 @@ class _TraceProcess(Process):
             raise SettingsError(
                 f"rounds = {rounds}, but {self.file} has {len(self.rounds)} lines, one a round: set rounds to at most that"
             )
+
+    @property
+    def largest(self) -> int:
+        return max(map(len, self.rounds))
 
     def members(self, t: int) -> np.ndarray:
         return self.rounds[t]

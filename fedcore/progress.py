@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine
+from fedcore.limits import size_text
 from fedcore.loop import Result
 
 EVERY = 10.0  # seconds between lines where there is no terminal
@@ -80,7 +81,6 @@ class Terminal:
 
 def show_result(result: Result, report: Path | None) -> None:
     """The final table, on stdout."""
-    from fedcore.report import size_text  # with matplotlib: not before the first round
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.2%}"

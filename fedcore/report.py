@@ -26,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from fedcore import __version__
 from fedcore.checkpoint import Checkpoint, write_atomically
 from fedcore.errors import FedcoreError, SettingsError
+from fedcore.limits import byte_unit, size_text
 from fedcore.report_page import THEME, render
 from fedcore.rundir import stored
 
@@ -256,7 +257,7 @@ def _describe(r: Run) -> None:
 
 def _at_hand(task: str, data_folder: Path | None) -> bool:
     """Whether a bundled task can be built in a moment and without asking the hub: a report downloads nothing."""
-    if task in ("digits", "least-squares"):
+    if task in ("digits", "least-squares", "weighted-least-squares"):
         return True
     local = data_folder is not None or "FEDCORE_DATA" in os.environ or Path("/usr/share/datasets", task).exists()
     return task in ("fashion-mnist", "cifar10") and local
@@ -320,16 +321,6 @@ def thin(points: Sequence[Any]) -> list[Any]:
     return [points[i] for i in np.linspace(0, len(points) - 1, POINTS).round().astype(int)]
 
 
-def unit(largest: float) -> tuple[float, str]:
-    """(bytes in one unit, its name) for numbers up to `largest` bytes."""
-    return next(((size, name) for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if largest >= size), (1.0, "B"))
-
-
-def size_text(n: float) -> str:
-    size, name = unit(n)
-    return f"{n / size:.3g} {name}" if n < 999.5 * size else f"{n / size:,.0f} {name}"
-
-
 def ticks(integer: bool) -> MaxNLocator:
     return MaxNLocator(6, integer=integer, steps=[1, 2, 5, 10])
 
@@ -384,7 +375,7 @@ def _learning(r: Run) -> list[Plot]:
         plots.append(plot(figure, f"{'Test ' if test else 'Training '}{measure} by round", caption))
         if test and sent[-1] > 0:
             figure, axes = new_figure()
-            size, name = unit(sent[-1])
+            size, name = byte_unit(sent[-1])
             axes.set(xlabel=f"{name} sent", ylabel=measure)
             shape_axes(axes, measure, [value for _, value in test], LABEL_ROOM * sent[test[-1][0] - 1] / size)
             _line(axes, [(sent[t - 1] / size, value) for t, value in test], measure, "test set")
@@ -448,17 +439,33 @@ def _clients(r: Run) -> list[Plot]:
 
 
 def _method(r: Run) -> list[Plot]:
-    """What the method logged on the server, a plot a number."""
+    """What the method logged on the server, a plot a number, or a list of them; and the deviation from a known optimum."""
     plots = []
-    for key in sorted({key for row in r.rows for key in row if key.startswith("server_")}):
-        points = thin([(row["round"], row[key]) for row in r.rows if row.get(key) is not None])
-        if points:
-            figure, axes = new_figure()
-            name = key.removeprefix("server_").replace("_", " ")
-            axes.set(xlabel="round", ylabel=name)
-            axes.plot(*zip(*points, strict=True), color=SERIES[4], marker="o" if len(points) <= 40 else "")
+    for key in sorted({key for row in r.rows for key in row if key.startswith("server_") or key == "nmsd_db"}):
+        points = thin([(row["round"], row[key]) for row in r.rows if row.get(key) not in (None, [])])
+        if not points:
+            continue
+        figure, axes = new_figure()
+        name = {"nmsd_db": "NMSD in dB"}.get(key) or key.removeprefix("server_").replace("_", " ")
+        name = name[0].upper() + name[1:]
+        axes.set(xlabel="round", ylabel=name)
+        mark = "o" if len(points) <= 40 else ""
+        if isinstance(points[-1][1], list):
+            x = [t for t, _ in points]
+            bands = np.array([np.quantile(values, [0, 0.1, 0.5, 0.9, 1]) for _, values in points]).T
+            axes.fill_between(x, bands[0], bands[4], color=SERIES[4], alpha=0.15, linewidth=0, label="least to largest")
+            axes.fill_between(x, bands[1], bands[3], color=SERIES[4], alpha=0.3, linewidth=0, label="10th to 90th percentile")
+            axes.plot(x, bands[2], color=SERIES[4], marker=mark, label="median")
+            figure.legend(loc="outside upper left", ncols=2)
+            shape_axes(axes, name, [*bands[0], *bands[4]], 1.02 * x[-1])
+            caption = f"Logged by the method, of each client; between {bands[0][-1]:.3g} and {bands[4][-1]:.3g} at the end."
+        else:
+            axes.plot(*zip(*points, strict=True), color=SERIES[4], marker=mark)
             shape_axes(axes, name, [value for _, value in points], 1.02 * points[-1][0])
-            plots.append(plot(figure, f"{name.capitalize()} by round", f"Logged by the method; {points[-1][1]:.4g} at the end."))
+            caption = f"Logged by the method; {points[-1][1]:.4g} at the end."
+            if key == "nmsd_db":
+                caption = f"Mean square deviation of the clients' models from the optimum; {points[-1][1]:.2f} dB at the end."
+        plots.append(plot(figure, f"{name} by round", caption))
     return plots
 
 

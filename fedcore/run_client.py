@@ -7,11 +7,10 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.task import Task
 from fedcore.types import Batches, ClientFunction, Tree
-from fedcore.uplink import uplink
 
 
 def run_client(fn: ClientFunction, task: Task, t: Tensor, down: Tree, state: Tree, batches: Batches) -> tuple[Tree, Tree]:
-    """The client function, then the uplink: (what is sent, the client's new state).
+    """The client function: (what is sent, the client's new state).
 
     A client whose work is not finite keeps its old state: one diverged round must not stay with it for good.
     """
@@ -19,4 +18,4 @@ def run_client(fn: ClientFunction, task: Task, t: Tensor, down: Tree, state: Tre
     if trees.leaves(new):
         ok = trees.finite(up) & trees.finite(new)
         new = trees.where(ok, new, state)
-    return uplink(up), new
+    return up, new

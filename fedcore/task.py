@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.errors import SettingsError
 from fedcore.types import Batches, Params
@@ -98,6 +99,7 @@ class Task:
         self.model.to(device)
         self.data.to(device)
         self.proxy = None if self.proxy is None else Examples(*(v.to(device) for v in self.proxy))
+        self.optimum = None if self.optimum is None else {name: best.to(device) for name, best in self.optimum.items()}
         return self
 
     def init_params(self) -> Params:
@@ -115,12 +117,21 @@ class Task:
 
     @torch.no_grad()
     def evaluate(self, params: Params, batches: Batches) -> dict[str, Tensor]:
-        """The mean of every metric over all real examples of `batches`, each 0-d."""
+        """The mean of every metric over all real examples of `batches`, each 0-d; and `nmsd`, where the optimum is known."""
         sums = dict.fromkeys(self.metrics, torch.zeros((), device=batches.mask.device))
         for x, y, mask in zip(batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True):
             outputs = self.predict(params, x)
             sums = {name: total + (self.metrics[name](outputs, y) * mask).sum() for name, total in sums.items()}
-        return {name: total / batches.mask.sum().clamp(min=1) for name, total in sums.items()}
+        means = {name: total / batches.mask.sum().clamp(min=1) for name, total in sums.items()}
+        if self.optimum is not None:  # normalised square deviation |w - w*|^2 / |w*|^2; its mean over clients is the NMSD
+            means["nmsd"] = self._deviation(params) / trees.dot(trees.double(self.optimum), trees.double(self.optimum))
+        return means
+
+    def _deviation(self, params: Params) -> Tensor:
+        """Squared distance to the optimum, float64 0-d."""
+        assert self.optimum is not None
+        away = [(params[name].double() - best.double()).square().sum() for name, best in self.optimum.items()]
+        return torch.stack(away).sum()
 
     @torch.no_grad()
     def test(self, params: Params, batch_size: int = 1000) -> dict[str, float]:
@@ -136,6 +147,5 @@ class Task:
                 sums[name] = sums.get(name, torch.zeros((), device=x.device)) + mean * batch.mask.sum()
         found = {name: (total / max(len(x), 1)).item() for name, total in sums.items()}
         if self.optimum is not None:
-            squares = [(params[name].double() - best.to(x.device)).square().sum() for name, best in self.optimum.items()]
-            found["distance"] = torch.stack(squares).sum().sqrt().item()
+            found["distance"] = self._deviation(params).sqrt().item()
         return found

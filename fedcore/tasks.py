@@ -5,20 +5,23 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
 
 from fedcore.config import Experiment
 from fedcore.data import sources
 from fedcore.data.federated import Examples, FederatedData
+from fedcore.data.partition import carve
 from fedcore.errors import SettingsError
 from fedcore.rng import rng, torch_seed
 from fedcore.task import Task, squared_error
 
 DEFAULT_POPULATION = 100
+T = TypeVar("T", bound=BaseModel)
 
 
 def images(e: Experiment, name: str) -> Task:
@@ -29,10 +32,13 @@ def images(e: Experiment, name: str) -> Task:
         raise SettingsError(f"data_folder = {e.data_folder}: the digits come with scikit-learn; leave it out")
     source = sources.load(name, e.data_folder)
     population = e.population or (None if e.partition.name == "natural" else DEFAULT_POPULATION)
-    part = e.partition.split(source.y_train.numpy(), source.groups, population, e.seed)
     train, test = Examples(source.x_train, source.y_train), Examples(source.x_test, source.y_test)
-    data = FederatedData(train, test, part.order, part.offsets, e.holdout, e.seed)
-    return Task(e.model.build(tuple(source.x_train.shape[1:]), source.num_classes), data)
+    labels = source.y_train.numpy()
+    servers, pool = carve(labels, e.proxy, e.seed)
+    part = e.partition.split(labels[pool], None if source.groups is None else source.groups[pool], population, e.seed)
+    data = FederatedData(train, test, pool[part.order], part.offsets, e.holdout, e.seed)
+    proxy = Examples(train.x[servers], train.y[servers]) if e.proxy else None
+    return Task(e.model.build(tuple(source.x_train.shape[1:]), source.num_classes), data, proxy=proxy)
 
 
 class LeastSquares(BaseModel):
@@ -52,12 +58,7 @@ def least_squares(e: Experiment) -> Task:
     `task.optimum` minimises the mean over all training examples, hence FedAvg's objective with weights by example count. It is
     tested on the examples that it trains on. Sections `model` and `partition` do not apply.
     """
-    try:
-        o = LeastSquares(**e.options)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key, known = ".".join(map(str, fault["loc"])), ", ".join(LeastSquares.model_fields)
-        raise SettingsError(f"options.{key} = {fault['input']!r}: {fault['msg'].lower()}; least-squares knows {known}") from error
+    o = _options(e, LeastSquares)
     clients, n, d = e.population or DEFAULT_POPULATION, o.examples, o.features
     draw = rng(e.seed, "least-squares")
     w = draw.standard_normal((1, d, 1)) + o.heterogeneity * draw.standard_normal((clients, d, 1))
@@ -68,11 +69,76 @@ def least_squares(e: Experiment) -> Task:
     data = FederatedData(examples, examples, np.arange(clients * n), offsets, e.holdout, e.seed)
     model = nn.Linear(d, 1, bias=False)
     nn.init.zeros_(model.weight)
-    kept = torch.from_numpy(
-        np.concatenate([data.order[a : b - h] for a, b, h in zip(offsets, offsets[1:], data.held, strict=False)])
-    )
+    kept = _trained_on(data)
     optimum = torch.linalg.lstsq(examples.x[kept].double(), examples.y[kept].double()).solution
-    return Task(model, data, loss=squared_error, metrics={}, optimum={"weight": optimum.T.float()})
+    proxy = None
+    if e.proxy:  # examples of their own, of one client after another: the population's mixture
+        own = rng(e.seed, "least-squares proxy")
+        inputs = own.standard_normal((e.proxy, 1, d))
+        targets = inputs @ w[np.arange(e.proxy) % clients] + o.noise * own.standard_normal((e.proxy, 1, 1))
+        proxy = Examples(torch.from_numpy(inputs[:, 0]).float(), torch.from_numpy(targets[:, 0]).float())
+    return Task(model, data, loss=squared_error, metrics={}, proxy=proxy, optimum={"weight": optimum.T.float()})
+
+
+def _trained_on(data: FederatedData) -> Tensor:
+    """Row numbers of all clients' training examples."""
+    return torch.from_numpy(np.concatenate([data.rows(client, "train") for client in range(data.population)]))
+
+
+class WeightedLeastSquares(BaseModel):
+    """Options of `weighted_least_squares`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    examples: tuple[int, int] = Field((50, 90), description="d_k, least and most examples a client; drawn uniformly")
+    features: int = Field(128, ge=1, description="L, dimension of w")
+    noise: float = Field(0.01, gt=0, description="sigma_nu, standard deviation of the noise in y; examples weigh 1 / sigma_nu^2")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WeightedLeastSquares:
+        if not 1 <= self.examples[0] <= self.examples[1]:
+            raise ValueError(f"{list(self.examples)}: expected two whole numbers, least and most, from 1 on")
+        return self
+
+
+def weighted_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
+    """Weight times squared distance, without a factor 1/2, [B]; `y` [B, 2] holds target and weight."""
+    return y[:, 1] * (outputs[:, 0] - y[:, 0]).square()
+
+
+def weighted_least_squares(e: Experiment) -> Task:
+    """Linear regression in float64, every client with fewer examples than features (Lari et al., 2024; specification of RERCE-Fed).
+
+    y = X_k w + nu, w and nu standard normal (nu times sigma_nu), entries of X_k of mean U(-0.5, 0.5) and variance U(0.5, 1.5), both
+    a client's own. `task.optimum` is the centralised solution over all training examples, on which the task is tested, too.
+    Sections `model` and `partition` do not apply.
+    """
+    o = _options(e, WeightedLeastSquares)
+    clients, draw = e.population or DEFAULT_POPULATION, rng(e.seed, "weighted-least-squares")
+    w = draw.standard_normal(o.features)
+    sizes = draw.integers(o.examples[0], o.examples[1], clients, endpoint=True)
+    mean, deviation = draw.uniform(-0.5, 0.5, clients), np.sqrt(draw.uniform(0.5, 1.5, clients))
+    client = np.repeat(np.arange(clients), sizes)
+    x = mean[client, None] + deviation[client, None] * draw.standard_normal((len(client), o.features))
+    y = x @ w + o.noise * draw.standard_normal(len(client))
+    examples = Examples(torch.from_numpy(x), torch.from_numpy(np.stack([y, np.full(len(y), o.noise**-2)], axis=1)))
+    data = FederatedData(examples, examples, np.arange(len(client)), np.append(0, np.cumsum(sizes)), e.holdout, e.seed)
+    model = nn.Linear(o.features, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    kept = _trained_on(data)
+    root = examples.y[kept, 1:].sqrt()
+    optimum = torch.linalg.lstsq(root * examples.x[kept], root * examples.y[kept, :1]).solution
+    return Task(model, data, loss=weighted_squared_error, metrics={}, optimum={"weight": optimum.T})
+
+
+def _options(e: Experiment, model: type[T]) -> T:
+    """The options of a bundled task. Raises SettingsError with the key and what it expects."""
+    try:
+        return model(**e.options)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key, known = ".".join(["options", *map(str, fault["loc"])]), ", ".join(model.model_fields)
+        raise SettingsError(f"{key} = {fault['input']!r}: {fault['msg'].lower()}; {e.task} knows {known}") from error
 
 
 TASKS: dict[str, Callable[[Experiment], Task]] = {
@@ -80,6 +146,7 @@ TASKS: dict[str, Callable[[Experiment], Task]] = {
     "fashion-mnist": partial(images, name="fashion-mnist"),
     "cifar10": partial(images, name="cifar10"),
     "least-squares": least_squares,
+    "weighted-least-squares": weighted_least_squares,
 }
 
 
@@ -90,6 +157,8 @@ def build_task(e: Experiment) -> Task:
         task = make(e)
     if not isinstance(task, Task):
         raise SettingsError(f'task = "{e.task}": expected the function to return a fedcore.Task, it returned {type(task).__name__}')
+    if e.proxy and task.proxy is None:
+        raise SettingsError(f'proxy = {e.proxy}, but the task "{e.task}" makes no proxy set: leave proxy out, or give Task one')
     if e.population is not None and task.population != e.population:
         raise SettingsError(
             f"population = {e.population}, but the task has {task.population} clients: set population to that, or leave it out"

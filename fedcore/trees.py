@@ -135,6 +135,18 @@ def _name(key: Any) -> Any:
     raise TypeError(f"a tree of tensors is made of NamedTuples, dicts, lists and tuples, not of {key!r}")
 
 
+def ravel(tree: Tree) -> Tensor:
+    """All leaves in one vector, [d]."""
+    return torch.cat([x.reshape(-1) for x in leaves(tree)])
+
+
+def unravel(vector: Tensor, like: T) -> T:
+    """The inverse of `ravel`, as views of `vector`, in the shapes of `like`."""
+    pieces = iter(torch.split(vector, [x.numel() for x in leaves(like)]))
+    found: T = map(lambda x: next(pieces).view(x.shape), like)
+    return found
+
+
 def weighted_sum(tree: Tree, weights: Tensor) -> Tree:
     """sum_i weights[i] * row i, over the leading axis."""
     if len(weights) == 1:  # one client at a time: no product with a matrix of one row

@@ -95,7 +95,9 @@ class Round:
     memory: Memory
     seed: int  # for what the method draws itself: rng(r.seed, "purpose", r.t, ...)
     rates: Tensor | None = None  # p_i, [population] float64: how often the update of client i arrives, where that is known
-    log: dict[str, float] = field(default_factory=dict)  # numbers for this round's line in metrics.jsonl, as server_<name>
+    log: dict[str, Any] = field(
+        default_factory=dict
+    )  # for this round's line in metrics.jsonl, as server_<name>: a number, or a list
 
     def known_rates(self) -> Tensor:
         """p_i of every client, float64 [population], for methods that are told. Raises SettingsError where nobody knows them."""

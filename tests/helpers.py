@@ -20,6 +20,13 @@ from fedcore.types import Reports, Round, Tree
 
 STRATEGIES = sorted(p.stem for p in (Path(__file__).parent.parent / "strategies").glob("[!_]*.py"))
 TOYS = ["tests.methods:Two"]
+EXACT: dict[str, Any] = {"task": "weighted-least-squares", "options": {"examples": [9, 13], "features": 5, "noise": 0.5}}
+# Settings of a method that has other client functions than its defaults have, by the name that tests call it.
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "admm exact": ("admm", {"solver": "exact"}, EXACT),
+    "rerce exact": ("rerce", {"solver": "exact", "start": "paper"}, EXACT),
+    "clu exact": ("clu", {"solver": "exact"}, EXACT),
+}
 
 SMALL: dict[str, Any] = {
     "task": "least-squares",
@@ -36,8 +43,9 @@ SMALL: dict[str, Any] = {
 
 
 def small(method: str, **settings: Any) -> Experiment:
-    """A run of milliseconds; `settings` are dotted keys with __ for the dot."""
-    values = {**SMALL, "method": {"name": method, "local_lr": 0.05}}
+    """A run of milliseconds; `method` may be one of VARIANTS; `settings` are dotted keys with __ for the dot."""
+    name, own, others = VARIANTS.get(method, (method, {}, {}))
+    values = {**SMALL, "method": {"name": name, "local_lr": 0.05, **own}, "proxy": 24 if name == "fedlaw" else 0, **others}
     return Experiment.parse(values, {key.replace("__", "."): value for key, value in settings.items()})
 
 

@@ -18,16 +18,17 @@ from fedcore.engines.base import Work
 from fedcore.loop import run
 from fedcore.method import data_of
 from fedcore.run_client import run_client
-from fedcore.types import Batches, Reports, Round
+from fedcore.types import Batches, Model, Reports, Round, Stateless
 from tests import golden
-from tests.helpers import STRATEGIES, TOYS, assert_close, equal, loop_of, small
+from tests.helpers import STRATEGIES, TOYS, VARIANTS, assert_close, equal, loop_of, small
 
-every = pytest.mark.parametrize("name", [*STRATEGIES, *TOYS])
+every = pytest.mark.parametrize("name", [*STRATEGIES, *TOYS, *VARIANTS])
 shipped = pytest.mark.parametrize("name", STRATEGIES)
 
 
 def client_functions(name: str) -> list[str]:
-    cls = methods.load(name)
+    """Of the method, whether these settings use them or not."""
+    cls = methods.load(small(name).method.name)
     return [attribute for attribute in dir(cls) if hasattr(getattr(cls, attribute), "client_data")]
 
 
@@ -69,12 +70,13 @@ def test_the_curve_is_the_recorded_one(name: str, tmp_path: Path) -> None:
 def test_padding_a_client_changes_nothing(name: str, tmp_path: Path) -> None:
     loop = loop_of(small(name), tmp_path)
     work = Work(loop.task, loop.method, loop.e.local, 0)
-    params = loop.task.init_params()
     for function in client_functions(name):
         fn = getattr(loop.method, function)
         batches = trees.at(work.batches(fn, [1], 0), 0)
         padded = Batches(*(torch.cat([v, torch.zeros_like(v)]) for v in batches))
-        down, state = a_down(loop, fn), loop.method.init_client(params)
+        if (found := asked(loop, fn)) is None:
+            continue
+        down, state = found
         plain = run_client(fn, loop.task, torch.tensor(0.0), down, state, batches)
         more = run_client(fn, loop.task, torch.tensor(0.0), down, state, padded)
         assert_close(more, plain, 1e-7, f"{name}.{function} with two more empty batches")
@@ -88,7 +90,11 @@ def test_a_client_without_examples_has_no_weight_and_does_no_harm(name: str, tmp
     loop.task.data = FederatedData(Examples(data.x, data.y), data.test, data.order, offsets)
     for function in client_functions(name):
         fn = getattr(loop.method, function)
-        (r,) = loop.engine.each(fn, torch.tensor([12]), a_down(loop, fn), 0)
+        if (found := asked(loop, fn)) is None:
+            continue
+        if name in VARIANTS:  # which start every client before its first work
+            list(loop.engine.each(loop.method.start, torch.tensor([12]), Stateless(), 0))
+        (r,) = loop.engine.each(fn, torch.tensor([12]), found[0], 0)
         assert r.failed == {}
         assert r.num_examples.tolist() == [0]
         assert bool(trees.finite(r.up))
@@ -121,7 +127,9 @@ def test_clients_outside_the_cohort_are_untouched(name: str, tmp_path: Path) -> 
     loop.round()
     absent = next(i for i in range(12) if i not in cohort.tolist())
     before = {store: store.get(absent) for store in loop.stores.values()}
-    if name != "fedamd":  # which asks everybody once, before the first round
+    if name.startswith("clu"):  # whose clients all work on, heard or not
+        return
+    if name != "fedamd" and name not in VARIANTS:  # which ask everybody once, before the first round
         assert all(set(store.row_of) <= set(cohort.tolist()) for store in before)
     loop.method.round(loop.state.server, Round(1, cohort, 12, loop.task, each_of(loop, 1), loop.memory, 0, loop.rates))
     for store, row in before.items():
@@ -157,11 +165,16 @@ def test_what_is_sent_is_what_is_declared(name: str, tmp_path: Path) -> None:
     for function in client_functions(name):
         fn = getattr(loop.method, function)
         down_type, up_type = wire.schemas(fn)
-        down = a_down(loop, fn)
+        if (found := asked(loop, fn)) is None:
+            continue
+        down, state = found
         assert equal(wire.decode(wire.encode(down), down_type, down), down)
-        up, _ = work.one(fn, 2, down, loop.method.init_client(loop.task.init_params()), 0)
+        up, _ = work.one(fn, 1, down, state, 0)
         assert equal(wire.decode(wire.encode(up), up_type, up), up)
         record = wire.encode(up)
+        if not record:  # it works without a message
+            assert wire.decode(record, up_type) == up
+            continue
         path = next(iter(record))
         record["stowaway"] = record[path]
         with pytest.raises(wire.WireError, match="stowaway"):
@@ -241,6 +254,15 @@ def test_every_method_says_what_it_is_and_every_setting_what_it_means(name: str)
     assert data_of(cls.evaluate) == "test"
 
 
+@shipped
+def test_every_client_function_is_used_by_settings_that_are_tested(name: str, tmp_path: Path) -> None:
+    used: set[str] = set()
+    for number, variant in enumerate([name, *(v for v, (method, _, _) in VARIANTS.items() if method == name)]):
+        loop = loop_of(small(variant), tmp_path / str(number))
+        used |= {f for f in client_functions(variant) if asked(loop, getattr(loop.method, f)) is not None}
+    assert used == set(client_functions(name))
+
+
 def each_of(loop, t: int):  # type: ignore[no-untyped-def]
     return lambda fn, clients, down: loop.engine.each(fn, clients, down, t)
 
@@ -249,12 +271,10 @@ def experiment_participation(values: dict[str, str]):  # type: ignore[no-untyped
     return small("fedavg", participation=values).participation
 
 
-def a_down(loop, fn):  # type: ignore[no-untyped-def]
-    """What the server sends to `fn` in its first round, caught on the way."""
+def asked(loop, fn):  # type: ignore[no-untyped-def]
+    """(what the server sends to `fn` in round 0, client 1's state after it); None where these settings have no use for `fn`."""
     if fn.__name__ == "evaluate":
-        from fedcore.types import Model
-
-        return Model(loop.state.server.params)
+        return Model(loop.state.server.params), loop.method.init_client(loop.task.init_params())
     caught = {}
 
     def each(f, clients, down):  # type: ignore[no-untyped-def]
@@ -263,6 +283,7 @@ def a_down(loop, fn):  # type: ignore[no-untyped-def]
             yield Reports(r.clients, r.up, r.num_examples)
 
     loop.method.round(loop.state.server, Round(0, torch.arange(3), 12, loop.task, each, loop.memory, 0, loop.rates))
+    state = trees.map(torch.clone, loop.engine.states.get(1))
     loop.engine.states.rollback()
     loop.memory.rollback()
-    return caught[fn.__name__]
+    return (caught[fn.__name__], state) if fn.__name__ in caught else None

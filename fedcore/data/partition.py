@@ -28,6 +28,30 @@ class Partition(NamedTuple):
     offsets: np.ndarray  # int64 [population + 1]
 
 
+def carve(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the server's own rows, the pool that is left for clients), both ascending.
+
+    The former are `size` rows, as even over the classes as that divides. Raises SettingsError when a class has too few.
+    """
+    if size == 0:
+        return np.empty(0, dtype=np.int64), np.arange(len(labels))
+    draw = rng(seed, "proxy set")
+    classes = np.unique(labels)
+    wanted = np.full(len(classes), size // len(classes))
+    wanted[draw.permutation(len(classes))[: size % len(classes)]] += 1
+    taken = []
+    for label, number in zip(classes, wanted, strict=True):
+        rows = np.flatnonzero(labels == label)
+        if number >= len(rows):
+            raise SettingsError(
+                f"proxy = {size}: takes {number} examples of class {label}, which has {len(rows)} in the training pool, "
+                "and clients need some too: lower it"
+            )
+        taken.append(draw.choice(rows, number, replace=False, shuffle=False))
+    own = np.sort(np.concatenate(taken))
+    return own, np.delete(np.arange(len(labels)), own)
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

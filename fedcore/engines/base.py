@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.errors import SettingsError
+from fedcore.links import Links, LinksSettings
 from fedcore.method import Method, data_of
 from fedcore.rng import seed_of, torch_seed
 from fedcore.run_client import run_client
@@ -51,10 +52,14 @@ class Engine(Protocol):
 
 
 class Work:
-    """One client's work, as every in-process engine does it: task, method, batch plan and seed."""
+    """One client's work, as every engine does it: task, method, batch plan, links and seed."""
 
-    def __init__(self, task: Task, method: Method[Any], local: LocalSettings, seed: int) -> None:
+    def __init__(
+        self, task: Task, method: Method[Any], local: LocalSettings, seed: int, links: LinksSettings | None = None
+    ) -> None:
+        """`links` disturb what is sent; by default nothing does."""
         self.task, self.method, self.local, self.seed = task, method, local, seed
+        self.links = Links(links or LinksSettings(), seed)
         self._now = (-1, torch.empty(0))
 
     def batches(self, fn: ClientFunction, clients: list[int], t: int) -> Batches:
@@ -73,10 +78,12 @@ class Work:
         return self._now[1]
 
     def one(self, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> tuple[Tree, Tree]:
-        """(up, new state) of one client; `state` is on the task's device."""
+        """(what arrives of `up`, new state) of one client; `state` is on the task's device."""
         batches = trees.at(self.batches(fn, [client], t), 0)
+        down = self.links.carry(down, "downlink", fn, t, client)
         with self.model_noise(fn, t, client):
-            return run_client(fn, self.task, self.now(t), down, state, batches)
+            up, new = run_client(fn, self.task, self.now(t), down, state, batches)
+        return self.links.carry(up, "uplink", fn, t, client), new
 
     @contextmanager
     def model_noise(self, fn: ClientFunction, t: int, client: int) -> Iterator[None]:

@@ -56,7 +56,7 @@ class Vectorised:
     def _chunked(self, fn: ClientFunction, chunk: list[int], down: Tree, t: int) -> Iterator[Reports]:
         try:
             with self.work.model_noise(fn, t, chunk[0]):
-                up, new = self._batched(fn, down, self._states(chunk), self.work.batches(fn, chunk, t), t)
+                up, new = self._batched(fn, down, self._states(chunk), self.work.batches(fn, chunk, t), t, chunk)
         except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
             log.debug("chunk %s failed, going through it one by one", chunk, exc_info=True)
             yield from self._loop(fn, chunk, down, t)
@@ -64,17 +64,24 @@ class Vectorised:
         self.states.put(chunk, trees.to(new, torch.device("cpu")))
         yield Reports(torch.tensor(chunk), up, self.work.num_examples(fn, chunk))
 
-    def _batched(self, fn: ClientFunction, down: Tree, states: Tree, batches: Batches, t: int) -> tuple[Tree, Tree]:
-        n = len(batches.mask)
+    def _batched(
+        self, fn: ClientFunction, down: Tree, states: Tree, batches: Batches, t: int, chunk: list[int] | None = None
+    ) -> tuple[Tree, Tree]:
+        """(what arrives, new states) of the clients `chunk`; without it nothing is lost on the way, for a trial."""
+        n, links = len(batches.mask), self.work.links
         now = self.work.now(t)
-        stateless = not trees.leaves(states)
+        own_down = chunk is not None and bool(trees.leaves(down)) and not links.silent("downlink", fn)
+        if chunk is not None and own_down:  # each client receives a message of its own
+            down = trees.stack([links.carry(down, "downlink", fn, t, i) for i in chunk])
 
-        def client(state: Tree, batch: Batches) -> tuple[Tree, Tree]:
+        def client(down: Tree, state: Tree, batch: Batches) -> tuple[Tree, Tree]:
             return run_client(fn, self.work.task, now, down, state, batch)
 
-        in_dims = (None if stateless else 0, 0)
-        up, new = vmap(client, in_dims=in_dims, randomness="different")(states, batches)
+        in_dims = (0 if own_down else None, 0 if trees.leaves(states) else None, 0)
+        up, new = vmap(client, in_dims=in_dims, randomness="different")(down, states, batches)
         assert all(len(x) == n for x in trees.leaves(up))
+        if chunk is not None and trees.leaves(up) and not links.silent("uplink", fn):
+            up = trees.stack([links.carry(trees.at(up, row), "uplink", fn, t, i) for row, i in enumerate(chunk)])
         return up, new
 
     def _states(self, clients: list[int]) -> Tree:

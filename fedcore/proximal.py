@@ -1,0 +1,71 @@
+"""The local problem of ADMM, min_w J(w) - <g, w> + rho/2 |w - s|^2, solved exactly where J is quadratic.
+
+For other losses `local_sgd` takes steps on it: correction = -g, prox = rho, center = s.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev
+
+from fedcore import limits, trees
+from fedcore.local import Loss
+from fedcore.task import Task
+from fedcore.types import Batches, Params
+
+
+class Quadratic(NamedTuple):
+    """J(w) = 1/2 w'Hw - b'w + const, w in the order of `trees.ravel`; a client keeps it, so as to factor its Hessian once."""
+
+    Q: Tensor  # [d, d], H = Q diag(h) Q'
+    h: Tensor  # [d], ascending
+    b: Tensor  # [d]
+
+    def solve(self, rho: float, v: Params) -> Params:
+        """N v with N = (H + rho I)^-1."""
+        return trees.unravel(self._scaled(1 / (self.h + rho), trees.ravel(v)), v)
+
+    def ridge(self, rho: float, like: Params) -> Params:
+        """argmin J(w) + rho/2 |w|^2 = N b."""
+        return trees.unravel(self._scaled(1 / (self.h + rho), self.b), like)
+
+    def least_squares(self, like: Params) -> Params:
+        """The minimiser of J of least norm, H^+ b."""
+        zero = self.h[-1] * len(self.h) * torch.finfo(self.h.dtype).eps  # what rounding makes of an eigenvalue 0
+        return trees.unravel(self._scaled(torch.where(self.h > zero, 1 / self.h, 0.0), self.b), like)
+
+    def _scaled(self, by: Tensor, v: Tensor) -> Tensor:
+        # A client that could not look at its data has Q = 0: what it computes is not finite, and left out.
+        known = torch.where(self.Q.any(), 1.0, torch.nan)
+        return known * (self.Q @ (by * (v @ self.Q)))
+
+
+def quadratic(loss: Loss, params: Params, batches: Batches) -> Quadratic:
+    """J, the sum of the losses of all real examples of `batches`, expanded at zero.
+
+    Exact where the loss is quadratic in the parameters, as least squares with a linear model is.
+    """
+    x, y, mask = (b.flatten(0, 1) for b in batches)
+    zero = torch.zeros_like(trees.ravel(params))
+
+    def total(w: Tensor) -> Tensor:
+        return loss(trees.unravel(w, params), x, y, mask) * mask.sum()
+
+    h, Q = torch.linalg.eigh(jacrev(grad(total))(zero))
+    return Quadratic(Q, h.clamp(min=0), -grad(total)(zero))
+
+
+def unknown(params: Params) -> Quadratic:
+    """What stands for J before a client has looked at its data."""
+    b = torch.zeros_like(trees.ravel(params))
+    return Quadratic(b.new_zeros(len(b), len(b)), b, b)
+
+
+def require_hessian(task: Task) -> None:
+    """Raises SettingsError for a model whose Hessian does not fit in memory."""
+    params = trees.ravel(task.init_params())
+    need = 4 * len(params) ** 2 * params.element_size()  # H, Q, and what making the two takes
+    limits.require(need, task.device, f"method.solver = exact takes the Hessian of {len(params):,} parameters")

@@ -1,0 +1,119 @@
+"""ADMM - consensus ADMM with two variables, the baseline of RERCE-Fed (Lari et al., 2024, arXiv 2409.13451).
+
+w_n  global model   w_k, z_k  model and dual of client k   K  population   rho  penalty   J_k  objective, H_k its Hessian
+N_k = (H_k + rho I)^-1   b_k = -grad J_k(0)
+    client   z_k <- z_k + rho (w_k - w_n);  w_k <- argmin J_k(w) + <z_k, w> + rho/2 |w - w_n|^2, that is N_k (b_k - z_k + rho w_n)
+    server   w_{n+1} = (1/K) sum over k of w_k + z_k / rho, the vector that is sent
+Choice:  `absent` says what stands for a client that did not send this round: its "last" message, or "zero" (as figure 4.2 of the
+         first author's thesis must have it, whose curve it meets: a model shrunk by C/K, of no other use).
+         exact: J_k is the sum of the losses; every client starts from N_k b_k and sends it, once. sgd: J_k is the mean loss, every
+         client counting the same, local steps from the client's own w_k; all start from the initial model.
+Heed:    the client uses the w_n that it heard twice, in both of its lines.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.local import local_sgd
+from fedcore.method import Method, MethodSettings, on_client
+from fedcore.proximal import Quadratic, quadratic, require_hessian, unknown
+from fedcore.task import Task
+from fedcore.types import Batches, Model, Params, Round, Stateless, Tree
+
+
+class Settings(MethodSettings):
+    rho: float = Field(1.0, gt=0, description="rho, penalty; 1 in the paper, 0.01 to 0.1 for networks")
+    solver: Literal["exact", "sgd"] = Field("sgd", description="of the local problem: exact for quadratic losses")
+    local_lr: float = Field(0.1, gt=0, description="sgd: step size of a local step")
+    absent: Literal["last", "zero"] = Field("last", description="what stands for a client that did not send this round")
+
+
+class Server(NamedTuple):
+    params: Params  # w_n
+    total: Params  # sum of the last messages; float64, because it is a running sum
+    started: Tensor  # 0-d, 1 after the start
+
+
+class Client(NamedTuple):
+    w: Params  # w_k
+    z: Params  # z_k
+    J: Quadratic | Stateless  # J_k, of the exact solver
+
+
+class Up(NamedTuple):
+    m: Params  # w_k + z_k / rho
+    loss: Tensor  # mean training loss, for the log
+
+
+class ADMM(Method[Settings]):
+    def init_server(self, params: Params, population: int) -> Server:
+        return Server(params, trees.scale(trees.double(params), population), torch.zeros(()))
+
+    def init_client(self, params: Params) -> Client:
+        return Client(params, trees.zeros_like(params), unknown(params) if self.s.solver == "exact" else Stateless())
+
+    def init_memory(self, params: Params) -> Tree:
+        return params if self.s.absent == "last" else Stateless()  # last message
+
+    def check(self, task: Task, cohort: int) -> str | None:
+        if self.s.solver == "exact":
+            require_hessian(task)
+        return None
+
+    def model_for(self, server: Any, state: Client) -> Params:
+        """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
+        return state.w if self.s.solver == "exact" else server.params
+
+    @on_client(data="all")
+    def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Params, Client]:
+        J = quadratic(task.loss, state.w, batches)
+        w = J.ridge(self.s.rho, state.w)
+        return w, state._replace(w=w, J=J)
+
+    @on_client(data="all")
+    def solve(self, task: Task, t: Tensor, down: Model, state: Client, batches: Batches) -> tuple[Up, Client]:
+        z = self._dual(down, state)
+        assert isinstance(state.J, Quadratic)
+        slope = trees.add(trees.sub(trees.unravel(state.J.b, z), z), trees.scale(down.params, self.s.rho))
+        w = state.J.solve(self.s.rho, slope)  # N_k (b_k - z_k + rho w_n)
+        return self._up(w, z, task.evaluate(w, batches)["loss"]), state._replace(w=w, z=z)
+
+    @on_client
+    def train(self, task: Task, t: Tensor, down: Model, state: Client, batches: Batches) -> tuple[Up, Client]:
+        z = self._dual(down, state)
+        w, _, loss = local_sgd(task.loss, state.w, batches, self.s.local_lr, z, prox=self.s.rho, center=down.params)
+        return self._up(w, z, loss), state._replace(w=w, z=z)
+
+    def _dual(self, down: Model, state: Client) -> Params:
+        z: Params = trees.axpy(self.s.rho, trees.sub(state.w, down.params), state.z)  # z_k + rho (w_k - w_n)
+        return z
+
+    def _up(self, w: Params, z: Params, loss: Tensor) -> Up:
+        return Up(trees.axpy(1 / self.s.rho, z, w), loss)
+
+    def round(self, server: Server, r: Round) -> Server:
+        exact, last = self.s.solver == "exact", self.s.absent == "last"
+        if exact and not bool(server.started):
+            server = self._start(server, r)
+        total = trees.map(torch.clone, server.total) if last else trees.zeros_like(server.total)
+        for got in r.each(self.solve if exact else self.train, r.cohort, Model(server.params)):
+            m = trees.double(got.up.m)
+            news = trees.sub(m, r.memory.gather(got.clients)) if last else m
+            total = trees.add_weighted_(total, news, torch.ones(len(got.clients)))
+            if last:
+                r.memory.put(got.clients, got.up.m)
+        return Server(trees.like(trees.scale(total, 1 / r.population), server.params), total, server.started)
+
+    def _start(self, server: Server, r: Round) -> Server:
+        total = trees.zeros_like(server.total)
+        for got in r.each(self.start, torch.arange(r.population), Stateless()):
+            total = trees.add_weighted_(total, got.up, torch.ones(len(got.clients)))
+            if self.s.absent == "last":
+                r.memory.put(got.clients, got.up)
+        return Server(trees.like(trees.scale(total, 1 / r.population), server.params), total, torch.ones(()))

@@ -1,0 +1,147 @@
+"""CLU - RERCE-Fed with continual local updates: clients that were not asked go on (Lari et al., 2024, arXiv 2409.13451).
+
+w_k  model of client k   sbar_k  what it received last   tbar_k  what the server received last of it   K  population
+rho  penalty   J_k  objective, H_k its Hessian   N_k = (H_k + rho I)^-1   g_k  gradient of J_k at w_k
+    server   sends s_n to the cohort, which stores it: sbar_k <- s_n
+    client   EVERY one: v <- argmin J_k(w) - <g_k, w> + rho/2 |w - sbar_k|^2;  t_k <- 2 v - w_k;  w_k <- v
+             for a quadratic J_k: v = w_k + rho N_k (sbar_k - w_k). The cohort sends t_k, the others send nothing
+    server   tbar_k <- t_k;  s_{n+1} = (1/K) sum over all K of tbar_k, fresh or not
+Choice:  the model to evaluate is w_{n+1} = (s_{n+1} + w_n) / 2, the clients' mean when everybody takes part; s_n is extrapolated.
+         Solvers as in RERCE-Fed. exact: every client starts from N_k b_k and sends twice that, once; sbar_k = 0 before the first
+         contact, as in the authors' code. sgd: all start from the initial model. K clients work a round, C of them are heard.
+Reduces: to RERCE-Fed when everybody takes part.
+Heed:    with fewer, the limit without noise depends on the schedule; as in RERCE-Fed, noise is integrated.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.local import local_sgd
+from fedcore.method import Method, MethodSettings, on_client
+from fedcore.proximal import Quadratic, quadratic, require_hessian, unknown
+from fedcore.task import Task
+from fedcore.types import Batches, Params, Round, Stateless
+
+
+class Settings(MethodSettings):
+    rho: float = Field(1.0, gt=0, description="rho, penalty; 1 in the paper, 0.01 to 0.1 for networks")
+    solver: Literal["exact", "sgd"] = Field("sgd", description="of the local problem: exact for quadratic losses")
+    local_lr: float = Field(0.1, gt=0, description="sgd: step size of a local step")
+
+
+class Server(NamedTuple):
+    params: Params  # w_n
+    s: Params  # s_n; float64, because it is a running mean
+    started: Tensor  # 0-d, 1 after the start
+
+
+class Client(NamedTuple):
+    w: Params  # w_k
+    g: Params  # g_k, tracked by "sgd"; the exact solver has no dual
+    s: Params  # sbar_k
+    J: Quadratic | Stateless  # J_k, of the exact solver
+
+
+class Down(NamedTuple):
+    s: Params
+
+
+class Up(NamedTuple):
+    t: Params  # t_k
+    loss: Tensor  # mean training loss, for the log
+
+
+class CLU(Method[Settings]):
+    def init_server(self, params: Params, population: int) -> Server:
+        return Server(params, trees.double(params), torch.zeros(()))
+
+    def init_client(self, params: Params) -> Client:
+        if self.s.solver == "exact":
+            return Client(params, {}, trees.zeros_like(params), unknown(params))
+        return Client(params, trees.zeros_like(params), params, Stateless())
+
+    def init_memory(self, params: Params) -> Params:
+        return params  # tbar_k
+
+    def check(self, task: Task, cohort: int) -> str | None:
+        if self.s.solver == "exact":
+            require_hessian(task)
+        return None
+
+    def model_for(self, server: Any, state: Client) -> Params:
+        """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
+        return state.w if self.s.solver == "exact" else server.params
+
+    @on_client(data="all")
+    def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Params, Client]:
+        J = quadratic(task.loss, state.w, batches)
+        w = J.ridge(self.s.rho, state.w)
+        return trees.scale(w, 2), state._replace(w=w, J=J)
+
+    # Two solvers, and each for a client that was asked and for one that goes on alone.
+
+    @on_client(data="all")
+    def solve(self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches) -> tuple[Up, Client]:
+        v = self._exactly(down.s, state)
+        return Up(_beyond(v, state), task.evaluate(v, batches)["loss"]), state._replace(w=v, s=down.s)
+
+    @on_client(data="all")
+    def solve_alone(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Stateless, Client]:
+        return Stateless(), state._replace(w=self._exactly(state.s, state))
+
+    @on_client
+    def train(self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches) -> tuple[Up, Client]:
+        v, g, loss = self._by_sgd(task, down.s, state, batches)
+        return Up(_beyond(v, state), loss), state._replace(w=v, g=g, s=down.s)
+
+    @on_client
+    def train_alone(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Stateless, Client]:
+        v, g, _ = self._by_sgd(task, state.s, state, batches)
+        return Stateless(), state._replace(w=v, g=g)
+
+    def _exactly(self, s: Params, state: Client) -> Params:
+        assert isinstance(state.J, Quadratic)
+        v: Params = trees.axpy(
+            self.s.rho, state.J.solve(self.s.rho, trees.sub(s, state.w)), state.w
+        )  # w_k + rho N_k (sbar_k - w_k)
+        return v
+
+    def _by_sgd(self, task: Task, s: Params, state: Client, batches: Batches) -> tuple[Params, Params, Tensor]:
+        rho, lr = self.s.rho, self.s.local_lr
+        v, steps, loss = local_sgd(task.loss, state.w, batches, lr, trees.scale(state.g, -1), prox=rho, center=s)
+        moved = (steps > 0).to(steps.dtype)  # a client without an example has solved nothing
+        return v, trees.axpy(-rho * moved, trees.sub(v, s), state.g), loss
+
+    def round(self, server: Server, r: Round) -> Server:
+        exact = self.s.solver == "exact"
+        if exact and not bool(server.started):
+            server = self._start(server, r)
+        news, everyone = trees.zeros_like(server.s), torch.arange(r.population)
+        for got in r.each(self.solve if exact else self.train, r.cohort, Down(trees.like(server.s, server.params))):
+            change = trees.sub(trees.double(got.up.t), r.memory.gather(got.clients))
+            news = trees.add_weighted_(news, change, torch.ones(len(got.clients)))
+            r.memory.put(got.clients, got.up.t)  # tbar_k <- t_k
+        for _ in r.each(self.solve_alone if exact else self.train_alone, everyone[~torch.isin(everyone, r.cohort)], Stateless()):
+            pass
+        s = trees.axpy(1 / r.population, news, server.s)  # s_{n+1}
+        w = trees.map(lambda w, s: ((w + s) / 2).to(w.dtype), server.params, s)
+        return Server(w, s, server.started)
+
+    def _start(self, server: Server, r: Round) -> Server:
+        total = trees.zeros_like(server.s)
+        for got in r.each(self.start, torch.arange(r.population), Stateless()):
+            total = trees.add_weighted_(total, got.up, torch.ones(len(got.clients)))
+            r.memory.put(got.clients, got.up)
+        s = trees.scale(total, 1 / r.population)
+        return Server(trees.like(trees.scale(s, 0.5), server.params), s, torch.ones(()))
+
+
+def _beyond(v: Params, state: Client) -> Params:
+    t: Params = trees.axpy(2.0, v, trees.scale(state.w, -1))  # t_k = 2 v - w_k
+    return t

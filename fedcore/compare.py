@@ -29,6 +29,7 @@ MEASURES = {
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
     "test_distance": "distance",
+    "nmsd_db": "NMSD, dB",
     "client_mean": "client mean",
     "client_p10": "client p10",
     "client_p90": "client p90",
@@ -55,6 +56,7 @@ class Run(NamedTuple):
             "test_accuracy": last.get("test_accuracy"),
             "test_loss": last.get("test_loss"),
             "test_distance": last.get("test_distance"),
+            "nmsd_db": last.get("nmsd_db"),
             **{f"client_{part}": clients.get(part) for part in ("mean", "p10", "p90")},
             "bytes": float(sum(row["bytes_down"] + row["bytes_up"] for row in self.rows)),
             "seconds": round(seconds, 4),
@@ -194,7 +196,7 @@ def stat_text(measure: str, stat: Stat | None) -> str:
         return size_text(stat.mean)
     if measure in ("seconds", "clients_per_second"):
         return f"{stat.mean:,.0f}" if stat.mean >= 100 else f"{stat.mean:.3g}"
-    if measure in ("test_loss", "test_distance"):
+    if measure in ("test_loss", "test_distance", "nmsd_db"):
         return f"{stat.mean:.4g}" + (f" ± {stat.std:.2g}" if stat.std is not None else "")
     return f"{stat.mean:.2%}" + (f" ± {stat.std:.2%}" if stat.std is not None else "")
 

@@ -1,13 +1,13 @@
 """FedLAW against FedAvg, and what it learns: gamma by local epochs and heterogeneity, weights by who is worth listening to.
 
-    python -m benchmarks.fedlaw accuracy    FedAvg, adaptive GWS, attentive LAW, FedLAW; Fashion-MNIST, digits; three heterogeneities
+    python -m benchmarks.fedlaw accuracy    FedAvg, GWS, attentive LAW, FedLAW on Fashion-MNIST and digits, by heterogeneity
     python -m benchmarks.fedlaw gamma       learned gamma against local epochs, IID and not (the paper's figure 2)
     python -m benchmarks.fedlaw fixed       accuracy against a fixed gamma (the paper's figure 1)
     python -m benchmarks.fedlaw weights     half of the clients imbalanced (figure 5), and 4 of 10 with random labels
 
-Small on purpose: 2 000 training images over 10 clients, 20 proxy images a class (10 on digits), MLP 784-32-10, 30 rounds, everybody takes
-part. FedAvg is FedLAW with neither weights nor gamma learned, so that clients train alike. Scores are means of the last ten rounds,
-mean and standard deviation over seeds. Options: --out DIR (runs there are read, or gone on with), --seeds N. Prints Markdown.
+Small on purpose: 2 000 training images over 10 clients, 20 proxy images a class (10 on digits), MLP 784-32-10, 30 rounds, everybody
+takes part. FedAvg is FedLAW with neither weights nor gamma learned, so that clients train alike. Scores are means of the last ten
+rounds, mean and standard deviation over seeds. Options: --out DIR (runs there are read, or gone on with), --seeds N. Prints Markdown.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python -m benchmarks.admm 4.3      how fast RERCE-Fed settles, by clients scheduled
     python -m benchmarks.admm 4.4      continual local updates or none, 4 of 100 scheduled, two noise levels; 4.5: 10, 4.6: 25
     python -m benchmarks.admm 4.7      is w_n biased? 6 clients, 6 features, means over up to 1 000 runs
-    python -m benchmarks.admm 4.8      steady state by uplink noise; 4.9: by downlink noise; 4.10: by clients scheduled; predicted, too
+    python -m benchmarks.admm 4.8      steady state by uplink noise; 4.9: by downlink noise; 4.10: by clients asked; and predicted
     python -m benchmarks.admm walk     rho as large as the curvature: dual-free noise is integrated, with two variables it is not
 
 Prints tables in Markdown, in dB: 10 log10 of |w_k - w*|^2 / |w*|^2, mean over clients, seeds and the last quarter of the rounds.

@@ -6,8 +6,8 @@
     python -m benchmarks.fedlaw weights     half of the clients imbalanced (figure 5), and 4 of 10 with random labels
 
 Small on purpose: 2 000 training images over 10 clients, 20 proxy images a class (10 on digits), MLP 784-32-10, 30 rounds, everybody
-takes part. FedAvg is FedLAW with neither weights nor gamma learned, so that clients train alike. Scores are means of the last ten
-rounds, mean and standard deviation over seeds. Options: --out DIR (runs there are read, or gone on with), --seeds N. Prints Markdown.
+takes part. FedAvg is FedLAW with neither weights nor gamma learned, so that clients train alike. Scores are means of the last
+ten rounds, mean and standard deviation over seeds. Options: --out DIR (runs there are read, or gone on with), --seeds N.
 """
 
 from __future__ import annotations

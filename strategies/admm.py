@@ -28,7 +28,7 @@ from fedcore.types import Batches, Model, Params, Round, Stateless, Tree
 
 
 class Settings(MethodSettings):
-    rho: float = Field(1.0, gt=0, description="rho, penalty; 1 in the paper, 0.01 to 0.1 for networks")
+    rho: float = Field(1.0, gt=0, description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local steps of it")
     solver: Literal["exact", "sgd"] = Field("sgd", description="of the local problem: exact for quadratic losses")
     local_lr: float = Field(0.1, gt=0, description="sgd: step size of a local step")
     absent: Literal["last", "zero"] = Field("last", description="what stands for a client that did not send this round")

@@ -12,8 +12,10 @@ Choice:  p = sum over rounds and clients of w_k - s_n, and s_n = w_n + p/C: the 
          the same; g_k is tracked, g_k <- g_k - rho (w_k - s_n) from 0, which is right at the limit however few the steps. With g_k
          computed anew from w_k it would not be: any consensus would be a fixed point.
 Reduces: to two-variable ADMM when everybody takes part and nothing is lost; then s_n is also FedDyn's model (alpha = rho).
-Heed:    the data enter through the start alone, and noise is integrated: |w - w*|^2 has a term that grows for ever, by
-         rho^2 C (sigma_zeta^2 + sigma_eta^2) tr((sum H)^-2) a round; small for rho far below the curvature.
+Heed:    a client that works and is not heard, or whose round is skipped (keep min_reports at 1), shifts that sum, hence the limit,
+         for good. One client a round may diverge, noise or not. The data enter through the start alone, and noise is integrated:
+         |w - w*|^2 has a term that grows for ever, by rho^2 C (sigma_zeta^2 + sigma_eta^2) tr((sum H)^-2) a round, which is small
+         for rho far below the curvature.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedcore import trees
@@ -34,13 +36,19 @@ from fedcore.types import Batches, Params, Round, Stateless
 
 
 class Settings(MethodSettings):
-    rho: float = Field(1.0, gt=0, description="rho, penalty; 1 in the paper, 0.01 to 0.1 for networks")
+    rho: float = Field(1.0, gt=0, description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local steps of it")
     solver: Literal["exact", "sgd"] = Field("sgd", description="of the local problem: exact for quadratic losses")
     local_lr: float = Field(0.1, gt=0, description="sgd: step size of a local step")
     start: Literal["ls", "paper", "corrected"] = Field(
         "ls",
         description="exact: w_k by least squares; or N_k b_k, and w_{-1} 0 (limit off unless C = K) or (1 - K/C) w_0",
     )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        if self.solver == "sgd" and self.start != "ls":
+            raise ValueError(f'start = "{self.start}" is for the exact solver: with sgd all clients start from the initial model')
+        return self
 
 
 class Server(NamedTuple):
@@ -76,7 +84,7 @@ class RERCE(Method[Settings]):
     def check(self, task: Task, cohort: int) -> str | None:
         if self.s.solver == "exact":
             require_hessian(task)
-        return None
+        return "RERCE-Fed with one client a round may diverge: its s_n swings from one client to the next" if cohort == 1 else None
 
     def model_for(self, server: Any, state: Client) -> Params:
         """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
@@ -134,5 +142,7 @@ class RERCE(Method[Settings]):
             total = trees.add_weighted_(total, got.up, torch.ones(len(got.clients)))
             told += len(got.clients)
         w = trees.scale(total, 1 / max(told, 1))  # w_0
-        p = trees.scale(w, len(r.cohort) if self.s.start == "paper" else told)  # C (w_0 - w_{-1})
+        p = trees.scale(
+            w, len(r.cohort) if self.s.start == "paper" else told
+        )  # C (w_0 - w_{-1}); nobody in the first round: as if w_{-1} = w_0
         return Server(w, p, torch.ones(()))

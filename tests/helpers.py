@@ -40,6 +40,7 @@ SMALL: dict[str, Any] = {
     "checkpoint": {"seconds": 0.0},
     "engine": {"name": "sequential"},
 }
+NOISY: dict[str, Any] = {"links__downlink__variance": 1e-4, "links__uplink__snr_db": 20.0}
 
 
 def small(method: str, **settings: Any) -> Experiment:

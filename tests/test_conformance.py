@@ -20,7 +20,7 @@ from fedcore.method import data_of
 from fedcore.run_client import run_client
 from fedcore.types import Batches, Model, Reports, Round, Stateless
 from tests import golden
-from tests.helpers import STRATEGIES, TOYS, VARIANTS, assert_close, equal, loop_of, small
+from tests.helpers import NOISY, STRATEGIES, TOYS, VARIANTS, assert_close, equal, loop_of, small
 
 every = pytest.mark.parametrize("name", [*STRATEGIES, *TOYS, *VARIANTS])
 shipped = pytest.mark.parametrize("name", STRATEGIES)
@@ -54,6 +54,18 @@ def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(name: str, 
         ]
         assert shas[0] == shas[1]
         assert shas[0] != shas[2]
+
+
+@every
+def test_noise_on_the_links_is_the_same_in_every_engine_and_every_run(name: str, tmp_path: Path) -> None:
+    e = small(name, **NOISY)
+    one, again = (run(e, tmp_path / folder) for folder in "ab")
+    batched = run(small(name, **NOISY, engine__name="vectorised", engine__chunk=3), tmp_path / "c")
+    assert one.params_sha256 == again.params_sha256
+    assert_close(batched.params, one.params, 1e-6, f"{name} in chunks of 3")
+    silent = run(small(name), tmp_path / "d")
+    assert silent.params_sha256 != one.params_sha256
+    assert (silent.bytes_up, silent.bytes_down) == (one.bytes_up, one.bytes_down)
 
 
 @shipped

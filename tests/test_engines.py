@@ -17,7 +17,7 @@ from fedcore.engines.base import failure
 from fedcore.engines.ray import _pieces
 from fedcore.errors import RunError
 from fedcore.loop import Interrupted, run
-from tests.helpers import TOYS, loop_of, small
+from tests.helpers import NOISY, TOYS, loop_of, small
 
 DIGITS = {
     "task": "digits",
@@ -34,9 +34,9 @@ DIGITS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedavg", TOYS[0]])
 def test_ray_has_the_bits_of_sequential_whatever_the_number_of_workers(name: str, tmp_path: Path) -> None:
-    expected = run(small(name, **DIGITS), tmp_path / "s")
+    expected = run(small(name, **DIGITS, **NOISY), tmp_path / "s")
     for workers in (1, 2, 3):
-        e = small(name, **DIGITS, engine__name="ray", engine__workers=workers)
+        e = small(name, **DIGITS, **NOISY, engine__name="ray", engine__workers=workers)
         found = run(e, tmp_path / f"r{workers}")
         assert found.params_sha256 == expected.params_sha256, f"{workers} workers"
         assert found.final == expected.final

@@ -23,7 +23,7 @@ from fedcore.progress import Terminal
 from fedcore.types import Model
 from server.grid import GridEngine
 from tests.flower.fake import FakeGrid, Weather, in_place_of
-from tests.helpers import STRATEGIES, TOYS, assert_close, equal, small
+from tests.helpers import NOISY, STRATEGIES, TOYS, VARIANTS, assert_close, equal, small
 
 
 def preset_of(e: Experiment, folder: Path) -> str:
@@ -40,9 +40,9 @@ def over_flower(e: Experiment, folder: Path, grid: FakeGrid, timeout: float = 60
 
 
 @pytest.mark.parametrize("nodes", [12, 5], ids=["a node a client", "fewer nodes than clients"])
-@pytest.mark.parametrize("name", [*STRATEGIES, *TOYS])
+@pytest.mark.parametrize("name", [*STRATEGIES, *TOYS, *VARIANTS])
 def test_flower_computes_what_sequential_computes(name: str, nodes: int, tmp_path: Path) -> None:
-    e = small(name)
+    e = small(name, **(NOISY if nodes == 5 else {}))
     one = run(e, tmp_path / "sequential")
     other = over_flower(e, tmp_path, FakeGrid(preset_of(e, tmp_path), nodes))
     assert_close(other.params, one.params, 1e-6, f"{name} over {nodes} nodes")

@@ -181,6 +181,18 @@ def test_what_the_method_logged_is_drawn(tmp_path: Path) -> None:
     assert "Omega max by round" in titles(write_report(tmp_path / "run"))
 
 
+def test_what_the_method_logged_of_each_client_is_a_band_and_a_known_optimum_a_curve(tmp_path: Path) -> None:
+    values = {"task": "least-squares", "population": 6, "proxy": 12, "rounds": 3, "engine.chunk": 1, "evaluation.every": 1}
+    run(Experiment.parse({"method": "fedlaw"}, values), out=tmp_path / "run")
+    file = write_report(tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert {"Lambda by round", "Gamma by round", "Coherence by round", "NMSD in dB by round"} <= set(titles(file))
+    words = Page(file).words
+    least, largest = min(rows[-1]["server_lambda"]), max(rows[-1]["server_lambda"])
+    assert f"between {least:.3g} and {largest:.3g} at the end" in words
+    assert f"{rows[-1]['nmsd_db']:.2f} dB at the end" in words
+
+
 def test_empty_and_skipped_rounds_are_counted(copy: Path) -> None:
     rows = read_rows(copy / "metrics.jsonl")
     rows[1] |= {"cohort": 0, "reports": 0, "skipped": False, "dropped": {}, "train_loss": None, "train_accuracy": None}

@@ -27,8 +27,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)          ## clients per second of every engine and of Flower's own simulation
+bench: $(READY)          ## clients per second of every engine and of Flower's own simulation; layers of factors
 	$(BIN)/python -m benchmarks.engines
+	$(BIN)/python -m benchmarks.layers
 
 # torch first: where there is no GPU, its CPU build is taken if one is offered.
 $(READY): pyproject.toml constraints.txt

@@ -4,7 +4,7 @@
     python -m benchmarks.admm 4.2      two variables with 4 of 100 scheduled
     python -m benchmarks.admm 4.3      how fast RERCE-Fed settles, by clients scheduled
     python -m benchmarks.admm 4.4      continual local updates or none, 4 of 100 scheduled, two noise levels; 4.5: 10, 4.6: 25
-    python -m benchmarks.admm 4.7      is w_n biased? 6 clients, 6 features, means over up to 1 000 runs
+    python -m benchmarks.admm 4.7      is w_n biased, and by noise? 6 clients, 6 features, means over up to 1 000 runs
     python -m benchmarks.admm 4.8      steady state by uplink noise; 4.9: by downlink noise; 4.10: by clients asked; and predicted
     python -m benchmarks.admm walk     rho as large as the curvature: dual-free noise is integrated, with two variables it is not
 
@@ -222,26 +222,26 @@ def one_data_set(e: Experiment) -> Task:
 
 def figure_7(out: Path, seeds: int) -> None:
     base = {**SMALL, "task": "benchmarks.admm:one_data_set"}
-    e = experiment("rerce", 3, 200, 1e-4, 1e-4, base, every=10**6).model_copy(update={"task": "benchmarks.admm:one_data_set"})
-    best, found = build_task(e).optimum, []
+    noisy, silent = (experiment("rerce", 3, 200, noise, noise, base, every=10**6) for noise in (1e-4, 0.0))
+    best, found = build_task(noisy).optimum, []
     assert best is not None
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
-            params = run(e.model_copy(update={"seed": seed}), Path(folder) / str(seed)).params
-            found.append((params["weight"] - best["weight"]).numpy()[0])
-    errors, scale = np.array(found), float(best["weight"].square().sum())
-    counts = [m for m in (10, 30, 100, 300, 1000, 3000, 10000) if m <= seeds]
-    bias = [10 * math.log10((errors[:m].mean(0) ** 2).sum() / scale) for m in counts]
-    single = [10 * math.log10((errors[:m] ** 2).sum(1).mean() / m / scale) for m in counts]
-    table(
-        ["runs M", *map(str, counts)],
-        [
-            ["|mean of w_n over M runs - w*|^2, dB", *(f"{value:.1f}" for value in bias)],
-            ["1/M of the mean square error: no bias", *(f"{value:.1f}" for value in single)],
-        ],
-    )
+            pair = [
+                run(e.model_copy(update={"seed": seed}), Path(folder) / f"{seed}-{i}").params["weight"].numpy()[0]
+                for i, e in enumerate((noisy, silent))  # on the same schedule
+            ]
+            found.append((pair[0] - best["weight"].numpy()[0], pair[0] - pair[1]))
+    scale, counts = float(best["weight"].square().sum()), [m for m in (10, 30, 100, 300, 1000, 3000, 10000) if m <= seeds]
+    rows, curves = [], {}
+    for label, errors in zip(("w_n - w*", "w_n - w_n without noise"), np.array(found).swapaxes(0, 1), strict=True):
+        bias = [10 * math.log10((errors[:m].mean(0) ** 2).sum() / scale) for m in counts]
+        single = [10 * math.log10((errors[:m] ** 2).sum(1).mean() / m / scale) for m in counts]
+        rows += [[f"mean of {label}, squared, dB", *(f"{v:.1f}" for v in bias)], ["if unbiased", *(f"{v:.1f}" for v in single)]]
+        curves |= {label: ([*counts], bias), f"{label}, if unbiased": ([*counts], single)}
+    table(["runs M", *map(str, counts)], rows)
     out.mkdir(parents=True, exist_ok=True)
-    draw(out / "figure.svg", {"measured": ([*counts], bias), "predicted without bias": ([*counts], single)}, "runs", log=True)
+    draw(out / "figure.svg", curves, "runs", log=True)
 
 
 def steady(out: Path, seeds: int, cases: dict[str, list[tuple[float, Experiment]]], xlabel: str) -> None:

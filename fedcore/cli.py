@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,13 +69,18 @@ def compare(
     json_: Json = False,
 ) -> None:
     """Run several presets with the same settings and seeds: a table with mean and standard deviation, and a plot."""
-    from fedcore import compare as comparing
-    from fedcore import rundir
-    from fedcore.progress import Terminal
+    from fedcore.rundir import fresh
 
     experiments = [(Path(preset).stem, _experiment(preset, set_, engine, None, None)) for preset in presets]
+    _compared(experiments, seeds, out or fresh("compare"), json_)
+
+
+def _compared(experiments: Sequence[tuple[str, Experiment]], seeds: int, out: Path, json_: bool) -> None:
+    from fedcore import compare as comparing
+    from fedcore.progress import Terminal
+
     with _interruptible(), Terminal() as terminal:
-        comparison = comparing.compare(experiments, seeds, out or rundir.fresh("compare"), terminal)
+        comparison = comparing.compare(experiments, seeds, out, terminal)
     if json_:
         print(json.dumps(comparison.to_dict()))
     else:
@@ -85,15 +90,48 @@ def compare(
 
 
 @app.command()
+def sensitivity(
+    preset: Preset,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="runs of each, with seeds s, s+1, ...")] = 3,
+    set_: Set = None,
+    engine: Annotated[str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="default: a new one in runs/; an old one is gone on with")] = None,
+    json_: Json = False,
+) -> None:
+    """Which kind of layer to personalise: FedSim with each kind personal, on the preset's task and model."""
+    from fedcore import anatomy
+    from fedcore.rundir import fresh
+
+    _compared(anatomy.sensitivity(_experiment(preset, set_, engine, None, None)), seeds, out or fresh("sensitivity"), json_)
+
+
+@app.command()
+def model(preset: Preset, set_: Set = None, json_: Json = False) -> None:
+    """The preset's model: parameters of every layer, dense and factored; what is sent, and what stays on the client."""
+    from fedcore import anatomy
+
+    found = anatomy.anatomy(_experiment(preset, set_, None, None, None))
+    if json_:
+        print(json.dumps(found.to_dict()))
+    else:
+        anatomy.show(found)
+
+
+@app.command()
 def methods() -> None:
-    """List every method, with its reference."""
+    """List every method with its reference, and the presets that are another method's settings."""
     import ast
 
-    files = sorted(f for f in (Path(__file__).parent.parent / "strategies").glob("*.py") if not f.name.startswith("_"))
+    folder = Path(__file__).parent.parent / "strategies"
+    files = sorted(f for f in folder.glob("*.py") if not f.name.startswith("_"))
     # Read, not imported: the list comes at once.
     lines = {f.stem: (ast.get_docstring(ast.parse(f.read_text())) or "").partition("\n")[0] for f in files}
-    width = max(map(len, lines))
+    presets = {f.stem: f.read_text().splitlines()[1].lstrip("# ") for f in sorted(folder.glob("*.toml")) if f.stem not in lines}
+    width = max(map(len, [*lines, *presets]))
     for name, line in lines.items():
+        print(f"{name:<{width}}  {line}")
+    print("\nPresets of the methods above:")
+    for name, line in presets.items():
         print(f"{name:<{width}}  {line}")
 
 

@@ -25,14 +25,19 @@ from fedcore.report import LABEL_ROOM, SERIES, STYLE, Plot, new_figure, plot, re
 from fedcore.report_page import THEME, render
 from fedcore.rundir import stored
 
-MEASURES = {
+CLIENTS = ("mean", "std", "lowest_tenth", "p10", "p90")
+MEASURES = {  # as the table names them; "" = in compare.json only
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
     "test_distance": "distance",
     "nmsd_db": "NMSD, dB",
     "client_mean": "client mean",
-    "client_p10": "client p10",
-    "client_p90": "client p90",
+    "client_std": "client std",
+    "client_lowest_tenth": "worst tenth",
+    "client_p10": "",
+    "client_p90": "",
+    "finetuned_mean": "fine-tuned",
+    "finetuned_lowest_tenth": "",
     "bytes": "sent",
     "seconds": "seconds",
     "clients_per_second": "clients/s",
@@ -50,14 +55,15 @@ class Run(NamedTuple):
     def values(self) -> dict[str, float | None]:
         """Every measure at the end; None where the task has no such measure."""
         last: dict[str, Any] = next((row for row in reversed(self.rows) if "test_loss" in row), {})
-        clients = last.get("client_accuracy") or {}
+        clients, tuned = last.get("client_accuracy") or {}, last.get("finetuned_accuracy") or {}
         seconds = sum(row["seconds"] for row in self.rows)
         return {
             "test_accuracy": last.get("test_accuracy"),
             "test_loss": last.get("test_loss"),
             "test_distance": last.get("test_distance"),
             "nmsd_db": last.get("nmsd_db"),
-            **{f"client_{part}": clients.get(part) for part in ("mean", "p10", "p90")},
+            **{f"client_{part}": clients.get(part) for part in CLIENTS},
+            **{f"finetuned_{part}": tuned.get(part) for part in ("mean", "lowest_tenth")},
             "bytes": float(sum(row["bytes_down"] + row["bytes_up"] for row in self.rows)),
             "seconds": round(seconds, 4),
             "clients_per_second": round(sum(row["reports"] for row in self.rows) / max(seconds, 1e-9), 2),
@@ -91,6 +97,11 @@ class Comparison:
     def measure(self) -> str:
         """What the runs are judged by."""
         return "accuracy" if any(self.stat(label, "test_accuracy") for label in self.runs) else "loss"
+
+    @property
+    def personal(self) -> bool:
+        """Whether some clients have models of their own, and the runs are judged by what clients get."""
+        return self.measure == "accuracy" and any(e.build_method().personalises() for e in self.experiments.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Mean, standard deviation and single values of every measure, by label; ready for JSON."""
@@ -184,7 +195,7 @@ def show(c: Comparison) -> None:
 
 def rows(c: Comparison) -> list[list[str]]:
     """The table, its head first; a measure that no run has is left out."""
-    measures = [measure for measure in MEASURES if any(c.stat(label, measure) for label in c.runs)]
+    measures = [m for m, name in MEASURES.items() if name and any(c.stat(label, m) for label in c.runs)]
     body = [[label, *(stat_text(m, c.stat(label, m)) for m in measures)] for label in c.runs]
     return [["", *(MEASURES[m] for m in measures)], *body]
 
@@ -203,7 +214,8 @@ def stat_text(measure: str, stat: Stat | None) -> str:
 
 def explained(c: Comparison) -> str:
     what = f"Mean ± standard deviation over {c.seeds} seeds." if c.seeds > 1 else "One seed: nothing is known of the spread."
-    return f"{what} Clients are measured on their own examples."
+    told = " The test set is measured with the model of a client that never took part." if c.personal else ""
+    return f"{what} Clients are measured on their own examples.{told}"
 
 
 # Files
@@ -218,16 +230,17 @@ def write(c: Comparison) -> None:
 
 
 def _page(c: Comparison) -> str:
-    best = c.measure == "accuracy"
+    judged = "client_mean" if c.personal else f"test_{c.measure}"
     ranked = sorted(
-        ((stat, label) for label in c.runs if (stat := c.stat(label, f"test_{c.measure}"))),
-        reverse=best,
+        ((stat, label) for label in c.runs if (stat := c.stat(label, judged))),
+        reverse=c.measure == "accuracy",
         key=lambda pair: pair[0].mean,
     )
     summary = f"{len(c.runs)} experiment{'s' if len(c.runs) > 1 else ''} on {c.seeds} seed{'s' if c.seeds > 1 else ''} each."
     if ranked:
-        named = [f"{label} {stat_text(f'test_{c.measure}', stat)}" for stat, label in ranked]
-        summary += f" Test {c.measure} at the end, best first: {'; '.join(named)}."
+        named = [f"{label} {stat_text(judged, stat)}" for stat, label in ranked]
+        what = "Mean accuracy of the clients" if c.personal else f"Test {c.measure}"
+        summary += f" {what} at the end, best first: {'; '.join(named)}."
     runs = [(f"{label}, seed {run.seed}", run.folder) for label, runs in c.runs.items() for run in runs]
     return render(
         "compare",
@@ -246,15 +259,16 @@ def _page(c: Comparison) -> str:
 
 def _plots(c: Comparison) -> list[Plot]:
     plots = []
-    for measure in dict.fromkeys((c.measure, "loss", "distance")):
+    keys = [f"test_{measure}" for measure in dict.fromkeys((c.measure, "loss", "distance"))]
+    for key in ["client_accuracy", *keys] if c.personal else keys:
         for against in ("round", "bytes"):
             figure, axes = new_figure(height=3.2)
-            if not _draw(axes, c, measure, against):
+            if not _draw(axes, c, key, against):
                 continue
             if len(c.runs) > 1:
                 figure.legend(loc="outside upper left", ncols=min(len(c.runs), 3))
             band = "The line is the mean over seeds, the band goes from the lowest to the highest." if c.seeds > 1 else "One seed."
-            plots.append(plot(figure, f"Test {measure} by {axes.get_xlabel()}", band))
+            plots.append(plot(figure, f"{_title(key)} by {axes.get_xlabel()}", band))
     return plots
 
 
@@ -262,7 +276,8 @@ def _picture(c: Comparison) -> str:
     """Both curves side by side, for a paper or a README: on white, whatever the reader's mode."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    drawn = [_draw(left, c, c.measure, "round"), _draw(right, c, c.measure, "bytes")]
+    key = "client_accuracy" if c.personal else f"test_{c.measure}"
+    drawn = [_draw(left, c, key, "round"), _draw(right, c, key, "bytes")]
     if all(drawn):
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 5))
@@ -270,9 +285,13 @@ def _picture(c: Comparison) -> str:
     return svg(figure, transparent=False, facecolor=THEME["card"][0])
 
 
-def _draw(axes: Axes, c: Comparison, measure: str, against: str) -> bool:
+def _title(key: str) -> str:
+    return "Accuracy of single clients, their mean," if key == "client_accuracy" else key.replace("_", " ").capitalize()
+
+
+def _draw(axes: Axes, c: Comparison, key: str, against: str) -> bool:
     """A line and a band for each label; False when there is nothing to draw."""
-    curves = {label: curve(runs, f"test_{measure}") for label, runs in c.runs.items()}
+    curves = {label: curve(runs, key) for label, runs in c.runs.items()}
     curves = {label: found for label, found in curves.items() if len(found[0])}
     if not curves:
         return False
@@ -285,20 +304,24 @@ def _draw(axes: Axes, c: Comparison, measure: str, against: str) -> bool:
         axes.plot(x, y.mean(0), label=label, marker="o" if len(x) == 1 else "", **style)
         if len(y) > 1:
             axes.fill_between(x, y.min(0), y.max(0), alpha=0.18, linewidth=0, color=style["color"])
-    axes.set(xlabel="round" if against == "round" else f"{name} sent", ylabel=f"test {measure}")
+    axes.set(xlabel="round" if against == "round" else f"{name} sent", ylabel=key.replace("_", " "))
     everything = np.concatenate([values.ravel() for _, _, values in curves.values()]).tolist()
     right = max(float((rounds if against == "round" else sent / size)[-1]) for rounds, sent, _ in curves.values())
-    shape_axes(axes, measure, everything, (1.02 if len(curves) > 1 else LABEL_ROOM) * right or 1)
+    shape_axes(axes, key.partition("_")[2], everything, (1.02 if len(curves) > 1 else LABEL_ROOM) * right or 1)
     return True
 
 
 def curve(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rounds [points], mean bytes sent [points], values [seeds, points]), at the rounds in which every seed was evaluated."""
+    """(rounds [points], mean bytes sent [points], values [seeds, points]), at the rounds in which every seed was evaluated.
+
+    Of a spread over clients it is the mean.
+    """
     found: list[dict[int, tuple[float, float]]] = []
     for one in runs:
         sent = np.cumsum([row["bytes_down"] + row["bytes_up"] for row in one.rows])
         pairs = zip(one.rows, sent.tolist(), strict=True)
-        found.append({row["round"]: (total, row[key]) for row, total in pairs if row.get(key) is not None})
+        points = {row["round"]: (total, row[key]) for row, total in pairs if row.get(key) is not None}
+        found.append({t: (total, v["mean"] if isinstance(v, dict) else v) for t, (total, v) in points.items()})
     rounds = sorted(set.intersection(*(set(points) for points in found))) if found else []
     sent = np.array([np.mean([points[t][0] for points in found]) for t in rounds])
     return np.array(rounds), sent, np.array([[points[t][1] for t in rounds] for points in found])

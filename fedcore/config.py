@@ -17,8 +17,8 @@ from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
 from fedcore.errors import SettingsError
 from fedcore.links import LinksSettings
-from fedcore.method import Method, MethodSettings
-from fedcore.models import Mlp, ModelSettings
+from fedcore.method import FinetuneSettings, Method, MethodSettings
+from fedcore.models import LowRank, Mlp, ModelSettings
 from fedcore.participation import ParticipationSettings, Uniform
 
 KINDS = ("method", "model", "partition", "participation")  # sections whose keys depend on their name
@@ -73,6 +73,8 @@ class Experiment(_Section):
     proxy: int = Field(0, ge=0, description="labelled examples that the server holds itself, class-balanced; no client has them")
     options: dict[str, Any] = Field({}, description="for your own task, as it pleases")
     model: ModelSettings = Mlp()
+    lowrank: LowRank = LowRank()
+    initial: Path | None = Field(None, description="run directory, or .safetensors file, whose parameters the model starts with")
     partition: PartitionSettings = Dirichlet()
     local: LocalSettings = LocalSettings()
     participation: ParticipationSettings = Uniform()
@@ -80,6 +82,7 @@ class Experiment(_Section):
     min_reports: int = Field(1, ge=0, description="a round with fewer reports leaves the server as it was; 0: the method decides")
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
 
     @field_validator("method", mode="before")
@@ -101,7 +104,9 @@ class Experiment(_Section):
         return {"name": default.name, **value} if isinstance(value, Mapping) else value
 
     def build_method(self) -> Method[Any]:
-        return methods.load(self.method.name)(self.method)
+        method = methods.load(self.method.name)(self.method)
+        method.finetuning = self.finetune
+        return method
 
     def to_toml(self) -> str:
         """The resolved settings, as a preset that loads to an equal Experiment."""

@@ -15,13 +15,16 @@ CGROUP = Path("/sys/fs/cgroup")  # version 2: where a container's own limit stan
 def available(device: torch.device) -> int:
     """Bytes that this process can still take on `device`; of a container's memory, where that is less than the machine's."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, and free
+        return int(torch.cuda.mem_get_info(device)[0]) + held
     free = int(psutil.virtual_memory().available)
     try:
-        limit, used = (CGROUP / "memory.max").read_text(), (CGROUP / "memory.current").read_text()
+        limit, used = (CGROUP / "memory.max").read_text(), int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return free
-    return free if limit.strip() == "max" else min(free, max(int(limit) - int(used), 0))
+    used -= int(stat.get("inactive_file", 0))  # page cache, which the kernel gives back
+    return free if limit.strip() == "max" else min(free, max(int(limit) - used, 0))
 
 
 def byte_unit(largest: float) -> tuple[float, str]:

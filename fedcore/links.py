@@ -28,7 +28,9 @@ class LinkSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     variance: float = Field(0.0, ge=0, description="sigma^2, variance of the noise on every entry of a message's tensors")
-    snr_db: float | None = Field(None, description="instead: mean power of a message's entries over sigma^2, in dB")
+    snr_db: float | None = Field(
+        None, ge=-200, le=200, description="instead: mean power of a message's entries over sigma^2, in dB"
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> LinkSettings:

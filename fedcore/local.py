@@ -28,7 +28,7 @@ def local_sgd(
     loss: Loss,
     params: Params,
     batches: Batches,
-    lr: float | Tensor,
+    lr: float | Tensor | dict[str, float],
     correction: Params | None = None,
     prox: float = 0.0,
     center: Params | None = None,
@@ -39,10 +39,10 @@ def local_sgd(
 
         v <- momentum v + g(y) + correction + prox (y - center) + weight_decay y;  y <- y - lr v
 
-    `center` is params unless given. A batch that is all padding moves nothing, whatever the hooks: ragged clients train side by
-    side.
+    `lr` is one step size, or one a parameter; `center` is params unless given. A batch that is all padding moves nothing, whatever
+    the hooks: ragged clients train side by side.
     """
-    y, dtype = params, next(iter(params.values())).dtype  # a step size in float32 would round a float64 model
+    y, dtype = params, wide(params)
     center, v = params if center is None else center, trees.zeros_like(params) if momentum else {}
     steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
     for x, target, mask in zip(batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True):
@@ -56,14 +56,17 @@ def local_sgd(
             g = trees.axpy(weight_decay, y, g)
         if momentum:
             g = v = trees.axpy(real, g, trees.scale(v, 1 - real * (1 - momentum)))
-        y = trees.axpy(-lr * real, g, y)
+        if isinstance(lr, dict):
+            y = {name: torch.addcmul(value, g[name], -lr[name] * real) for name, value in y.items()}
+        else:
+            y = trees.axpy(-lr * real, g, y)
         steps, total = steps + real, total + real * value
     return LocalWork(y, steps, total / steps.clamp(min=1))
 
 
 def full_gradient(loss: Loss, params: Params, batches: Batches) -> tuple[Params, Tensor]:
     """Gradient and value of the mean loss over all real examples of `batches`."""
-    dtype = next(iter(params.values())).dtype
+    dtype = wide(params)
     total = batches.mask.sum().clamp(min=1).to(dtype)
     gradient, value = trees.zeros_like(params), torch.zeros((), dtype=dtype, device=batches.mask.device)
     for x, y, mask in zip(batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True):
@@ -71,3 +74,8 @@ def full_gradient(loss: Loss, params: Params, batches: Batches) -> tuple[Params,
         g, v = grad_and_value(loss)(params, x, y, mask)
         gradient, value = trees.axpy(share, g, gradient), value + share * v
     return gradient, value
+
+
+def wide(params: Params) -> torch.dtype:
+    """For step sizes and counters: float32 would round a float64 model, and bfloat16 counts to 256."""
+    return torch.promote_types(next(iter(params.values())).dtype, torch.float32)

@@ -33,6 +33,7 @@ from fedcore.method import Method
 from fedcore.participation import Process, UniformProcess, answering
 from fedcore.rng import rng
 from fedcore.rundir import ClientTable, make_run_dir, open_run_dir, read_history
+from fedcore.split import split
 from fedcore.state import StateStore
 from fedcore.task import Task
 from fedcore.tasks import build_task
@@ -40,6 +41,7 @@ from fedcore.types import ClientFunction, Model, Params, Reports, Round, Tree
 
 log = logging.getLogger("fedcore")
 
+PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)  # of a measure over clients
 PATIENCE = 3  # rounds in a row in which every client asked failed, after which the run stops
 
 
@@ -156,21 +158,23 @@ class Loop:
         self._check_participation()
         known = self.process.rates
         self.rates = None if known is None else torch.from_numpy(known * (1 - e.participation.dropout))
-        advice = self.method.check(self.task, self.process.largest)
-        if advice:
-            observer.note(advice)
         params = self.task.init_params()
+        if e.finetune.epochs:
+            split(params, e.finetune.parts)  # refused now, not after the last round
         work = Work(self.task, self.method, e.local, e.seed, e.links)
         initial = {"clients": self.method.init_client(params), "memory": self.method.init_memory(params)}
         ram = int(e.checkpoint.state_ram_gb * 1e9) // max(sum(trees.nbytes(row) > 0 for row in initial.values()), 1)
         clients = StateStore(initial["clients"], ram, partial(_spill, folder, "clients"))
         self.engine = engine(work) if engine else engines.make(e.engine, work, clients)
+        advice = self.method.check(self.task, self.process.largest)  # the task is now on its device
+        if advice:
+            observer.note(advice)
         self.memory = StateStore(initial["memory"], ram, partial(_spill, folder, "memory"), self.task.device)
         self.stores = {"memory": self.memory}
         if self.engine.states is not None:
             self.stores["clients"] = self.engine.states
         server = self.method.init_server(trees.to(params, self.task.device), self.task.population)
-        self.state = State(0, server, self.process.start())
+        self.state = State(0, trees.to(server, self.task.device), self.process.start())
         self.history: list[dict[str, Any]] = []
         self.clients = ClientTable(folder / "clients.parquet")
         if facts is not None:
@@ -235,7 +239,7 @@ class Loop:
 
         r = Round(t, cohort, self.task.population, self.task, each, self.memory, e.seed, self.rates)
         try:
-            server = self.method.round(self.state.server, r)
+            server = trees.to(self.method.round(self.state.server, r), self.task.device)
             if len(cohort) and len(tally.reported) < e.min_reports:
                 raise TooFewReports(f"{len(tally.reported)} reports, expected at least {e.min_reports}")
             if not bool(trees.finite(server)):
@@ -312,33 +316,43 @@ class Loop:
 
     def evaluate(self) -> dict[str, Any]:
         """Global test metrics of the server's model, and the clients' own metrics of the model each would use."""
-        server, t = self.state.server, self.state.t - 1
+        server = self.state.server
         found: dict[str, Any] = {f"test_{name}": value for name, value in self.task.test(server.params).items()}
-        values: dict[str, list[Tensor]] = {}
         failed: set[int] = set()
-        for r in self.engine.each(self.method.evaluate, self._evaluated, Model(server.params), t):
+        measured = {"client": self._measure(self.method.evaluate, failed)}
+        if self.state.t == self.e.rounds and self.e.finetune.epochs:
+            measured["finetuned"] = self._measure(self.method.finetune, failed)
+        for kind, values in measured.items():
+            for name, (per_client, examples) in values.items():
+                found[f"{kind}_{name}"] = spread(per_client, examples)
+        if "client_nmsd" in found:
+            found["nmsd_db"] = 10 * float(np.log10(max(found["client_nmsd"]["mean"], 1e-300)))
+        return found | ({"evaluation_failed": len(failed)} if failed else {})
+
+    def _measure(self, fn: ClientFunction, failed: set[int]) -> dict[str, tuple[Tensor, Tensor]]:
+        """By metric: its value for each evaluated client with examples, and their number; who failed is added to `failed`."""
+        values: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        t = self.state.t - 1
+        for r in self.engine.each(fn, self._evaluated, Model(self.state.server.params), t):
             self._heed_stop()
             self._note_failed(r.failed)
             failed.update(r.failed)
             if len(r.clients) == 0:
                 continue
-            self.clients.add(t + 1, "evaluate", r)
+            self.clients.add(t + 1, fn.__name__, r)
+            some = r.num_examples > 0
             for name, per_client in r.metrics.items():
-                values.setdefault(name, []).append(per_client[r.num_examples > 0].cpu())
+                values.setdefault(name, []).append((per_client[some].double().cpu(), r.num_examples[some].double().cpu()))
         if self.engine.states is not None:
             self.engine.states.rollback()  # evaluation leaves no trace in the clients
-        for name, pieces in values.items():
-            if len(measured := torch.cat(pieces)):
-                found[f"client_{name}"] = spread(measured)
-                if name == "nmsd":
-                    found["nmsd_db"] = 10 * measured.double().mean().log10().item()
-        return found | ({"evaluation_failed": len(failed)} if failed else {})
+        columns = {name: tuple(torch.cat(column) for column in zip(*pieces, strict=True)) for name, pieces in values.items()}
+        return {name: (per_client, examples) for name, (per_client, examples) in columns.items() if len(per_client)}
 
     def result(self) -> Result:
         rows = self.history
         measured: dict[str, Any] = next((row for row in reversed(rows) if "test_loss" in row), {})
         final: dict[str, Any] = {"test_loss": None, "test_accuracy": None, "client_accuracy": None}
-        final |= {key: value for key, value in measured.items() if key.startswith(("test_", "client_", "nmsd_"))}
+        final |= {key: value for key, value in measured.items() if key.startswith(("test_", "client_", "finetuned_", "nmsd_"))}
         final["clients_evaluated_on"] = self.task.data.evaluated_on
         dropped: Counter[str] = Counter()
         for row in rows:
@@ -374,7 +388,7 @@ class Loop:
         keep: set[str] = set()
         for name, store in self.stores.items():
             if not store.stateless:
-                facts[name] = list(store.row_of)
+                facts[name] = store.clients()
                 keep |= {f"{name}-{n}" for n in range(len(store.blocks)) if n not in store.changed}
         self.clients.write(self.state.t)
         self.checkpoint.save(self.state.t, facts, self._parts(), keep)
@@ -480,10 +494,19 @@ def keep_finite(r: Reports) -> Reports:
     return Reports(r.clients[good], trees.at(r.up, rows), r.num_examples[rows], {**r.failed, **bad})
 
 
-def spread(values: Tensor) -> dict[str, float]:
-    """Mean, 10th and 90th percentile over clients; `values` [n], n > 0."""
-    low, high = torch.quantile(values.double(), torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
-    return {"mean": values.double().mean().item(), "p10": low, "p90": high}
+def spread(values: Tensor, examples: Tensor) -> dict[str, float]:
+    """Over clients, each counting the same: mean, standard deviation, percentiles, and the mean of the lowest tenth.
+
+    `pooled` is the mean over all their examples. `values` and `examples` float64 [n], n > 0.
+    """
+    quantiles = torch.quantile(values, torch.tensor(PERCENTILES, dtype=torch.float64) / 100).tolist()
+    return {
+        "mean": values.mean().item(),
+        "std": values.std(correction=0).item(),
+        **{f"p{percent}": value for percent, value in zip(PERCENTILES, quantiles, strict=True)},
+        "lowest_tenth": values.sort().values[: -(-len(values) // 10)].mean().item(),
+        "pooled": ((values * examples).sum() / examples.sum()).item(),
+    }
 
 
 def params_sha256(params: Params) -> str:

@@ -10,17 +10,33 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedcore.errors import SettingsError
+from fedcore.local import local_sgd
+from fedcore.split import Parts, split
 from fedcore.task import Task
-from fedcore.types import Batches, Metrics, Model, Params, Round, Stateless, Tree
+from fedcore.types import Batches, Metrics, Model, Params, Round, Stateless, Tree, Tuning
 
 PACKAGE = "strategies"
 
-Data = Literal["train", "all", "test"]
-"""What a client function reads: the round's shuffled minibatches, every training example once, or the held-out examples."""
+Data = Literal["train", "all", "test", "tune"]
+"""What a client function reads: the round's shuffled minibatches, every training example once, the held-out examples, or a
+`Tuning`: minibatches to fine-tune on, and the held-out examples."""
+
+
+class FinetuneSettings(BaseModel):
+    """Training of each client's own model after the last round, measured and thrown away."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    epochs: int = Field(0, ge=0, description="passes over the client's training examples; 0 = no fine-tuning")
+    lr: float = Field(0.05, gt=0, description="step size")
+    parts: Parts = Field(
+        ("all",), min_length=1, description="what is trained: parts of the model by name, or patterns of parameter names"
+    )
+    penalty: float = Field(0.0, ge=0, description="lambda of |v - v_start|^2, without 1/2; with parts = all, Ditto after the fact")
 
 
 class MethodSettings(BaseModel):
@@ -63,6 +79,8 @@ def data_of(fn: Callable[..., Any]) -> Data:
 class Method(Generic[S]):
     """A method holds settings and nothing that changes: what changes is in its Server or its Client tuple."""
 
+    finetuning = FinetuneSettings()
+
     def __init__(self, settings: S) -> None:
         self.s = settings
 
@@ -85,6 +103,14 @@ class Method(Generic[S]):
         """
         return None
 
+    def passes(self) -> int:
+        """Plans of batches, each freshly shuffled, that a client gets for its training in a round, one after another."""
+        return 1
+
+    def personalises(self) -> bool:
+        """Whether a client's model is more than the server's: then a run is judged by its clients, not by the test set."""
+        return type(self).model_for is not Method.model_for
+
     def needs_rates(self) -> bool:
         """Whether the settings ask for the true participation rates (`Round.known_rates`)."""
         return False
@@ -93,6 +119,19 @@ class Method(Generic[S]):
     def evaluate(self, task: Task, t: Tensor, down: Model, state: Tree, batches: Batches) -> tuple[Metrics, Tree]:
         """The client's own metrics on its held-out examples, with the model that it would use."""
         return Metrics(task.evaluate(self.model_for(down, state), batches)), state
+
+    @on_client(data="tune")
+    def finetune(self, task: Task, t: Tensor, down: Model, state: Tree, batches: Tuning) -> tuple[Metrics, Tree]:
+        """`evaluate` after fine-tuning the model that the client would use; what it learns is measured and forgotten."""
+        params, s = self.model_for(down, state), self.finetuning
+        fixed, start = split(params, s.parts)
+
+        def loss(v: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+            return task.loss({**fixed, **v}, x, y, mask)
+
+        v = local_sgd(loss, start, batches.train, s.lr, prox=2 * s.penalty).params
+        task.model.eval()
+        return Metrics(task.evaluate({**fixed, **v}, batches.test)), state
 
     def round(self, server: Any, r: Round) -> Any:
         """One round: the server's state before it to the state after it."""

@@ -208,6 +208,12 @@ class _CyclicProcess(Process):
         self.delay = rng(seed, "participation").integers(0, self.absent)
         self.rates = self.active / (self.active + self.absent)
 
+    @property
+    def largest(self) -> int:
+        """Of one cycle, after everybody's delay."""
+        start, period = int(self.delay.max()), int((self.active + self.absent).max())
+        return max(len(self.members(t)) for t in range(start, start + period))
+
     def members(self, t: int) -> np.ndarray:
         since = t - self.delay
         return np.flatnonzero((since >= 0) & (since % (self.active + self.absent) < self.active))

@@ -86,13 +86,14 @@ def show_result(result: Result, report: Path | None) -> None:
         return "-" if value is None else f"{value:.2%}"
 
     final = result.final
-    clients = final["client_accuracy"] or {}
+    clients, tuned = final["client_accuracy"] or {}, final.get("finetuned_accuracy") or {}
     facts: dict[str, Any] = {
         "method": f"{result.method}, {result.engine} engine, seed {result.seed}",
         "test accuracy": percent(final["test_accuracy"]),
         "test loss": "-" if final["test_loss"] is None else f"{final['test_loss']:.4f}",
         "accuracy per client": f"mean {percent(clients.get('mean'))}, 10th percentile {percent(clients.get('p10'))}, "
-        f"90th {percent(clients.get('p90'))}",
+        f"90th {percent(clients.get('p90'))}, worst tenth {percent(clients.get('lowest_tenth'))}",
+        "after fine-tuning": f"mean {percent(tuned.get('mean'))}, worst tenth {percent(tuned.get('lowest_tenth'))}",
         "rounds": f"{result.rounds}, {result.cohort:.4g} of {result.population} clients each",
         "speed": f"{result.clients_per_second:,.0f} clients/s, first round done after {result.first_round_s:.1f} s",
         "sent": f"{size_text(result.bytes_down)} down, {size_text(result.bytes_up)} up",
@@ -102,5 +103,7 @@ def show_result(result: Result, report: Path | None) -> None:
     }
     if final["test_accuracy"] is None:
         del facts["test accuracy"], facts["accuracy per client"]
+    if not tuned:
+        del facts["after fine-tuning"]
     for name, value in facts.items():
         print(f"{name:<21}{value}")

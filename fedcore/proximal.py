@@ -12,9 +12,13 @@ from torch import Tensor
 from torch.func import grad, jacrev
 
 from fedcore import limits, trees
+from fedcore.errors import SettingsError
 from fedcore.local import Loss
 from fedcore.task import Task
 from fedcore.types import Batches, Params
+
+LARGEST = 2000  # parameters: their Hessian is factored in a second or so
+CHUNK = 16  # clients that an engine may batch
 
 
 class Quadratic(NamedTuple):
@@ -65,7 +69,11 @@ def unknown(params: Params) -> Quadratic:
 
 
 def require_hessian(task: Task) -> None:
-    """Raises SettingsError for a model whose Hessian does not fit in memory."""
+    """Raises SettingsError for a model whose Hessians take too long, or too much memory."""
     params = trees.ravel(task.init_params())
-    need = 4 * len(params) ** 2 * params.element_size()  # H, Q, and what making the two takes
-    limits.require(need, task.device, f"method.solver = exact takes the Hessian of {len(params):,} parameters")
+    what = f"method.solver = exact takes the Hessian of {len(params):,} parameters for each of {task.population:,} clients"
+    if len(params) > LARGEST:
+        raise SettingsError(f'{what}: expected at most {LARGEST:,} parameters, as in least squares; use method.solver = "sgd"')
+    # Q of every client; H, Q and what making the two takes, of a chunk of clients side by side
+    need = (task.population + 4 * CHUNK) * len(params) ** 2 * params.element_size()
+    limits.require(need, task.device, what)

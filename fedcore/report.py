@@ -88,10 +88,12 @@ class Run:
     rows: list[dict[str, Any]]
     environment: dict[str, Any]
     clients: dict[str, np.ndarray]  # at the last evaluation, by metric; [clients]
+    tuned: dict[str, np.ndarray] = field(default_factory=dict)  # the same after fine-tuning
     notes: list[str] = field(default_factory=list)
     population: int | None = None
     label_counts: np.ndarray | None = None  # [population, classes]
     reference: str = ""  # what the method is
+    personal: bool = False  # whether clients have models of their own
 
     @property
     def done(self) -> bool:
@@ -183,7 +185,7 @@ def read_run(folder: Path) -> Run:
         r.environment = dict(json.loads((folder / "environment.json").read_text()))
     except (OSError, ValueError, TypeError) as e:
         r.notes.append(f"environment.json cannot be read ({_brief(e)}): versions and machine of this run are not known.")
-    r.clients = _last_evaluation(r)
+    r.clients, r.tuned = _last_evaluation(r, "evaluate"), _last_evaluation(r, "finetune")
     _describe(r)
     return r
 
@@ -213,8 +215,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _last_evaluation(r: Run) -> dict[str, np.ndarray]:
-    """What every client measured at the last evaluation that clients.parquet has."""
+def _last_evaluation(r: Run, function: str) -> dict[str, np.ndarray]:
+    """What every client measured at the last evaluation, or fine-tuning, that clients.parquet has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -222,7 +224,7 @@ def _last_evaluation(r: Run) -> dict[str, np.ndarray]:
     if not file.exists():
         return {}
     try:
-        table = pq.read_table(file, filters=[("function", "==", "evaluate"), ("round", "<=", len(r.rows))])
+        table = pq.read_table(file, filters=[("function", "==", function), ("round", "<=", len(r.rows))])
         columns = {name: table[name].to_numpy() for name in table.column_names}
         if not len(table):
             return {}
@@ -244,6 +246,7 @@ def _describe(r: Run) -> None:
         e = Experiment.parse(r.settings, source=str(r.folder / "config.toml"))
         module = sys.modules[methods.load(e.method.name).__module__]
         r.reference = (module.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        r.personal = e.build_method().personalises()
         if not _at_hand(e.task, e.data_folder):
             return
         data = build_task(e).data
@@ -417,11 +420,13 @@ def _clients(r: Run) -> list[Plot]:
         figure.legend(loc="outside upper left", ncols=2)
         caption = f"The model on every client's own {on}: what a client gets, which the mean over all test examples hides."
         plots.append(plot(figure, f"{r.measure.capitalize()} of single clients", caption))
-    values = r.clients.get(r.measure, np.array([]))
-    values = values[np.isfinite(values)]
-    if len(values):
+    for measured, after in ((r.clients, ""), (r.tuned, " after fine-tuning")):
+        values = measured.get(r.measure, np.array([]))
+        values = values[np.isfinite(values)]
+        if not len(values):
+            continue
         figure, axes = new_figure()
-        t = int(r.clients["round"][0])
+        t = int(measured["round"][0])
         percent = r.measure == "accuracy"
         axes.hist(values, bins=np.linspace(0, 1, 21).tolist() if percent else 30, color=SERIES[0], alpha=0.85, rwidth=0.92)
         low, high = np.quantile(values, [0.1, 0.9])
@@ -433,8 +438,11 @@ def _clients(r: Run) -> list[Plot]:
             axes.set_xlim(-0.01, 1.01)
             axes.xaxis.set_major_formatter(PercentFormatter(1))
         figure.legend(loc="outside upper left", ncols=2)
-        caption = f"After round {t}, {len(values):,} clients, each counted once."
-        plots.append(plot(figure, "Spread over clients", caption))
+        caption = f"After round {t}{after and ' and fine-tuning'}, {len(values):,} clients, each counted once."
+        if percent:
+            worst = np.sort(values)[: -(-len(values) // 10)]
+            caption += f" The worst tenth has {value_text(r.measure, float(worst.mean()))} on average."
+        plots.append(plot(figure, f"Spread over clients{after}", caption))
     return plots
 
 
@@ -442,7 +450,7 @@ def _method(r: Run) -> list[Plot]:
     """What the method logged on the server, a plot a number, or a list of them; and the deviation from a known optimum."""
     plots = []
     for key in sorted({key for row in r.rows for key in row if key.startswith("server_") or key == "nmsd_db"}):
-        points = thin([(row["round"], row[key]) for row in r.rows if row.get(key) not in (None, [])])
+        points = thin([(row["round"], row[key]) for row in r.rows if _drawable(row.get(key))])
         if not points:
             continue
         figure, axes = new_figure()
@@ -467,6 +475,11 @@ def _method(r: Run) -> list[Plot]:
                 caption = f"Mean square deviation of the clients' models from the optimum; {points[-1][1]:.2f} dB at the end."
         plots.append(plot(figure, f"{name} by round", caption))
     return plots
+
+
+def _drawable(value: Any) -> bool:
+    """A number, or a list of them; null stands for what was not finite."""
+    return None not in value and value != [] if isinstance(value, list) else value is not None
 
 
 def _rounds(r: Run) -> list[Plot]:
@@ -553,7 +566,8 @@ def _summary(r: Run) -> str:
     text += f" of them {'was' if cohorts[0] == 1 and same else 'were'} asked in {_each(len(rows))}."
     test, loss = r.last(f"test_{r.measure}"), r.last("test_loss")
     if test is not None:
-        text += f" The server's model reaches {value_text(r.measure, test)} test {r.measure}"
+        whose = "With the server's parameters alone a client that never took part" if r.personal else "The server's model"
+        text += f" {whose} reaches {value_text(r.measure, test)} test {r.measure}"
         text += f" (loss {loss:.4g})." if r.measure != "loss" and loss is not None else "."
     elif (r.last("client_loss") or r.last("client_accuracy")) is None:
         text += " It has not been evaluated yet."
@@ -562,6 +576,12 @@ def _summary(r: Run) -> str:
         mean, low, high = (value_text(r.measure, clients[key]) for key in ("mean", "p10", "p90"))
         text += f" Clients differ: on their own examples the mean {r.measure} is {mean}, a tenth of them are at {low} or below"
         text += f" and a tenth at {high} or above."
+        if (worst := clients.get("lowest_tenth")) is not None:
+            text += f" The worst tenth has {value_text(r.measure, worst)} on average."
+    tuned = r.last(f"finetuned_{r.measure}") or {}
+    if None not in (tuned.get("mean"), tuned.get("lowest_tenth")):
+        mean, worst = (value_text(r.measure, tuned[key]) for key in ("mean", "lowest_tenth"))
+        text += f" After fine-tuning on each client the mean is {mean}, and that of the worst tenth {worst}."
     asked, used = r.total("cohort"), r.total("reports")
     lost = sum(_dropped(rows).values())
     if lost:
@@ -583,11 +603,15 @@ def _facts(r: Run) -> list[Fact]:
     detail = f"after round {at['round']}" if at else "not evaluated yet"
     if r.measure != "loss" and at.get("test_loss") is not None:
         detail += f", loss {at['test_loss']:.4g}"
-    facts = [Fact(f"test {r.measure if at else 'result'}", value_text(r.measure, at.get(key)), detail)]
+    name = "unseen client" if r.personal and at else f"test {r.measure if at else 'result'}"
+    facts = [Fact(name, value_text(r.measure, at.get(key)), f"on the test set {detail}" if r.personal and at else detail)]
     if clients := r.last(f"client_{r.measure}"):
         low, high = (value_text(r.measure, clients.get(key), 0) for key in ("p10", "p90"))
         mean = value_text(r.measure, clients.get("mean"))
-        facts.append(Fact("single clients", f"{low} to {high}", f"10th to 90th percentile, mean {mean}"))
+        if r.personal:
+            facts.insert(0, Fact("single clients", mean, f"on average; 10th to 90th percentile {low} to {high}"))
+        else:
+            facts.append(Fact("single clients", f"{low} to {high}", f"10th to 90th percentile, mean {mean}"))
     cohort = r.total("cohort") / max(len(r.rows), 1)
     of = f" of {r.population:,}" if r.population else ""
     facts.append(

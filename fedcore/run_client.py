@@ -6,10 +6,10 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.task import Task
-from fedcore.types import Batches, ClientFunction, Tree
+from fedcore.types import Batches, ClientFunction, Tree, Tuning
 
 
-def run_client(fn: ClientFunction, task: Task, t: Tensor, down: Tree, state: Tree, batches: Batches) -> tuple[Tree, Tree]:
+def run_client(fn: ClientFunction, task: Task, t: Tensor, down: Tree, state: Tree, batches: Batches | Tuning) -> tuple[Tree, Tree]:
     """The client function: (what is sent, the client's new state).
 
     A client whose work is not finite keeps its old state: one diverged round must not stay with it for good.

@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 class StateStore:
     """Rows by client id. A client that never took part costs nothing and reads as the initial row.
 
-    Writes of a round are held back until `commit`, so that an interrupted round leaves no trace.
+    What a round writes goes into rows of its own, which take the place of the old ones at `commit`: so an interrupted round leaves
+    no trace, and a round of any size stays within the cap.
     """
 
     def __init__(self, initial: Tree, ram: int, spill: Callable[[], Path], device: torch.device = CPU) -> None:
@@ -31,10 +32,12 @@ class StateStore:
         self.row_bytes = trees.nbytes(initial)
         self.blocks: list[Tree] = []  # leaves [ROWS, ...]
         self.row_of: dict[int, int] = {}
-        self.changed: set[int] = set()  # blocks written since `saved`
+        self.changed: set[int] = set()  # blocks written since the last checkpoint
         self._ram, self._spill, self._device = ram, spill, device
         self._maps: dict[int, list[mmap.mmap]] = {}  # of the blocks in files
-        self._pending: dict[int, Tree] = {}
+        self._pending: dict[int, int] = {}  # row of what this round wrote, by client
+        self._replaced: list[int] = []  # rows that this round wrote twice; they may still be read
+        self._free: list[int] = []
 
     @property
     def stateless(self) -> bool:
@@ -42,15 +45,17 @@ class StateStore:
 
     def get(self, client: int) -> Tree:
         """The row of one client, on the CPU; not to be written to."""
-        if client in self._pending:
-            return self._pending[client]
-        row = self.row_of.get(client)
+        row = self._pending.get(client, self.row_of.get(client))
         return self.initial if row is None else trees.at(self.blocks[row // ROWS], row % ROWS)
 
     def gather(self, clients: Tensor | list[int]) -> Tree:
         """Rows stacked, [n, ...]."""
+        if self.stateless:
+            return self.initial
         ids = clients.tolist() if isinstance(clients, Tensor) else clients
-        return self.initial if self.stateless else trees.to(trees.stack([self.get(i) for i in ids]), self._device)
+        rows = trees.to(trees.stack([self.get(i) for i in ids]), self._device)
+        self._release(self._maps)
+        return rows
 
     def put(self, clients: Tensor | list[int], rows: Tree) -> None:
         """New rows, stacked [n, ...], from any device; they count from now on, and are kept by the next `commit`."""
@@ -58,19 +63,28 @@ class StateStore:
             return
         rows = trees.to(rows, CPU)
         for i, client in enumerate(clients.tolist() if isinstance(clients, Tensor) else clients):
-            self._pending[client] = trees.at(rows, i)
+            if client in self._pending:
+                self._replaced.append(self._pending[client])
+            if not self._free:
+                self._free = list(reversed(range(len(self.blocks) * ROWS, (len(self.blocks) + 1) * ROWS)))
+                self.blocks.append(self._allocate())
+            row = self._pending[client] = self._free.pop()
+            trees.map(lambda block, new, at=row % ROWS, i=i: block[at].copy_(new[i]), self.blocks[row // ROWS], rows)
+        self._release(self._maps)
 
     def commit(self) -> None:
-        for client, state in self._pending.items():
-            row = self.row_of.setdefault(client, len(self.row_of))
-            if row // ROWS == len(self.blocks):
-                self.blocks.append(self._allocate())
+        for client, row in self._pending.items():
+            if client in self.row_of:
+                self._replaced.append(self.row_of[client])
+            self.row_of[client] = row
             self.changed.add(row // ROWS)
-            trees.map(lambda block, new, at=row % ROWS: block[at].copy_(new), self.blocks[row // ROWS], state)
+        self._pending.clear()
         self.rollback()
 
     def rollback(self) -> None:
+        self._free += [*self._pending.values(), *self._replaced]
         self._pending.clear()
+        self._replaced.clear()
         self._release(self._maps)
 
     def _allocate(self) -> Tree:
@@ -98,18 +112,27 @@ class StateStore:
 
     # For the checkpoint: blocks as flat tensors, and which client is in which row.
 
+    def clients(self) -> list[int]:
+        """The client of each row, -1 where there is none."""
+        found = [-1] * (max(self.row_of.values(), default=-1) + 1)
+        for client, row in self.row_of.items():
+            found[row] = client
+        return found
+
     def save_blocks(self, numbers: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        last = max(self.row_of.values(), default=-1)
         for number in sorted(numbers):
-            used = min(ROWS, len(self.row_of) - number * ROWS)
+            used = min(ROWS, last + 1 - number * ROWS)
             yield number, {path: x[:used] for path, x in trees.flatten(self.blocks[number]).items()}
             self._release([number])
 
     def load(self, clients: list[int], block: Callable[[int], dict[str, Tensor]]) -> None:
-        """`clients` in row order, and `block(number)` as `save_blocks` gave it."""
-        self.row_of = {client: row for row, client in enumerate(clients)}
+        """`clients` as `clients()` gave them, and `block(number)` as `save_blocks` did."""
+        self.row_of = {client: row for row, client in enumerate(clients) if client >= 0}
         self.blocks, self.changed = [], set()
         for number in range(-(-len(clients) // ROWS)):
             self.blocks.append(self._allocate())
             saved = trees.unflatten(block(number), self.initial)
             trees.map(lambda target, source: target[: len(source)].copy_(source), self.blocks[number], saved)
             self._release([number])
+        self._free = sorted(set(range(len(self.blocks) * ROWS)) - set(self.row_of.values()), reverse=True)

@@ -52,8 +52,9 @@ class Task:
 
         `metrics` are reported beside the loss; default: accuracy.
         """
-        if metrics is not None and "loss" in metrics:
-            raise SettingsError('metrics holds "loss", which is the name of what is trained on: give it another name')
+        for name, meaning in (("loss", "what is trained on"), ("nmsd", "the deviation from a known optimum")):
+            if metrics is not None and name in metrics:
+                raise SettingsError(f'metrics holds "{name}", which is the name of {meaning}: give it another name')
         for name, module in model.named_modules():
             if getattr(module, "track_running_stats", False):
                 raise SettingsError(
@@ -69,13 +70,17 @@ class Task:
     @torch.no_grad()
     def check(self) -> None:
         """Try model, loss and metrics on two examples. Raises SettingsError when they do not fit each other."""
-        x, y = self.data.x[:2], self.data.y[:2]
+        self._try("examples", self.data.x[:2], self.data.y[:2])
+        if self.proxy is not None:
+            self._try("proxy examples", self.proxy.x[:2], self.proxy.y[:2])
+
+    def _try(self, what: str, x: Tensor, y: Tensor) -> None:
         if len(x) == 0:
             return
         try:
             outputs = self.predict(self.init_params(), x)
         except Exception as e:
-            raise SettingsError(f"the model cannot take examples of shape {tuple(x.shape[1:])}: {type(e).__name__}: {e}") from e
+            raise SettingsError(f"the model cannot take {what} of shape {tuple(x.shape[1:])}: {type(e).__name__}: {e}") from e
         for name, metric in self.metrics.items():
             try:
                 values = metric(outputs, y)
@@ -130,7 +135,8 @@ class Task:
     def _deviation(self, params: Params) -> Tensor:
         """Squared distance to the optimum, float64 0-d."""
         assert self.optimum is not None
-        away = [(params[name].double() - best.double()).square().sum() for name, best in self.optimum.items()]
+        own = dict(self.model.named_parameters())  # what `params` lacks is personal, and as it was initialised
+        away = [(params.get(name, own[name]).double() - best.double()).square().sum() for name, best in self.optimum.items()]
         return torch.stack(away).sum()
 
     @torch.no_grad()

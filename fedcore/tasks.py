@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedcore.checkpoint import Checkpoint
 from fedcore.config import Experiment
 from fedcore.data import sources
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.partition import carve
 from fedcore.errors import SettingsError
+from fedcore.models.lowrank import lowrank
 from fedcore.rng import rng, torch_seed
 from fedcore.task import Task, squared_error
 
@@ -92,7 +97,7 @@ class WeightedLeastSquares(BaseModel):
 
     examples: tuple[int, int] = Field((50, 90), description="d_k, least and most examples a client; drawn uniformly")
     features: int = Field(128, ge=1, description="L, dimension of w")
-    noise: float = Field(0.01, gt=0, description="sigma_nu, standard deviation of the noise in y; examples weigh 1 / sigma_nu^2")
+    noise: float = Field(0.01, ge=1e-6, description="sigma_nu, standard deviation of the noise in y; examples weigh 1 / sigma_nu^2")
 
     @model_validator(mode="after")
     def _ordered(self) -> WeightedLeastSquares:
@@ -128,6 +133,7 @@ def weighted_least_squares(e: Experiment) -> Task:
     kept = _trained_on(data)
     root = examples.y[kept, 1:].sqrt()
     optimum = torch.linalg.lstsq(root * examples.x[kept], root * examples.y[kept, :1]).solution
+    optimum = optimum.round(decimals=10)  # its last bits are not the same in every process
     return Task(model, data, loss=weighted_squared_error, metrics={}, optimum={"weight": optimum.T})
 
 
@@ -155,8 +161,15 @@ def build_task(e: Experiment) -> Task:
     make = TASKS.get(e.task) or _users(e.task)
     with torch_seed(e.seed, "init"):
         task = make(e)
-    if not isinstance(task, Task):
-        raise SettingsError(f'task = "{e.task}": expected the function to return a fedcore.Task, it returned {type(task).__name__}')
+        if not isinstance(task, Task):
+            found = f"it returned {type(task).__name__}"
+            raise SettingsError(f'task = "{e.task}": expected the function to return a fedcore.Task, {found}')
+        if e.lowrank.form != "dense":
+            if task.optimum is not None:
+                raise SettingsError(f'lowrank.form = "{e.lowrank.form}": {e.task} knows its optimum by the names of a dense model')
+            task.model = lowrank(task.model, e.lowrank)
+    if e.initial is not None:
+        start_from(task.model, e.initial)
     if e.proxy and task.proxy is None:
         raise SettingsError(f'proxy = {e.proxy}, but the task "{e.task}" makes no proxy set: leave proxy out, or give Task one')
     if e.population is not None and task.population != e.population:
@@ -164,6 +177,34 @@ def build_task(e: Experiment) -> Task:
             f"population = {e.population}, but the task has {task.population} clients: set population to that, or leave it out"
         )
     return task
+
+
+def start_from(model: nn.Module, source: Path) -> None:
+    """Give the model the parameters of a run, or of a safetensors file; what the source lacks (a personal part) stays as it is.
+
+    Raises SettingsError when there is nothing to read, or when it does not fit the model.
+    """
+    try:
+        if source.is_dir():
+            checkpoint = Checkpoint(source / "checkpoint")
+            checkpoint.read()
+            flat = checkpoint.part("server")
+        else:
+            flat = load_file(source)
+    except (OSError, SafetensorError, SettingsError) as e:
+        raise SettingsError(f"initial = {source}: {e}; expected a run directory with a checkpoint, or a .safetensors file") from e
+    prefix = "params/" if source.is_dir() else ""
+    found = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+    own = dict(model.named_parameters())
+    for name, value in found.items():
+        if name not in own or own[name].shape != value.shape:
+            fits = f"of shape {tuple(own[name].shape)}" if name in own else "no such parameter"
+            raise SettingsError(f'initial = {source}: it holds "{name}" of shape {tuple(value.shape)}, the model has {fits}')
+    if not found:
+        raise SettingsError(f"initial = {source}: it holds no parameters")
+    with torch.no_grad():
+        for name, value in found.items():
+            own[name].copy_(value)
 
 
 def _users(name: str) -> Callable[[Experiment], Task]:

@@ -29,6 +29,13 @@ class Batches(NamedTuple):
     mask: Tensor  # [K, B]  1.0 = a real example, 0.0 = padding
 
 
+class Tuning(NamedTuple):
+    """The examples of one client's fine-tuning: batches to train on, and the held-out ones."""
+
+    train: Batches
+    test: Batches
+
+
 class Stateless(NamedTuple):
     """The state of a client that keeps nothing between rounds."""
 

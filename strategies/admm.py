@@ -74,7 +74,7 @@ class ADMM(Method[Settings]):
     def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Params, Client]:
         J = quadratic(task.loss, state.w, batches)
         w = J.ridge(self.s.rho, state.w)
-        return w, state._replace(w=w, J=J)
+        return w, state._replace(w=w, z=trees.zeros_like(w), J=J)
 
     @on_client(data="all")
     def solve(self, task: Task, t: Tensor, down: Model, state: Client, batches: Batches) -> tuple[Up, Client]:
@@ -87,7 +87,8 @@ class ADMM(Method[Settings]):
     @on_client
     def train(self, task: Task, t: Tensor, down: Model, state: Client, batches: Batches) -> tuple[Up, Client]:
         z = self._dual(down, state)
-        w, _, loss = local_sgd(task.loss, state.w, batches, self.s.local_lr, z, prox=self.s.rho, center=down.params)
+        w, steps, loss = local_sgd(task.loss, state.w, batches, self.s.local_lr, z, prox=self.s.rho, center=down.params)
+        w = trees.where(steps > 0, w, trees.axpy(-1 / self.s.rho, z, down.params))  # without an example J_k = 0
         return self._up(w, z, loss), state._replace(w=w, z=z)
 
     def _dual(self, down: Model, state: Client) -> Params:

@@ -82,7 +82,7 @@ class CLU(Method[Settings]):
     def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Params, Client]:
         J = quadratic(task.loss, state.w, batches)
         w = J.ridge(self.s.rho, state.w)
-        return trees.scale(w, 2), state._replace(w=w, J=J)
+        return trees.scale(w, 2), state._replace(w=w, s=trees.zeros_like(w), J=J)
 
     # Two solvers, and each for a client that was asked and for one that goes on alone.
 
@@ -115,8 +115,8 @@ class CLU(Method[Settings]):
     def _by_sgd(self, task: Task, s: Params, state: Client, batches: Batches) -> tuple[Params, Params, Tensor]:
         rho, lr = self.s.rho, self.s.local_lr
         v, steps, loss = local_sgd(task.loss, state.w, batches, lr, trees.scale(state.g, -1), prox=rho, center=s)
-        moved = (steps > 0).to(steps.dtype)  # a client without an example has solved nothing
-        return v, trees.axpy(-rho * moved, trees.sub(v, s), state.g), loss
+        v = trees.where(steps > 0, v, trees.axpy(1 / rho, state.g, s))  # without an example J_k = 0
+        return v, trees.axpy(-rho, trees.sub(v, s), state.g), loss
 
     def round(self, server: Server, r: Round) -> Server:
         exact = self.s.solver == "exact"

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fedcore import trees
-from fedcore.local import full_gradient
+from fedcore.local import full_gradient, wide
 from fedcore.method import Method, MethodSettings, on_client
 from fedcore.rng import rng
 from fedcore.task import Task
@@ -71,7 +71,7 @@ class FedAMD(Method[Settings]):
     @on_client
     def mine(self, task: Task, t: Tensor, down: Guide, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
         gradient = grad_and_value(task.loss)
-        before, y, g, dtype = down.params, down.params, down.v, next(iter(down.params.values())).dtype
+        before, y, g, dtype = down.params, down.params, down.v, wide(down.params)
         steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
         for k, (x, target, mask) in enumerate(zip(*(b.unbind() for b in batches), strict=True)):
             real = (mask.sum() > 0).to(dtype)

@@ -19,6 +19,7 @@ Heed:    gam also calibrates: models that are too unsure get gam > 1 round after
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
@@ -66,6 +67,8 @@ class Settings(MethodSettings):
             raise ValueError(f"gamma = {self.gamma}, but it is learned: set learn_gamma = false to hold it there")
         if self.gamma_bounds and not 0 < self.gamma_bounds[0] <= 1 <= self.gamma_bounds[1]:
             raise ValueError(f"gamma_bounds = {list(self.gamma_bounds)}: expected 0 < least <= 1 <= largest, as gam starts at 1")
+        if self.gamma_bounds and not self.learn_gamma:
+            raise ValueError(f"gamma_bounds = {list(self.gamma_bounds)}, but gam is held at gamma: leave the bounds out")
         if self.swa and (self.server_epochs < 2 * SWA_FROM + 2 or not self.learn_lambda):
             raise ValueError(
                 f"swa averages lam from its {SWA_FROM + 1}th epoch on, of server_epochs / 2 = {self.server_epochs // 2}: "
@@ -126,9 +129,8 @@ class Mixture:
 
     def clamp(self) -> None:
         if self.s.gamma_bounds is not None:
-            least, largest = torch.tensor(self.s.gamma_bounds, dtype=self.r.dtype)
-            inverse = torch.log if self.s.parametrisation == "exp" else torch.sqrt
-            self.r.clamp_(inverse(least), inverse(largest))
+            inverse = math.log if self.s.parametrisation == "exp" else math.sqrt
+            self.r.clamp_(*map(inverse, self.s.gamma_bounds))
 
 
 class FedLAW(Method[Settings]):
@@ -172,8 +174,12 @@ class FedLAW(Method[Settings]):
     def _fitted(self, server: Server, r: Round, reports: Iterable[Reports]) -> tuple[Params, float]:
         """(new model, gam)."""
         mix, loss = self._stack(server, r, reports), self._proxy_loss(server, r)
-        every = torch.arange(len(_proxy(r).x))
-        r.log["proxy_loss_before"] = loss(mix.model(), every).item()
+        pieces = torch.split(torch.arange(len(_proxy(r).x)), 1000)
+
+        def proxy_loss(u: Tensor) -> float:
+            return sum(loss(u, rows).item() * len(rows) for rows in pieces) / sum(map(len, pieces))
+
+        r.log["proxy_loss_before"] = proxy_loss(mix.model())
         if self.s.swa:
             half = self.s.server_epochs // 2
             learn_gamma, mix.s = self.s.learn_gamma, self.s.model_copy(update={"learn_gamma": False})  # stage 1: gam = 1
@@ -185,7 +191,7 @@ class FedLAW(Method[Settings]):
             learned = [mix.x] * self.s.learn_lambda + [mix.r] * self.s.learn_gamma
             steps = self._optimise(mix, learned, loss, r, range(self.s.server_epochs))
         u, lam = mix.model(), mix.lam()
-        r.log["proxy_loss"] = loss(u, every).item()
+        r.log["proxy_loss"] = proxy_loss(u)
         r.log["steps"] = steps
         r.log["lambda"] = [round(value, 6) for value in lam.tolist()]
         r.log["lambda_ratio"] = [round(value, 4) for value in (lam / mix.lam0).tolist()]

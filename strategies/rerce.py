@@ -110,8 +110,8 @@ class RERCE(Method[Settings]):
     def train(self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches) -> tuple[Up, Client]:
         rho, lr = self.s.rho, self.s.local_lr
         w, steps, loss = local_sgd(task.loss, state.w, batches, lr, trees.scale(state.g, -1), prox=rho, center=down.s)
-        moved = (steps > 0).to(steps.dtype)  # a client without an example has solved nothing
-        g = trees.axpy(-rho * moved, trees.sub(w, down.s), state.g)
+        w = trees.where(steps > 0, w, trees.axpy(1 / rho, state.g, down.s))  # without an example J_k = 0
+        g = trees.axpy(-rho, trees.sub(w, down.s), state.g)
         return Up(w, loss), state._replace(w=w, g=g)
 
     def round(self, server: Server, r: Round) -> Server:

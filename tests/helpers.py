@@ -21,6 +21,15 @@ from fedcore.types import Reports, Round, Tree
 STRATEGIES = sorted(p.stem for p in (Path(__file__).parent.parent / "strategies").glob("[!_]*.py"))
 TOYS = ["tests.methods:Two"]
 EXACT: dict[str, Any] = {"task": "weighted-least-squares", "options": {"examples": [9, 13], "features": 5, "noise": 0.5}}
+LAYERED: dict[str, Any] = {"task": "tests.methods:layered"}
+# What a method needs beside its own settings.
+NEEDS: dict[str, dict[str, Any]] = {
+    "fedlaw": {"proxy": 24},
+    "fedsim": LAYERED,
+    "fedalt": LAYERED,
+    # With its default of 0.1 a step overshoots where lambda plus curvature exceeds 20, and the difference of two engines grows.
+    "pfedme": {"method": {"name": "pfedme", "local_lr": 0.05, "personal_lr": 0.02}},
+}
 # Settings of a method that has other client functions than its defaults have, by the name that tests call it.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "admm exact": ("admm", {"solver": "exact"}, EXACT),
@@ -46,7 +55,7 @@ NOISY: dict[str, Any] = {"links__downlink__variance": 1e-4, "links__uplink__snr_
 def small(method: str, **settings: Any) -> Experiment:
     """A run of milliseconds; `method` may be one of VARIANTS; `settings` are dotted keys with __ for the dot."""
     name, own, others = VARIANTS.get(method, (method, {}, {}))
-    values = {**SMALL, "method": {"name": name, "local_lr": 0.05, **own}, "proxy": 24 if name == "fedlaw" else 0, **others}
+    values = {**SMALL, "method": {"name": name, "local_lr": 0.05, **own}, **NEEDS.get(name, {}), **others}
     return Experiment.parse(values, {key.replace("__", "."): value for key, value in settings.items()})
 
 

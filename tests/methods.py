@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedcore import trees
 from fedcore.config import Experiment
+from fedcore.data.federated import Examples, FederatedData
 from fedcore.local import full_gradient, local_sgd
 from fedcore.method import Method, MethodSettings, on_client
-from fedcore.task import Task
+from fedcore.task import Task, squared_error
 from fedcore.tasks import TASKS
 from fedcore.types import Batches, Model, Params, Round, Stateless
 from strategies.scaffold import Scaffold, Server
@@ -103,4 +104,20 @@ def crashing(e: Experiment) -> Task:
         return rows(client, data)
 
     task.data.rows = counted  # type: ignore[method-assign]
+    return task
+
+
+def layered(e: Experiment) -> Task:
+    """Least squares through two linear layers, so that there is something to split."""
+    task = TASKS["least-squares"](e)
+    first, last = nn.Linear(task.data.x.shape[1], 4), nn.Linear(4, 1)
+    return Task(nn.Sequential(first, last), task.data, loss=squared_error, metrics={})
+
+
+def with_an_empty_client(e: Experiment) -> Task:
+    """Least squares of 11 clients; the twelfth has no example."""
+    task = TASKS["least-squares"](e.model_copy(update={"population": 11}))
+    data = task.data
+    offsets = np.append(data.offsets, data.offsets[-1])
+    task.data = FederatedData(Examples(data.x, data.y), data.test, data.order, offsets)
     return task

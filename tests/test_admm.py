@@ -607,3 +607,17 @@ def test_in_the_papers_regime_duals_lose_five_decibels_and_continual_updates_win
     assert level["clu", 5] < level["rerce", 5] - 3, level
     assert level["rerce", 20] < level["rerce", 5] - 2, level
     assert level["clu", 5] == pytest.approx(level["rerce", 20], abs=1), level
+
+
+@pytest.mark.parametrize("name", ["admm", "rerce", "clu"])
+def test_a_client_without_an_example_does_not_hold_the_others_back(name: str, tmp_path: Path) -> None:
+    settings = {
+        "method__rho": 1.0,
+        "participation__cohort": 12,
+        "rounds": 200,
+        "local__steps": 10,
+        "holdout": 0.0,
+        "local__batch_size": 11,
+    }
+    e = small(name, task="tests.methods:with_an_empty_client", **settings)
+    assert run(e, tmp_path / "r").final["test_distance"] < 1e-3

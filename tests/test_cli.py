@@ -36,7 +36,10 @@ def test_help_does_not_import_torch() -> None:
 def test_methods_lists_every_method_with_its_reference(cli: Cli) -> None:
     status, out, _ = cli("methods")
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == STRATEGIES
+    methods, presets = (part.splitlines() for part in out.split("\n\nPresets of the methods above:\n"))
+    assert [line.split()[0] for line in methods] == STRATEGIES
+    files = {file.stem for file in Path("strategies").glob("*.toml")}
+    assert [line.split()[0] for line in presets] == sorted(files - set(STRATEGIES))
     assert "McMahan" in out
 
 
@@ -61,7 +64,7 @@ def test_json_is_one_object_with_the_promised_keys(cli: Cli, tmp_path: Path) -> 
     assert set(promised.split()) <= result.keys()
     assert (result["seed"], result["engine"], result["rounds"]) == (5, "sequential", 2)
     assert {"test_loss", "test_accuracy", "client_accuracy"} <= result["final"].keys()
-    assert set(result["final"]["client_accuracy"]) == {"mean", "p10", "p90"}
+    assert {"mean", "std", "p10", "p50", "p90", "lowest_tenth", "pooled"} <= result["final"]["client_accuracy"].keys()
     assert [row["round"] for row in result["history"]] == [1, 2]
     model = (64 * 64 + 64 + 64 * 10 + 10) * 4
     assert result["bytes_down"] == 2 * 4 * model

@@ -18,7 +18,7 @@ from fedcore.engines.base import Work
 from fedcore.loop import run
 from fedcore.method import data_of
 from fedcore.run_client import run_client
-from fedcore.types import Batches, Model, Reports, Round, Stateless
+from fedcore.types import Model, Reports, Round, Stateless
 from tests import golden
 from tests.helpers import NOISY, STRATEGIES, TOYS, VARIANTS, assert_close, equal, loop_of, small
 
@@ -85,7 +85,8 @@ def test_padding_a_client_changes_nothing(name: str, tmp_path: Path) -> None:
     for function in client_functions(name):
         fn = getattr(loop.method, function)
         batches = trees.at(work.batches(fn, [1], 0), 0)
-        padded = Batches(*(torch.cat([v, torch.zeros_like(v)]) for v in batches))
+        plans = work.passes(fn)
+        padded = trees.map(lambda v, n=plans: torch.cat([torch.cat([p, torch.zeros_like(p)]) for p in v.chunk(n)]), batches)
         if (found := asked(loop, fn)) is None:
             continue
         down, state = found
@@ -285,7 +286,7 @@ def experiment_participation(values: dict[str, str]):  # type: ignore[no-untyped
 
 def asked(loop, fn):  # type: ignore[no-untyped-def]
     """(what the server sends to `fn` in round 0, client 1's state after it); None where these settings have no use for `fn`."""
-    if fn.__name__ == "evaluate":
+    if fn.__name__ in ("evaluate", "finetune"):
         return Model(loop.state.server.params), loop.method.init_client(loop.task.init_params())
     caught = {}
 

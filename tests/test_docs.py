@@ -35,7 +35,7 @@ def test_every_fedcore_command_of_the_readme_runs_on_tiny_data(command: str, cli
         pytest.skip("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
     if "ray" in words:
         words[words.index("ray")] = "sequential"  # that Ray does the same is tested elsewhere, and takes seconds
-    if words[0] in ("run", "compare"):
+    if words[0] in ("run", "compare", "sensitivity"):
         words += ["--set", "rounds=1", "--set", "population=20", "--out", str(tmp_path / "r")]
         words += [] if "participation.name" in command else ["--set", "participation.cohort=2"]
     status, out, err = cli(*words)

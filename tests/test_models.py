@@ -12,11 +12,15 @@ from torch.nn.functional import cross_entropy
 
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.errors import SettingsError
-from fedcore.models import Cnn, LeNet, Logistic, Mlp, ModelSettings, ResNet
+from fedcore.models import Cnn, LeNet, Logistic, Mlp, ModelSettings, ResNet, Vit
+from fedcore.models.vit import Prefix
+from fedcore.split import split
 from fedcore.task import Task
 
 SMALL_RESNET = ResNet(depth=10, width=8, groups=2)
-ALL = [Logistic(), Mlp(hidden=(16, 8)), Cnn(), LeNet(), SMALL_RESNET]
+ADAPTED = ResNet(depth=10, width=8, groups=2, adapter=True)
+SMALL_VIT = Vit(depth=1, adapter=4, prefix=Prefix(form="additive", bottleneck=3))
+ALL = [Logistic(), Mlp(hidden=(16, 8)), Cnn(), LeNet(), SMALL_RESNET, ADAPTED, SMALL_VIT]
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 
 
@@ -34,6 +38,25 @@ GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 )
 def test_models_have_their_published_number_of_parameters(settings: Cnn, shape: tuple[int, ...], number: int) -> None:
     assert sum(p.numel() for p in settings.build(shape, 10).parameters()) == number
+
+
+def test_parts_of_a_resnet_have_the_sizes_of_the_authors_tables() -> None:
+    """Pillutla et al., ICML 2022, their code: ResNet-18 with GroupNorm on 62 classes of 28x28 images."""
+    params = dict(ResNet(depth=18, adapter=True).build(GREY, 62).named_parameters())
+    expected = {"input": 704, "output": 31_806, "adapter": 1_408_128, "all": 12_599_806}
+    assert {part: sum(p.numel() for p in split(params, [part])[1].values()) for part in expected} == expected
+    assert sum(p.numel() for p in ResNet(depth=18).build(GREY, 62).parameters()) == 11_199_486
+
+
+def test_adapters_leave_a_resnet_as_it_starts() -> None:
+    """2 h, which the norm behind it rescales: the same outputs but for its epsilon and the small weights of the adapters."""
+    x = torch.randn(4, *GREY, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for settings in (SMALL_RESNET, ADAPTED):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            outputs.append(settings.build(GREY, 5)(x))
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-2 * outputs[0].abs().max()
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), GREY, COLOUR], ids=str)

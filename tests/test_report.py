@@ -181,6 +181,16 @@ def test_what_the_method_logged_is_drawn(tmp_path: Path) -> None:
     assert "Omega max by round" in titles(write_report(tmp_path / "run"))
 
 
+def test_what_the_method_logged_and_was_not_finite_is_left_out(tmp_path: Path) -> None:
+    values = {"task": "least-squares", "population": 6, "proxy": 12, "rounds": 2, "engine.chunk": 1}
+    run(Experiment.parse({"method": "fedlaw"}, values), out=tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    first, second = file.read_text().splitlines()
+    broken = json.loads(second) | {"server_lambda": [None] * 6, "server_gamma": None}
+    file.write_text(f"{first}\n{json.dumps(broken)}\n")
+    assert "Lambda by round" in titles(write_report(tmp_path / "run"))
+
+
 def test_what_the_method_logged_of_each_client_is_a_band_and_a_known_optimum_a_curve(tmp_path: Path) -> None:
     values = {"task": "least-squares", "population": 6, "proxy": 12, "rounds": 3, "engine.chunk": 1, "evaluation.every": 1}
     run(Experiment.parse({"method": "fedlaw"}, values), out=tmp_path / "run")

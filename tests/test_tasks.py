@@ -10,6 +10,7 @@ import torch
 
 from fedcore import limits
 from fedcore.config import Experiment
+from fedcore.data.federated import Examples
 from fedcore.errors import SettingsError
 from fedcore.loop import run
 from fedcore.tasks import build_task
@@ -41,7 +42,7 @@ def test_weighted_least_squares_has_the_papers_sizes_and_its_optimum_is_the_cent
         ({"examples": [0, 3]}, r"expected two whole numbers, least and most"),
         (
             {"noise": 0},
-            r"options\.noise = 0: input should be greater than 0; weighted-least-squares knows examples",
+            r"options\.noise = 0: input should be greater than or equal to 0\.000001; weighted-least-squares knows examples",
         ),
         ({"colour": 1}, r"options\.colour = 1"),
     ],
@@ -81,16 +82,31 @@ def test_a_hessian_that_does_not_fit_is_refused_before_anything_is_written(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "available", lambda device: 100)
-    with pytest.raises(SettingsError, match="takes the Hessian of 5 parameters: 800 B of memory on cpu, but 100 B are free"):
+    with pytest.raises(
+        SettingsError, match=r"Hessian of 5 parameters for each of 12 clients: 15\.2 kB of memory on cpu, but 100 B are free"
+    ):
         run(small(name), tmp_path / "r")
     assert not (tmp_path / "r").exists()
+
+
+def test_a_hessian_that_takes_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r'15,010 parameters .* expected at most 2,000 .* use method.solver = "sgd"'):
+        run(small("admm exact", task="digits", options={}), tmp_path / "r")
+
+
+def test_a_proxy_set_that_does_not_fit_the_model_is_refused() -> None:
+    task = build_task(small("fedlaw"))
+    task.proxy = Examples(torch.zeros(3, 7), torch.zeros(3, 1))
+    with pytest.raises(SettingsError, match=r"cannot take proxy examples of shape \(7,\)"):
+        task.check()
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = limits.available(torch.device("cpu"))
     assert free > 1e8
     monkeypatch.setattr(limits, "CGROUP", tmp_path)
-    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("1200\n")
+    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 200\n")
     for limit, expected in (("3000\n", 2000), ("500\n", 0)):
         (tmp_path / "memory.max").write_text(limit)
         assert limits.available(torch.device("cpu")) == expected

@@ -100,11 +100,11 @@ class FederatedData:
         """Local steps that each client has to do, int64 [n]; 0 for a client without examples."""
         return np.asarray(_steps(self.num_examples(clients, data), data, local))
 
-    def batches(self, clients: np.ndarray, data: str, local: LocalSettings, seed: int, t: int) -> Batches:
+    def batches(self, clients: np.ndarray, data: str, local: LocalSettings, seed: int, t: int, plan: int = 0) -> Batches:
         """What these clients work through in round t, stacked: x [n, K, B, ...], y [n, K, B, ...], mask [n, K, B].
 
         K and B are the largest that one of them needs; the rest is padding (mask 0). A client's own rows and their order depend on
-        (seed, t, client) alone, so any grouping of clients gives each the same work.
+        (seed, t, client, plan) alone, so any grouping of clients gives each the same work.
         """
         batch = local.batch_size if data == "train" else EVALUATION_BATCH
         own = [self.rows(client, data) for client in clients.tolist()]
@@ -115,7 +115,7 @@ class FederatedData:
             if len(mine) == 0:
                 continue
             if data == "train":
-                fill_train(rows[i], mask[i], mine, local, batch, rng(seed, "batches", t, client))
+                fill_train(rows[i], mask[i], mine, local, batch, rng(seed, "batches", t, client, *[plan][: plan > 0]))
             else:
                 fill(rows[i], mask[i], mine, 0, batch)
         index = torch.from_numpy(rows).to(self.x.device)

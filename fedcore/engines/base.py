@@ -17,7 +17,7 @@ from fedcore.links import Links, LinksSettings
 from fedcore.method import Method, data_of
 from fedcore.rng import seed_of, torch_seed
 from fedcore.run_client import run_client
-from fedcore.types import Batches, ClientFunction, Reports, Tree
+from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
 
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings
@@ -62,13 +62,33 @@ class Work:
         self.links = Links(links or LinksSettings(), seed)
         self._now = (-1, torch.empty(0))
 
-    def batches(self, fn: ClientFunction, clients: list[int], t: int) -> Batches:
+    def batches(self, fn: ClientFunction, clients: list[int], t: int) -> Batches | Tuning:
         """Stacked over the clients, [n, K, B, ...]."""
-        return self.task.data.batches(np.asarray(clients), data_of(fn), self.local, self.seed, t)
+        data, ids, kind = self.task.data, np.asarray(clients), data_of(fn)
+        if kind == "tune":
+            train = data.batches(ids, "train", self._tuning(), self.seed, t)
+            return Tuning(train, data.batches(ids, "test", self.local, self.seed, t))
+        plans = [data.batches(ids, kind, self.local, self.seed, t, plan) for plan in range(self.passes(fn))]
+        return plans[0] if len(plans) == 1 else Batches(*(torch.cat(pieces, 1) for pieces in zip(*plans, strict=True)))
+
+    def passes(self, fn: ClientFunction) -> int:
+        """Plans of batches that `fn` gets."""
+        return self.method.passes() if data_of(fn) == "train" else 1
+
+    def steps(self, fn: ClientFunction, clients: np.ndarray) -> np.ndarray:
+        """Local steps that each client has to do, int64 [n]."""
+        kind = data_of(fn)
+        if kind == "tune":
+            return self.task.data.steps(clients, "train", self._tuning())
+        return self.passes(fn) * self.task.data.steps(clients, kind, self.local)
+
+    def _tuning(self) -> LocalSettings:
+        return self.local.model_copy(update={"epochs": self.method.finetuning.epochs, "steps": None})
 
     def num_examples(self, fn: ClientFunction, clients: list[int]) -> Tensor:
-        """float32 [n]."""
-        counts = self.task.data.num_examples(np.asarray(clients, dtype=np.int64), data_of(fn))
+        """float32 [n]; of a fine-tuning, those that it is measured on."""
+        kind = "test" if data_of(fn) == "tune" else data_of(fn)
+        counts = self.task.data.num_examples(np.asarray(clients, dtype=np.int64), kind)
         return torch.from_numpy(counts.astype(np.float32)).to(self.task.device)
 
     def now(self, t: int) -> Tensor:

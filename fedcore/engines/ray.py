@@ -20,7 +20,6 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.engines.base import Work, failure, one_thread, report
 from fedcore.errors import RunError
-from fedcore.method import data_of
 from fedcore.state import StateStore
 from fedcore.types import ClientFunction, Reports, Tree
 
@@ -99,7 +98,7 @@ class Ray:
         import ray
 
         name = fn.__name__
-        steps = self.work.task.data.steps(clients.numpy(), data_of(fn), self.work.local)
+        steps = self.work.steps(fn, clients.numpy())
         pieces = _pieces(clients.numpy(), steps, PIECES * len(self._actors))
         sent = ray.put(trees.to(down, torch.device("cpu")))
         todo, running = list(reversed(pieces)), {}

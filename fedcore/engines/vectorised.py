@@ -20,10 +20,9 @@ from torch.func import vmap
 
 from fedcore import cache, trees
 from fedcore.engines.base import Work, failure, report
-from fedcore.method import data_of
 from fedcore.run_client import run_client
 from fedcore.state import StateStore
-from fedcore.types import Batches, ClientFunction, Reports, Tree
+from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
 
 log = logging.getLogger("fedcore")
 
@@ -44,7 +43,7 @@ class Vectorised:
         if len(clients) == 0:
             return
         ids = clients.numpy()
-        steps = self.work.task.data.steps(ids, data_of(fn), self.work.local)
+        steps = self.work.steps(fn, ids)
         ids = ids[np.argsort(-steps, kind="stable")]  # clients of one length together: less padding
         size = self._chunk(fn, ids, down, t)
         if size == 1:
@@ -65,16 +64,16 @@ class Vectorised:
         yield Reports(torch.tensor(chunk), up, self.work.num_examples(fn, chunk))
 
     def _batched(
-        self, fn: ClientFunction, down: Tree, states: Tree, batches: Batches, t: int, chunk: list[int] | None = None
+        self, fn: ClientFunction, down: Tree, states: Tree, batches: Batches | Tuning, t: int, chunk: list[int] | None = None
     ) -> tuple[Tree, Tree]:
         """(what arrives, new states) of the clients `chunk`; without it nothing is lost on the way, for a trial."""
-        n, links = len(batches.mask), self.work.links
+        n, links = len(trees.leaves(batches)[0]), self.work.links
         now = self.work.now(t)
         own_down = chunk is not None and bool(trees.leaves(down)) and not links.silent("downlink", fn)
         if chunk is not None and own_down:  # each client receives a message of its own
             down = trees.stack([links.carry(down, "downlink", fn, t, i) for i in chunk])
 
-        def client(down: Tree, state: Tree, batch: Batches) -> tuple[Tree, Tree]:
+        def client(down: Tree, state: Tree, batch: Batches | Tuning) -> tuple[Tree, Tree]:
             return run_client(fn, self.work.task, now, down, state, batch)
 
         in_dims = (0 if own_down else None, 0 if trees.leaves(states) else None, 0)
@@ -118,7 +117,7 @@ class Vectorised:
         data = self.work.task.data
         facts = {
             "function": f"{type(self.work.method).__module__}.{fn.__qualname__}",
-            "settings": self.work.method.s.model_dump(mode="json"),
+            "settings": [self.work.method.s.model_dump(mode="json"), self.work.method.finetuning.model_dump(mode="json")],
             "model": str(self.work.task.model),
             "down": [(path, list(x.shape), str(x.dtype)) for path, x in trees.flatten(down).items()],
             "batch": [list(data.x.shape[1:]), self.work.local.model_dump(mode="json")],
@@ -163,7 +162,8 @@ class Vectorised:
     def _trial(self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int, batched: bool) -> float:
         """Seconds a client, the better of two tries after none: the first also warms up."""
         chunk = ids.tolist()
-        batches = trees.map(lambda x: x[:, :STEPS].contiguous(), self.work.batches(fn, chunk, t))
+        few = STEPS * self.work.passes(fn)
+        batches = trees.map(lambda x: x[:, :few].contiguous(), self.work.batches(fn, chunk, t))
         states = self._states(chunk)
         times = []
         for _ in range(2):

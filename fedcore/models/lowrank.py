@@ -1,0 +1,202 @@
+"""Layers whose weight is a product of small factors: FedPara, pFedPara and plain low rank (Hyeon-Woo et al., ICLR 2022).
+
+m, n  outputs and inputs of a linear layer   O, I, k1, k2  of a convolution   R  inner rank   o  elementwise product
+    fedpara    W = W1 o W2                   rank up to R^2 for the parameters of rank 2R (Propositions 1 to 3)
+    pfedpara   W = W1 o (W2 + 1)             W1 is shared, W2 personal: a method that keeps the part "factors" (section 2.3)
+    lowrank    W = W1, of the same size      the baseline
+    linear       W_i = X_i Y_i',                                X_i [m, R], Y_i [n, R]
+    convolution  W_i[o, i] = sum_ab T_i[a, b] X_i[o, a] Y_i[i, b],  T_i [R, R, k1, k2], X_i [O, R], Y_i [I, R]     (Proposition 3)
+It is only a model: any method trains, sends and averages the factors. Biases stay dense.
+Choice:  R = round((1 - gamma) r_min + gamma r_max), where r_min = min(ceil sqrt m, ceil sqrt n), so that full rank is possible (the
+         authors' code has max), and r_max is the largest that does not exceed the dense layer. A layer that r_min would not shrink stays.
+         Factors start normal with the variance that gives W that of He's initialisation: with the authors' fan-in of each factor W
+         starts near 0. In pFedPara Y2 starts at 0, so that W = W1.
+         The Jacobian correction of the supplement is left out: off by default, and no gain in the paper's own ablation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedcore.split import Parts, split
+
+Form = Literal["dense", "fedpara", "pfedpara", "lowrank"]
+
+
+class LowRank(BaseModel):
+    """How the weights of a model are made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    form: Form = Field(
+        "dense", description="dense: as the model has them; fedpara; pfedpara; lowrank = one product of the same size"
+    )
+    gamma: float = Field(0.0, ge=0, le=1, description="ranks: 0 = least that full rank allows, 1 = as many parameters as dense")
+    keep: Parts = Field((), description="parts of the model that stay dense, by name (output, ...) or patterns of parameter names")
+    tanh: bool = Field(False, description="fedpara: W = tanh(W1) o tanh(W2), as in the paper's experiments but the personal ones")
+
+    @model_validator(mode="after")
+    def _tanh_is_fedparas(self) -> LowRank:
+        if self.tanh and self.form not in ("dense", "fedpara"):
+            raise ValueError(f'tanh is of the form "fedpara", not of "{self.form}"; leave it out')
+        return self
+
+
+class _Factored(nn.Module):
+    """Base of the two layers: the factors by name, and W from them, formed once a forward pass."""
+
+    def __init__(self, s: LowRank, shapes: Mapping[str, tuple[int, ...]], fan_in: int, dense: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.form, self.tanh = s.form, s.tanh
+        rank, pairs = shapes["X"][1], 2 if s.form == "fedpara" else 1
+        terms = rank ** (1 if len(shapes) == 2 else 2)  # of products of factors, summed in an entry of W_i
+        # Var W = (terms q^(2 factors))^pairs = 2 / fan_in
+        deviation = (math.sqrt(2 / fan_in) ** (1 / pairs) / math.sqrt(terms)) ** (1 / len(shapes))
+        for number in "1" if s.form == "lowrank" else "12":
+            for name, shape in shapes.items():
+                factor = torch.randn(shape, dtype=dense.weight.dtype, device=dense.weight.device) * deviation
+                if s.form == "pfedpara" and name + number == "Y2":
+                    factor.zero_()
+                self.register_parameter(name + number, nn.Parameter(factor))
+        self.bias = dense.bias
+
+    def product(self, number: str) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """W, as a dense layer holds it: modules that read the weights of their layers go on working."""
+        first = self.product("1")
+        if self.form == "lowrank":
+            return first
+        second = self.product("2")
+        if self.form == "pfedpara":
+            return torch.addcmul(first, first, second)  # W1 o (W2 + 1)
+        return first.tanh() * second.tanh() if self.tanh else first * second
+
+
+class FactoredLinear(_Factored):
+    """A linear layer with W [m, n] from factors of rank R."""
+
+    def __init__(self, dense: nn.Linear, rank: int, s: LowRank) -> None:
+        shapes = {"X": (dense.out_features, rank), "Y": (dense.in_features, rank)}
+        super().__init__(s, shapes, dense.in_features, dense)
+
+    def product(self, number: str) -> Tensor:
+        found: Tensor = getattr(self, f"X{number}") @ getattr(self, f"Y{number}").T
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class FactoredConv2d(_Factored):
+    """A convolution with W [O, I, k1, k2] from a core and two factors of rank R."""
+
+    def __init__(self, dense: nn.Conv2d, rank: int, s: LowRank) -> None:
+        outputs, inputs, k1, k2 = dense.weight.shape
+        shapes = {"X": (outputs, rank), "Y": (inputs, rank), "T": (rank, rank, k1, k2)}
+        super().__init__(s, shapes, inputs * k1 * k2, dense)
+        self.stride, self.padding, self.dilation = dense.stride, dense.padding, dense.dilation
+
+    def product(self, number: str) -> Tensor:
+        X, Y, T = (getattr(self, name + number) for name in "XYT")
+        core = torch.tensordot(Y, T, dims=([1], [1]))  # [I, R, k1, k2]
+        found: Tensor = torch.tensordot(X, core, dims=([1], [1]))
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+def size_of(shape: tuple[int, ...], rank: int, form: Form) -> int:
+    """Parameters of a factored weight of this dense shape, [m, n] or [O, I, k1, k2]."""
+    outputs, inputs, *kernel = shape
+    core = rank * rank * math.prod(kernel) if kernel else 0
+    return (1 if form == "lowrank" else 2) * (rank * (outputs + inputs) + core)
+
+
+def rank_of(shape: tuple[int, ...], gamma: float) -> int:
+    """FedPara's R for a weight of this dense shape; 0 where even the least rank would not be smaller than the dense one."""
+    dense = math.prod(shape)
+    least = min(math.isqrt(shape[0] - 1), math.isqrt(shape[1] - 1)) + 1  # ceil of the square root
+    if size_of(shape, least, "fedpara") >= dense:
+        return 0
+    largest = least
+    while size_of(shape, largest + 1, "fedpara") <= dense:
+        largest += 1
+    return round((1 - gamma) * least + gamma * largest)
+
+
+def lowrank(model: nn.Module, settings: LowRank) -> nn.Module:
+    """The model with its linear layers and convolutions factored, in place; those that would not get smaller stay dense.
+
+    So do what is in `keep`, weights that several layers share, convolutions in groups or with another padding than zeros, and
+    subclasses of the two layers, which may do anything with their weight. Draws from torch's generator. Raises SettingsError for
+    a part in `keep` that the model has not.
+    """
+    if settings.form == "dense":
+        return model
+    kept = split(dict(model.named_parameters()), settings.keep)[1]
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, layer in list(model.named_modules()):
+        if type(layer) not in (nn.Linear, nn.Conv2d) or uses[id(layer.weight)] > 1 or f"{name}.weight".removeprefix(".") in kept:
+            continue
+        new = _factored(layer, settings)
+        if new is None:
+            continue
+        if not name:
+            return new
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def _factored(layer: nn.Module, s: LowRank) -> _Factored | None:
+    """In place of this layer; None where it stays."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return None
+    shape = tuple(layer.weight.shape)
+    rank = rank_of(shape, s.gamma)
+    if rank and s.form == "lowrank":
+        budget = size_of(shape, rank, "fedpara")
+        while size_of(shape, rank + 1, "lowrank") <= budget:
+            rank += 1
+    if rank == 0:
+        return None
+    if isinstance(layer, nn.Linear):
+        return FactoredLinear(layer, rank, s)
+    return FactoredConv2d(layer, rank, s) if layer.groups == 1 and layer.padding_mode == "zeros" else None
+
+
+class Layer(NamedTuple):
+    """A layer before and after."""
+
+    name: str
+    dense: int  # parameters
+    size: int  # parameters
+    rank: int | None  # R; None where it stayed dense
+
+
+def layers(dense: nn.Module, factored: nn.Module) -> list[Layer]:
+    """Every layer that holds parameters of its own, in both forms of the model."""
+    found = []
+    for name, number in _sizes(dense).items():
+        layer = factored.get_submodule(name)
+        rank = layer.X1.shape[1] if isinstance(layer, _Factored) and isinstance(layer.X1, Tensor) else None
+        found.append(Layer(name or "(the model itself)", number, _sizes(factored)[name], rank))
+    return found
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """Parameters of the layers that have any of their own."""
+    sizes = {name: sum(p.numel() for p in layer.parameters(recurse=False)) for name, layer in model.named_modules()}
+    return {name: number for name, number in sizes.items() if number}

@@ -1,0 +1,88 @@
+"""What methods with personal parameters have in common: who holds which, and the model that results."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.method import Method, MethodSettings
+from fedcore.split import Parts, split
+from fedcore.task import Task
+from fedcore.types import Model, Params
+
+
+class PersonalSettings(MethodSettings):
+    """Settings of a method that keeps parts of the model on the clients."""
+
+    personal: Parts = Field(
+        ("output",),
+        description="v, what stays on the client: parts by name (input, output, body, norm, adapter, attention, mlp, prefix, "
+        "factors, all), or patterns of whole parameter names; [] = nothing",
+    )
+
+
+class Personal(NamedTuple):
+    """What a client keeps: its own parameters."""
+
+    v: Params
+
+
+class Update(NamedTuple):
+    """What a client sends: the change of the shared parameters."""
+
+    delta: Params  # u_i - u
+    loss: Tensor  # mean training loss, for the log
+
+
+S = TypeVar("S", bound=PersonalSettings)
+
+
+class Partial(Method[S], Generic[S]):
+    """The server holds the shared parameters u, client i its v_i; neither ever has the other's.
+
+    Every v_i starts at v0, the personal part of the initial model, and the server's own model is (u, v0): what a client uses that
+    has never taken part.
+    """
+
+    def init_server(self, params: Params, population: int) -> Model:
+        return Model(split(params, self.s.personal)[0])
+
+    def init_client(self, params: Params) -> Personal:
+        return Personal(split(params, self.s.personal)[1])
+
+    def model_for(self, server: Any, state: Personal) -> Params:
+        return {**server.params, **state.v}
+
+    def personalises(self) -> bool:
+        return bool(self.s.personal)
+
+
+def initial(task: Task, params: Params) -> Params:
+    """The parameters of these names as the model was built: v0."""
+    return {name: p.detach() for name, p in task.model.named_parameters() if name in params}
+
+
+class Own(NamedTuple):
+    """A whole model of the client's own."""
+
+    v: Params
+    seen: Tensor  # 0-d, 1 once the client has trained it
+
+    @classmethod
+    def start(cls, params: Params) -> Own:
+        return cls(params, torch.zeros(()))
+
+    def after(self, v: Params, steps: Tensor) -> Own:
+        """After training with so many steps; without any, nothing has changed."""
+        trained = steps > 0
+        return Own(trees.where(trained, v, self.v), torch.where(trained, 1.0, self.seen))
+
+
+def used(state: Own, w: Params) -> Params:
+    """The client's own model where it has one, else the global parameters."""
+    found: Params = trees.where(state.seen > 0, state.v, w)
+    return found

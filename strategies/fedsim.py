@@ -1,0 +1,50 @@
+"""FedSim - partial personalisation, simultaneous update (Pillutla et al., ICML 2022).
+
+u  shared parameters   v_i  personal parameters of client i   v0  their start, the same for all   lambda  penalty on |v - v0|^2
+gamma_u, gamma_v  local step sizes   n_i  examples of client i
+    client   both gradients at the same point:  v <- v - gamma_v (grad_v f + 2 lambda (v - v0)),  u <- u - gamma_u grad_u f
+    server   u <- u + eta mean of the u_i - u;  v_i stays where it is
+Choice:  weights n_i (the authors' code has the number of batches); no 1/2 in the penalty, and its centre is v0, as in their code.
+Reduces: to FedAvg, bit for bit, with personal = []; to local training with ["all"]. FedPer: ["output"]; LG-FedAvg: ["body"];
+         FedBN: ["norm"]; pFedPara: ["factors"] of a pfedpara model; FedPerfix: ["prefix", "output"] of a vit with prefixes.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.local import local_sgd
+from fedcore.method import on_client
+from fedcore.personal import Partial, Personal, PersonalSettings, Update, initial
+from fedcore.task import Task
+from fedcore.types import Batches, Model, Params, Round
+
+
+class Settings(PersonalSettings):
+    local_lr: float = Field(0.1, gt=0, description="gamma_u, local step size of the shared parameters")
+    personal_lr: float | None = Field(None, gt=0, description="gamma_v, local step size of the personal ones; default: local_lr")
+    penalty: float = Field(0.0, ge=0, description="lambda, of |v - v0|^2, without 1/2; part of the logged loss")
+    server_lr: float = Field(1.0, gt=0, description="eta, step size of the server; 1 is the mean of the u_i")
+
+
+class FedSim(Partial[Settings]):
+    @on_client
+    def train(self, task: Task, t: Tensor, down: Model, state: Personal, batches: Batches) -> tuple[Update, Personal]:
+        u, v, s = down.params, state.v, self.s
+        v0 = initial(task, v) if s.penalty else {}
+
+        def loss(w: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+            value = task.loss(w, x, y, mask)
+            for name, start in v0.items():
+                value = value + s.penalty * (w[name] - start).square().sum()
+            return value
+
+        rates = {name: (s.personal_lr or s.local_lr) if name in v else s.local_lr for name in (*u, *v)}
+        w, _, value = local_sgd(loss, {**u, **v}, batches, rates if s.personal_lr else s.local_lr)
+        return Update({name: w[name] - u[name] for name in u}, value), Personal({name: w[name] for name in v})
+
+    def round(self, server: Model, r: Round) -> Model:
+        mean = trees.weighted_mean(r.each(self.train, r.cohort, server)).delta  # weights n_i
+        return Model(trees.axpy(self.s.server_lr, mean, server.params))

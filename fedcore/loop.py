@@ -161,6 +161,7 @@ class Loop:
         params = self.task.init_params()
         if e.finetune.epochs:
             split(params, e.finetune.parts)  # refused now, not after the last round
+        self._initial = params_sha256(params) if e.initial else None
         work = Work(self.task, self.method, e.local, e.seed, e.links)
         initial = {"clients": self.method.init_client(params), "memory": self.method.init_memory(params)}
         ram = int(e.checkpoint.state_ram_gb * 1e9) // max(sum(trees.nbytes(row) > 0 for row in initial.values()), 1)
@@ -343,8 +344,6 @@ class Loop:
             some = r.num_examples > 0
             for name, per_client in r.metrics.items():
                 values.setdefault(name, []).append((per_client[some].double().cpu(), r.num_examples[some].double().cpu()))
-        if self.engine.states is not None:
-            self.engine.states.rollback()  # evaluation leaves no trace in the clients
         columns = {name: tuple(torch.cat(column) for column in zip(*pieces, strict=True)) for name, pieces in values.items()}
         return {name: (per_client, examples) for name, (per_client, examples) in columns.items() if len(per_client)}
 
@@ -385,15 +384,16 @@ class Loop:
         if metrics is not None:
             os.fsync(metrics.fileno())
         facts: dict[str, Any] = {"round": self.state.t, "engine": self.engine.choices, "fedcore": __version__}
+        facts["initial"] = self._initial
         keep: set[str] = set()
         for name, store in self.stores.items():
             if not store.stateless:
                 facts[name] = store.clients()
-                keep |= {f"{name}-{n}" for n in range(len(store.blocks)) if n not in store.changed}
+                keep |= {f"{name}-{n}" for n in store.in_use() if n not in store.changed}
         self.clients.write(self.state.t)
         self.checkpoint.save(self.state.t, facts, self._parts(), keep)
         for store in self.stores.values():
-            store.changed.clear()
+            store.saved()
         self._saved = time.perf_counter()
 
     def _parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -401,10 +401,15 @@ class Loop:
         yield "server", {path: x.clone() for path, x in trees.flatten(self.state.server).items()}
         yield "participation", trees.flatten(self.state.participation)
         for name, store in self.stores.items():
-            yield from ((f"{name}-{n}", block) for n, block in store.save_blocks(store.changed))
+            yield from ((f"{name}-{n}", block) for n, block in store.save_blocks())
 
     def _restore(self, facts: dict[str, Any]) -> None:
         t = int(facts["round"])
+        if facts.get("initial") != self._initial:
+            raise SettingsError(
+                f"initial = {self.e.initial}: its parameters are not the ones that the run in {self.folder} started from, which "
+                "it still needs: put them back there, or start the run anew without --resume"
+            )
         self.engine.choices.update(facts["engine"])
         server = self._part("server", self.state.server)
         self.state = State(t, trees.to(server, self.task.device), self._part("participation", self.state.participation))

@@ -76,6 +76,11 @@ def data_of(fn: Callable[..., Any]) -> Data:
     return data
 
 
+def keeps_state(fn: Callable[..., Any]) -> bool:
+    """Whether the state that `fn` returns takes the place of the client's: an evaluation leaves no trace."""
+    return data_of(fn) in ("train", "all")
+
+
 class Method(Generic[S]):
     """A method holds settings and nothing that changes: what changes is in its Server or its Client tuple."""
 

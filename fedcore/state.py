@@ -32,7 +32,7 @@ class StateStore:
         self.row_bytes = trees.nbytes(initial)
         self.blocks: list[Tree] = []  # leaves [ROWS, ...]
         self.row_of: dict[int, int] = {}
-        self.changed: set[int] = set()  # blocks written since the last checkpoint
+        self.changed: set[int] = set()  # blocks that are not in the last checkpoint as they are now
         self._ram, self._spill, self._device = ram, spill, device
         self._maps: dict[int, list[mmap.mmap]] = {}  # of the blocks in files
         self._pending: dict[int, int] = {}  # row of what this round wrote, by client
@@ -44,33 +44,36 @@ class StateStore:
         return self.row_bytes == 0
 
     def get(self, client: int) -> Tree:
-        """The row of one client, on the CPU; not to be written to."""
-        row = self._pending.get(client, self.row_of.get(client))
-        return self.initial if row is None else trees.at(self.blocks[row // ROWS], row % ROWS)
+        """The row of one client."""
+        return trees.at(self.gather([client]), 0)
 
     def gather(self, clients: Tensor | list[int]) -> Tree:
         """Rows stacked, [n, ...]."""
         if self.stateless:
             return self.initial
         ids = clients.tolist() if isinstance(clients, Tensor) else clients
-        rows = trees.to(trees.stack([self.get(i) for i in ids]), self._device)
-        self._release(self._maps)
-        return rows
+        found = [self._pending.get(i, self.row_of.get(i)) for i in ids]
+        blocks = {row // ROWS for row in found if row is not None}
+        rows = trees.stack([self.initial if row is None else trees.at(self.blocks[row // ROWS], row % ROWS) for row in found])
+        self._release(blocks)
+        return trees.to(rows, self._device)
 
     def put(self, clients: Tensor | list[int], rows: Tree) -> None:
         """New rows, stacked [n, ...], from any device; they count from now on, and are kept by the next `commit`."""
         if self.stateless:
             return
-        rows = trees.to(rows, CPU)
+        rows, touched = trees.to(rows, CPU), set[int]()
         for i, client in enumerate(clients.tolist() if isinstance(clients, Tensor) else clients):
             if client in self._pending:
                 self._replaced.append(self._pending[client])
             if not self._free:
                 self._free = list(reversed(range(len(self.blocks) * ROWS, (len(self.blocks) + 1) * ROWS)))
+                self.changed.add(len(self.blocks))
                 self.blocks.append(self._allocate())
             row = self._pending[client] = self._free.pop()
+            touched.add(row // ROWS)
             trees.map(lambda block, new, at=row % ROWS, i=i: block[at].copy_(new[i]), self.blocks[row // ROWS], rows)
-        self._release(self._maps)
+        self._release(touched)
 
     def commit(self) -> None:
         for client, row in self._pending.items():
@@ -85,12 +88,11 @@ class StateStore:
         self._free += [*self._pending.values(), *self._replaced]
         self._pending.clear()
         self._replaced.clear()
-        self._release(self._maps)
 
     def _allocate(self) -> Tree:
         number, size = len(self.blocks), ROWS * self.row_bytes
         if (number + 1) * size <= self._ram:
-            return trees.map(lambda x: torch.empty((ROWS, *x.shape), dtype=x.dtype), self.initial)
+            return trees.map(lambda x: torch.zeros((ROWS, *x.shape), dtype=x.dtype), self.initial)
         self._maps[number] = []
 
         def mapped(x: Tensor) -> Tensor:
@@ -119,12 +121,20 @@ class StateStore:
             found[row] = client
         return found
 
-    def save_blocks(self, numbers: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        last = max(self.row_of.values(), default=-1)
-        for number in sorted(numbers):
-            used = min(ROWS, last + 1 - number * ROWS)
-            yield number, {path: x[:used] for path, x in trees.flatten(self.blocks[number]).items()}
+    def in_use(self) -> range:
+        """Numbers of the blocks up to the last row that a client has."""
+        return range(-(-len(self.clients()) // ROWS))
+
+    def save_blocks(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The changed ones of the blocks in use."""
+        rows = len(self.clients())
+        for number in sorted(self.changed & set(self.in_use())):
+            yield number, {path: x[: rows - number * ROWS] for path, x in trees.flatten(self.blocks[number]).items()}
             self._release([number])
+
+    def saved(self) -> None:
+        """What `save_blocks` gave is now in the last checkpoint."""
+        self.changed = set(range(len(self.blocks))) - set(self.in_use())
 
     def load(self, clients: list[int], block: Callable[[int], dict[str, Tensor]]) -> None:
         """`clients` as `clients()` gave them, and `block(number)` as `save_blocks` did."""

@@ -20,9 +20,10 @@ from torch import Tensor
 from fedcore import trees, wire
 from fedcore.engines.base import Work, failure, one_thread
 from fedcore.errors import RunError
+from fedcore.method import data_of
 from fedcore.run_client import run_client
 from fedcore.state import StateStore
-from fedcore.types import Batches, ClientFunction, Reports, Tree
+from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
 
 log = logging.getLogger("fedcore")
 
@@ -213,9 +214,10 @@ class GridEngine:
         if name not in self._expected:
             data, task = self.work.task.data, self.work.task
             one = Batches(data.x[:1][None], data.y[:1][None], torch.ones(1, 1, device=task.device))
+            batches = Tuning(one, one) if data_of(fn) == "tune" else one
             state = self.work.method.init_client(task.init_params())
             with one_thread():
-                self._expected[name], _ = run_client(fn, task, torch.tensor(float(t)), down, state, one)
+                self._expected[name], _ = run_client(fn, task, torch.tensor(float(t)), down, state, batches)
         return self._expected[name]
 
     def describe(self) -> str:

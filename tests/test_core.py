@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fedcore
 from fedcore import Experiment, trees
+from fedcore.checkpoint import Checkpoint
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.errors import SettingsError, TooFewReports
 from fedcore.local import full_gradient, local_sgd
@@ -290,13 +291,35 @@ def test_a_store_is_the_same_in_memory_and_in_files_and_after_a_checkpoint(ram: 
         store.put([i], {"c": torch.full((1, 3), float(i)), "n": torch.tensor([i])})
     store.commit()
     assert (len(list(tmp_path.iterdir())) > 0) == (ram == 0)
-    saved = dict(store.save_blocks(store.changed))
+    saved = dict(store.save_blocks())
     other = StateStore(initial, 10**9, lambda: tmp_path)
     other.load(store.clients(), saved.__getitem__)
     for s in (store, other):
         assert s.gather(clients)["n"].tolist() == clients
         assert s.get(1001)["n"].item() == 0
     assert StateStore(Stateless(), ram, lambda: tmp_path).stateless
+
+
+def test_a_store_is_saved_whole_whichever_blocks_its_rows_move_to(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Rounds of any size move rows up and down the blocks; a checkpoint takes over the blocks that did not change."""
+    store = StateStore({"n": torch.zeros((), dtype=torch.int64)}, 10**9, lambda: tmp_path)
+    checkpoint, expected = Checkpoint(tmp_path), dict[int, int]()
+    random = rng(0, "ids")
+    for t in range(40):
+        cohort = random.choice(200, int(random.choice([1, 20, 200])), replace=False).tolist()
+        store.put(cohort, {"n": torch.full((len(cohort),), t)})
+        if t % 7 == 3:
+            store.rollback()
+            continue
+        store.commit()
+        expected |= dict.fromkeys(cohort, t)
+        keep = {str(n) for n in store.in_use() if n not in store.changed}
+        checkpoint.save(t, {"clients": store.clients()}, ((str(n), block) for n, block in store.save_blocks()), keep)
+        store.saved()
+        other = StateStore(store.initial, 10**9, lambda: tmp_path)
+        other.load(checkpoint.read()["clients"], lambda n: checkpoint.part(str(n)))
+        assert {i: int(other.get(i)["n"]) for i in expected} == expected
+    assert len(store.blocks) <= 8, "rows are used again"
 
 
 def test_the_version_is_the_one_in_pyproject() -> None:

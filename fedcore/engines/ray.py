@@ -20,6 +20,7 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.engines.base import Work, failure, one_thread, report
 from fedcore.errors import RunError
+from fedcore.method import keeps_state
 from fedcore.state import StateStore
 from fedcore.types import ClientFunction, Reports, Tree
 
@@ -50,7 +51,7 @@ class Worker:
             try:
                 with one_thread():
                     up, new = self.work.one(fn, client, down, trees.to(state, device), t)
-                answers.append((trees.to(up, cpu), trees.to(new, cpu)))
+                answers.append((trees.to(up, cpu), trees.to(new, cpu) if keeps_state(fn) else {}))
             except Exception as e:  # a client may fail in any way; the round goes on without it
                 answers.append(next(iter(failure([client], e).failed.values())))
         return answers
@@ -135,7 +136,8 @@ class Ray:
                 yield failure([client], answer)
                 continue
             up, new = answer
-            self.states.put([client], trees.map(lambda x: x[None], new))
+            if keeps_state(fn):
+                self.states.put([client], trees.map(lambda x: x[None], new))
             yield report(self.work, fn, client, trees.to(up, self.work.task.device))
 
     def describe(self) -> str:

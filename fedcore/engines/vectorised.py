@@ -20,6 +20,7 @@ from torch.func import vmap
 
 from fedcore import cache, trees
 from fedcore.engines.base import Work, failure, report
+from fedcore.method import keeps_state
 from fedcore.run_client import run_client
 from fedcore.state import StateStore
 from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
@@ -60,7 +61,8 @@ class Vectorised:
             log.debug("chunk %s failed, going through it one by one", chunk, exc_info=True)
             yield from self._loop(fn, chunk, down, t)
             return
-        self.states.put(chunk, trees.to(new, torch.device("cpu")))
+        if keeps_state(fn):
+            self.states.put(chunk, new)
         yield Reports(torch.tensor(chunk), up, self.work.num_examples(fn, chunk))
 
     def _batched(
@@ -93,7 +95,8 @@ class Vectorised:
             except Exception as e:  # a client may fail in any way; the round goes on without it
                 yield failure([client], e)
                 continue
-            self.states.put([client], trees.map(lambda x: x[None], new))
+            if keeps_state(fn):
+                self.states.put([client], trees.map(lambda x: x[None], new))
             yield report(self.work, fn, client, up)
 
     # Calibration

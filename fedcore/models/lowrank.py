@@ -8,7 +8,7 @@ m, n  outputs and inputs of a linear layer   O, I, k1, k2  of a convolution   R 
     convolution  W_i[o, i] = sum_ab T_i[a, b] X_i[o, a] Y_i[i, b],  T_i [R, R, k1, k2], X_i [O, R], Y_i [I, R]     (Proposition 3)
 It is only a model: any method trains, sends and averages the factors. Biases stay dense.
 Choice:  R = round((1 - gamma) r_min + gamma r_max), where r_min = min(ceil sqrt m, ceil sqrt n), so that full rank is possible (the
-         authors' code has max), and r_max is the largest that does not exceed the dense layer. A layer that r_min would not shrink stays.
+         authors' code has max), and r_max is the largest that does not exceed the dense layer; a layer stays if r_min exceeds it.
          Factors start normal with the variance that gives W that of He's initialisation: with the authors' fan-in of each factor W
          starts near 0. In pFedPara Y2 starts at 0, so that W = W1.
          The Jacobian correction of the supplement is left out: off by default, and no gain in the paper's own ablation.

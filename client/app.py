@@ -15,7 +15,7 @@ from fedcore import trees, wire
 from fedcore.config import Experiment
 from fedcore.engines.base import Work, device_for, failure, one_thread
 from fedcore.errors import RunError
-from fedcore.method import keeps_state
+from fedcore.method import evaluates
 from fedcore.tasks import build_task
 
 app = ClientApp()
@@ -58,7 +58,7 @@ def run(message: Message, context: Context) -> Message:
             with one_thread():
                 up, state = work.one(fn, client, down, trees.to(state, work.task.device), t)
             content[f"up-{client}"] = wire.encode(up)
-            if trees.leaves(state) and keeps_state(fn):
+            if trees.leaves(state) and not evaluates(fn):
                 context.state[key] = wire.encode(state)
             counts[client] = int(work.num_examples(fn, [client]))
         except Exception as e:  # one client fails, the node's others do not

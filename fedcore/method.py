@@ -76,9 +76,9 @@ def data_of(fn: Callable[..., Any]) -> Data:
     return data
 
 
-def keeps_state(fn: Callable[..., Any]) -> bool:
-    """Whether the state that `fn` returns takes the place of the client's: an evaluation leaves no trace."""
-    return data_of(fn) in ("train", "all")
+def evaluates(fn: Callable[..., Any]) -> bool:
+    """Whether `fn` only measures: its messages arrive undisturbed, and it leaves no trace in the client's state."""
+    return data_of(fn) in ("test", "tune")
 
 
 class Method(Generic[S]):

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.engines.base import Work, failure, one_thread, report
 from fedcore.errors import RunError
-from fedcore.method import keeps_state
+from fedcore.method import evaluates
 from fedcore.state import StateStore
 from fedcore.types import ClientFunction, Reports, Tree
 
@@ -51,7 +51,7 @@ class Worker:
             try:
                 with one_thread():
                     up, new = self.work.one(fn, client, down, trees.to(state, device), t)
-                answers.append((trees.to(up, cpu), trees.to(new, cpu) if keeps_state(fn) else {}))
+                answers.append((trees.to(up, cpu), {} if evaluates(fn) else trees.to(new, cpu)))
             except Exception as e:  # a client may fail in any way; the round goes on without it
                 answers.append(next(iter(failure([client], e).failed.values())))
         return answers
@@ -136,7 +136,7 @@ class Ray:
                 yield failure([client], answer)
                 continue
             up, new = answer
-            if keeps_state(fn):
+            if not evaluates(fn):
                 self.states.put([client], trees.map(lambda x: x[None], new))
             yield report(self.work, fn, client, trees.to(up, self.work.task.device))
 

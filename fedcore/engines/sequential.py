@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.engines.base import Work, failure, one_thread, report
-from fedcore.method import keeps_state
+from fedcore.method import evaluates
 from fedcore.state import StateStore
 from fedcore.types import ClientFunction, Reports, Tree
 
@@ -31,7 +31,7 @@ class Sequential:
                 except Exception as e:  # a client may fail in any way; the round goes on without it
                     yield failure([client], e)
                     continue
-                if keeps_state(fn):
+                if not evaluates(fn):
                     self.states.put([client], trees.map(lambda x: x[None], new))
                 yield report(self.work, fn, client, up)
 

@@ -20,7 +20,7 @@ from torch.func import vmap
 
 from fedcore import cache, trees
 from fedcore.engines.base import Work, failure, report
-from fedcore.method import keeps_state
+from fedcore.method import evaluates
 from fedcore.run_client import run_client
 from fedcore.state import StateStore
 from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
@@ -61,7 +61,7 @@ class Vectorised:
             log.debug("chunk %s failed, going through it one by one", chunk, exc_info=True)
             yield from self._loop(fn, chunk, down, t)
             return
-        if keeps_state(fn):
+        if not evaluates(fn):
             self.states.put(chunk, new)
         yield Reports(torch.tensor(chunk), up, self.work.num_examples(fn, chunk))
 
@@ -95,7 +95,7 @@ class Vectorised:
             except Exception as e:  # a client may fail in any way; the round goes on without it
                 yield failure([client], e)
                 continue
-            if keeps_state(fn):
+            if not evaluates(fn):
                 self.states.put([client], trees.map(lambda x: x[None], new))
             yield report(self.work, fn, client, up)
 

@@ -60,6 +60,15 @@ class CheckpointSettings(_Section):
     state_ram_gb: float = Field(4.0, gt=0, description="client state held in memory, in GB; the rest is in mapped files")
 
 
+class AuditSettings(_Section):
+    """What is kept of a run for `fedcore audit`."""
+
+    capture: int = Field(0, ge=0, description="clients of a round whose updates are kept, drawn from the cohort; 0 = none")
+    rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="rounds in which they are kept, from 1 on; default: first and last"
+    )
+
+
 class Experiment(_Section):
     """All settings of one run. Frozen; disagreements are refused here, not in round 40."""
 
@@ -84,6 +93,7 @@ class Experiment(_Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    audit: AuditSettings = AuditSettings()
 
     @field_validator("method", mode="before")
     @classmethod

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fedcore import __version__, engines, trees
+from fedcore.audit.observe import Captures
 from fedcore.checkpoint import Checkpoint, write_atomically
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine, Work
@@ -178,6 +179,7 @@ class Loop:
         self.state = State(0, trees.to(server, self.task.device), self.process.start())
         self.history: list[dict[str, Any]] = []
         self.clients = ClientTable(folder / "clients.parquet")
+        self.captures = Captures(folder, e, self.method)
         if facts is not None:
             self._restore(facts)
         make_run_dir(folder, e)
@@ -198,7 +200,7 @@ class Loop:
         """To the last round. Raises Interrupted on SIGINT or SIGTERM, with a checkpoint of the last whole round."""
         e = self.e
         self.observer.started(e, self.engine, self.task.population, self.state.t)
-        with (self.folder / "metrics.jsonl").open("a") as metrics, _signals(self._stop):
+        with (self.folder / "metrics.jsonl").open("a") as metrics, signals(self._stop):
             while self.state.t < e.rounds:
                 try:
                     self._heed_stop()
@@ -230,6 +232,7 @@ class Loop:
         t, e = self.state.t, self.e
         cohort, participation = self.process.sample(t, self.state.participation)
         tally = Tally(set(cohort.tolist()))
+        self.captures.begin(t, cohort)
         answer = answering(cohort, e.participation.dropout, e.seed, t)
         absent = frozenset(cohort.tolist()) - frozenset(answer.tolist())
 
@@ -254,6 +257,8 @@ class Loop:
             self._note_once("skipped", f"round {t + 1} left the model as it was: {error}")
         if self.engine.states is not None:
             self.engine.states.commit()  # a client has done its work, whatever became of the round
+        if (missing := self.captures.end(t)) is not None:
+            self._note_once("captures", missing)
         tally.failed |= dict.fromkeys(absent, "dropout")
         self.state = State(t + 1, server, participation)
         now = time.perf_counter()
@@ -283,6 +288,7 @@ class Loop:
             self.observer.client_done(t, len(tally.reported), len(tally.asked))
             if len(good.clients):
                 self.clients.add(t + 1, fn.__name__, good)
+                self.captures.add(t, fn, down, good)
                 yield good
 
     def _note_failed(self, failed: Mapping[int, str]) -> None:
@@ -540,7 +546,7 @@ def _jsonable(value: Any) -> Any:
 
 
 @contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
+def signals(stop: threading.Event) -> Iterator[None]:
     """SIGINT and SIGTERM set `stop`, which the round heeds where nothing is half done; a second one acts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

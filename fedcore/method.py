@@ -116,6 +116,15 @@ class Method(Generic[S]):
         """Whether a client's model is more than the server's: then a run is judged by its clients, not by the test set."""
         return type(self).model_for is not Method.model_for
 
+    def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
+        """For an audit: (parameters a client started from, its change of them) as the server sees them in this exchange.
+
+        None where the messages hold no such change.
+        """
+        if hasattr(down, "params") and hasattr(up, "delta"):
+            return down.params, up.delta
+        return None
+
     def needs_rates(self) -> bool:
         """Whether the settings ask for the true participation rates (`Round.known_rates`)."""
         return False

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
+from fedcore.data.sources import Pixels
 from fedcore.errors import SettingsError
 from fedcore.types import Batches, Params
 
@@ -47,10 +48,12 @@ class Task:
         metrics: dict[str, PerExample] | None = None,
         proxy: Examples | None = None,
         optimum: Params | None = None,
+        pixels: Pixels | None = None,
     ) -> None:
         """Raises SettingsError for a model with running statistics, which no mean over clients can be trusted with.
 
-        `metrics` are reported beside the loss; default: accuracy.
+        `metrics` are reported beside the loss; default: accuracy. `pixels` says that inputs are images, and how they were scaled:
+        an audit shows and compares pixels.
         """
         for name, meaning in (("loss", "what is trained on"), ("nmsd", "the deviation from a known optimum")):
             if metrics is not None and name in metrics:
@@ -65,6 +68,7 @@ class Task:
         self.data = data
         self.proxy = proxy
         self.optimum = optimum  # the minimiser of the population's objective, where it is known
+        self.pixels = pixels
         self.metrics = {"loss": loss, **({"accuracy": accuracy} if metrics is None else metrics)}
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ def images(e: Experiment, name: str) -> Task:
     part = e.partition.split(labels[pool], None if source.groups is None else source.groups[pool], population, e.seed)
     data = FederatedData(train, test, pool[part.order], part.offsets, e.holdout, e.seed)
     proxy = Examples(train.x[servers], train.y[servers]) if e.proxy else None
-    return Task(e.model.build(tuple(source.x_train.shape[1:]), source.num_classes), data, proxy=proxy)
+    return Task(e.model.build(tuple(source.x_train.shape[1:]), source.num_classes), data, proxy=proxy, pixels=source.pixels)
 
 
 class LeastSquares(BaseModel):

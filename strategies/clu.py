@@ -78,6 +78,9 @@ class CLU(Method[Settings]):
         """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
         return state.w if self.s.solver == "exact" else server.params
 
+    def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
+        return (down.s, trees.sub(up.t, down.s)) if isinstance(up, Up) else None
+
     @on_client(data="all")
     def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Params, Client]:
         J = quadratic(task.loss, state.w, batches)

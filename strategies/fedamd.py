@@ -14,7 +14,7 @@ Heed:    dropout, momentum or clipping inside local steps break the recursion. A
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -63,6 +63,11 @@ class FedAMD(Method[Settings]):
 
     def init_memory(self, params: Params) -> Params:
         return trees.zeros_like(params)  # v_i
+
+    def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
+        if isinstance(up, Gradient):
+            return down.params, trees.scale(up.v, -1)  # as one step of size 1
+        return super().exchanged(down, up)
 
     @on_client(data="all")
     def anchor(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Gradient, Stateless]:

@@ -1,4 +1,4 @@
-"""The audit, from cells to verdicts: get the observations of a cell, run every attack, score what came back; resumable and interruptible.
+"""The audit, from cells to verdicts: get the observations of a cell, run every attack, score what came back; resumable.
 
 A cell is one setting under audit: a combination of a sweep (local epochs, batch size, examples), a defence with the run that it was
 switched on in, or a captured round of a run. Cells are independent; each that is done is a file of its own.
@@ -314,7 +314,7 @@ def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Pa
             warnings += [w for w in found["warnings"] if w not in warnings]
             if stop.is_set():
                 break
-    asked = {
+    asked: dict[str, Any] = {
         "attacks": list(plan.attacks),
         "budget": plan.budget,
         "labels": plan.labels,
@@ -347,9 +347,9 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
     for i, o in enumerate(seen):
         try:
             known.append(None if plan.labels == "soft" else recover(o, plan.seed))
-        except ValueError as why:
+        except ValueError as error:
             known.append(None)
-            unknown[i] = str(why)
+            unknown[i] = str(error)
     if unknown:
         warnings.append(f"labels are not recovered, and optimised with the images: {next(iter(unknown.values()))}")
     found: dict[str, list[Reconstruction]] = {}
@@ -368,8 +368,8 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
         try:
             with one_thread():
                 found[name] = attack.reconstruct(seen, known, plan.seed, _watch(observer, stop, name, number, len(wanted)))
-        except ValueError as why_not:
-            failed[name] = str(why_not)
+        except ValueError as error:
+            failed[name] = str(error)
         seconds[name] = round(time.perf_counter() - started, 2)
     scored = _Scoring(plan, task, subjects, known, unknown, found, failed)
     clients = [scored.client(i) for i in range(len(subjects))]
@@ -514,7 +514,7 @@ class _Scoring:
         draw = rng(self.plan.seed, "audit candidates", o.round, o.client)
         counts = torch.bincount(truth.y, minlength=o.public.classes)
         each = max(1, min(1000, len(self.public_y)) // len(truth.y))
-        rows = []
+        rows: list[int] = []
         for label in counts.nonzero().flatten().tolist():
             own = (self.public_y == label).nonzero().flatten().numpy()
             rows += draw.choice(own, min(each * int(counts[label]), len(own)), replace=False).tolist() if len(own) else []

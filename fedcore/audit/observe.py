@@ -121,7 +121,7 @@ def public(e: Experiment, task: Task) -> Public:
         parameter.requires_grad_(False)
     shape = tuple(task.data.x.shape[1:])
     with torch.no_grad():
-        found = model(task.data.x[:1].cpu())
+        found = model(torch.zeros_like(task.data.x[:1], device="cpu"))
     lr = getattr(e.method, "local_lr", None)
     defence = getattr(e, "defence", None)
     return Public(
@@ -165,7 +165,8 @@ def observation(method: Method[Any], known: Public, x: Exchange) -> Observation:
     w0 = {**{name: p.detach() for name, p in known.model.named_parameters()}, **x.w0}
     if data_of(getattr(method, x.function)) == "all":  # one full gradient: a step of size 1 on all examples
         known = replace(known, lr=1.0, epochs=1, batch_size=max(x.num_examples, 1), steps=None)
-    return Observation(known, x.round, x.client, x.function, w0, x.delta, x.num_examples)
+    delta = {name: x.delta[name] for name in w0 if name in x.delta}  # in the order of the model's layers
+    return Observation(known, x.round, x.client, x.function, w0, delta, x.num_examples)
 
 
 def aggregate(subjects: Sequence[Subject]) -> Subject:
@@ -239,7 +240,8 @@ def captured(folder: Path) -> list[Exchange]:
     for file in files:
         try:
             with safe_open(file, "pt") as f:
-                tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118: it is no dict
+                names = f.keys()
+                tensors = {name: f.get_tensor(name) for name in names}
                 facts = json.loads(f.metadata()["exchanges"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
             raise SettingsError(f"{file} is damaged ({e}): remove it, or run again with audit.capture") from e

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad
 
 from fedcore import trees
 from fedcore.checkpoint import write_atomically
@@ -99,6 +99,10 @@ class Observation:
         """Examples to look for, of all M clients."""
         return self.num_examples if self.together is None else self.together
 
+    def flipped(self) -> Observation:
+        """The same, where what came up turns out to be global minus local."""
+        return replace(self, delta={name: -change for name, change in self.delta.items()})
+
 
 class Truth(NamedTuple):
     """A client's real examples, for scoring alone."""
@@ -112,6 +116,7 @@ class Subject(NamedTuple):
 
     seen: Observation
     truth: Truth | None
+    before: tuple[Observation, ...] = ()  # the client's earlier exchanges that are known
 
 
 def public(e: Experiment, task: Task) -> Public:
@@ -183,6 +188,17 @@ def aggregate(subjects: Sequence[Subject]) -> Subject:
     truths = [subject.truth for subject in subjects if subject.truth is not None]
     whole = len(truths) == len(subjects)
     return Subject(observed, Truth(torch.cat([t.x for t in truths]), torch.cat([t.y for t in truths])) if whole else None)
+
+
+def alignment(seen: Observation, x: Tensor, y: Tensor) -> float:
+    """Cosine of w0 - wT and the gradient of the mean loss of public examples at w0: positive, where the sign is right."""
+
+    def loss(moving: Params) -> Tensor:
+        return seen.public.loss(seen.public.predict({**seen.w0, **moving}, x), y).mean()
+
+    g = grad(loss)({name: seen.w0[name] for name in seen.delta})
+    norms = (trees.dot(g, g).double() * trees.dot(seen.delta, seen.delta).double()).sqrt()
+    return float(-trees.dot(g, seen.delta) / norms.clamp(min=1e-30))
 
 
 # Capture: a run's real updates

@@ -159,7 +159,7 @@ def _best(
     o: Observation, y: Tensor | None, own: list[int], starts: list[Start], end: Trace, s: SurrogateSettings
 ) -> Reconstruction:
     """Of one client's lanes the one with the lowest objective; never by what nobody could know."""
-    best = min(own, key=lambda lane: float(end.match[lane]))
+    best = min(own, key=lambda lane: float(end.match[lane].nan_to_num(torch.inf)))
     n, rho = o.total, starts[best].rho
     if y is None:
         y = end.variables["logits"][best, :n].argmax(1)

@@ -25,7 +25,7 @@ app = ClientApp()
 def work_of(preset: str, overrides: str) -> Work:
     """Task and method, built once a process."""
     e = Experiment.load(preset, overrides.split())
-    return Work(build_task(e).to(device_for(e.engine)), e.build_method(), e.local, e.seed, e.links)
+    return Work(build_task(e).to(device_for(e.engine)), e.build_method(), e.local, e.seed, e.links, e.defence)
 
 
 @app.query()

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from fedcore import method as methods
 from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
+from fedcore.defence import DefenceSettings
 from fedcore.errors import SettingsError
 from fedcore.links import LinksSettings
 from fedcore.method import FinetuneSettings, Method, MethodSettings
@@ -87,6 +88,7 @@ class Experiment(_Section):
     partition: PartitionSettings = Dirichlet()
     local: LocalSettings = LocalSettings()
     participation: ParticipationSettings = Uniform()
+    defence: DefenceSettings = DefenceSettings()
     links: LinksSettings = LinksSettings()
     min_reports: int = Field(1, ge=0, description="a round with fewer reports leaves the server as it was; 0: the method decides")
     engine: EngineSettings = EngineSettings()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedcore import privacy
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine
 from fedcore.limits import size_text
@@ -98,11 +99,14 @@ def show_result(result: Result, report: Path | None) -> None:
         "speed": f"{result.clients_per_second:,.0f} clients/s, first round done after {result.first_round_s:.1f} s",
         "sent": f"{size_text(result.bytes_down)} down, {size_text(result.bytes_up)} up",
         "left out": ", ".join(f"{reason} {n}" for reason, n in result.dropped.items()) or "nobody",
+        "privacy": ", ".join(privacy.describe(final["privacy"])) if "privacy" in final else "",
         "parameters": f"sha256 {result.params_sha256[:16]}",
         "report": str(report or "-"),
     }
     if final["test_accuracy"] is None:
         del facts["test accuracy"], facts["accuracy per client"]
+    if not facts["privacy"]:
+        del facts["privacy"]
     if not tuned:
         del facts["after fine-tuning"]
     for name, value in facts.items():

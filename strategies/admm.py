@@ -52,6 +52,8 @@ class Up(NamedTuple):
 
 
 class ADMM(Method[Settings]):
+    differences = False  # w_k + z_k / rho
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.scale(trees.double(params), population), torch.zeros(()))
 

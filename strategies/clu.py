@@ -58,6 +58,8 @@ class Up(NamedTuple):
 
 
 class CLU(Method[Settings]):
+    differences = False  # t_k
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.double(params), torch.zeros(()))
 

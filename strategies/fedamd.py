@@ -58,6 +58,8 @@ class Up(NamedTuple):
 
 
 class FedAMD(Method[Settings]):
+    differences = False  # the anchors' gradients
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.zeros_like(params, torch.float64), torch.zeros(population, dtype=torch.int64))
 

@@ -73,6 +73,8 @@ class Up(NamedTuple):
 
 
 class RERCE(Method[Settings]):
+    differences = False  # w_k
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.zeros_like(params), torch.zeros(()))
 

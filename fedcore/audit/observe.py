@@ -128,7 +128,6 @@ def public(e: Experiment, task: Task) -> Public:
     with torch.no_grad():
         found = model(torch.zeros_like(task.data.x[:1], device="cpu"))
     lr = getattr(e.method, "local_lr", None)
-    defence = getattr(e, "defence", None)
     return Public(
         model=model,
         loss=task.metrics["loss"],
@@ -139,8 +138,8 @@ def public(e: Experiment, task: Task) -> Public:
         epochs=e.local.epochs if e.local.steps is None else None,
         batch_size=e.local.batch_size,
         steps=e.local.steps,
-        clipped=defence is not None and defence.clip is not None,
-        sparse=defence is not None and defence.top_k < 1,
+        clipped=e.defence.clip is not None,
+        sparse=e.defence.top_k < 1,
     )
 
 
@@ -299,7 +298,7 @@ def simulate(e: Experiment, task: Task, clients: int, examples: int) -> list[Sub
     small.pixels = task.pixels
     method = e.build_method()
     params = small.init_params()
-    work = Work(small, method, e.local, e.seed, e.links)
+    work = Work(small, method, e.local, e.seed, e.links, e.defence)
     states = StateStore(method.init_client(params), 10**9, Path)
     engine, everyone = Sequential(work, states), frozenset(range(clients))
     found: list[Exchange] = []

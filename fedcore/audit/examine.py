@@ -429,8 +429,8 @@ def _doubts(seen: Sequence[Observation], task: Task) -> list[str]:
         return []
     client, cosine = min(against.items(), key=lambda item: item[1])
     return [
-        f"the updates of {len(against)} of {len(seen)} clients point against the gradient of public data (client {client}: cosine "
-        f"{cosine:.2f}): is what they sent global minus local, is it noise, or their data unlike the public one? It was attacked as it came"
+        f"the updates of {len(against)} of {len(seen)} clients point against the gradient of public data (client {client}: "
+        f"cosine {cosine:.2f}): did they send global minus local, or noise, or is their data unlike the public one? They were attacked as they came"
     ]
 
 

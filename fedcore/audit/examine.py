@@ -430,7 +430,8 @@ def _doubts(seen: Sequence[Observation], task: Task) -> list[str]:
     client, cosine = min(against.items(), key=lambda item: item[1])
     return [
         f"the updates of {len(against)} of {len(seen)} clients point against the gradient of public data (client {client}: "
-        f"cosine {cosine:.2f}): did they send global minus local, or noise, or is their data unlike the public one? They were attacked as they came"
+        f"cosine {cosine:.2f}): did they send global minus local, or noise, or is their data unlike the public one? "
+        "They were attacked as they came"
     ]
 
 

@@ -66,11 +66,12 @@ class DLFA(Attack[Settings]):
 
     def _one(self, o: Observation, y: Tensor, seed: int, progress: Progress) -> Reconstruction:
         known, n = o.public, o.num_examples
-        assert known.lr is not None and known.batch_size is not None and known.epochs is not None
+        assert known.lr is not None
+        assert known.batch_size is not None
+        assert known.epochs is not None
         batches = math.ceil(n / known.batch_size)
-        y = y[
-            torch.from_numpy(rng(seed, "audit labels", o.round, o.client).permutation(n))
-        ]  # which is in which batch, nobody knows
+        mixed = rng(seed, "audit labels", o.round, o.client).permutation(n)  # which is in which batch, nobody knows
+        y = y[torch.from_numpy(mixed)]
         target = trees.scale(gradient_like(o), 1 / (known.lr * batches))
         least, greatest = box(o)
         x = noise(o, seed, 0, (1, known.epochs, n, *known.shape))
@@ -82,15 +83,15 @@ class DLFA(Attack[Settings]):
             v["f"].mul_(rise).clamp_(max=2)
 
         lane = trees.stack([Lane(o.w0, target, y)])
-        on = self._objective(o, least, greatest, batches)
+        on = self._objective(o, known.lr, known.batch_size, least, greatest)
         end = optimise(
             on, known.model, variables, lane, {"x": self.s.lr}, self.s.iterations, project, False, 0.995**0.1, progress=progress
         )
         return Reconstruction(averaged(end.variables["x"][0]), y, float(end.match[0]), end.iterations, {}, end.curve[0])
 
-    def _objective(self, o: Observation, least: Tensor, greatest: Tensor, batches: int) -> Callable[[nn.Module], Objective]:
+    def _objective(self, o: Observation, lr: float, size: int, least: Tensor, greatest: Tensor) -> Callable[[nn.Module], Objective]:
         known, s = o.public, self.s
-        weights = layer_weights(o.delta)
+        weights, batches = layer_weights(o.delta), math.ceil(o.num_examples / size)
 
         def on(model: nn.Module) -> Objective:
             def loss(moving: Params, fixed: Params, x: Tensor, y: Tensor) -> Tensor:
@@ -99,12 +100,12 @@ class DLFA(Attack[Settings]):
             def value(v: Variables, lane: Lane) -> tuple[Tensor, Tensor]:
                 moving = start = {name: lane.w0[name] for name in lane.target}
                 for epoch in v["x"].unbind():
-                    for x, y in zip(epoch.split(known.batch_size), lane.y.split(known.batch_size), strict=True):
-                        moving = trees.axpy(-known.lr, grad(loss)(moving, lane.w0, x, y), moving)
-                found = trees.scale(trees.sub(start, moving), 1 / (known.lr * batches))
-                away = {name: (found[name] - goal).square().sum() for name, goal in lane.target.items()}
-                size = {name: goal.square().sum() for name, goal in lane.target.items()}
-                match = sum(weights[name] * away[name] for name in away) / sum(weights[name] * size[name] for name in size)
+                    for x, y in zip(torch.split(epoch, size), torch.split(lane.y, size), strict=True):
+                        moving = trees.axpy(-lr, grad(loss)(moving, lane.w0, x, y), moving)
+                found = trees.scale(trees.sub(start, moving), 1 / (lr * batches))
+                away = torch.stack([weights[name] * (found[name] - goal).square().sum() for name, goal in lane.target.items()])
+                whole = torch.stack([weights[name] * goal.square().sum() for name, goal in lane.target.items()])
+                match = away.sum() / whole.sum()
                 images = v["x"].flatten(0, 1)
                 prior = s.tv * squared_variation(images) + s.clip * outside(images, least, greatest) + s.reorder * disorder(v["x"])
                 return v["f"] * match + prior, match

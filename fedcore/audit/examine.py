@@ -339,6 +339,8 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
     subjects, task, accuracy, privacy = cell.prepare(observer)
     if stop.is_set():
         raise Stopped
+    if not plan.truth:
+        subjects = [Subject(s.seen, None) for s in subjects]
     seen, warnings = [s.seen for s in subjects], list[str]()
     if plan.labels == "oracle":
         seen = [replace(s.seen, labels=s.truth.y) if s.truth is not None else s.seen for s in subjects]

@@ -1,13 +1,14 @@
 """What updates give away: SME against gradient inversion and the simulated training, labels, defences, many clients at once.
 
-    python -m benchmarks.audit sweep       PSNR against local epochs, SME, IG and DLFA, and time a client (specification of SME, section 9)
+    python -m benchmarks.audit sweep       PSNR against local epochs, SME, IG and DLFA, and time a client
     python -m benchmarks.audit cifar       the same on CIFAR-10 (--data FOLDER of its parquet files)
-    python -m benchmarks.audit labels      label counts from the output layer's bias: fresh and trained models, two step sizes
-    python -m benchmarks.audit scale       an update shortened tenfold, with and without the search for the path scale; secure aggregation
+    python -m benchmarks.audit labels      label counts from the output layer's bias, by number of examples and step size
+    python -m benchmarks.audit scale       an update shortened tenfold, with and without searching the path scale; secure aggregation
     python -m benchmarks.audit together    8 clients in one batch of optimisations against one after another, by model
 
-Fashion-MNIST, the CNN 16-32-64 with average pooling, 8 examples a client in batches of 4, step size 0.01, true labels (as the paper), 300
-iterations; means over clients, mean and standard deviation over seeds. Options: --seeds N, --out DIR (cells there are read), --picture FILE.
+Fashion-MNIST, the CNN 16-32-64 with average pooling, 8 examples a client in batches of 4, step size 0.01, true labels (as in the
+paper), 300 iterations; means over clients, mean and standard deviation over seeds. Options: --seeds N, --out DIR (cells there are
+read), --picture FILE.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.fedlaw import table
 from fedcore import Experiment
-from fedcore.audit import examine, labels, lanes, metrics
+from fedcore.audit import examine, labels, metrics
 from fedcore.audit.observe import Subject, aggregate, simulate
 from fedcore.audit.sme import SME, SurrogateSettings
 from fedcore.engines.base import one_thread

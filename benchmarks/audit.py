@@ -3,7 +3,7 @@
     python -m benchmarks.audit sweep       PSNR against local epochs, SME, IG and DLFA, and time a client
     python -m benchmarks.audit cifar       the same on CIFAR-10 (--data FOLDER of its parquet files)
     python -m benchmarks.audit labels      label counts from the output layer's bias, by number of examples and step size
-    python -m benchmarks.audit scale       an update shortened tenfold, with and without searching the path scale; secure aggregation
+    python -m benchmarks.audit scale       a shortened update, with and without a searched path scale; secure aggregation
     python -m benchmarks.audit together    8 clients in one batch of optimisations against one after another, by model
 
 Fashion-MNIST, the CNN 16-32-64 with average pooling, 8 examples a client in batches of 4, step size 0.01, true labels (as in the

@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 import math
-import shlex
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -244,12 +244,13 @@ def defences(e: Experiment, plan: Plan, wanted: Sequence[str], out: Path) -> lis
     """
     cells = []
     for text in dict.fromkeys(itertools.chain.from_iterable(PANEL if w == "panel" else (w,) for w in wanted)):
-        pairs = dict(_pair(text, word) for word in ([] if text == "none" else shlex.split(text)))
+        pairs = dict(_pair(text, word) for word in ([] if text == "none" else re.split(r"\s+(?=[\w.]+=)", text.strip())))
         together = int(pairs.pop("secagg", 1))
         keep = {"audit.capture": str(plan.clients * together), "audit.rounds": "[1]"}
         changed = Experiment.parse(
             e.model_dump(mode="json", exclude_none=True), [f"{k}={v}" for k, v in (pairs | keep).items()], text
         )
+        _check(changed)
         folder = out / "runs" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
         def prepare(observer: Observer, e: Experiment = changed, folder: Path = folder, together: int = together) -> Prepared:
@@ -260,6 +261,14 @@ def defences(e: Experiment, plan: Plan, wanted: Sequence[str], out: Path) -> lis
 
         cells.append(Cell(text, {"defence": text}, prepare, [changed.model_dump(mode="json"), together]))
     return cells
+
+
+def _check(e: Experiment) -> None:
+    """Raises SettingsError for what a run of it would find at its start: before the first of several runs trains."""
+    task, method = build_task(e), e.build_method()
+    params = task.init_params()
+    method.init_server(params, task.population)
+    method.init_client(params)
 
 
 def _pair(text: str, word: str) -> tuple[str, str]:

@@ -31,7 +31,6 @@ from fedcore import Experiment
 from fedcore.audit import examine, labels, metrics
 from fedcore.audit.observe import Subject, aggregate, simulate
 from fedcore.audit.sme import SME, SurrogateSettings
-from fedcore.engines.base import one_thread
 from fedcore.loop import Quiet
 from fedcore.report import STYLE, svg
 from fedcore.tasks import build_task
@@ -134,8 +133,7 @@ def label_counts(a: argparse.Namespace) -> None:
 def attack_of(subjects: Sequence[Subject], seed: int, **settings: Any) -> float:
     """Mean PSNR of SME with the true labels."""
     seen = [replace(s.seen, labels=s.truth.y) for s in subjects if s.truth is not None]
-    with one_thread():
-        found = SME(SurrogateSettings(iterations=300, **settings)).reconstruct(seen, [labels.recover(o) for o in seen], seed)
+    found = SME(SurrogateSettings(iterations=300, **settings)).reconstruct(seen, [labels.recover(o) for o in seen], seed)
     scores = []
     for r, s in zip(found, subjects, strict=True):
         assert s.truth is not None
@@ -180,16 +178,15 @@ def together(a: argparse.Namespace) -> None:
         known = [labels.recover(o) for o in seen]
         s = SurrogateSettings(iterations=a.iterations)
         times: dict[str, list[float]] = {"batch": [], "one": []}
-        with one_thread():
-            for _ in range(a.repeats):
-                for kind in times:
-                    begin = time.perf_counter()
-                    if kind == "batch":
-                        SME(s).reconstruct(seen, known, 0)
-                    else:
-                        for o, y in zip(seen, known, strict=True):
-                            SME(s).reconstruct([o], [y], 0)
-                    times[kind].append(time.perf_counter() - begin)
+        for _ in range(a.repeats):
+            for kind in times:
+                begin = time.perf_counter()
+                if kind == "batch":
+                    SME(s).reconstruct(seen, known, 0)
+                else:
+                    for o, y in zip(seen, known, strict=True):
+                        SME(s).reconstruct([o], [y], 0)
+                times[kind].append(time.perf_counter() - begin)
         ratios = [one / batch for one, batch in zip(times["one"], times["batch"], strict=True)]
         each = {kind: 1000 * statistics.median(values) / (8 * a.iterations) for kind, values in times.items()}
         rows[name] = [

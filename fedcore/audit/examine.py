@@ -50,7 +50,6 @@ from fedcore.audit.observe import (
 from fedcore.audit.sme import SME
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
-from fedcore.engines.base import one_thread
 from fedcore.errors import SettingsError
 from fedcore.rng import rng, seed_of
 from fedcore.rundir import read_history, stored
@@ -407,8 +406,7 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
             continue
         started = time.perf_counter()
         try:
-            with one_thread():
-                found[name] = attack.reconstruct(seen, known, plan.seed, _watch(observer, stop, name, number, len(wanted)))
+            found[name] = attack.reconstruct(seen, known, plan.seed, _watch(observer, stop, name, number, len(wanted)))
         except ValueError as error:
             failed[name] = str(error)
         seconds[name] = round(time.perf_counter() - started, 2)

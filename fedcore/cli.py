@@ -203,7 +203,7 @@ def audit(
     if no_truth and fail_above is not None:
         raise SettingsError("--fail-above needs scores, and with --no-truth nothing is scored: give one of the two")
 
-    from fedcore.audit import examine, report
+    from fedcore.audit import examine
     from fedcore.config import Experiment
     from fedcore.progress import AuditTerminal
     from fedcore.rundir import fresh, stored
@@ -245,6 +245,8 @@ def audit(
             mode, cells = "sweep", examine.sweep(experiment, plan, *factors)
         with AuditTerminal() as terminal:
             found = examine.examine(mode, experiment, cells, plan, folder, terminal)
+        from fedcore.audit import report  # with its plots half a second: not before the first cell
+
         file = report.write(found, folder, ["fedcore", *sys.argv[1:]])
     if json_:
         print(json.dumps({**report.ready(found), "report": str(file)}))

@@ -82,7 +82,7 @@ class Terminal:
 
 
 class AuditTerminal:
-    """An observer of an audit (`fedcore.audit.examine.Observer`). It shows the attack's own objective, which an attacker has too, and
+    """An observer of an audit (`fedcore.audit.examine.Observer`). It shows the objective, which an attacker has too, and
     never a distance to the truth."""
 
     def __init__(self) -> None:

@@ -72,7 +72,7 @@ td.n, th.n { text-align: right; white-space: nowrap; } td.n:last-child, th.n:las
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(290px, 100%), 1fr)); gap: 14px; }
 .columns > div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
 ul { margin: 6px 0 2px; padding-left: 1.15em; } li { margin: 3px 0; overflow-wrap: anywhere; }
-.client { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.1fr); gap: 10px 26px; padding: 14px 0; }
+.client { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.5fr); gap: 10px 26px; padding: 14px 0; }
 .client + .client { border-top: 1px solid var(--line); } .client .title { gap: 6px 8px; } .client .badge { font-size: .76rem; }
 .client p { margin-top: 6px; } .client .pairs { font-size: .88rem; } details .badge { margin-left: 8px; }
 .images { display: grid; grid-template-columns: repeat(8, minmax(0, 1fr)); gap: 8px; align-content: start; }
@@ -211,6 +211,7 @@ AUDIT = """\
 <div class="columns">
 {% for name, points in threat %}<div><h3>{{ name }}</h3><ul>{% for point in points %}<li>{{ point }}</li>{% endfor %}</ul></div>
 {% endfor %}</div>
+<details><summary>The attacks</summary>{{ pairs(attacks) }}</details>
 </section>
 {% if advice %}<section>
 <h2>What to switch on</h2>

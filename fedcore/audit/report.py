@@ -1,4 +1,5 @@
-"""audit.json and audit.html: what an audit found, for scripts and for people. The terminal shows the page's table and verdicts."""
+"""audit.json and audit.html: what an audit found, for scripts and for people. The terminal shows the page's table and "
+"verdicts."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import math
 import platform
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from fedcore import __version__
-from fedcore.audit.examine import Audit
+from fedcore.audit.examine import IMAGE_ATTACKS, Audit
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
@@ -82,10 +84,11 @@ def show(a: Audit, file: Path) -> None:
     for row in body:
         cells = [text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))]
         print("  ".join(cells).rstrip())
-    print(f"\n{_badge(a)[0].upper()}{_badge(a)[1:]}. {_summary(a)}")
+    badge = _badge(a)
+    print(f"\n{badge[0].upper()}{badge[1:]}. {_summary(a)}")
     for line in _measured(a):
         print(line)
-    if names := [remedy.name.lower() for remedy in _advice(a)]:
+    if names := [remedy.short for remedy in _advice(a)]:
         print(f"To switch on: {', '.join(names)}.")
     for warning in a.warnings:
         print(f"Note: {warning}.")
@@ -210,26 +213,31 @@ BROKEN = {
 GIVEN = {"A": "not given away", "B": "hardly given away", "C": "given away in part", "D": "given away"}
 TONES = {None: "soft", "A": "good", "B": "good", "C": "warn", "D": "bad"}
 EXPLAINED = (
-    "PSNR and SSIM compare what was rebuilt with the original that it was matched to: higher is closer. Found: how often an image that was rebuilt "
-    "is nearer to its original than to every other of up to 999 images that no client has. The rows without an attack are what anybody comes to "
-    "without the update: an attack that is not above them has learned nothing that they do not know. Objective: 1 - cosine between the "
-    "update and what the rebuilt images would have caused, for most attacks; lower is a better match. Labels: share of the label counts that was recovered. "
-    "Members AUC: telling the client's examples from others of the same classes; 0.5 is guessing. Means over clients."
+    "PSNR and SSIM compare what was rebuilt with the original that it was matched to: higher is closer. Found: how often an "
+    "image that was rebuilt is nearer to its original than to every other of up to 999 images that no client has. The rows "
+    "without an attack are what anybody comes to without the update: an attack that is not above them has learned nothing that "
+    "they do not know. Objective: 1 - cosine between the update and what the rebuilt images would have caused, for most attacks; "
+    "lower is a better match. Labels: share of the label counts that was recovered. Members AUC: telling the client's examples "
+    "from others of the same classes; 0.5 is guessing. Means over clients."
 )
 EPSILON = (
-    ' Epsilon: what an accountant guarantees of the client\'s own message, against this adversary. Where it says "global model only" the noise is the '
-    "server's, added after it has read the update: that epsilon holds against those who see the models alone, and says nothing of this attack."
+    " Epsilon: what an accountant guarantees of the client's own message, against this adversary. Where it says \"global model "
+    'only" the noise is the '
+    "server's, added after it has read the update: that epsilon holds against those who see the models alone, and says nothing "
+    "of this attack."
 )
 GRADES = (
-    "Grades of inputs by input leakage (the larger of: how far images came from the mean of their class towards 30 dB, and how often they find their "
-    "original) and by the worst image, both out of 100: A below 5 and 20, B below 15 and 40, C below 40, D from there. Labels and membership by their share "
-    "above guessing: A below 0.05, B below 0.2, C below 0.5. The thresholds are a convention of this project. A grade says what these "
-    "attacks did not break at this budget; no grade says that a client is safe."
+    "Grades of inputs by input leakage (the larger of: how far images came from the mean of their class towards 30 dB, and how "
+    "often they find their original) and by the worst image, both out of 100: A below 5 and 20, B below 15 and 40, C below 40, D "
+    "from there. Labels and membership by their share above guessing: A below 0.05, B below 0.2, C below 0.5. The thresholds are "
+    "a convention of this project. A grade says what these attacks did not break at this budget; no grade says that a client is "
+    "safe."
 )
 
 
 class Remedy(NamedTuple):
     name: str
+    short: str
     against: str
     why: str
     how: str
@@ -250,17 +258,20 @@ def _summary(a: Audit) -> str:
     if not clients:
         return "No client has been attacked yet."
     what = {
-        "sweep": "clients of synthetic first rounds",
-        "captured": "clients whose real updates a run kept",
-        "defences": "clients of runs with and without defences",
+        "sweep": "of synthetic first rounds",
+        "captured": "of a run that kept their updates",
+        "defences": "of runs with and without defences",
     }[a.mode]
     names = [name for name in a.plan["attacks"] if any(name in c["attacks"] for c in clients)]
-    text = f"{_count(len(clients), 'attack target')}, {what}, in {_count(len(a.cells), 'setting')}"
-    text += f"; attacks: {', '.join(names) or 'none on images'} ({a.plan['budget']} budget)."
+    each = max(len(cell["clients"]) for cell in a.cells)
+    text = f"{_count(each, 'client')} {what} {'was' if each == 1 else 'were'} attacked in "
+    text += "one setting" if len(a.cells) == 1 else f"each of {len(a.cells)} settings"
+    text += f", with {', '.join(names) or 'no attack on images'} (budget: {a.plan['budget']})."
     worst = a.worst
     if worst["input_leakage"] is None:
         return f"{text} What was rebuilt was not compared with the clients' data, so no grade is given."
-    text += f' Worst is {_name(worst["client"])} of "{worst["cell"]}", with an input leakage of {worst["input_leakage"]:.0f} out of 100.'
+    text += f' Worst is {_name(worst["client"])} of "{worst["cell"]}":'
+    text += f" input leakage {worst['input_leakage']:.0f} out of 100."
     if (worst_grade(clients) or "D") < "C":
         text += " That is: not broken by these attacks at this budget. It is no proof that no attack can."
     return text
@@ -279,8 +290,8 @@ def _range(values: Sequence[int]) -> str:
 
 
 ADVERSARY = (
-    "Somebody who reads what one client sends: the server itself, whoever runs it, or whoever reads the channel. They keep to the protocol and change nothing "
-    "(honest but curious); afterwards they work on what they got, as long as they like."
+    "Somebody who reads what one client sends: the server itself, whoever runs it, or whoever reads the channel. They keep to "
+    "the protocol and change nothing (honest but curious); afterwards they work on what they got, as long as they like."
 )
 
 
@@ -313,7 +324,8 @@ def _threat(a: Audit) -> list[tuple[str, list[str]]]:
         hidden.append(f"The parameters that stay on the client, or were not sent: {_range([whole - n for n in seen])}.")
     scored = any(c["references"] or (c["labels"] or {}).get("accuracy") is not None for c in clients)
     hidden.append(
-        "The clients' data. It was compared with the results after the attacks had ended, and for the membership test mixed unmarked among others."
+        "The clients' data. It was compared with the results after the attacks had ended, and for the membership test mixed "
+        "unmarked among others."
         if scored
         else "The clients' data; this audit did not look at it either."
     )
@@ -323,6 +335,13 @@ def _threat(a: Audit) -> list[tuple[str, list[str]]]:
     if a.mode == "sweep":
         left.append("Later rounds: a synthetic first round starts from an untrained model, which tends to give most away.")
     return [("It saw", saw), ("It did not see", hidden), ("This audit does not cover", left)]
+
+
+def _attacks_in_words(a: Audit) -> list[tuple[str, str]]:
+    """Each attack with the first line of its file, which names the paper."""
+    modules = {name: IMAGE_ATTACKS[name].__module__ for name in a.plan["attacks"] if name in IMAGE_ATTACKS}
+    modules |= {name: f"fedcore.audit.{name}" for name in ("labels", "membership")}
+    return [(name, (sys.modules[modules[name]].__doc__ or "").partition("\n")[0].rstrip(".")) for name in a.plan["attacks"]]
 
 
 def _facts(a: Audit) -> list[Fact]:
@@ -408,51 +427,59 @@ def _marks(c: dict[str, Any]) -> list[dict[str, str]]:
 REMEDIES = {
     "noise": Remedy(
         "Clipping and noise on the client",
+        "clipping and noise",
         "against all of it; the only one with a guarantee (epsilon)",
-        "The update is shortened to a fixed length and drowned in noise before it leaves. Costs accuracy, less the more clients are averaged. Noise that "
-        "stops these attacks may still have an epsilon in the thousands: read the epsilon, not the picture.",
-        "--set defence.clip=1 --set defence.noise_multiplier=0.5",
+        "The update is cut to a fixed length and gets noise before it leaves. Costs accuracy, less the more clients are "
+        "averaged: raise it step by step. Noise that stops these attacks may still have an epsilon in the thousands: read the "
+        "epsilon, not the picture. Noise that the server adds (dpfedavg) does nothing against this adversary.",
+        "fedcore run PRESET --set defence.clip=1 --set defence.noise_multiplier=0.01",
     ),
     "secagg": Remedy(
         "Secure aggregation",
+        "secure aggregation",
         "against all of it; better the more clients are summed",
-        "The server gets the sum over many clients and no single update. Costs no accuracy. With few clients, or a server that controls the others, it protects "
-        "little. See what it would do here:",
-        "--defence none --defence secagg=4",
+        "The server gets the sum over many clients and no single update. Costs no accuracy. With few clients, or a server that "
+        "controls the others, it protects little. See what it would do here:",
+        "fedcore audit PRESET --defence none --defence secagg=4",
     ),
     "partial": Remedy(
         "Keeping part of the model on the clients",
+        "personal layers",
         "against inputs and labels",
-        "What is not sent cannot be inverted. A personal output layer hides its bias, from which labels are counted; a personal first layer hides what the inputs "
-        "are read from. Often helps accuracy where clients differ.",
+        "What is not sent cannot be inverted. A personal output layer hides its bias, from which labels are counted; a personal "
+        "first layer hides what the inputs are read from. Often helps accuracy where clients differ.",
         "fedcore audit fedper    # or fedsim, fedalt with method.personal",
     ),
     "steps": Remedy(
         "More local work between two exchanges",
+        "more local steps",
         "against inputs; may raise membership",
-        "The update then mixes many steps, none of which the attacker sees. Less traffic too; clients that differ drift apart, and examples that are "
-        "seen more often are remembered better.",
-        "--set local.epochs=20",
+        "The update then mixes many steps, none of which the attacker sees. Less traffic too; clients that differ drift apart, "
+        "and examples that are seen more often are remembered better.",
+        "fedcore run PRESET --set local.epochs=20",
     ),
     "batches": Remedy(
         "Larger batches, and clients with more examples",
+        "larger batches",
         "against inputs and membership",
         "One image is a smaller part of an average over many. Cheap, and weak alone.",
-        "--set local.batch_size=64",
+        "fedcore run PRESET --set local.batch_size=64",
     ),
     "first layer": Remedy(
         "A first layer that is not linear on the raw input",
+        "another first layer",
         "against inputs",
-        "From a linear first layer with a bias single inputs are read off by a division, after any number of steps. A convolution, or a first layer that "
-        "stays on the client, ends that.",
-        "--set model.name=cnn",
+        "From a linear first layer with a bias single inputs are read off by a division, after any number of steps. A "
+        "convolution, or a first layer that stays on the client, ends that.",
+        "fedcore run PRESET --set model.name=cnn",
     ),
     "memorise": Remedy(
         "Less training on the same examples",
+        "less training on the same examples",
         "against membership",
-        "Who was in the training data shows in how well it is remembered. Fewer local epochs, a smaller model or regularisation narrow the gap; this pulls "
-        "against more local work.",
-        "--set local.epochs=1",
+        "Who was in the training data shows in how well it is remembered. Fewer local epochs, a smaller model or regularisation "
+        "narrow the gap; this pulls against more local work.",
+        "fedcore run PRESET --set local.epochs=1",
     ),
 }
 FEW_STEPS = 20
@@ -502,8 +529,9 @@ def _measured(a: Audit) -> list[str]:
 
     def told(cell: dict[str, Any], what: str) -> str:
         cost = 100 * (plain["accuracy"] - cell["accuracy"])
-        change = f"{cost:.1f} points of accuracy less" if cost >= 0.05 else f"{max(-cost, 0):.1f} points of accuracy more"
-        return f'Measured here, {what}: "{cell["name"]}" takes input leakage from {leak(plain):.0f} to {leak(cell):.0f} out of 100, with {change}.'
+        change = "at no cost in accuracy" if cost < 0.05 else f"at {cost:.1f} points of accuracy"
+        found = f"takes input leakage from {leak(plain):.0f} to {leak(cell):.0f} out of 100, {change}."
+        return f'Measured here, {what}: "{cell["name"]}" {found}'
 
     best = min(known, key=leak)
     cheap = min((cell for cell in known if plain["accuracy"] - cell["accuracy"] <= COST), key=leak)
@@ -517,35 +545,41 @@ def _measured(a: Audit) -> list[str]:
 
 # The page
 
+PICTURED = (
+    "This page shows images of clients, and what attacks rebuilt of them. Keep it as you keep the data itself, show it to nobody "
+    "who may not see that, and delete it when it has served."
+)
+UNPICTURED = (
+    "This page shows no images; it still tells labels and quality of single clients' data. Keep it as you keep the data itself."
+)
+
 
 def page(a: Audit, command: Sequence[str]) -> str:
     """audit.html. The same audit gives the same page."""
     e = Experiment.parse(a.experiment)
     grade = worst_grade(_clients(a))
-    pictured = any(cell["pictures"] for cell in a.cells)
     notes = []
     if a.interrupted:
         notes.append(
-            "This audit was interrupted: what is missing, or attacked with fewer iterations than asked, is filled in by the same command with --out."
+            "This audit was interrupted: what is missing, or attacked with fewer iterations than asked, is filled in by the same "
+            "command with --out."
         )
     with rc_context(STYLE):
         plots = _plots(a)
+    if sum(not drawn.wide for drawn in plots) % 2:
+        plots[-1] = plots[-1]._replace(wide=True)
     return render(
         "audit",
         title=f"{e.method.name} on {e.task}",
         badge=_badge(a),
         tone=TONES[grade],
         summary=_summary(a),
-        personal=(
-            "This page shows images of clients, and what attacks rebuilt of them. Keep it as you keep the data itself, show it to nobody who may not see that, and "
-            "delete it when it has served."
-            if pictured
-            else "This page shows no images; it still tells labels and quality of single clients' data. Keep it as you keep the data itself."
-        ),
+        personal=PICTURED if any(cell["pictures"] for cell in a.cells) else UNPICTURED,
         notes=[*notes, *(f"{warning[0].upper()}{warning[1:]}." for warning in a.warnings)],
         facts=_facts(a),
         adversary=ADVERSARY,
         threat=_threat(a),
+        attacks=_attacks_in_words(a),
         advice=_advice(a),
         measured=_measured(a),
         grades=GRADES,
@@ -568,16 +602,14 @@ def page(a: Audit, command: Sequence[str]) -> str:
             ("numpy", np.__version__),
             ("finished", a.created),
             ("this call took", time_text(a.seconds)),
-            *(
-                (
-                    cell["name"],
-                    f"{time_text(cell['seconds'])}; " + ", ".join(f"{k} {time_text(v)}" for k, v in cell["attack_seconds"].items()),
-                )
-                for cell in a.cells
-            ),
+            *((cell["name"], ", ".join([time_text(cell["seconds"]), *_times(cell["attack_seconds"])])) for cell in a.cells),
         ],
         version=__version__,
     )
+
+
+def _times(seconds: dict[str, float]) -> list[str]:
+    return [f"{name} {time_text(value)}" for name, value in seconds.items()]
 
 
 OPEN = 3  # with more cells than that only the worst is unfolded
@@ -592,13 +624,13 @@ def _cells(a: Audit) -> list[dict[str, Any]]:
         clients = []
         for c in cell["clients"]:
             shown = pictures.get(c["client"])
-            names = [REMEDIES[name].name.lower() for name in _remedies(c, a.experiment)]
+            names = [REMEDIES[name].short for name in _remedies(c, a.experiment)]
             clients.append(
                 {
                     "name": _name(c["client"]),
                     "marks": _marks(c),
                     "lines": _verdict(c),
-                    "advice": "; ".join(names),
+                    "advice": ", ".join(names),
                     "pairs": [(original, rebuilt, f"{psnr:.1f}") for original, rebuilt, psnr in shown["pairs"]] if shown else [],
                     "attack": shown and shown["attack"],
                     "without": "No images: " + _without(cell, c),
@@ -732,7 +764,10 @@ def _trade_off(a: Audit) -> Plot | None:
     axes.xaxis.set_major_locator(ticks(integer=False))
     axes.margins(0.12, 0.15)
     figure.legend(loc="outside lower left", ncols=2)
-    caption = "Right is a better model, down is less of the clients' images. Under the dashed lines attacks know less than anybody does without the update."
+    caption = (
+        "Right is a better model, down is less of the clients' images. Under the dashed lines attacks know less than anybody does "
+    )
+    caption += "without the update."
     return plot(figure, "Privacy against accuracy", caption, wide=True)
 
 
@@ -755,5 +790,6 @@ def _along(a: Audit) -> Plot | None:
     if all(v > 0 for n in curves.values() for row in n for v in row if v is not None):
         axes.set_yscale("log")
     figure.legend(loc="outside upper left", ncols=3)
-    caption = f'Mean and range over the clients of "{cell["name"]}". A low objective is a good match of the update, which need not be a good image.'
+    caption = f'Mean and range over the clients of "{cell["name"]}". A low objective is a good match of the update, which need not '
+    caption += "be a good image."
     return plot(figure, "Objective along the way", caption)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
 
 from fedcore import __version__
 from fedcore.audit.examine import IMAGE_ATTACKS, Audit
@@ -281,8 +281,8 @@ def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
-def _name(client: int) -> str:
-    return f"client {client}"
+def _name(client: int, together: int = 1) -> str:
+    return f"client {client}" + (f" and {together - 1} more" if together > 1 else "")
 
 
 def _range(values: Sequence[int]) -> str:
@@ -375,12 +375,14 @@ def _verdict(c: dict[str, Any]) -> list[str]:
     """What came back of one client, a line each of inputs, labels and membership."""
     lines = []
     n = f"{_count(c['num_examples'], 'example')}"
-    n += f" each of {c['clients_aggregated']} clients" if c["clients_aggregated"] > 1 else ""
+    n += f" of {c['clients_aggregated']} clients together" if c["clients_aggregated"] > 1 else ""
     n += f", {_count(c['local_steps'], 'local step')}" if c["local_steps"] is not None else ""
     if c["best"] is not None:
         best, level = c["best"], c["references"].get("class means", {}).get("psnr")
         line = f"Inputs ({n}): {best['attack']} comes closest, to {best['psnr']['mean']:.1f} dB on average"
         line += f" and {best['psnr']['max']:.1f} for its best image" if c["num_examples"] > 1 else ""
+        good = round(c["attacks"][best["attack"]]["above"]["20"] * c["num_examples"])
+        line += f" ({good} of {c['num_examples']:,} above 20)" if good and c["num_examples"] > 1 else ""
         line += f"; the mean image of each class, which needs no update, has {level:.1f}" if level is not None else ""
         top, found = max((f["identification"]["top1"], name) for name, f in c["attacks"].items() if "identification" in f)
         pool = best["identification"]["pool"]
@@ -406,7 +408,7 @@ def _verdict(c: dict[str, Any]) -> list[str]:
     members = c["membership"]
     if members and members["ok"]:
         rate = members[members["best"]]["tpr_at_1_percent_fpr"]
-        low = f"{rate['value']:.0%} of the members at 1 % false alarms ({rate['low']:.0%} to {rate['high']:.0%})"
+        low = f"{rate['value']:.0%} of the members at 1% false alarms ({rate['low']:.0%} to {rate['high']:.0%})"
         lines.append(f"Membership: AUC {members['auc']:.2f} where 0.5 is guessing; {low}.")
     elif members:
         lines.append(f"Membership: not tested, {members['error']}.")
@@ -448,7 +450,7 @@ REMEDIES = {
         "against inputs and labels",
         "What is not sent cannot be inverted. A personal output layer hides its bias, from which labels are counted; a personal "
         "first layer hides what the inputs are read from. Often helps accuracy where clients differ.",
-        "fedcore audit fedper    # or fedsim, fedalt with method.personal",
+        "fedcore audit fedper  # or fedsim, fedalt",
     ),
     "steps": Remedy(
         "More local work between two exchanges",
@@ -566,8 +568,6 @@ def page(a: Audit, command: Sequence[str]) -> str:
         )
     with rc_context(STYLE):
         plots = _plots(a)
-    if sum(not drawn.wide for drawn in plots) % 2:
-        plots[-1] = plots[-1]._replace(wide=True)
     return render(
         "audit",
         title=f"{e.method.name} on {e.task}",
@@ -627,7 +627,7 @@ def _cells(a: Audit) -> list[dict[str, Any]]:
             names = [REMEDIES[name].short for name in _remedies(c, a.experiment)]
             clients.append(
                 {
-                    "name": _name(c["client"]),
+                    "name": _name(c["client"], c["clients_aggregated"]),
                     "marks": _marks(c),
                     "lines": _verdict(c),
                     "advice": ", ".join(names),
@@ -662,7 +662,9 @@ DASHED = ("class means", "mean image", "blank", "start noise")  # of the levels,
 
 def _plots(a: Audit) -> list[Plot]:
     plots = [_trade_off(a)] if a.mode == "defences" else [drawn for factor in _varied(a) for drawn in _against(a, factor)]
-    return [drawn for drawn in (*plots, _along(a)) if drawn is not None]
+    found = [drawn for drawn in plots if drawn is not None]
+    last = _along(a, wide=sum(not drawn.wide for drawn in found) % 2 == 0)
+    return found + ([last] if last is not None else [])
 
 
 def _varied(a: Audit) -> list[str]:
@@ -693,6 +695,7 @@ def _against(a: Audit, factor: str) -> list[Plot]:
                 list(at), values, color=(INK, SOFT)[number % 2], linestyle=("--", ":")[number // 2], linewidth=1.1, label=level
             )
         axes.set(xlabel=name, ylabel="PSNR, dB")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
         _scale(axes, list(groups))
         figure.legend(loc="outside upper left", ncols=3)
         caption = f"Dashed: what anybody comes to without the update. The bands are 95 % over clients.{others}"
@@ -771,7 +774,7 @@ def _trade_off(a: Audit) -> Plot | None:
     return plot(figure, "Privacy against accuracy", caption, wide=True)
 
 
-def _along(a: Audit) -> Plot | None:
+def _along(a: Audit, wide: bool) -> Plot | None:
     """The objective along the way, in the worst cell."""
     name = a.worst["cell"]
     cell = next((cell for cell in a.cells if name in (None, cell["name"])), None)
@@ -779,7 +782,7 @@ def _along(a: Audit) -> Plot | None:
     curves = {n: found for n, found in curves.items() if found}
     if cell is None or not curves:
         return None
-    figure, axes = new_figure(height=3.5)
+    figure, axes = new_figure(6.4 if wide else 4.7, 3.5)
     for number, (attack, found) in enumerate(curves.items()):
         rows = np.array([[math.nan if v is None else v for v in row] for row in found if len(row) == len(found[0])])
         x = np.linspace(0, 1, rows.shape[1])
@@ -789,7 +792,10 @@ def _along(a: Audit) -> Plot | None:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     if all(v > 0 for n in curves.values() for row in n for v in row if v is not None):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     figure.legend(loc="outside upper left", ncols=3)
     caption = f'Mean and range over the clients of "{cell["name"]}". A low objective is a good match of the update, which need not '
     caption += "be a good image."
-    return plot(figure, "Objective along the way", caption)
+    return plot(figure, "Objective along the way", caption, wide)

@@ -1,4 +1,4 @@
-"""The audit, from cells to verdicts: get the observations of a cell, run every attack, score what came back; resumable and interruptible.
+"""The audit, from cells to verdicts: get the observations of a cell, run every attack, score what came back; resumable.
 
 A cell is one setting under audit: a combination of a sweep (local epochs, batch size, examples), a defence with the run that it was
 switched on in, or a captured round of a run. Cells are independent; each that is done is a file of its own.
@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 import math
-import shlex
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,18 @@ from fedcore.audit.dlg import DLG
 from fedcore.audit.idlg import IDLG
 from fedcore.audit.inverting_gradients import IG
 from fedcore.audit.labels import recover
-from fedcore.audit.observe import Subject, Truth, aggregate, captured, observation, public, simulate, truth_of
+from fedcore.audit.observe import (
+    Observation,
+    Subject,
+    Truth,
+    aggregate,
+    alignment,
+    captured,
+    observation,
+    public,
+    simulate,
+    truth_of,
+)
 from fedcore.audit.sme import SME
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
@@ -97,6 +108,7 @@ PANEL = (
 )
 PICTURED = 4  # clients of a cell whose images are shown
 SHOWN = 8  # images of a client that are shown
+PROBES = 1000  # public examples for the sign of an update
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ class Plan:
     budget: Budget = "quick"
     labels: Literal["recovered", "oracle", "soft"] = "recovered"
     truth: bool = True  # score against the clients' data, where the simulation has it
+    flip: bool = False  # what came up is global minus local: never guessed, only warned of
     images: bool = True  # show images in the report
     clients: int = 4  # of a cell
     seed: int = 0
@@ -201,9 +214,12 @@ def _captured(e: Experiment, run_dir: Path, plan: Plan, t: int, together: int) -
     """The clients captured in round t; of each, the exchange that tells of a round, and all earlier ones for membership."""
     task = build_task(e)
     method, known = e.build_method(), public(e, task)
-    last = {x.client: x for x in captured(run_dir) if x.round == t and x.num_examples > 0}
-    chosen = [x for _, x in sorted(last.items())][: plan.clients * together]
-    subjects = [Subject(observation(method, known, x), truth_of(task, x.client) if plan.truth else None) for x in chosen]
+    by_client: dict[int, list[Observation]] = {}
+    for x in captured(run_dir):
+        if x.round <= t and x.num_examples > 0:
+            by_client.setdefault(x.client, []).append(observation(method, known, x))
+    chosen = [(i, own) for i, own in sorted(by_client.items()) if own[-1].round == t][: plan.clients * together]
+    subjects = [Subject(own[-1], truth_of(task, i), tuple(own[:-1])) for i, own in chosen]
     if together > 1:
         groups = [subjects[i : i + together] for i in range(0, len(subjects) - together + 1, together)]
         if not groups:
@@ -228,12 +244,13 @@ def defences(e: Experiment, plan: Plan, wanted: Sequence[str], out: Path) -> lis
     """
     cells = []
     for text in dict.fromkeys(itertools.chain.from_iterable(PANEL if w == "panel" else (w,) for w in wanted)):
-        pairs = dict(_pair(text, word) for word in ([] if text == "none" else shlex.split(text)))
+        pairs = dict(_pair(text, word) for word in ([] if text == "none" else re.split(r"\s+(?=[\w.]+=)", text.strip())))
         together = int(pairs.pop("secagg", 1))
         keep = {"audit.capture": str(plan.clients * together), "audit.rounds": "[1]"}
         changed = Experiment.parse(
             e.model_dump(mode="json", exclude_none=True), [f"{k}={v}" for k, v in (pairs | keep).items()], text
         )
+        _check(changed)
         folder = out / "runs" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
         def prepare(observer: Observer, e: Experiment = changed, folder: Path = folder, together: int = together) -> Prepared:
@@ -244,6 +261,14 @@ def defences(e: Experiment, plan: Plan, wanted: Sequence[str], out: Path) -> lis
 
         cells.append(Cell(text, {"defence": text}, prepare, [changed.model_dump(mode="json"), together]))
     return cells
+
+
+def _check(e: Experiment) -> None:
+    """Raises SettingsError for what a run of it would find at its start: before the first of several runs trains."""
+    task, method = build_task(e), e.build_method()
+    params = task.init_params()
+    method.init_server(params, task.population)
+    method.init_client(params)
 
 
 def _pair(text: str, word: str) -> tuple[str, str]:
@@ -314,7 +339,7 @@ def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Pa
             warnings += [w for w in found["warnings"] if w not in warnings]
             if stop.is_set():
                 break
-    asked = {
+    asked: dict[str, Any] = {
         "attacks": list(plan.attacks),
         "budget": plan.budget,
         "labels": plan.labels,
@@ -328,7 +353,18 @@ def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Pa
 
 
 def _key(cell: Cell, plan: Plan) -> str:
-    facts = [SCHEMA, cell.factors, cell.identity, plan.seed, plan.clients, plan.labels, plan.truth, plan.images, list(plan.attacks)]
+    facts = [
+        SCHEMA,
+        cell.factors,
+        cell.identity,
+        plan.seed,
+        plan.clients,
+        plan.labels,
+        plan.truth,
+        plan.flip,
+        plan.images,
+        list(plan.attacks),
+    ]
     facts.append({name: plan.settings(name) for name in plan.attacks if name in IMAGE_ATTACKS})
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -339,19 +375,22 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
     subjects, task, accuracy, privacy = cell.prepare(observer)
     if stop.is_set():
         raise Stopped
-    if not plan.truth:
-        subjects = [Subject(s.seen, None) for s in subjects]
-    seen, warnings = [s.seen for s in subjects], list[str]()
+    if plan.flip:
+        subjects = [s._replace(seen=s.seen.flipped(), before=tuple(o.flipped() for o in s.before)) for s in subjects]
+    warnings = _doubts([s.seen for s in subjects], task)
     if plan.labels == "oracle":
-        seen = [replace(s.seen, labels=s.truth.y) if s.truth is not None else s.seen for s in subjects]
+        subjects = [s._replace(seen=replace(s.seen, labels=s.truth.y)) if s.truth is not None else s for s in subjects]
+    if not plan.truth:
+        subjects = [s._replace(truth=None) for s in subjects]
+    seen = [s.seen for s in subjects]
     known: list[Tensor | None] = []
     unknown: dict[int, str] = {}
     for i, o in enumerate(seen):
         try:
             known.append(None if plan.labels == "soft" else recover(o, plan.seed))
-        except ValueError as why:
+        except ValueError as error:
             known.append(None)
-            unknown[i] = str(why)
+            unknown[i] = str(error)
     if unknown:
         warnings.append(f"labels are not recovered, and optimised with the images: {next(iter(unknown.values()))}")
     found: dict[str, list[Reconstruction]] = {}
@@ -370,8 +409,8 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
         try:
             with one_thread():
                 found[name] = attack.reconstruct(seen, known, plan.seed, _watch(observer, stop, name, number, len(wanted)))
-        except ValueError as why_not:
-            failed[name] = str(why_not)
+        except ValueError as error:
+            failed[name] = str(error)
         seconds[name] = round(time.perf_counter() - started, 2)
     scored = _Scoring(plan, task, subjects, known, unknown, found, failed)
     clients = [scored.client(i) for i in range(len(subjects))]
@@ -389,6 +428,20 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
         "seconds": round(time.perf_counter() - begin, 2),
     }
     return result
+
+
+def _doubts(seen: Sequence[Observation], task: Task) -> list[str]:
+    """A warning where updates point against the gradient of public data."""
+    x, y = (v[:PROBES].cpu() for v in task.data.test)
+    against = {o.client: cosine for o in seen if (cosine := alignment(o, x, y)) <= 0}
+    if not against:
+        return []
+    client, cosine = min(against.items(), key=lambda item: item[1])
+    return [
+        f"the updates of {len(against)} of {len(seen)} clients point against the gradient of public data (client {client}: "
+        f"cosine {cosine:.2f}): did they send global minus local, or noise, or is their data unlike the public one? "
+        "They were attacked as they came"
+    ]
 
 
 def _watch(observer: Observer, stop: threading.Event, name: str, number: int, attacks: int) -> Progress:
@@ -419,7 +472,7 @@ class _Scoring:
 
     def client(self, i: int) -> dict[str, Any]:
         """One client's part of audit.json."""
-        (o, truth), pixels = self.subjects[i], self.task.pixels
+        (o, truth, _), pixels = self.subjects[i], self.task.pixels
         change = math.sqrt(sum(float(x.double().square().sum()) for x in o.delta.values()))
         result: dict[str, Any] = {
             "client": o.client,
@@ -489,14 +542,14 @@ class _Scoring:
         }
 
     def _labels(self, i: int) -> dict[str, Any] | None:
-        (o, truth), found = self.subjects[i], self.labels[i]
+        (o, truth, _), found = self.subjects[i], self.labels[i]
         if i in self.unknown:
             return {"ok": False, "error": self.unknown[i]}
         if found is None:
             return None
         facts: dict[str, Any] = {
             "ok": True,
-            "mode": self.plan.labels,
+            "mode": "recovered" if o.labels is None else "oracle",
             "counts": torch.bincount(found, minlength=o.public.outputs).tolist(),
         }
         if truth is not None:
@@ -509,14 +562,14 @@ class _Scoring:
 
     def _membership(self, i: int) -> dict[str, Any]:
         """Against as many others of each class as there are, so that the classes alone give nothing away."""
-        o, truth = self.subjects[i]
+        o, truth, before = self.subjects[i]
         assert truth is not None
         if o.public.classes is None:
             return {"ok": False, "error": "the targets are no classes, by which non-members could be matched"}
         draw = rng(self.plan.seed, "audit candidates", o.round, o.client)
         counts = torch.bincount(truth.y, minlength=o.public.classes)
         each = max(1, min(1000, len(self.public_y)) // len(truth.y))
-        rows = []
+        rows: list[int] = []
         for label in counts.nonzero().flatten().tolist():
             own = (self.public_y == label).nonzero().flatten().numpy()
             rows += draw.choice(own, min(each * int(counts[label]), len(own)), replace=False).tolist() if len(own) else []
@@ -524,10 +577,11 @@ class _Scoring:
             return {"ok": False, "error": "the test set has no example of the client's classes"}
         x, y = torch.cat([truth.x, self.public_x[rows]]), torch.cat([truth.y, self.public_y[rows]])
         n = len(truth.y)
-        by_score = {name: metrics.membership(v[:n], v[n:]) for name, v in members.scores([o], x, y).items()}
+        by_score = {name: metrics.membership(v[:n], v[n:]) for name, v in members.scores([*before, o], x, y).items()}
         best = max(by_score, key=lambda name: by_score[name]["auc"])
         value = max(0.0, 2 * by_score[best]["auc"] - 1)
-        return {"ok": True, "best": best, "auc": by_score[best]["auc"], "grade": metrics.letter(value), **by_score}
+        facts = {"ok": True, "best": best, "auc": by_score[best]["auc"], "exchanges": len(before) + 1}
+        return {**facts, "grade": metrics.letter(value), **by_score}
 
 
 def _summary(clients: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 D = w0 - wT, an update or a gradient   g = gradient of the mean cross-entropy of dummies (x, y) at w0
     minimise   1 - <D, g> / (|D| |g|) + lambda TV(x)   over x in the box, with Adam, step size falling tenfold at 3/8, 5/8, 7/8
 The loop is SME's with alpha held at 1 (sme.py): exact for one local step, and at the wrong place after several.
-Choice:  defaults are the first release's: Adam 0.1, 4 800 iterations, TV 0.1, which is 0.2 with the half of our TV. `signed` gives Adam the
-         sign of the gradient, as the authors do for deep networks. SME's authors compare with this loop in their own
+Choice:  defaults are the first release's: Adam 0.1, 4 800 iterations, TV 0.1, which is 0.2 with the half of our TV. `signed` gives
+         Adam the sign of the gradient, as the authors do for deep networks. SME's authors compare with this loop in their own
          settings (lr 1, TV 0.01, 1 000 iterations); the budgets quick, standard and thorough do the same.
 """
 

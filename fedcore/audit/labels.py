@@ -2,9 +2,9 @@
 
     k_i  examples of class i   N  their number   p_i  mean softmax output of class i   b  bias of the output layer
     G    gradient of the mean cross-entropy with respect to b:  G_i = p_i - k_i / N   (exact)
-Counts (default):  k_i = N (p_i - (b0 - bT)_i / (eta T)), p taken over noise images and averaged over w0 and wT; clipped at 0, scaled
-to N, rounded by largest remainders. Exact for one step on all examples with the true p. After DLFA's averaged variant (Dimitrov et al.,
-TMLR 2022) with the bias in place of the weights.
+Counts (default):  k_i = N (p_i - (b0 - bT)_i / (eta T)), p taken over noise images and averaged over w0 and wT; clipped at 0,
+scaled to N, rounded by largest remainders. Exact for one step on all examples with the true p. After DLFA's averaged variant
+(Dimitrov et al., TMLR 2022) with the bias in place of the weights.
 Sign (Zhao et al. 2020; without eta T):  a class is there where (b0 - bT)_i < 0; N is spread over those by size.
 """
 

@@ -1,9 +1,9 @@
 """Many reconstructions in one batch of optimisations: a lane is one client, one start, one path scale.
 
-Adam works element by element, so lanes side by side are lanes one after another; what differs is how their gradients are taken: under
-`torch.func.vmap`, or one by one. Which is faster depends on model and machine, so it is measured and remembered, as the
-vectorised engine does. Convolutions with other weights in each lane are written as matrix products for vmap: PyTorch would make them grouped
-convolutions, which on a CPU are twenty times slower.
+Adam works element by element, so lanes side by side are lanes one after another; what differs is how their gradients are taken:
+under `torch.func.vmap`, or one by one. Which is faster depends on model and machine, so it is measured and remembered, as the
+vectorised engine does. Convolutions with other weights in each lane are written as matrix products for vmap: PyTorch would make
+them grouped convolutions, which on a CPU are twenty times slower.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def optimise(
 ) -> Trace:
     """Adam over all lanes, with step size `rates[name]`; variables without a rate stay as they are.
 
-    `objective(model)` is the objective on that model; `constants` have a leading lane axis. `project` clamps in place after every step.
-    `milestones`: step sizes fall tenfold at 3/8, 5/8 and 7/8 of the way; `gamma`: by this factor each step. `signed`: the sign of
-    the gradient of x instead of the gradient. `batched` = None: measure.
+    `objective(model)` is the objective on that model; `constants` have a leading lane axis. `project` clamps in place after every
+    step. `milestones`: step sizes fall tenfold at 3/8, 5/8 and 7/8 of the way; `gamma`: by this factor each step. `signed`: the
+    sign of the gradient of x instead of the gradient. `batched` = None: measure.
     """
     held = {name: value.clone() for name, value in variables.items()}
     optimiser = torch.optim.Adam([{"params": [held[name]], "lr": rate} for name, rate in rates.items()])
@@ -164,13 +164,13 @@ class _Product(nn.Module):
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        self.kernel, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
-        self.padding = layer.padding
+        assert not isinstance(layer.padding, str)
+        self.kernel, self.stride, self.dilation, self.padding = layer.kernel_size, layer.stride, layer.dilation, layer.padding
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, *size = x.shape
         sides = zip(size, self.padding, self.dilation, self.kernel, self.stride, strict=True)
-        height, width = ((s + 2 * int(p) - d * (k - 1) - 1) // step + 1 for s, p, d, k, step in sides)
+        height, width = ((s + 2 * p - d * (k - 1) - 1) // step + 1 for s, p, d, k, step in sides)
         columns = functional.unfold(x, self.kernel, self.dilation, self.padding, self.stride)  # [N, C k k, H W]
         columns = columns.transpose(0, 1).reshape(columns.shape[1], -1)
         y = self.weight.flatten(1) @ columns

@@ -1,8 +1,8 @@
-"""Where reconstructions meet the truth: matching, image distances, identification, membership, and reference levels beside each number.
+"""Where reconstructions meet the truth: matching, image distances, identification, membership, and reference levels beside them.
 
 Images are compared as pixels in [0, 1]. Reconstructions come in no order: they are assigned to the true images by least total MSE
-(Hungarian), whatever their labels, and every metric uses that assignment. PSNR is 10 log10(1 / MSE) of each image, at most 100 dB, and
-only then averaged.
+(Hungarian), whatever their labels, and every metric uses that assignment. PSNR is 10 log10(1 / MSE) of each image, at most 100 dB,
+and only then averaged.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def identification(s: Score, truth: Truth, others: Tensor, pixels: Pixels, seed:
 def references(
     truth: Truth, public_x: Tensor, public_y: Tensor, other: Truth | None, pixels: Pixels, seed: int
 ) -> dict[str, Score]:
-    """What nobody needs the update for: blank, the mean image, the mean of each class with the true labels, another client's images, and
-    the attack's own start. `public_x`, `public_y` are data of the same kind that no client has."""
+    """What nobody needs the update for: blank, the mean image, the mean of each class with the true labels, another client's
+    images, and the attack's own start. `public_x`, `public_y` are data of the same kind that no client has."""
     n, shape = len(truth.x), truth.x.shape[1:]
     grey = pixels.inputs(torch.full((1, *shape), 0.5))
-    classes = {int(c): public_x[public_y == c].mean(0) for c in truth.y.unique()} if not truth.y.is_floating_point() else {}
+    classes = {int(c): public_x[public_y == c].mean(0) for c in torch.unique(truth.y)} if not truth.y.is_floating_point() else {}
     mean = public_x.mean(0)
     draw = torch.Generator().manual_seed(seed)
     made = {
@@ -188,7 +188,7 @@ def letter(value: float) -> str:
 
 
 def leakage(s: Score, base: Score, top1: float, chance: float) -> dict[str, float]:
-    """R, R_max and I: how far images came from their class mean (b_i) towards 30 dB, and how often they find their original; in [0, 1]."""
+    """R, R_max, I: how far images came from their class mean (b_i) to 30 dB, and how often they find their original; in [0, 1]."""
     r = ((s.psnr - base.psnr) / (30 - base.psnr).clamp(min=1e-9)).clamp(0, 1)
     found = max(0.0, (top1 - chance) / (1 - chance)) if chance < 1 else 0.0
     return {"R": r.mean().item(), "R_max": r.max().item(), "I": found}

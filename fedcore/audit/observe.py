@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad
 
 from fedcore import trees
 from fedcore.checkpoint import write_atomically
@@ -99,6 +99,10 @@ class Observation:
         """Examples to look for, of all M clients."""
         return self.num_examples if self.together is None else self.together
 
+    def flipped(self) -> Observation:
+        """The same, where what came up turns out to be global minus local."""
+        return replace(self, delta={name: -change for name, change in self.delta.items()})
+
 
 class Truth(NamedTuple):
     """A client's real examples, for scoring alone."""
@@ -112,6 +116,7 @@ class Subject(NamedTuple):
 
     seen: Observation
     truth: Truth | None
+    before: tuple[Observation, ...] = ()  # the client's earlier exchanges that are known
 
 
 def public(e: Experiment, task: Task) -> Public:
@@ -121,7 +126,7 @@ def public(e: Experiment, task: Task) -> Public:
         parameter.requires_grad_(False)
     shape = tuple(task.data.x.shape[1:])
     with torch.no_grad():
-        found = model(task.data.x[:1].cpu())
+        found = model(torch.zeros_like(task.data.x[:1], device="cpu"))
     lr = getattr(e.method, "local_lr", None)
     return Public(
         model=model,
@@ -164,7 +169,8 @@ def observation(method: Method[Any], known: Public, x: Exchange) -> Observation:
     w0 = {**{name: p.detach() for name, p in known.model.named_parameters()}, **x.w0}
     if data_of(getattr(method, x.function)) == "all":  # one full gradient: a step of size 1 on all examples
         known = replace(known, lr=1.0, epochs=1, batch_size=max(x.num_examples, 1), steps=None)
-    return Observation(known, x.round, x.client, x.function, w0, x.delta, x.num_examples)
+    delta = {name: x.delta[name] for name in w0 if name in x.delta}  # in the order of the model's layers
+    return Observation(known, x.round, x.client, x.function, w0, delta, x.num_examples)
 
 
 def aggregate(subjects: Sequence[Subject]) -> Subject:
@@ -181,6 +187,17 @@ def aggregate(subjects: Sequence[Subject]) -> Subject:
     truths = [subject.truth for subject in subjects if subject.truth is not None]
     whole = len(truths) == len(subjects)
     return Subject(observed, Truth(torch.cat([t.x for t in truths]), torch.cat([t.y for t in truths])) if whole else None)
+
+
+def alignment(seen: Observation, x: Tensor, y: Tensor) -> float:
+    """Cosine of w0 - wT and the gradient of the mean loss of public examples at w0: positive, where the sign is right."""
+
+    def loss(moving: Params) -> Tensor:
+        return seen.public.loss(seen.public.predict({**seen.w0, **moving}, x), y).mean()
+
+    g = grad(loss)({name: seen.w0[name] for name in seen.delta})
+    norms = (trees.dot(g, g).double() * trees.dot(seen.delta, seen.delta).double()).sqrt()
+    return float(-trees.dot(g, seen.delta) / norms.clamp(min=1e-30))
 
 
 # Capture: a run's real updates
@@ -238,7 +255,8 @@ def captured(folder: Path) -> list[Exchange]:
     for file in files:
         try:
             with safe_open(file, "pt") as f:
-                tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118: it is no dict
+                names = f.keys()
+                tensors = {name: f.get_tensor(name) for name in names}
                 facts = json.loads(f.metadata()["exchanges"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
             raise SettingsError(f"{file} is damaged ({e}): remove it, or run again with audit.capture") from e

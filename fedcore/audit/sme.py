@@ -5,10 +5,10 @@ w0, wT  parameters before and after local training   alpha  in [0, 1]   D = (w0 
     minimise     1 - <D, g / |g|> + lambda TV(x),   g = gradient of the mean cross-entropy of (x, y) at w(alpha)
     over         x in the box of pixels in [0, 1], alpha in [0, 1]; Adam on each, both step sizes falling tenfold at 3/8, 5/8, 7/8
 Choice:  the step size of alpha is 1 / iterations, so that alpha can reach the ends whatever the number of iterations (1e-3 in the
-         authors' code, at 1 000). TV is half the sum of the two means, as in that code. alpha multiplies w0, as in the paper (in the code, wT).
-         `path_scale` rho >= 1 lengthens the segment, w = w0 - (1 - alpha) rho (w0 - wT), where clipping or averaging has shortened the
-         update: known, or 1, 3, 10, 30 are tried and the lowest 1 - cosine counts. A sparse update masks both sides of the cosine.
-         Without labels, logits are optimised with the images.
+         authors' code, at 1 000). TV is half the sum of the two means, as in that code. alpha multiplies w0, as in the paper (in
+         the code, wT). `path_scale` rho >= 1 lengthens the segment, w = w0 - (1 - alpha) rho (w0 - wT), where clipping or averaging
+         has shortened the update: known, or 1, 3, 10, 30 are tried and the lowest 1 - cosine counts. A sparse update masks both
+         sides of the cosine. Without labels, logits are optimised with the images. Milestones are whole iterations, 3 it // 8.
 Reduces: with alpha held at 1, to gradient inversion at w0 (inverting_gradients.py).
 """
 
@@ -118,7 +118,7 @@ def match_direction(
     """Reconstruct all clients side by side: those whose messages are alike in one batch of optimisations."""
     alike: dict[Any, list[int]] = {}
     for i, o in enumerate(seen):
-        alike.setdefault((tuple(o.delta), id(o.public), labels[i] is None), []).append(i)
+        alike.setdefault((tuple(o.delta), o.public, labels[i] is None), []).append(i)
     found: dict[int, Reconstruction] = {}
     for group in alike.values():
         share = part(progress, len(found), len(seen), len(group))
@@ -159,7 +159,7 @@ def _best(
     o: Observation, y: Tensor | None, own: list[int], starts: list[Start], end: Trace, s: SurrogateSettings
 ) -> Reconstruction:
     """Of one client's lanes the one with the lowest objective; never by what nobody could know."""
-    best = min(own, key=lambda lane: float(end.match[lane]))
+    best = min(own, key=lambda lane: float(end.match[lane].nan_to_num(torch.inf)))
     n, rho = o.total, starts[best].rho
     if y is None:
         y = end.variables["logits"][best, :n].argmax(1)

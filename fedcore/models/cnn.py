@@ -11,7 +11,7 @@ from fedcore.errors import SettingsError
 
 
 class Cnn(BaseModel):
-    """Two convolutions, each with 2x2 pooling, and a dense layer; by default that of McMahan et al. 2017: 1 663 370 parameters at 28x28."""
+    """Two convolutions, each with 2x2 pooling, and a dense layer; by default McMahan et al. 2017: 1 663 370 parameters at 28x28."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["cnn"] = "cnn"

@@ -331,7 +331,7 @@ def _threat(a: Audit) -> list[tuple[str, list[str]]]:
     )
     left = ["A stronger attack, or more iterations: what did not come back was not broken by these attacks at this budget."]
     left.append("A server that does not keep to the protocol, and sends a model made for spying.")
-    left.append("Several rounds of one client attacked together: here each round was attacked by itself.")
+    left.append("Several rounds of one client inverted together: images are sought in each round by itself.")
     if a.mode == "sweep":
         left.append("Later rounds: a synthetic first round starts from an untrained model, which tends to give most away.")
     return [("It saw", saw), ("It did not see", hidden), ("This audit does not cover", left)]

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,18 @@ def changed(a: Audit, change: Any) -> Audit:
     return replace(a, cells=cells)
 
 
+DRAWN: dict[int, str] = {}
+
+
+def drawn(a: Audit, tmp_path: Path) -> Path:
+    """Its audit.html; that of one audit is drawn once."""
+    if id(a) not in DRAWN:
+        DRAWN[id(a)] = report.page(a, COMMAND)
+    file = tmp_path / "audit.html"
+    file.write_text(DRAWN[id(a)])
+    return file
+
+
 def words(a: Audit, tmp_path: Path) -> str:
     return Page(report.write(a, tmp_path, COMMAND)).words
 
@@ -131,7 +144,7 @@ def test_files_are_the_owners_alone(swept: Audit, tmp_path: Path) -> None:
 
 
 def test_page_needs_nothing_from_outside_and_has_no_script(audit: Audit, tmp_path: Path) -> None:
-    page = Page(report.write(audit, tmp_path, COMMAND))
+    page = Page(drawn(audit, tmp_path))
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     sources = [value for name, value in page.attributes if name in ("href", "xlink:href", "src") and not value.startswith("#")]
@@ -141,7 +154,7 @@ def test_page_needs_nothing_from_outside_and_has_no_script(audit: Audit, tmp_pat
 
 
 def test_every_picture_decodes_originals_over_what_was_rebuilt(audit: Audit, tmp_path: Path) -> None:
-    page = Page(report.write(audit, tmp_path, COMMAND))
+    page = Page(drawn(audit, tmp_path))
     pictures = [value.partition(",")[2] for name, value in page.attributes if name == "src"]
     pairs = [pair for cell in audit.cells for shown in cell["pictures"] for pair in shown["pairs"]]
     assert pictures == [picture for pair in pairs for picture in pair[:2]]
@@ -154,7 +167,7 @@ def test_every_picture_decodes_originals_over_what_was_rebuilt(audit: Audit, tmp
 
 
 def test_page_tells_the_adversary_the_verdict_and_the_command(swept: Audit, tmp_path: Path) -> None:
-    text = words(swept, tmp_path)
+    text = Page(drawn(swept, tmp_path)).words
     grade = report.worst_grade([c for cell in swept.cells for c in cell["clients"]])
     assert f"grade {grade}: " in text
     assert f"input leakage {swept.worst['input_leakage']:.0f} out of 100" in text
@@ -182,19 +195,19 @@ def test_table_has_every_attack_beside_the_reference_levels(swept: Audit) -> Non
 
 
 def test_sweep_is_drawn_against_what_varied(swept: Audit, tmp_path: Path) -> None:
-    titles = re.findall(r"<h3>(.*?)</h3>", report.write(swept, tmp_path, COMMAND).read_text())
-    assert [title for title in titles if "by" in title and "client" in title.lower() or "along" in title] == [
-        "What comes back, by examples of a client",
-        "Labels and membership, by examples of a client",
-        "Objective along the way",
+    titles = re.findall(r"<h3>(.*?)</h3>", drawn(swept, tmp_path).read_text())
+    expected = [
+        f"{what}, by {by}"
+        for by in ("local epochs", "examples of a client")
+        for what in ("What comes back", "Labels and membership")
     ]
-    assert "What comes back, by local epochs" in titles
+    assert [title for title in titles if ", by " in title or "along" in title] == [*expected, "Objective along the way"]
     one = replace(swept, cells=[cell for cell in swept.cells if cell["factors"]["examples"] == 4])
     assert "What comes back, by local steps" in report.write(one, tmp_path, COMMAND).read_text()
 
 
 def test_reference_levels_are_in_the_curves(swept: Audit, tmp_path: Path) -> None:
-    pictures = re.findall(r"<svg.*?</svg>", report.write(swept, tmp_path, COMMAND).read_text(), re.S)
+    pictures = re.findall(r"<svg.*?</svg>", drawn(swept, tmp_path).read_text(), re.S)
     for level in ("class means", "mean image", "blank", "start noise"):
         assert level in pictures[0]
     assert "stroke-dasharray" in pictures[0]
@@ -202,7 +215,7 @@ def test_reference_levels_are_in_the_curves(swept: Audit, tmp_path: Path) -> Non
 
 
 def test_defences_are_weighed_against_accuracy(defended: Audit, tmp_path: Path) -> None:
-    text = words(defended, tmp_path)
+    text = Page(drawn(defended, tmp_path)).words
     assert "Privacy against accuracy" in text
     head, plain, noisy, together = report.table(defended)
     assert head[0] == "defence"
@@ -240,7 +253,7 @@ def test_lowest_leakage_is_named_with_its_cost(defended: Audit) -> None:
 
 
 def test_what_stays_on_the_client_was_not_seen(kept: Audit, tmp_path: Path) -> None:
-    text = words(kept, tmp_path)
+    text = Page(drawn(kept, tmp_path)).words
     assert "the change of 520 of the 610 parameters of the model" in text
     assert "The parameters that stay on the client, or were not sent: 90." in text
     assert "Labels: not recovered, the output layer's" in text
@@ -287,7 +300,7 @@ def test_interrupted_audit_says_so_and_warnings_are_notes(swept: Audit, tmp_path
 
 
 def test_only_the_worst_of_many_cells_is_unfolded(swept: Audit, tmp_path: Path) -> None:
-    page = report.write(swept, tmp_path, COMMAND).read_text()
+    page = drawn(swept, tmp_path).read_text()
     assert page.count("<details open>") == 1
     assert f"<details open><summary>{swept.worst['cell']}" in page
 
@@ -312,7 +325,7 @@ FRAME = """<body style="margin: 0"><iframe style="border: 0; width: {width}px; h
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_browser_shows_every_image_and_nothing_overflows(audit: Audit, tmp_path: Path, width: int) -> None:
-    page = report.write(audit, tmp_path, COMMAND)
+    page = drawn(audit, tmp_path)
     probed = tmp_path / "probed.html"  # the page has no scripts of its own: a copy is asked
     probed.write_text(page.read_text().replace("<details>", "<details open>").replace("</body>", f"{PROBE}</body>"))
     frame = tmp_path / "frame.html"
@@ -331,9 +344,7 @@ def test_browser_shows_every_image_and_nothing_overflows(audit: Audit, tmp_path:
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 @pytest.mark.parametrize("dark", [False, True])
 def test_browser_draws_the_page_in_both_modes_without_a_word_on_the_console(swept: Audit, tmp_path: Path, dark: bool) -> None:
-    import subprocess
-
-    page = report.write(swept, tmp_path, COMMAND)
+    page = drawn(swept, tmp_path)
     picture = tmp_path / "audit.png"
     mode = "--blink-settings=preferredColorScheme=" + ("0" if dark else "1")
     browse(tmp_path / "a", mode, f"--screenshot={picture}", "--window-size=1200,2400", page.resolve().as_uri())

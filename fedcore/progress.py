@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,78 @@ class Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+class AuditTerminal:
+    """An observer of an audit (`fedcore.audit.examine.Observer`). It shows the objective, which an attacker has too, and
+    never a distance to the truth."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("audit", total=1, facts="", left="-")
+        self._begin = self._printed = time.monotonic()
+        self._first: float | None = None  # cells done when the first attack began: those before are read from files
+        self._number, self._cells, self._name = 0, 1, ""
+        self._runs: list[Terminal] = []
+
+    def cell(self, number: int, cells: int, name: str) -> None:
+        self._end_training()
+        self._number, self._cells, self._name = number, cells, name
+        if number == 0:
+            self.console.print(f"audit of {cells} cell{'s' if cells > 1 else ''}", highlight=False)
+        self._bar.update(self._task, description=f"cell {number + 1}/{cells}", total=cells, completed=number, facts=escape(name))
+
+    def progress(self, share: float, what: str, objective: float | None) -> None:
+        self._end_training()
+        self._bar.start()
+        done = self._number + share
+        self._first = done if self._first is None else self._first
+        left = self._left(done)
+        facts = f"{what}" + (f", objective {objective:.4f}" if objective is not None else "")
+        self._bar.update(self._task, description=f"cell {self._number + 1}/{self._cells}", completed=done, facts=facts, left=left)
+        if not self.console.is_terminal and time.monotonic() - self._printed > EVERY:
+            self._printed = time.monotonic()
+            line = f"cell {self._number + 1}/{self._cells} ({self._name}), {share:.0%}: {facts}"
+            elapsed = timedelta(seconds=round(time.monotonic() - self._begin))
+            self.console.print(f"{line}; {elapsed} so far, {left} left", highlight=False, soft_wrap=True, markup=False)
+
+    def _left(self, done: float) -> str:
+        """By what has been done since the first attack began, training included."""
+        assert self._first is not None
+        if done <= self._first:
+            return "-"
+        elapsed = time.monotonic() - self._begin
+        return str(timedelta(seconds=round(elapsed * (self._cells - done) / (done - self._first))))
+
+    def note(self, message: str) -> None:
+        self.console.print(f"[yellow]note[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+
+    def training(self) -> Terminal:
+        """The observer of a run that the audit trains; two bars do not share a terminal."""
+        self._bar.stop()
+        self._runs.append(Terminal())
+        return self._runs[-1]
+
+    def _end_training(self) -> None:
+        while self._runs:
+            self._runs.pop().__exit__()
+
+    def __enter__(self) -> AuditTerminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_training()
         self._bar.stop()
 
 

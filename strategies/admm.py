@@ -72,6 +72,9 @@ class ADMM(Method[Settings]):
         """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
         return state.w if self.s.solver == "exact" else server.params
 
+    def personalises(self) -> bool:
+        return self.s.solver == "exact"
+
     def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
         return (down.params, trees.sub(up.m, down.params)) if isinstance(up, Up) else None
 

@@ -80,6 +80,9 @@ class CLU(Method[Settings]):
         """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
         return state.w if self.s.solver == "exact" else server.params
 
+    def personalises(self) -> bool:
+        return self.s.solver == "exact"
+
     def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
         return (down.s, trees.sub(up.t, down.s)) if isinstance(up, Up) else None
 

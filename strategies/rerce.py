@@ -95,6 +95,9 @@ class RERCE(Method[Settings]):
         """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
         return state.w if self.s.solver == "exact" else server.params
 
+    def personalises(self) -> bool:
+        return self.s.solver == "exact"
+
     @on_client(data="all")
     def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Stateless, Client]:
         J = quadratic(task.loss, state.w, batches)

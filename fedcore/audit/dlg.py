@@ -19,6 +19,7 @@ from torch.nn import functional
 from fedcore import trees
 from fedcore.audit.attack import Attack, AttackSettings, Progress, Reconstruction, gradient, noise, part, silent
 from fedcore.audit.observe import Observation
+from fedcore.engines.base import one_thread
 from fedcore.types import Params
 
 
@@ -40,6 +41,7 @@ class DLG(Attack[Settings]):
         return found
 
 
+@one_thread()
 def match_gradient(o: Observation, x: Tensor, z: Tensor, s: Settings, progress: Progress, fixed: bool = False) -> Reconstruction:
     """One client's inputs from dummies x [N, ...] and label logits z [N, classes]; the labels stay as they are where `fixed`."""
     G, known = gradient(o), o.public

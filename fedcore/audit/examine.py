@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 import math
-import shlex
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,8 +50,8 @@ from fedcore.audit.observe import (
 from fedcore.audit.sme import SME
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
-from fedcore.engines.base import one_thread
 from fedcore.errors import SettingsError
+from fedcore.method import Method
 from fedcore.rng import rng, seed_of
 from fedcore.rundir import read_history, stored
 from fedcore.task import Task
@@ -155,6 +155,7 @@ class Prepared(NamedTuple):
     subjects: list[Subject]
     task: Task
     accuracy: float | None = None  # of the run's final model
+    accuracy_of: str = "test set"  # or "clients", of the model that each uses, where a method personalises
     privacy: dict[str, Any] | None = None  # what an accountant says of the run
 
 
@@ -226,9 +227,15 @@ def _captured(e: Experiment, run_dir: Path, plan: Plan, t: int, together: int) -
             raise SettingsError(f"secagg={together}: round {t} has {len(subjects)} captured clients, expected at least {together}")
         subjects = [aggregate(group) for group in groups]
     rows = read_history(run_dir, _rounds_done(run_dir))
-    accuracy = next((row["test_accuracy"] for row in reversed(rows) if row.get("test_accuracy") is not None), None)
     privacy = next((row["privacy"] for row in reversed(rows) if row.get("privacy") is not None), None)
-    return Prepared(subjects, task, accuracy, privacy)
+    return Prepared(subjects, task, *_accuracy(method, rows), privacy)
+
+
+def _accuracy(method: Method[Any], rows: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
+    """(the last accuracy that was measured, of what)."""
+    if method.personalises():
+        return next((row["client_accuracy"]["mean"] for row in reversed(rows) if row.get("client_accuracy")), None), "clients"
+    return next((row["test_accuracy"] for row in reversed(rows) if row.get("test_accuracy") is not None), None), "test set"
 
 
 def _rounds_done(run_dir: Path) -> int:
@@ -244,22 +251,30 @@ def defences(e: Experiment, plan: Plan, wanted: Sequence[str], out: Path) -> lis
     """
     cells = []
     for text in dict.fromkeys(itertools.chain.from_iterable(PANEL if w == "panel" else (w,) for w in wanted)):
-        pairs = dict(_pair(text, word) for word in ([] if text == "none" else shlex.split(text)))
+        pairs = dict(_pair(text, word) for word in ([] if text == "none" else re.split(r"\s+(?=[\w.]+=)", text.strip())))
         together = int(pairs.pop("secagg", 1))
         keep = {"audit.capture": str(plan.clients * together), "audit.rounds": "[1]"}
         changed = Experiment.parse(
             e.model_dump(mode="json", exclude_none=True), [f"{k}={v}" for k, v in (pairs | keep).items()], text
         )
+        _check(changed)
         folder = out / "runs" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
         def prepare(observer: Observer, e: Experiment = changed, folder: Path = folder, together: int = together) -> Prepared:
             begun = (folder / "config.toml").exists()
-            result = loop.run(e, out=None if begun else folder, resume=folder if begun else None, observer=observer.training())
-            found = _captured(e, folder, plan, 1, together)
-            return found._replace(accuracy=result.final["test_accuracy"], privacy=result.final.get("privacy"))
+            loop.run(e, out=None if begun else folder, resume=folder if begun else None, observer=observer.training())
+            return _captured(e, folder, plan, 1, together)
 
         cells.append(Cell(text, {"defence": text}, prepare, [changed.model_dump(mode="json"), together]))
     return cells
+
+
+def _check(e: Experiment) -> None:
+    """Raises SettingsError for what a run of it would find at its start: before the first of several runs trains."""
+    task, method = build_task(e), e.build_method()
+    params = task.init_params()
+    method.init_server(params, task.population)
+    method.init_client(params)
 
 
 def _pair(text: str, word: str) -> tuple[str, str]:
@@ -363,7 +378,8 @@ def _key(cell: Cell, plan: Plan) -> str:
 def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) -> dict[str, Any]:
     """One cell's part of audit.json, and its pictures."""
     begin = time.perf_counter()
-    subjects, task, accuracy, privacy = cell.prepare(observer)
+    prepared = cell.prepare(observer)
+    subjects, task = prepared.subjects, prepared.task
     if stop.is_set():
         raise Stopped
     if plan.flip:
@@ -398,8 +414,7 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
             continue
         started = time.perf_counter()
         try:
-            with one_thread():
-                found[name] = attack.reconstruct(seen, known, plan.seed, _watch(observer, stop, name, number, len(wanted)))
+            found[name] = attack.reconstruct(seen, known, plan.seed, _watch(observer, stop, name, number, len(wanted)))
         except ValueError as error:
             failed[name] = str(error)
         seconds[name] = round(time.perf_counter() - started, 2)
@@ -408,8 +423,9 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
     result: dict[str, Any] = {
         "name": cell.name,
         "factors": cell.factors,
-        "accuracy": accuracy,
-        "privacy": privacy,
+        "accuracy": prepared.accuracy,
+        "accuracy_of": prepared.accuracy_of,
+        "privacy": prepared.privacy,
         "clients": clients,
         "summary": _summary(clients),
         "attack_seconds": seconds,

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from fedcore import cache, trees
 from fedcore.audit.attack import Progress, silent
+from fedcore.engines.base import one_thread
 from fedcore.types import Tree
 
 AT_ONCE = 32  # lanes in one batch
@@ -116,9 +117,10 @@ class Gradients:
 
     def _one_by_one(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
         found = []
-        for lane in range(self.lanes):
-            gradient, (_, match) = self._alone(trees.at(variables, lane), trees.at(constants, lane))
-            found.append((gradient, match.detach()))
+        with one_thread():  # operations this small are slower on several
+            for lane in range(self.lanes):
+                gradient, (_, match) = self._alone(trees.at(variables, lane), trees.at(constants, lane))
+                found.append((gradient, match.detach()))
         gradients, matches = trees.stack(found)
         return gradients, matches
 

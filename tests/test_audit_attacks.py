@@ -20,6 +20,7 @@ from fedcore.audit.analytic import Analytic
 from fedcore.audit.analytic import Settings as AnalyticSettings
 from fedcore.audit.attack import lacking, noise, settings_of, total_variation
 from fedcore.audit.dlfa import DLFA, averaged, disorder, layer_weights, outside, squared_variation
+from fedcore.audit.dlfa import Lane as Fixed
 from fedcore.audit.dlfa import Settings as DLFASettings
 from fedcore.audit.dlg import DLG
 from fedcore.audit.dlg import Settings as DLGSettings
@@ -664,8 +665,6 @@ def test_the_true_images_in_their_batches_have_a_simulated_update_like_the_real_
     attack = DLFA(DLFASettings())
     least, greatest = (PIXELS.inputs(torch.full((1, 1, 1), end, dtype=x.dtype)) for end in (0.0, 1.0))
     value = attack._objective(o, 0.1, 2, least, greatest)(model)
-    from fedcore.audit.dlfa import Lane as Fixed
-
     fixed = Fixed(o.w0, {name: -change / (0.1 * 2) for name, change in o.delta.items()}, y)
     _, match = value({"x": x.expand(3, *x.shape), "f": torch.tensor(1.0)}, fixed)
     assert match.item() < 1e-20
@@ -673,8 +672,9 @@ def test_the_true_images_in_their_batches_have_a_simulated_update_like_the_real_
     _, match = value({"x": other.expand(3, *x.shape), "f": torch.tensor(1.0)}, fixed)
     simulated = see(model, other, y, lr=0.1, epochs=3, batch=2).delta
     weights = layer_weights(o.delta)
-    expected = sum(weights[name] * ((simulated[name] - o.delta[name]) / 0.2).square().sum() for name in o.delta)
-    assert match.item() == pytest.approx(float(expected), rel=1e-9)
+    away = sum(weights[name] * (simulated[name] - o.delta[name]).square().sum() for name in o.delta)
+    whole = sum(weights[name] * o.delta[name].square().sum() for name in o.delta)
+    assert match.item() == pytest.approx(float(away / whole), rel=1e-9)
 
 
 def test_earlier_layers_weigh_more() -> None:
@@ -710,13 +710,15 @@ def test_the_simulated_attack_comes_nearer_than_its_start() -> None:
     seen, y, truths, pixels = subjects(1, 4, local__epochs=2, local__batch_size=2)
     start = decibel(DLFA(DLFASettings(iterations=1, lr=1e-6)).reconstruct(seen, y, 0), truths, pixels)
     (found,) = DLFA(DLFASettings(iterations=80)).reconstruct(seen, y, 0)
-    assert found.curve[-1] < 0.5 * found.curve[0]
+    assert found.curve[-1] < 0.3 * found.curve[0]
     assert decibel([found], truths, pixels) > start + 2
     assert found.x.shape == truths[0].x.shape
 
 
 def test_the_simulated_attack_says_what_it_cannot_do() -> None:
     o = see(cnn(), *data(2, 112))
+    (still,) = DLFA(DLFASettings(iterations=2)).reconstruct([replace(o, delta=trees.zeros_like(o.delta))], [data(2, 112)[1]], 0)
+    assert bool(still.x.isfinite().all())
     with pytest.raises(ValueError, match="needs labels"):
         DLFA(DLFASettings()).reconstruct([o], [None], 0)
     with pytest.raises(ValueError, match="not the mean of several"):

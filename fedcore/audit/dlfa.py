@@ -104,8 +104,8 @@ class DLFA(Attack[Settings]):
                         moving = trees.axpy(-lr, grad(loss)(moving, lane.w0, x, y), moving)
                 found = trees.scale(trees.sub(start, moving), 1 / (lr * batches))
                 away = torch.stack([weights[name] * (found[name] - goal).square().sum() for name, goal in lane.target.items()])
-                whole = torch.stack([weights[name] * goal.square().sum() for name, goal in lane.target.items()])
-                match = away.sum() / whole.sum()
+                whole = torch.stack([weights[name] * goal.square().sum() for name, goal in lane.target.items()]).sum()
+                match = away.sum() / torch.where(whole > 0, whole, 1)
                 images = v["x"].flatten(0, 1)
                 prior = s.tv * squared_variation(images) + s.clip * outside(images, least, greatest) + s.reorder * disorder(v["x"])
                 return v["f"] * match + prior, match

@@ -58,7 +58,8 @@ def match_gradient(o: Observation, x: Tensor, z: Tensor, s: Settings, progress: 
         away = trees.sub(grad(loss)({name: o.w0[name] for name in G}, x, z), G)
         value = trees.dot(away, away)
         value.backward()  # type: ignore[no-untyped-call]
-        return value
+        found: Tensor = value.detach()
+        return found
 
     curve, best, kept = [], float("inf"), (x.detach().clone(), z.detach().clone())
     for i in range(s.iterations):

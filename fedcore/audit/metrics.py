@@ -133,12 +133,16 @@ def membership(members: Tensor, others: Tensor) -> dict[str, Any]:
     ranks = stats.rankdata(combined)[: len(members)]
     n, m = len(members), len(others)
     auc = (ranks.sum() - n * (n + 1) / 2) / (n * m)
-    found: dict[str, Any] = {"auc": float(auc), "members": n, "others": m}
-    threshold = np.quantile(others.double().numpy(), 0.99, method="higher")
-    hits = int((members.double().numpy() > threshold).sum())
-    interval = stats.binomtest(hits, n).proportion_ci(0.95, "exact")
-    found["tpr_at_1_percent_fpr"] = {"value": hits / n, "low": float(interval.low), "high": float(interval.high)}
-    return found
+    return {"auc": float(auc), "members": n, "others": m, "tpr_at_1_percent_fpr": true_positives(members, others, 0.01)}
+
+
+def true_positives(members: Tensor, others: Tensor, rate: float) -> dict[str, float]:
+    """Share of members above the threshold that at most `rate` of the others exceed, with a 95 % Clopper-Pearson interval."""
+    allowed = int(rate * len(others) + 1e-9)
+    highest = others.double().sort(descending=True).values
+    hits = int((members.double() > highest[allowed]).sum()) if allowed < len(others) else len(members)
+    interval = stats.binomtest(hits, len(members)).proportion_ci(0.95, "exact")
+    return {"value": hits / len(members), "low": float(interval.low), "high": float(interval.high)}
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:

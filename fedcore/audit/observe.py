@@ -258,13 +258,14 @@ def captured(folder: Path) -> list[Exchange]:
                 names = f.keys()
                 tensors = {name: f.get_tensor(name) for name in names}
                 facts = json.loads(f.metadata()["exchanges"])
+            for x in facts:
+                down, up = f"{x['function']}/down/", f"{x['function']}/up/{x['client']}/"
+                w0, delta = (
+                    {key.removeprefix(side): value for key, value in tensors.items() if key.startswith(side)} for side in (down, up)
+                )
+                found.append(Exchange(**x, w0=w0, delta=delta))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
             raise SettingsError(f"{file} is damaged ({e}): remove it, or run again with audit.capture") from e
-        for x in facts:
-            down, up = f"{x['function']}/down/", f"{x['function']}/up/{x['client']}/"
-            w0 = {key.removeprefix(down): value for key, value in tensors.items() if key.startswith(down)}
-            delta = {key.removeprefix(up): value for key, value in tensors.items() if key.startswith(up)}
-            found.append(Exchange(**x, w0=w0, delta=delta))
     return found
 
 

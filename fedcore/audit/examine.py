@@ -51,7 +51,6 @@ from fedcore.audit.sme import SME
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
-from fedcore.method import Method
 from fedcore.rng import rng, seed_of
 from fedcore.rundir import read_history, stored
 from fedcore.task import Task
@@ -154,8 +153,9 @@ class Prepared(NamedTuple):
 
     subjects: list[Subject]
     task: Task
-    accuracy: float | None = None  # of the run's final model
-    accuracy_of: str = "test set"  # or "clients", of the model that each uses, where a method personalises
+    accuracy: float | None = None  # of the run's model on the test set, as last measured
+    client_accuracy: float | None = None  # mean over clients, of the model that each uses
+    personal: bool = False  # whether clients have models of their own
     privacy: dict[str, Any] | None = None  # what an accountant says of the run
 
 
@@ -228,14 +228,9 @@ def _captured(e: Experiment, run_dir: Path, plan: Plan, t: int, together: int) -
         subjects = [aggregate(group) for group in groups]
     rows = read_history(run_dir, _rounds_done(run_dir))
     privacy = next((row["privacy"] for row in reversed(rows) if row.get("privacy") is not None), None)
-    return Prepared(subjects, task, *_accuracy(method, rows), privacy)
-
-
-def _accuracy(method: Method[Any], rows: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
-    """(the last accuracy that was measured, of what)."""
-    if method.personalises():
-        return next((row["client_accuracy"]["mean"] for row in reversed(rows) if row.get("client_accuracy")), None), "clients"
-    return next((row["test_accuracy"] for row in reversed(rows) if row.get("test_accuracy") is not None), None), "test set"
+    accuracy = next((row["test_accuracy"] for row in reversed(rows) if row.get("test_accuracy") is not None), None)
+    own = next((row["client_accuracy"]["mean"] for row in reversed(rows) if row.get("client_accuracy")), None)
+    return Prepared(subjects, task, accuracy, own, method.personalises(), privacy)
 
 
 def _rounds_done(run_dir: Path) -> int:
@@ -305,6 +300,11 @@ class Audit:
         facts = {"schema": SCHEMA, "tool_version": __version__, "mode": self.mode, "experiment": self.experiment, "plan": self.plan}
         rest = {"warnings": self.warnings, "interrupted": self.interrupted, "created": self.created, "seconds": self.seconds}
         return {**facts, "view": "client_update", "cells": cells, "worst": self.worst, **rest}
+
+    @property
+    def judged_by(self) -> str:
+        """Whose accuracy is set against privacy: where a method personalises, the clients' own models in every cell."""
+        return "client_accuracy" if any(cell["personal"] for cell in self.cells) else "accuracy"
 
     @property
     def worst(self) -> dict[str, Any]:
@@ -424,7 +424,8 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
         "name": cell.name,
         "factors": cell.factors,
         "accuracy": prepared.accuracy,
-        "accuracy_of": prepared.accuracy_of,
+        "client_accuracy": prepared.client_accuracy,
+        "personal": prepared.personal,
         "privacy": prepared.privacy,
         "clients": clients,
         "summary": _summary(clients),

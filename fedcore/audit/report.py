@@ -147,9 +147,12 @@ def of_attack(cell: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [c["attacks"][name] for c in cell["clients"] if c["attacks"].get(name, {}).get("ok")]
 
 
+ACCURACY = {"accuracy": "accuracy", "client_accuracy": "clients' accuracy"}
+
+
 def _by_defence(a: Audit) -> list[list[str]]:
     """A row a defence."""
-    head = ["defence", "best attack", "PSNR dB", "SSIM", "labels", "members AUC", "grade", "accuracy", "epsilon"]
+    head = ["defence", "best attack", "PSNR dB", "SSIM", "labels", "members AUC", "grade", ACCURACY[a.judged_by], "epsilon"]
     body = []
     for cell in a.cells:
         s = cell["summary"]
@@ -163,7 +166,7 @@ def _by_defence(a: Audit) -> list[list[str]]:
                 _stat(s.get("labels"), "{:.0%}"),
                 _stat(s.get("membership"), "{:.2f}"),
                 worst_grade(cell["clients"]) or "unscored",
-                "-" if cell["accuracy"] is None else f"{cell['accuracy']:.1%}",
+                "-" if cell[a.judged_by] is None else f"{cell[a.judged_by]:.1%}",
                 epsilon_text(cell["privacy"]),
             ]
         )
@@ -521,7 +524,7 @@ COST = 0.02  # of accuracy that a defence may cost before it is not called cheap
 
 def _measured(a: Audit) -> list[str]:
     """Of the defences that ran: the one that leaves least, and the one that leaves least at little cost."""
-    known = [cell for cell in a.cells if cell["summary"].get("input_leakage") and cell["accuracy"] is not None]
+    known = [cell for cell in a.cells if cell["summary"].get("input_leakage") and cell[a.judged_by] is not None]
     plain = next((cell for cell in known if cell["name"] == "none"), None)
     if a.mode != "defences" or plain is None or len(known) < 2:
         return []
@@ -530,13 +533,13 @@ def _measured(a: Audit) -> list[str]:
         return float(cell["summary"]["input_leakage"]["mean"])
 
     def told(cell: dict[str, Any], what: str) -> str:
-        cost = 100 * (plain["accuracy"] - cell["accuracy"])
+        cost = 100 * (plain[a.judged_by] - cell[a.judged_by])
         change = "at no cost in accuracy" if cost < 0.05 else f"at {cost:.1f} points of accuracy"
         found = f"takes input leakage from {leak(plain):.0f} to {leak(cell):.0f} out of 100, {change}."
         return f'Measured here, {what}: "{cell["name"]}" {found}'
 
     best = min(known, key=leak)
-    cheap = min((cell for cell in known if plain["accuracy"] - cell["accuracy"] <= COST), key=leak)
+    cheap = min((cell for cell in known if plain[a.judged_by] - cell[a.judged_by] <= COST), key=leak)
     if leak(best) >= leak(plain):
         return ["None of the defences measured here lowers the input leakage."]
     lines = [told(best, "lowest leakage")]
@@ -746,12 +749,12 @@ def _trade_off(a: Audit) -> Plot | None:
     points = [
         (
             cell["name"],
-            cell["accuracy"],
+            cell[a.judged_by],
             cell["summary"]["attacks"][cell["summary"]["best"]]["psnr"]["mean"],
             cell["summary"]["references"],
         )
         for cell in a.cells
-        if cell["summary"]["best"] and cell["accuracy"] is not None
+        if cell["summary"]["best"] and cell[a.judged_by] is not None
     ]
     if not points:
         return None
@@ -762,7 +765,7 @@ def _trade_off(a: Audit) -> Plot | None:
         value = _average([levels.get(level, {}).get("psnr") for *_, levels in points])
         if value is not None:
             axes.axhline(value, color=(INK, SOFT)[number], linestyle="--", linewidth=1.1, label=level)
-    axes.set(xlabel="test accuracy of the model", ylabel="PSNR of the best attack, dB")
+    axes.set(xlabel=ACCURACY[a.judged_by], ylabel="PSNR of the best attack, dB")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(ticks(integer=False))
     axes.margins(0.12, 0.15)

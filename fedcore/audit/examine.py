@@ -193,7 +193,14 @@ def sweep(e: Experiment, plan: Plan, epochs: Sequence[int], batches: Sequence[in
             return Prepared(simulate(e, task, plan.clients, N), task)
 
         factors = {"epochs": E, "batch_size": B, "examples": N, "local_steps": E * math.ceil(N / B)}
-        cells.append(Cell(f"{E} epochs, batches of {B}, {N} examples", factors, prepare, changed.model_dump(mode="json")))
+        cells.append(
+            Cell(
+                f"{E} epoch{'s' * (E > 1)}, batches of {B}, {N} example{'s' * (N > 1)}",
+                factors,
+                prepare,
+                changed.model_dump(mode="json"),
+            )
+        )
     return cells
 
 

@@ -121,6 +121,14 @@ def _by_attack(a: Audit) -> list[list[str]]:
     return [[row[i] for i in used] for row in (head, *body)]
 
 
+def _grouped(a: Audit) -> list[list[str]]:
+    """The table for the page: what begins a cell is a row of its own, of one entry."""
+    head, *body = table(a)
+    if a.mode == "defences":
+        return [head, *body]
+    return [head[1:], *(line for first, *row in body for line in ([[first]] if first else []) + [row])]
+
+
 def attacks(cell: dict[str, Any]) -> list[str]:
     """Those that rebuilt images of a cell, in the order of the plan."""
     return list(dict.fromkeys(name for c in cell["clients"] for name, facts in c["attacks"].items() if facts["ok"]))
@@ -221,10 +229,9 @@ EXPLAINED = (
     "from others of the same classes; 0.5 is guessing. Means over clients."
 )
 EPSILON = (
-    " Epsilon: what an accountant guarantees of the client's own message, against this adversary. Where it says \"global model "
-    'only" the noise is the '
-    "server's, added after it has read the update: that epsilon holds against those who see the models alone, and says nothing "
-    "of this attack."
+    " Epsilon: what an accountant guarantees of the client's own message, against this adversary; inf: no noise, no guarantee. "
+    "Where it says 'global model only' the noise is the server's, added after it has read the update: that epsilon holds against "
+    "those who see the models alone, and says nothing of this attack."
 )
 GRADES = (
     "Grades of inputs by input leakage (the larger of: how far images came from the mean of their class towards 30 dB, and how "
@@ -585,7 +592,7 @@ def page(a: Audit, command: Sequence[str]) -> str:
         grades=GRADES,
         cells=_cells(a),
         plots=plots,
-        results=table(a),
+        results=_grouped(a),
         explained=EXPLAINED + (EPSILON if a.mode == "defences" else ""),
         seed=a.plan["seed"],
         command=shlex.join(command),
@@ -755,7 +762,7 @@ def _trade_off(a: Audit) -> Plot | None:
     ]
     if not points:
         return None
-    figure, axes = new_figure(6.4, 3.9)
+    figure, axes = new_figure(5.4, 3.8)
     for number, (name, accuracy, psnr, _) in enumerate(points):
         axes.plot(accuracy, psnr, "os^Dv"[number // 10 % 5], color=SERIES[number % 10], markersize=9, label=name)
     for number, level in enumerate(("class means", "mean image")):
@@ -782,7 +789,7 @@ def _along(a: Audit, wide: bool) -> Plot | None:
     curves = {n: found for n, found in curves.items() if found}
     if cell is None or not curves:
         return None
-    figure, axes = new_figure(6.4 if wide else 4.7, 3.5)
+    figure, axes = new_figure(5.4 if wide else 4.7, 3.5)
     for number, (attack, found) in enumerate(curves.items()):
         rows = np.array([[math.nan if v is None else v for v in row] for row in found if len(row) == len(found[0])])
         x = np.linspace(0, 1, rows.shape[1])

@@ -198,6 +198,17 @@ def test_progress_tells_the_objective_and_never_a_psnr(monkeypatch: pytest.Monke
     assert "dB" not in err
 
 
+def test_defence_whose_run_fails_is_left_out_and_named(cli: Cli, tmp_path: Path) -> None:
+    wanted = ["--defence", "secagg=30", "--defence", "none", "--set", "rounds=1"]
+    status, out, err = cli("audit", "fedavg", *SMALL, *FEW, "--attack", "labels", *wanted, "--out", tmp_path / "a")
+    assert status == 1
+    assert "note secagg=30 is left out: secagg=30: round 1 has 8 captured clients, expected at least 30" in err
+    assert "Left out: secagg=30: " in out
+    assert "Left out: secagg=30: " in (tmp_path / "a" / "audit.html").read_text()
+    found = json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert (list(found["failed"]), [cell["name"] for cell in found["cells"]]) == (["secagg=30"], ["none"])
+
+
 # What is refused
 
 

@@ -50,7 +50,7 @@ from fedcore.audit.observe import (
 from fedcore.audit.sme import SME
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
-from fedcore.errors import SettingsError
+from fedcore.errors import FedcoreError, SettingsError
 from fedcore.method import Method
 from fedcore.rng import rng, seed_of
 from fedcore.rundir import read_history, stored
@@ -305,12 +305,19 @@ class Audit:
     interrupted: bool
     created: str
     seconds: float
+    failed: dict[str, str] = field(default_factory=dict)  # cells that could not be made: why
 
     def to_dict(self) -> dict[str, Any]:
         """JSON without pictures."""
         cells = [{key: value for key, value in cell.items() if key != "pictures"} for cell in self.cells]
         facts = {"schema": SCHEMA, "tool_version": __version__, "mode": self.mode, "experiment": self.experiment, "plan": self.plan}
-        rest = {"warnings": self.warnings, "interrupted": self.interrupted, "created": self.created, "seconds": self.seconds}
+        rest: dict[str, Any] = {
+            "failed": self.failed,
+            "warnings": self.warnings,
+            "interrupted": self.interrupted,
+            "created": self.created,
+            "seconds": self.seconds,
+        }
         return {**facts, "view": "client_update", "cells": cells, "worst": self.worst, **rest}
 
     @property
@@ -326,7 +333,8 @@ class Audit:
 def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Path, observer: Observer) -> Audit:
     """Attack and score every cell, those that `out` already holds the results of excepted.
 
-    SIGINT ends it early: what is done is returned, `interrupted`. Raises SettingsError and RunError for a cell that cannot be made.
+    SIGINT ends it early: what is done is returned, `interrupted`. A cell that cannot be made is left out, noted and named in
+    `failed`. Raises the SettingsError or RunError of the last when none could be made.
     """
     plan.check()
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -334,6 +342,7 @@ def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Pa
     begin, stop = time.perf_counter(), threading.Event()
     done: list[dict[str, Any]] = []
     warnings: list[str] = []
+    failed: dict[str, str] = {}
     with loop.signals(stop):
         for number, cell in enumerate(cells):
             observer.cell(number, len(cells), cell.name)
@@ -348,6 +357,12 @@ def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Pa
             except (Stopped, loop.Interrupted):
                 stop.set()
                 break
+            except FedcoreError as error:
+                if not done and number == len(cells) - 1:
+                    raise
+                failed[cell.name] = str(error)
+                observer.note(f"{cell.name} is left out: {error}")
+                continue
             done.append(found)
             warnings += [w for w in found["warnings"] if w not in warnings]
             if stop.is_set():
@@ -362,7 +377,7 @@ def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Pa
     asked["settings"] = {name: plan.settings(name) for name in plan.attacks if name in IMAGE_ATTACKS}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     seconds = round(time.perf_counter() - begin, 1)
-    return Audit(mode, e.model_dump(mode="json"), asked, done, warnings, stop.is_set(), created, seconds)
+    return Audit(mode, e.model_dump(mode="json"), asked, done, warnings, stop.is_set(), created, seconds, failed)
 
 
 def _key(cell: Cell, plan: Plan) -> str:

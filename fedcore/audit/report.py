@@ -90,6 +90,8 @@ def show(a: Audit, file: Path) -> None:
         print(line)
     if names := [remedy.short for remedy in _advice(a)]:
         print(f"To switch on: {', '.join(names)}.")
+    for name, why in a.failed.items():
+        print(f"Left out: {name}: {why}")
     for warning in a.warnings:
         print(f"Note: {warning}.")
     print(f"Report: {file}")
@@ -573,6 +575,7 @@ def page(a: Audit, command: Sequence[str]) -> str:
             "This audit was interrupted: what is missing, or attacked with fewer iterations than asked, is filled in by the same "
             "command with --out."
         )
+    notes += [f"Left out: {name}: {why}" for name, why in a.failed.items()]
     with rc_context(STYLE):
         plots = _plots(a)
     return render(

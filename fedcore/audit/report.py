@@ -90,6 +90,8 @@ def show(a: Audit, file: Path) -> None:
         print(line)
     if names := [remedy.short for remedy in _advice(a)]:
         print(f"To switch on: {', '.join(names)}.")
+    for name, why in a.failed.items():
+        print(f"Left out: {name}: {why}")
     for warning in a.warnings:
         print(f"Note: {warning}.")
     print(f"Report: {file}")
@@ -119,6 +121,14 @@ def _by_attack(a: Audit) -> list[list[str]]:
         body += [[cell["name"] if i == 0 else "", *line, *(beside if i == 0 else ["", ""])] for i, line in enumerate(lines)]
     used = [i for i in range(len(head)) if i < 2 or any(row[i].strip("-") for row in body)]
     return [[row[i] for i in used] for row in (head, *body)]
+
+
+def _grouped(a: Audit) -> list[list[str]]:
+    """The table for the page: what begins a cell is a row of its own, of one entry."""
+    head, *body = table(a)
+    if a.mode == "defences":
+        return [head, *body]
+    return [head[1:], *(line for first, *row in body for line in ([[first]] if first else []) + [row])]
 
 
 def attacks(cell: dict[str, Any]) -> list[str]:
@@ -224,10 +234,9 @@ EXPLAINED = (
     "from others of the same classes; 0.5 is guessing. Means over clients."
 )
 EPSILON = (
-    " Epsilon: what an accountant guarantees of the client's own message, against this adversary. Where it says \"global model "
-    'only" the noise is the '
-    "server's, added after it has read the update: that epsilon holds against those who see the models alone, and says nothing "
-    "of this attack."
+    " Epsilon: what an accountant guarantees of the client's own message, against this adversary; inf: no noise, no guarantee. "
+    "Where it says 'global model only' the noise is the server's, added after it has read the update: that epsilon holds against "
+    "those who see the models alone, and says nothing of this attack."
 )
 GRADES = (
     "Grades of inputs by input leakage (the larger of: how far images came from the mean of their class towards 30 dB, and how "
@@ -569,6 +578,7 @@ def page(a: Audit, command: Sequence[str]) -> str:
             "This audit was interrupted: what is missing, or attacked with fewer iterations than asked, is filled in by the same "
             "command with --out."
         )
+    notes += [f"Left out: {name}: {why}" for name, why in a.failed.items()]
     with rc_context(STYLE):
         plots = _plots(a)
     return render(
@@ -588,7 +598,7 @@ def page(a: Audit, command: Sequence[str]) -> str:
         grades=GRADES,
         cells=_cells(a),
         plots=plots,
-        results=table(a),
+        results=_grouped(a),
         explained=EXPLAINED + (EPSILON if a.mode == "defences" else ""),
         seed=a.plan["seed"],
         command=shlex.join(command),
@@ -758,7 +768,7 @@ def _trade_off(a: Audit) -> Plot | None:
     ]
     if not points:
         return None
-    figure, axes = new_figure(6.4, 3.9)
+    figure, axes = new_figure(5.4, 3.8)
     for number, (name, accuracy, psnr, _) in enumerate(points):
         axes.plot(accuracy, psnr, "os^Dv"[number // 10 % 5], color=SERIES[number % 10], markersize=9, label=name)
     for number, level in enumerate(("class means", "mean image")):
@@ -785,7 +795,7 @@ def _along(a: Audit, wide: bool) -> Plot | None:
     curves = {n: found for n, found in curves.items() if found}
     if cell is None or not curves:
         return None
-    figure, axes = new_figure(6.4 if wide else 4.7, 3.5)
+    figure, axes = new_figure(5.4 if wide else 4.7, 3.5)
     for number, (attack, found) in enumerate(curves.items()):
         rows = np.array([[math.nan if v is None else v for v in row] for row in found if len(row) == len(found[0])])
         x = np.linspace(0, 1, rows.shape[1])

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -190,6 +190,8 @@ def audit(
     """Attack what clients send, and report what it gives away of their data."""
     _one_of("--images", images, ("thumbnails", "none"))
     sweep = {"--epochs": epochs, "--batch-size": batch_size, "--examples": examples}
+    for flag, text in sweep.items():
+        _numbers(flag, text or "1")
     captured = Path(target).is_dir()
     if captured:
         training = {"--defence": defence, "--set": set_, "--engine": engine}
@@ -203,7 +205,7 @@ def audit(
     if no_truth and fail_above is not None:
         raise SettingsError("--fail-above needs scores, and with --no-truth nothing is scored: give one of the two")
 
-    from fedcore.audit import examine, report
+    from fedcore.audit import examine
     from fedcore.config import Experiment
     from fedcore.progress import AuditTerminal
     from fedcore.rundir import fresh, stored
@@ -225,26 +227,27 @@ def audit(
         seed=experiment.seed if seed is None else seed,
     )
     plan.check()
-    hint = "interrupted before anything was done; the same command with --out goes on in a directory"
-    with _interruptible(hint), _owner_only():
-        if captured:
-            folder = out or Path(target) / "audit"
-            mode, cells = "captured", examine.rounds_of(Path(target), plan)[1]
-        elif defence:
-            examine.defences(experiment, plan, defence, Path())  # refused before a directory is made
-            folder = out or fresh(f"audit-{experiment.method.name}-{experiment.task.replace(':', '-')}")
-            mode, cells = "defences", examine.defences(experiment, plan, defence, folder)
-        else:
-            sizes = [str(experiment.local.batch_size)]
-            factors = (
-                _numbers("--epochs", epochs or "1,5,20"),
-                _numbers("--batch-size", batch_size or sizes[0]),
-                _numbers("--examples", examples or "8"),
-            )
-            folder = out or fresh(f"audit-{experiment.method.name}-{experiment.task.replace(':', '-')}")
-            mode, cells = "sweep", examine.sweep(experiment, plan, *factors)
-        with AuditTerminal() as terminal:
+    given = {"--epochs": epochs or "1,5,20", "--batch-size": batch_size or str(experiment.local.batch_size)}
+    given |= {"--examples": examples or "8"}
+    hint = "interrupted, and no report written; cells that are done are kept: the same command with --out DIR goes on"
+    name = f"audit-{experiment.method.name}-{experiment.task.replace(':', '-')}"
+    folder = out or (Path(target) / "audit" if captured else fresh(name))
+    with _interruptible(hint), _owner_only(), AuditTerminal() as terminal:
+        try:
+            if captured:
+                mode, cells = "captured", examine.rounds_of(Path(target), plan)[1]
+            elif defence:
+                mode, cells = "defences", examine.defences(experiment, plan, defence, folder)
+            else:
+                mode, cells = "sweep", examine.sweep(experiment, plan, *map(_numbers, given.keys(), given.values()))
             found = examine.examine(mode, experiment, cells, plan, folder, terminal)
+        except FedcoreError:
+            with suppress(OSError):
+                folder.rmdir()  # made for this audit, and still empty
+            raise
+    from fedcore.audit import report  # with its plots half a second: not before the first cell
+
+    with _owner_only():
         file = report.write(found, folder, ["fedcore", *sys.argv[1:]])
     if json_:
         print(json.dumps({**report.ready(found), "report": str(file)}))

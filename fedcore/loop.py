@@ -34,7 +34,7 @@ from fedcore.links import LinkSettings
 from fedcore.method import Method, evaluates
 from fedcore.participation import Process, UniformProcess, answering
 from fedcore.rng import rng
-from fedcore.rundir import ClientTable, make_run_dir, open_run_dir, read_history
+from fedcore.rundir import PERCENTILES, ClientTable, make_run_dir, open_run_dir, read_history
 from fedcore.split import split
 from fedcore.state import StateStore
 from fedcore.task import Task
@@ -43,7 +43,6 @@ from fedcore.types import ClientFunction, Model, Params, Reports, Round, Tree
 
 log = logging.getLogger("fedcore")
 
-PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)  # of a measure over clients
 PATIENCE = 3  # rounds in a row in which every client asked failed, after which the run stops
 
 

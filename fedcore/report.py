@@ -29,7 +29,7 @@ from fedcore.errors import FedcoreError, SettingsError
 from fedcore.limits import byte_unit, size_text
 from fedcore.privacy import COVERS, describe
 from fedcore.report_page import THEME, render
-from fedcore.rundir import stored
+from fedcore.rundir import PERCENTILES, stored
 
 log = logging.getLogger("fedcore")
 
@@ -441,7 +441,11 @@ def _clients(r: Run) -> list[Plot]:
             axes.set_xlim(-0.01, 1.01)
             axes.xaxis.set_major_formatter(PercentFormatter(1))
         figure.legend(loc="outside upper left", ncols=2)
-        caption = f"After round {t}{after and ' and fine-tuning'}, {len(values):,} clients, each counted once."
+        caption = f"After round {t}{after and ' and fine-tuning'}, {len(values):,} clients, each counted once: "
+        mean, deviation = (value_text(r.measure, float(x)) for x in (values.mean(), values.std()))
+        marks = zip(PERCENTILES, np.quantile(values, [p / 100 for p in PERCENTILES]).tolist(), strict=True)
+        percentiles = ", ".join(f"{p}: {value_text(r.measure, value)}" for p, value in marks)
+        caption += f"mean {mean}, standard deviation {deviation}; percentiles {percentiles}."
         if percent:
             worst = np.sort(values)[: -(-len(values) // 10)]
             caption += f" The worst tenth has {value_text(r.measure, float(worst.mean()))} on average."

@@ -69,6 +69,7 @@ class Task:
         self.proxy = proxy
         self.optimum = optimum  # the minimiser of the population's objective, where it is known
         self.pixels = pixels
+        self.penalty: Callable[[Callable[[Params], Tensor], Params], Tensor] | None = None  # on the mean loss, at its parameters
         self.metrics = {"loss": loss, **({"accuracy": accuracy} if metrics is None else metrics)}
 
     @torch.no_grad()
@@ -121,8 +122,13 @@ class Task:
         return outputs
 
     def loss(self, params: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        """Mean loss over the examples where mask [B] is 1; 0 where there is none. 0-d."""
-        return (self.metrics["loss"](self.predict(params, x), y) * mask).sum() / mask.sum().clamp(min=1)
+        """Mean loss over the examples where mask [B] is 1, and the penalty that the model has; 0 where there is none. 0-d."""
+
+        def mean(params: Params) -> Tensor:
+            value: Tensor = (self.metrics["loss"](self.predict(params, x), y) * mask).sum() / mask.sum().clamp(min=1)
+            return value
+
+        return mean(params) if self.penalty is None else mean(params) + self.penalty(mean, params)
 
     @torch.no_grad()
     def evaluate(self, params: Params, batches: Batches) -> dict[str, Tensor]:

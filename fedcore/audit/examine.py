@@ -429,7 +429,7 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
         "clients": clients,
         "summary": _summary(clients),
         "attack_seconds": seconds,
-        "warnings": warnings + [f"{name} was not run: it {why}" for name, why in failed.items()],
+        "warnings": warnings + [f"{name} was not run: {why}" for name, why in failed.items()],
         "interrupted": stop.is_set(),
         "pictures": scored.pictures if plan.images else [],
         "seconds": round(time.perf_counter() - begin, 2),

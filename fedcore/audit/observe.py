@@ -295,8 +295,8 @@ def simulate(e: Experiment, task: Task, clients: int, examples: int) -> list[Sub
     data = FederatedData(
         Examples(task.data.x, task.data.y), task.data.test, np.concatenate(rows), np.arange(clients + 1) * examples
     )
-    small = Task(task.model, data, task.metrics["loss"], {k: v for k, v in task.metrics.items() if k != "loss"}, task.proxy)
-    small.pixels = task.pixels
+    small = copy.copy(task)
+    small.data = data
     method = e.build_method()
     params = small.init_params()
     work = Work(small, method, e.local, e.seed, e.links, e.defence)

@@ -320,7 +320,7 @@ IN_SMES_SETTINGS = IGSettings(iterations=200, tv=1e-4, lr=1.0)
 
 
 def test_one_image_of_one_step_comes_back() -> None:
-    seen, y, truths, pixels = subjects(4, 1)
+    seen, y, truths, pixels = subjects(2, 1)
     for attack in (SME(QUICK), IG(IN_SMES_SETTINGS)):
         value = decibel(attack.reconstruct(seen, y, 0), truths, pixels)
         assert value > 25, f"{type(attack).__name__}: {value:.1f} dB"
@@ -613,10 +613,10 @@ def test_gradient_leakage_recovers_one_example_of_a_smooth_model(build: Any) -> 
     model = build()
     seen = [see(model, *data(1, 80 + i), client=i) for i in range(3)]
     truths = [Truth(*data(1, 80 + i)) for i in range(3)]
-    known = IDLG(DLGSettings(iterations=30)).reconstruct(seen, [None] * 3, 0)
+    known = IDLG(DLGSettings(iterations=15)).reconstruct(seen, [None] * 3, 0)
     assert [int(r.y) for r in known if r.y is not None] == [int(t.y) for t in truths]
     assert min(metrics.score(r.x, t, PIXELS).psnr.item() for r, t in zip(known, truths, strict=True)) > 30
-    joint = DLG(DLGSettings(iterations=30)).reconstruct(seen, [None] * 3, 0)
+    joint = DLG(DLGSettings(iterations=15)).reconstruct(seen, [None] * 3, 0)
     values = [metrics.score(r.x, t, PIXELS).psnr.item() for r, t in zip(joint, truths, strict=True)]
     assert max(values) > 30, values  # from some starts it settles on another label, as its authors say too
 
@@ -818,10 +818,10 @@ def test_labels_of_a_personal_output_layer_stay_unknown() -> None:
         labels.recover(replace(o, public=replace(o.public, loss=lambda a, b: (a - b).square().mean(1))))
 
 
-@pytest.mark.parametrize(("examples", "size", "epochs", "least"), [(10, 5, 10, 0.98), (50, 10, 20, 0.95)])
+@pytest.mark.parametrize(("examples", "size", "epochs", "least"), [(10, 5, 10, 0.98), (50, 10, 20, 0.98)])
 def test_label_counts_of_fresh_models_are_nearly_all_right(examples: int, size: int, epochs: int, least: float) -> None:
-    found = []
-    for seed in range(5):
+    found: list[float] = []
+    for seed in range(3):
         settings = {"partition__name": "pathological", "partition__classes": 4, "population": 10, "method__local_lr": 0.004}
         seen, _, truths, _ = subjects(2, examples, seed=seed, local__batch_size=size, local__epochs=epochs, **settings)
         found += [metrics.label_accuracy(labels.recover(o), t.y)["accuracy"] for o, t in zip(seen, truths, strict=True)]

@@ -530,7 +530,7 @@ def test_what_lacks_something_is_said_and_the_rest_is_run(tmp_path: Path) -> Non
         assert client["attacks"]["idlg"]["error"] == f"is for one example; client {found['clients'][0]['client']} has 6"
         assert client["attacks"]["analytic"]["ok"]
         assert client["labels"]["ok"]
-    assert any(w.startswith("dlfa was not run: it needs") for w in found["warnings"])
+    assert any(w.startswith("dlfa was not run: needs") for w in found["warnings"])
 
 
 def test_a_sign_turned_round_is_corrected_under_a_flag_alone(tmp_path: Path) -> None:

@@ -259,6 +259,8 @@ def audit(
     if fail_above is not None and (why := report.too_high(found, fail_above)) is not None:
         _say(why)
         sys.exit(1)
+    if found.failed:
+        sys.exit(1)
 
 
 def _one_of(flag: str, value: str, known: Iterable[str]) -> None:

@@ -66,7 +66,7 @@ code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, mono
 table { border-collapse: collapse; font-size: .9rem; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--soft); font-weight: 500; } td, th { padding: 5px 18px 5px 0; vertical-align: top; }
 tr + tr td, thead + tbody td { border-top: 1px solid var(--line); }
-td.n, th.n { text-align: right; white-space: nowrap; } td.n:last-child, th.n:last-child { padding-right: 0; }
+.named td:first-child { min-width: 9.5em; } th.group { color: var(--ink); font-weight: 600; padding-top: 14px; } td.n, th.n { text-align: right; white-space: nowrap; } td.n:last-child, th.n:last-child { padding-right: 0; }
 .pairs td:first-child { color: var(--soft); white-space: nowrap; width: 1%; } .pairs td { overflow-wrap: anywhere; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(290px, 100%), 1fr)); gap: 14px; }
@@ -120,7 +120,8 @@ MACROS = """\
 {% macro table(head, body) %}<div class="scroll"><table><thead><tr>
 {%- for name in head %}<th{% if not loop.first %} class="n"{% endif %}>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in body %}<tr>
-{%- for cell in row %}<td{% if not loop.first %} class="n"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{%- if row|length == 1 and head|length > 1 %}<th colspan="{{ head|length }}" class="group">{{ row[0] }}</th>
+{%- else %}{% for cell in row %}<td{% if not loop.first %} class="n"{% endif %}>{{ cell }}</td>{% endfor %}{% endif %}</tr>
 {% endfor %}</tbody></table></div>{% endmacro %}
 {% macro pairs(items) %}<table class="pairs">{% for key, value in items %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>
 {% endfor %}</table>{% endmacro %}
@@ -250,7 +251,7 @@ AUDIT = """\
 {% endif %}
 <section>
 <h2>Numbers</h2>
-<div class="sheet">{{ table(results[0], results[1:]) }}</div>
+<div class="sheet named">{{ table(results[0], results[1:]) }}</div>
 <p class="soft" style="margin-top: 8px">{{ explained }}</p>
 </section>
 <section>

@@ -49,7 +49,7 @@ def test_sweep_prints_attacks_beside_what_needs_no_update(cli: Cli, tmp_path: Pa
     for column in ("attack", "PSNR dB [95 % CI]", "SSIM", "found", "alpha", "objective", "labels", "members AUC"):
         assert column in head
     assert [row.strip().split("  ")[0] for row in rows if row.startswith(("1 ", "3 "))] == [
-        "1 epochs, batches of 10, 8 examples",
+        "1 epoch, batches of 10, 8 examples",
         "3 epochs, batches of 10, 8 examples",
     ]
     for name in ("sme", "ig", "analytic", "blank image", "mean image", "class means, labels known", "another client's images"):
@@ -198,6 +198,17 @@ def test_progress_tells_the_objective_and_never_a_psnr(monkeypatch: pytest.Monke
     assert "dB" not in err
 
 
+def test_defence_whose_run_fails_is_left_out_and_named(cli: Cli, tmp_path: Path) -> None:
+    wanted = ["--defence", "secagg=30", "--defence", "none", "--set", "rounds=1"]
+    status, out, err = cli("audit", "fedavg", *SMALL, *FEW, "--attack", "labels", *wanted, "--out", tmp_path / "a")
+    assert status == 1
+    assert "note secagg=30 is left out: secagg=30: round 1 has 8 captured clients, expected at least 30" in err
+    assert "Left out: secagg=30: " in out
+    assert "Left out: secagg=30: " in (tmp_path / "a" / "audit.html").read_text()
+    found = json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert (list(found["failed"]), [cell["name"] for cell in found["cells"]]) == (["secagg=30"], ["none"])
+
+
 # What is refused
 
 
@@ -284,7 +295,7 @@ def test_interrupted_audit_reports_what_is_done_and_is_gone_on_with(cli: Cli, tm
     assert 1 <= len(found["cells"]) < 3 or found["cells"][-1]["interrupted"]
     page = (out / "audit.html").read_text()
     assert "This audit was interrupted" in page
-    assert "1 epochs, batches of 10, 8 examples" in page
+    assert "1 epoch, batches of 10, 8 examples" in page
     before = cells_of(out)
     status, _, _ = cli(*arguments)
     assert status == 0
@@ -306,4 +317,4 @@ def test_interruption_between_cells_writes_the_report_too(monkeypatch: pytest.Mo
     assert status == 130, err
     assert "Report: " in out
     assert len(cells_of(tmp_path / "a")) == 1
-    assert "1 epochs, batches of 10" in (tmp_path / "a" / "audit.html").read_text()
+    assert "1 epoch, batches of 10" in (tmp_path / "a" / "audit.html").read_text()

@@ -240,7 +240,7 @@ def test_epsilon_of_another_view_is_never_printed(defended: Audit, tmp_path: Pat
 
 def test_lowest_leakage_is_named_with_its_cost(defended: Audit) -> None:
     def leak(value: float, accuracy: float) -> dict[str, Any]:
-        return {"summary": {"input_leakage": {"mean": value, "low": None, "high": None}}, "accuracy": accuracy}
+        return {"summary": {"input_leakage": {"mean": value, "low": None, "high": None}}, "accuracy": accuracy, "personal": False}
 
     cells = [{"name": "none", **leak(80, 0.9)}, {"name": "much", **leak(2, 0.7)}, {"name": "little", **leak(30, 0.89)}]
     assert report._measured(replace(defended, cells=cells)) == [

@@ -50,8 +50,7 @@ from fedcore.audit.observe import (
 from fedcore.audit.sme import SME
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
-from fedcore.errors import SettingsError
-from fedcore.method import Method
+from fedcore.errors import FedcoreError, SettingsError
 from fedcore.rng import rng, seed_of
 from fedcore.rundir import read_history, stored
 from fedcore.task import Task
@@ -154,8 +153,9 @@ class Prepared(NamedTuple):
 
     subjects: list[Subject]
     task: Task
-    accuracy: float | None = None  # of the run's final model
-    accuracy_of: str = "test set"  # or "clients", of the model that each uses, where a method personalises
+    accuracy: float | None = None  # of the run's model on the test set, as last measured
+    client_accuracy: float | None = None  # mean over clients, of the model that each uses
+    personal: bool = False  # whether clients have models of their own
     privacy: dict[str, Any] | None = None  # what an accountant says of the run
 
 
@@ -193,7 +193,14 @@ def sweep(e: Experiment, plan: Plan, epochs: Sequence[int], batches: Sequence[in
             return Prepared(simulate(e, task, plan.clients, N), task)
 
         factors = {"epochs": E, "batch_size": B, "examples": N, "local_steps": E * math.ceil(N / B)}
-        cells.append(Cell(f"{E} epochs, batches of {B}, {N} examples", factors, prepare, changed.model_dump(mode="json")))
+        cells.append(
+            Cell(
+                f"{E} epoch{'s' * (E > 1)}, batches of {B}, {N} example{'s' * (N > 1)}",
+                factors,
+                prepare,
+                changed.model_dump(mode="json"),
+            )
+        )
     return cells
 
 
@@ -228,14 +235,9 @@ def _captured(e: Experiment, run_dir: Path, plan: Plan, t: int, together: int) -
         subjects = [aggregate(group) for group in groups]
     rows = read_history(run_dir, _rounds_done(run_dir))
     privacy = next((row["privacy"] for row in reversed(rows) if row.get("privacy") is not None), None)
-    return Prepared(subjects, task, *_accuracy(method, rows), privacy)
-
-
-def _accuracy(method: Method[Any], rows: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
-    """(the last accuracy that was measured, of what)."""
-    if method.personalises():
-        return next((row["client_accuracy"]["mean"] for row in reversed(rows) if row.get("client_accuracy")), None), "clients"
-    return next((row["test_accuracy"] for row in reversed(rows) if row.get("test_accuracy") is not None), None), "test set"
+    accuracy = next((row["test_accuracy"] for row in reversed(rows) if row.get("test_accuracy") is not None), None)
+    own = next((row["client_accuracy"]["mean"] for row in reversed(rows) if row.get("client_accuracy")), None)
+    return Prepared(subjects, task, accuracy, own, method.personalises(), privacy)
 
 
 def _rounds_done(run_dir: Path) -> int:
@@ -298,13 +300,25 @@ class Audit:
     interrupted: bool
     created: str
     seconds: float
+    failed: dict[str, str] = field(default_factory=dict)  # cells that could not be made: why
 
     def to_dict(self) -> dict[str, Any]:
         """JSON without pictures."""
         cells = [{key: value for key, value in cell.items() if key != "pictures"} for cell in self.cells]
         facts = {"schema": SCHEMA, "tool_version": __version__, "mode": self.mode, "experiment": self.experiment, "plan": self.plan}
-        rest = {"warnings": self.warnings, "interrupted": self.interrupted, "created": self.created, "seconds": self.seconds}
+        rest: dict[str, Any] = {
+            "failed": self.failed,
+            "warnings": self.warnings,
+            "interrupted": self.interrupted,
+            "created": self.created,
+            "seconds": self.seconds,
+        }
         return {**facts, "view": "client_update", "cells": cells, "worst": self.worst, **rest}
+
+    @property
+    def judged_by(self) -> str:
+        """Whose accuracy is set against privacy: where a method personalises, the clients' own models in every cell."""
+        return "client_accuracy" if any(cell["personal"] for cell in self.cells) else "accuracy"
 
     @property
     def worst(self) -> dict[str, Any]:
@@ -319,7 +333,8 @@ class Audit:
 def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Path, observer: Observer) -> Audit:
     """Attack and score every cell, those that `out` already holds the results of excepted.
 
-    SIGINT ends it early: what is done is returned, `interrupted`. Raises SettingsError and RunError for a cell that cannot be made.
+    SIGINT ends it early: what is done is returned, `interrupted`. A cell that cannot be made is left out, noted and named in
+    `failed`. Raises the SettingsError or RunError of the last when none could be made.
     """
     plan.check()
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -327,6 +342,7 @@ def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Pa
     begin, stop = time.perf_counter(), threading.Event()
     done: list[dict[str, Any]] = []
     warnings: list[str] = []
+    failed: dict[str, str] = {}
     with loop.signals(stop):
         for number, cell in enumerate(cells):
             observer.cell(number, len(cells), cell.name)
@@ -341,6 +357,12 @@ def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Pa
             except (Stopped, loop.Interrupted):
                 stop.set()
                 break
+            except FedcoreError as error:
+                if not done and number == len(cells) - 1:
+                    raise
+                failed[cell.name] = str(error)
+                observer.note(f"{cell.name} is left out: {error}")
+                continue
             done.append(found)
             warnings += [w for w in found["warnings"] if w not in warnings]
             if stop.is_set():
@@ -355,7 +377,7 @@ def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Pa
     asked["settings"] = {name: plan.settings(name) for name in plan.attacks if name in IMAGE_ATTACKS}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     seconds = round(time.perf_counter() - begin, 1)
-    return Audit(mode, e.model_dump(mode="json"), asked, done, warnings, stop.is_set(), created, seconds)
+    return Audit(mode, e.model_dump(mode="json"), asked, done, warnings, stop.is_set(), created, seconds, failed)
 
 
 def _key(cell: Cell, plan: Plan) -> str:
@@ -424,7 +446,8 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
         "name": cell.name,
         "factors": cell.factors,
         "accuracy": prepared.accuracy,
-        "accuracy_of": prepared.accuracy_of,
+        "client_accuracy": prepared.client_accuracy,
+        "personal": prepared.personal,
         "privacy": prepared.privacy,
         "clients": clients,
         "summary": _summary(clients),

@@ -90,6 +90,8 @@ def show(a: Audit, file: Path) -> None:
         print(line)
     if names := [remedy.short for remedy in _advice(a)]:
         print(f"To switch on: {', '.join(names)}.")
+    for name, why in a.failed.items():
+        print(f"Left out: {name}: {why}")
     for warning in a.warnings:
         print(f"Note: {warning}.")
     print(f"Report: {file}")
@@ -121,6 +123,14 @@ def _by_attack(a: Audit) -> list[list[str]]:
     return [[row[i] for i in used] for row in (head, *body)]
 
 
+def _grouped(a: Audit) -> list[list[str]]:
+    """The table for the page: what begins a cell is a row of its own, of one entry."""
+    head, *body = table(a)
+    if a.mode == "defences":
+        return [head, *body]
+    return [head[1:], *(line for first, *row in body for line in ([[first]] if first else []) + [row])]
+
+
 def attacks(cell: dict[str, Any]) -> list[str]:
     """Those that rebuilt images of a cell, in the order of the plan."""
     return list(dict.fromkeys(name for c in cell["clients"] for name, facts in c["attacks"].items() if facts["ok"]))
@@ -147,9 +157,12 @@ def of_attack(cell: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [c["attacks"][name] for c in cell["clients"] if c["attacks"].get(name, {}).get("ok")]
 
 
+ACCURACY = {"accuracy": "accuracy", "client_accuracy": "clients' accuracy"}
+
+
 def _by_defence(a: Audit) -> list[list[str]]:
     """A row a defence."""
-    head = ["defence", "best attack", "PSNR dB", "SSIM", "labels", "members AUC", "grade", "accuracy", "epsilon"]
+    head = ["defence", "best attack", "PSNR dB", "SSIM", "labels", "members AUC", "grade", ACCURACY[a.judged_by], "epsilon"]
     body = []
     for cell in a.cells:
         s = cell["summary"]
@@ -163,7 +176,7 @@ def _by_defence(a: Audit) -> list[list[str]]:
                 _stat(s.get("labels"), "{:.0%}"),
                 _stat(s.get("membership"), "{:.2f}"),
                 worst_grade(cell["clients"]) or "unscored",
-                "-" if cell["accuracy"] is None else f"{cell['accuracy']:.1%}",
+                "-" if cell[a.judged_by] is None else f"{cell[a.judged_by]:.1%}",
                 epsilon_text(cell["privacy"]),
             ]
         )
@@ -221,10 +234,9 @@ EXPLAINED = (
     "from others of the same classes; 0.5 is guessing. Means over clients."
 )
 EPSILON = (
-    " Epsilon: what an accountant guarantees of the client's own message, against this adversary. Where it says \"global model "
-    'only" the noise is the '
-    "server's, added after it has read the update: that epsilon holds against those who see the models alone, and says nothing "
-    "of this attack."
+    " Epsilon: what an accountant guarantees of the client's own message, against this adversary; inf: no noise, no guarantee. "
+    "Where it says 'global model only' the noise is the server's, added after it has read the update: that epsilon holds against "
+    "those who see the models alone, and says nothing of this attack."
 )
 GRADES = (
     "Grades of inputs by input leakage (the larger of: how far images came from the mean of their class towards 30 dB, and how "
@@ -521,7 +533,7 @@ COST = 0.02  # of accuracy that a defence may cost before it is not called cheap
 
 def _measured(a: Audit) -> list[str]:
     """Of the defences that ran: the one that leaves least, and the one that leaves least at little cost."""
-    known = [cell for cell in a.cells if cell["summary"].get("input_leakage") and cell["accuracy"] is not None]
+    known = [cell for cell in a.cells if cell["summary"].get("input_leakage") and cell[a.judged_by] is not None]
     plain = next((cell for cell in known if cell["name"] == "none"), None)
     if a.mode != "defences" or plain is None or len(known) < 2:
         return []
@@ -530,13 +542,13 @@ def _measured(a: Audit) -> list[str]:
         return float(cell["summary"]["input_leakage"]["mean"])
 
     def told(cell: dict[str, Any], what: str) -> str:
-        cost = 100 * (plain["accuracy"] - cell["accuracy"])
+        cost = 100 * (plain[a.judged_by] - cell[a.judged_by])
         change = "at no cost in accuracy" if cost < 0.05 else f"at {cost:.1f} points of accuracy"
         found = f"takes input leakage from {leak(plain):.0f} to {leak(cell):.0f} out of 100, {change}."
         return f'Measured here, {what}: "{cell["name"]}" {found}'
 
     best = min(known, key=leak)
-    cheap = min((cell for cell in known if plain["accuracy"] - cell["accuracy"] <= COST), key=leak)
+    cheap = min((cell for cell in known if plain[a.judged_by] - cell[a.judged_by] <= COST), key=leak)
     if leak(best) >= leak(plain):
         return ["None of the defences measured here lowers the input leakage."]
     lines = [told(best, "lowest leakage")]
@@ -566,6 +578,7 @@ def page(a: Audit, command: Sequence[str]) -> str:
             "This audit was interrupted: what is missing, or attacked with fewer iterations than asked, is filled in by the same "
             "command with --out."
         )
+    notes += [f"Left out: {name}: {why}" for name, why in a.failed.items()]
     with rc_context(STYLE):
         plots = _plots(a)
     return render(
@@ -585,7 +598,7 @@ def page(a: Audit, command: Sequence[str]) -> str:
         grades=GRADES,
         cells=_cells(a),
         plots=plots,
-        results=table(a),
+        results=_grouped(a),
         explained=EXPLAINED + (EPSILON if a.mode == "defences" else ""),
         seed=a.plan["seed"],
         command=shlex.join(command),
@@ -746,23 +759,23 @@ def _trade_off(a: Audit) -> Plot | None:
     points = [
         (
             cell["name"],
-            cell["accuracy"],
+            cell[a.judged_by],
             cell["summary"]["attacks"][cell["summary"]["best"]]["psnr"]["mean"],
             cell["summary"]["references"],
         )
         for cell in a.cells
-        if cell["summary"]["best"] and cell["accuracy"] is not None
+        if cell["summary"]["best"] and cell[a.judged_by] is not None
     ]
     if not points:
         return None
-    figure, axes = new_figure(6.4, 3.9)
+    figure, axes = new_figure(5.4, 3.8)
     for number, (name, accuracy, psnr, _) in enumerate(points):
         axes.plot(accuracy, psnr, "os^Dv"[number // 10 % 5], color=SERIES[number % 10], markersize=9, label=name)
     for number, level in enumerate(("class means", "mean image")):
         value = _average([levels.get(level, {}).get("psnr") for *_, levels in points])
         if value is not None:
             axes.axhline(value, color=(INK, SOFT)[number], linestyle="--", linewidth=1.1, label=level)
-    axes.set(xlabel="test accuracy of the model", ylabel="PSNR of the best attack, dB")
+    axes.set(xlabel=ACCURACY[a.judged_by], ylabel="PSNR of the best attack, dB")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(ticks(integer=False))
     axes.margins(0.12, 0.15)
@@ -782,7 +795,7 @@ def _along(a: Audit, wide: bool) -> Plot | None:
     curves = {n: found for n, found in curves.items() if found}
     if cell is None or not curves:
         return None
-    figure, axes = new_figure(6.4 if wide else 4.7, 3.5)
+    figure, axes = new_figure(5.4 if wide else 4.7, 3.5)
     for number, (attack, found) in enumerate(curves.items()):
         rows = np.array([[math.nan if v is None else v for v in row] for row in found if len(row) == len(found[0])])
         x = np.linspace(0, 1, rows.shape[1])

@@ -320,7 +320,7 @@ IN_SMES_SETTINGS = IGSettings(iterations=200, tv=1e-4, lr=1.0)
 
 
 def test_one_image_of_one_step_comes_back() -> None:
-    seen, y, truths, pixels = subjects(4, 1)
+    seen, y, truths, pixels = subjects(2, 1)
     for attack in (SME(QUICK), IG(IN_SMES_SETTINGS)):
         value = decibel(attack.reconstruct(seen, y, 0), truths, pixels)
         assert value > 25, f"{type(attack).__name__}: {value:.1f} dB"
@@ -613,10 +613,10 @@ def test_gradient_leakage_recovers_one_example_of_a_smooth_model(build: Any) -> 
     model = build()
     seen = [see(model, *data(1, 80 + i), client=i) for i in range(3)]
     truths = [Truth(*data(1, 80 + i)) for i in range(3)]
-    known = IDLG(DLGSettings(iterations=30)).reconstruct(seen, [None] * 3, 0)
+    known = IDLG(DLGSettings(iterations=15)).reconstruct(seen, [None] * 3, 0)
     assert [int(r.y) for r in known if r.y is not None] == [int(t.y) for t in truths]
     assert min(metrics.score(r.x, t, PIXELS).psnr.item() for r, t in zip(known, truths, strict=True)) > 30
-    joint = DLG(DLGSettings(iterations=30)).reconstruct(seen, [None] * 3, 0)
+    joint = DLG(DLGSettings(iterations=15)).reconstruct(seen, [None] * 3, 0)
     values = [metrics.score(r.x, t, PIXELS).psnr.item() for r, t in zip(joint, truths, strict=True)]
     assert max(values) > 30, values  # from some starts it settles on another label, as its authors say too
 
@@ -818,10 +818,10 @@ def test_labels_of_a_personal_output_layer_stay_unknown() -> None:
         labels.recover(replace(o, public=replace(o.public, loss=lambda a, b: (a - b).square().mean(1))))
 
 
-@pytest.mark.parametrize(("examples", "size", "epochs", "least"), [(10, 5, 10, 0.98), (50, 10, 20, 0.95)])
+@pytest.mark.parametrize(("examples", "size", "epochs", "least"), [(10, 5, 10, 0.98), (50, 10, 20, 0.98)])
 def test_label_counts_of_fresh_models_are_nearly_all_right(examples: int, size: int, epochs: int, least: float) -> None:
-    found = []
-    for seed in range(5):
+    found: list[float] = []
+    for seed in range(3):
         settings = {"partition__name": "pathological", "partition__classes": 4, "population": 10, "method__local_lr": 0.004}
         seen, _, truths, _ = subjects(2, examples, seed=seed, local__batch_size=size, local__epochs=epochs, **settings)
         found += [metrics.label_accuracy(labels.recover(o), t.y)["accuracy"] for o, t in zip(seen, truths, strict=True)]
@@ -886,3 +886,92 @@ def test_analytic_recovery_needs_nothing() -> None:
     o = see(mlp(), *data(2, 151))
     bare = replace(o.public, pixels=None, loss=lambda a, b: a.sum(1), lr=None, epochs=None, batch_size=None)
     assert lacking(IMAGE_ATTACKS["analytic"].needs, replace(o, public=bare)) is None
+
+
+# What is claimed of them, on digits: the specification's small recipe at a size of seconds
+
+
+@pytest.mark.parametrize("epochs", [1, 6])
+def test_the_cost_of_an_iteration_grows_with_local_steps_where_training_is_simulated_alone(epochs: int) -> None:
+    calls = 0
+
+    class Counted(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += len(x)
+            return super().forward(x)
+
+    x, y = data(4, 160)
+    o = see(Counted(*cnn()), x, y, epochs=epochs, batch=2)
+
+    def examples(attack: Any, iterations: int) -> float:
+        nonlocal calls
+        calls = 0
+        attack.reconstruct([o], [y], 0)
+        return calls / (iterations + 1)  # the match is measured once more at the end
+
+    assert examples(SME(SurrogateSettings(iterations=5)), 5) == 4
+    assert examples(IG(IGSettings(iterations=5)), 5) == 4
+    assert examples(DLFA(DLFASettings(iterations=5)), 5) == 4 * epochs
+
+
+SMALL = SurrogateSettings(iterations=150, tv=1e-3)
+SMALL_IG = IGSettings(iterations=150, tv=1e-3, lr=1.0)
+
+
+@pytest.mark.slow
+def test_the_surrogate_is_inversion_for_few_steps_and_better_for_many() -> None:
+    found: dict[int, tuple[float, float]] = {}
+    identified = []
+    for epochs in (1, 5, 20):
+        values: list[list[float]] = [[], []]
+        for seed in (0, 1):
+            settings = {"local__epochs": epochs, "local__batch_size": 2, "seed": seed}
+            seen, y, truths, pixels = subjects(4, 4, **settings)
+            public_x = build_task(digits(**settings)).data.test.x
+            for place, attack in enumerate((IG(SMALL_IG), SME(SMALL))):
+                reconstructed = attack.reconstruct(seen, y, 0)
+                values[place].append(decibel(reconstructed, truths, pixels))
+                if place == 1 and epochs == 5:
+                    scores = [(metrics.score(r.x, t, pixels), t) for r, t in zip(reconstructed, truths, strict=True)]
+                    identified += [metrics.identification(s, t, public_x, pixels, 0) for s, t in scores]
+        found[epochs] = (sum(values[0]) / 2, sum(values[1]) / 2)
+    (ig1, sme1), (ig5, sme5), (ig20, sme20) = found.values()
+    assert abs(sme1 - ig1) <= 1.5, found
+    assert sme20 - ig20 >= 2.5, found
+    assert sme5 > ig5, found
+    assert ig1 > ig5 > ig20, found
+    assert ig1 - ig20 > sme1 - sme20, found
+    assert sum(f["top1"] for f in identified) / len(identified) > 20 * identified[0]["chance"], identified
+
+
+@pytest.mark.slow
+def test_clipping_is_no_defence_and_noise_and_aggregation_are() -> None:
+    e = digits(local__epochs=10, local__batch_size=2)
+    task = build_task(e)
+    made = simulate(e, task, 4, 4)
+    seen, truths = [s.seen for s in made], [s.truth for s in made if s.truth is not None]
+    y, pixels = [t.y.sort().values for t in truths], task.pixels
+    assert pixels is not None
+    none = decibel(SME(SMALL).reconstruct(seen, y, 0), truths, pixels)
+
+    clipped = replace(seen[0].public, clipped=True)
+    short = [replace(o, delta=trees.scale(o.delta, 0.1), public=clipped) for o in seen]
+    unaware = decibel(SME(SMALL.model_copy(update={"path_scale": 1.0})).reconstruct(short, y, 0), truths, pixels)
+    searched = decibel(SME(SMALL).reconstruct(short, y, 0), truths, pixels)
+    assert unaware < none - 1.5, (none, unaware)
+    assert searched > none - 1.5, (none, searched)
+
+    draw, noisy = torch.Generator().manual_seed(0), []
+    for sigma in (3e-4, 1e-3):
+        disturbed = [
+            replace(o, delta={name: v + sigma * torch.randn(v.shape, generator=draw) for name, v in o.delta.items()}) for o in seen
+        ]
+        noisy.append(decibel(SME(SMALL).reconstruct(disturbed, y, 0), truths, pixels))
+    assert none > noisy[0] + 1 > noisy[1] + 2, (none, noisy)
+
+    both = aggregate(made)
+    assert both.truth is not None
+    (found,) = SME(SMALL).reconstruct([both.seen], [both.truth.y.sort().values], 0)
+    mean = decibel([found], [both.truth], pixels)
+    assert mean < none - 3, (none, mean)

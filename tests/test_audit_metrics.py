@@ -98,6 +98,15 @@ def test_pixels_outside_the_range_count_as_black_or_white() -> None:
     assert metrics.score(true * 1000, truth(true), PLAIN).psnr.item() == metrics.CAP
 
 
+def test_an_attack_that_ran_away_is_scored_as_grey() -> None:
+    true = images(2, 22)
+    found = torch.stack([true[0], torch.full_like(true[1], torch.nan)])
+    s = metrics.score(found, truth(true), PLAIN)
+    assert s.order == [0, 1]
+    assert s.psnr[0].item() == metrics.CAP
+    assert s.mse[1].item() == pytest.approx((true[1] - 0.5).square().mean().item())
+
+
 def test_an_image_that_nothing_was_reconstructed_of_is_compared_with_grey() -> None:
     true = torch.stack([torch.zeros(1, 12, 12), torch.ones(1, 12, 12)])
     s = metrics.score(torch.ones(1, 1, 12, 12), truth(true), PLAIN)

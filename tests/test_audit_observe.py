@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -413,3 +415,173 @@ def test_client_functions_of_a_synthetic_round_run_in_the_sequential_engine_alon
     for r, s in zip(reports, made, strict=True):
         if int(r.num_examples[0]) == least:
             assert equal(trees.at(r.up.delta, 0), s.seen.delta)
+
+
+# An audit, cell by cell
+
+
+class Silent:
+    """An observer of an audit that watches nothing; `interrupt`: the number of the cell in which the user presses Ctrl-C."""
+
+    def __init__(self, interrupt: int | None = None) -> None:
+        self.interrupt, self.now = interrupt, 0
+
+    def cell(self, number: int, cells: int, name: str) -> None:
+        self.now = number
+
+    def progress(self, share: float, what: str, objective: float | None) -> None:
+        if self.now == self.interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def note(self, message: str) -> None:
+        pass
+
+    def training(self) -> loop.Observer:
+        return loop.Quiet()
+
+
+FEW: dict[str, Any] = {"sme": {"iterations": 5}, "ig": {"iterations": 5}}
+
+
+def plan(*attacks: str, **settings: Any) -> examine.Plan:
+    return examine.Plan(**{"attacks": attacks or ("sme", "labels"), "options": FEW, "clients": 2, **settings})
+
+
+def timeless(cell: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in cell.items() if key not in ("seconds", "attack_seconds")}
+
+
+def test_a_run_without_the_truth_reconstructs_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images: list[list[Tensor]] = []
+    reconstruct = examine.SME.reconstruct
+
+    def recorded(self: examine.SME, *arguments: Any) -> list[attack.Reconstruction]:
+        found = reconstruct(self, *arguments)
+        images.append([r.x for r in found])
+        return found
+
+    monkeypatch.setattr(examine.SME, "reconstruct", recorded)
+    audits = []
+    for truth in (True, False):
+        p = plan(truth=truth)
+        cells = examine.sweep(digits(), p, [1], [4], [6])
+        audits.append(examine.examine("sweep", digits(), cells, p, tmp_path / str(truth), Silent()))
+    for one, other in zip(*images, strict=True):
+        assert torch.equal(one, other)
+    scored, unscored = (a.cells[0]["clients"] for a in audits)
+    for one, other in zip(scored, unscored, strict=True):
+        assert one["attacks"]["sme"]["curve"] == other["attacks"]["sme"]["curve"]
+        assert one["labels"]["counts"] == other["labels"]["counts"]
+        assert one["grade"] is not None
+        assert (other["grade"], other["references"], other["best"], other["membership"]) == (None, {}, None, None)
+        assert "psnr" not in other["attacks"]["sme"]
+    assert audits[1].cells[0]["pictures"] == []
+
+
+def test_the_oracle_alone_gets_true_labels(tmp_path: Path) -> None:
+    found = {}
+    for mode in ("oracle", "recovered", "soft"):
+        p = plan(labels=mode)
+        found[mode] = examine.examine("sweep", digits(), examine.sweep(digits(), p, [1], [4], [6]), p, tmp_path / mode, Silent())
+    clients = {mode: a.cells[0]["clients"][0] for mode, a in found.items()}
+    assert clients["oracle"]["labels"]["mode"] == "oracle"
+    assert clients["oracle"]["labels"]["accuracy"] == 1.0
+    assert clients["recovered"]["labels"]["mode"] == "recovered"
+    assert clients["soft"]["labels"] is None
+
+
+def test_an_interrupted_audit_goes_on_without_doing_a_cell_twice(tmp_path: Path) -> None:
+    p, prepared = plan(), list[str]()
+
+    def cells() -> list[examine.Cell]:
+        made = examine.sweep(digits(), p, [1, 2], [4], [4, 6])
+
+        def counted(cell: examine.Cell) -> examine.Cell:
+            def prepare(observer: examine.Observer) -> examine.Prepared:
+                prepared.append(cell.name)
+                return cell.prepare(observer)
+
+            return replace(cell, prepare=prepare)
+
+        return [counted(cell) for cell in made]
+
+    broken = examine.examine("sweep", digits(), cells(), p, tmp_path / "a", Silent(interrupt=2))
+    assert broken.interrupted
+    names = [cell.name for cell in cells()]
+    assert prepared == names[:3]
+    assert [cell["name"] for cell in broken.cells][:2] == names[:2]
+    prepared.clear()
+    whole = examine.examine("sweep", digits(), cells(), p, tmp_path / "a", Silent())
+    assert prepared == names[2:]
+    assert not whole.interrupted
+    prepared.clear()
+    backwards = examine.examine("sweep", digits(), cells()[::-1], p, tmp_path / "b", Silent())
+    assert prepared == names[::-1]
+    assert [timeless(cell) for cell in whole.cells] == [timeless(cell) for cell in backwards.cells[::-1]]
+
+
+def test_what_lacks_something_is_said_and_the_rest_is_run(tmp_path: Path) -> None:
+    e = digits(local__steps=3)
+    cells = [examine.Cell("steps", {}, lambda observer: examine.Prepared(simulate(e, build_task(e), 2, 6), build_task(e)), "steps")]
+    found = examine.examine("sweep", e, cells, plan("dlfa", "idlg", "analytic", "labels"), tmp_path, Silent()).cells[0]
+    for client in found["clients"]:
+        assert not client["attacks"]["dlfa"]["ok"]
+        assert client["attacks"]["dlfa"]["error"].startswith("needs the local step size, epochs and batch size")
+        assert client["attacks"]["idlg"]["error"] == f"is for one example; client {found['clients'][0]['client']} has 6"
+        assert client["attacks"]["analytic"]["ok"]
+        assert client["labels"]["ok"]
+    assert any(w.startswith("dlfa was not run: needs") for w in found["warnings"])
+
+
+def test_a_sign_turned_round_is_corrected_under_a_flag_alone(tmp_path: Path) -> None:
+    e = digits()
+    task = build_task(e)
+    made = simulate(e, task, 2, 6)
+    turned = [s._replace(seen=s.seen.flipped()) for s in made]
+
+    def of(name: str, subjects: list[Subject], **settings: Any) -> dict[str, Any]:
+        cells = [examine.Cell("cell", {}, lambda observer: examine.Prepared(subjects, task), name)]
+        return examine.examine("sweep", e, cells, plan("sme", "analytic", "labels", **settings), tmp_path / name, Silent()).cells[0]
+
+    clean, wrong, corrected = of("clean", made), of("wrong", turned), of("corrected", turned, flip=True)
+    assert timeless(clean) == timeless(corrected)
+    assert clean["warnings"] == []
+    assert any("point against the gradient of public data" in w for w in wrong["warnings"])
+    assert wrong["clients"][0]["labels"]["counts"] != clean["clients"][0]["labels"]["counts"]  # it was not turned back
+
+
+def test_membership_is_told_from_all_rounds_in_which_a_client_was_captured(tmp_path: Path) -> None:
+    e = digits(participation__cohort=8, audit__rounds=[1, 2, 3])
+    loop.run(e, tmp_path / "run")
+    p = plan("membership")
+    e, cells = examine.rounds_of(tmp_path / "run", p)
+    found = examine.examine("captured", e, cells, p, tmp_path / "audit", Silent())
+    assert [cell["name"] for cell in found.cells] == ["round 1", "round 2", "round 3"]
+    assert [[c["membership"]["exchanges"] for c in cell["clients"]] for cell in found.cells] == [[1, 1], [2, 2], [3, 3]]
+    assert (tmp_path / "audit").stat().st_mode & 0o777 == 0o700
+
+
+def test_captured_clients_are_attacked_with_what_the_server_saw(tmp_path: Path) -> None:
+    e = digits("fedsim with a personal output layer", audit__rounds=[3])
+    run = loop_of(e, tmp_path / "run")
+    run.run()
+    p = plan("sme", "labels", truth=False)
+    e, (cell,) = examine.rounds_of(tmp_path / "run", p)
+    (one, other), known = cell.prepare(Silent()).subjects, public(e, run.task)
+    kept = {x.client: x for x in captured(tmp_path / "run")}
+    for s in (one, other):
+        expected = observation(run.method, known, kept[s.seen.client])
+        assert equal([s.seen.w0, s.seen.delta], [expected.w0, expected.delta])
+    found = examine.examine("captured", e, [cell], p, tmp_path / "audit", Silent()).cells[0]
+    assert found["clients"][0]["labels"] == {"ok": False, "error": 'the output layer\'s "3.bias" never left the client'}
+    assert found["clients"][0]["attacks"]["sme"]["ok"]
+    assert found["clients"][0]["entries_seen"] < found["clients"][0]["entries_of_model"]
+
+
+def test_attacks_and_options_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(SettingsError, match='attack "smee": there is no such attack; known: sme, ig'):
+        plan("smee").check()
+    with pytest.raises(SettingsError, match=r"--option sme\.iterations = 0: .*; sme knows iterations"):
+        plan("sme", options={"sme": {"iterations": 0}}).check()
+    with pytest.raises(SettingsError, match='the attack "labels" has no settings'):
+        plan("sme", options={"labels": {"n": 1}}).check()

@@ -145,7 +145,7 @@ def averaged(x: Tensor) -> Tensor:
     first = x[0].flatten(1)
     total = x[0].clone()
     for other in x[1:]:
-        cost = torch.cdist(first, other.flatten(1)).square()
+        cost = torch.cdist(first, other.flatten(1)).square().nan_to_num(torch.finfo(first.dtype).max)  # NaN where it ran away
         _, order = linear_sum_assignment(cost.numpy())
         total += other[torch.from_numpy(order)]
     return total / len(x)

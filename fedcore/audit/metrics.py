@@ -70,8 +70,8 @@ def ssim(found: Tensor, true: Tensor) -> Tensor:
 
 
 def score(found: Tensor, truth: Truth, pixels: Pixels) -> Score:
-    """Of images as the model takes them. True images for which none was reconstructed are compared with grey."""
-    a, b = pixels.of(found.detach().float()).clamp(0, 1), pixels.of(truth.x.float()).clamp(0, 1)
+    """Of images as the model takes them. True images for which none was reconstructed, or no finite one, are compared with grey."""
+    a, b = pixels.of(found.detach().float()).nan_to_num(0.5).clamp(0, 1), pixels.of(truth.x.float()).clamp(0, 1)
     rows, columns = assign(a, b)
     order = [-1] * len(b)
     images = torch.full_like(b, 0.5)

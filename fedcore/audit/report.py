@@ -1,5 +1,4 @@
-"""audit.json and audit.html: what an audit found, for scripts and for people. The terminal shows the page's table and "
-"verdicts."""
+"""audit.json and audit.html: what an audit found, for scripts and for people; and the same in short for the terminal."""
 
 from __future__ import annotations
 

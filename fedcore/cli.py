@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedcore import deploy
 from fedcore.errors import FedcoreError, SettingsError
 
 if TYPE_CHECKING:
@@ -150,6 +151,9 @@ def report(
     from fedcore.report import write_report
 
     print(write_report(run_dir))
+
+
+deploy.register(app)
 
 
 @contextmanager

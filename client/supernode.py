@@ -368,7 +368,9 @@ class SuperNode:
     def _pull(self, head: Message, tree: message_pb2.ObjectTree) -> Message:
         run, number = head.metadata.run_id, head.metadata.message_id
         fetch = make_pull_object_fn_protobuf(partial(self.connection.call, "PullObject", deadline=OBJECT_DEADLINE), self.node, run)
-        contents = pull_objects(list(dict.fromkeys(o.object_id for o in iterate_object_tree(tree))), fetch)
+        # The head of a message comes before its objects are all there, by some hundredths of a second; Flower would wait a whole one.
+        wait: dict[str, Any] = {"initial_backoff": 0.01, "backoff_cap": 0.5, "max_time": OBJECT_DEADLINE, "max_tries_per_object": None}
+        contents = pull_objects(list(dict.fromkeys(o.object_id for o in iterate_object_tree(tree))), fetch, **wait)
         message = inflate_object_from_contents(number, contents, keep_object_contents=False)
         assert isinstance(message, Message)
         message.metadata.__dict__["_message_id"] = number

@@ -107,7 +107,9 @@ class Store:
                     f"{file} belongs to {key} {facts.get(key)!r}, this is {key} {wanted!r}: put it back where it was, or use another --state"
                 )
         if facts.get("sha256") != _digest(flat):
-            raise StateError(f"{file} is damaged (its SHA-256 differs): restore it from a copy, or delete {file.parent} to start anew")
+            raise StateError(
+                f"{file} is damaged (its SHA-256 differs): restore it from a copy, or delete {file.parent} to start anew"
+            )
         expected = {path or ".": x for path, x in trees.flatten(like).items()}
         if {name: (x.shape, x.dtype) for name, x in flat.items()} != {name: (x.shape, x.dtype) for name, x in expected.items()}:
             raise StateError(f"{file} does not fit this method and model: is the server's run another one?")

@@ -31,12 +31,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.message import remove_content_from_message
+from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.common.config import get_fused_config_from_fab
 from flwr.common.serde import fab_from_proto, message_from_proto, message_to_proto, run_from_proto
 from flwr.proto import fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, run_pb2
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.node_pb2 import Node
-from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.supercore.grpc import GRPC_MAX_MESSAGE_LENGTH
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -57,7 +57,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app, own_settings
-from fedcore import __version__, certs
+from fedcore import certs
 from fedcore.checkpoint import write_atomically
 from fedcore.errors import RunError, SettingsError
 from fedcore.loop import Interrupted
@@ -91,7 +91,9 @@ class Connection:
         self._open()
 
     def _open(self) -> None:
-        options = [("grpc.max_send_message_length", GRPC_MAX_MESSAGE_LENGTH), ("grpc.max_receive_message_length", GRPC_MAX_MESSAGE_LENGTH)]
+        # gRPC itself would wait for up to two minutes before it tries a server again that was away.
+        options = [(f"grpc.{name}_reconnect_backoff_ms", value) for name, value in (("initial", 200), ("min", 1000), ("max", 2000))]
+        options += [(f"grpc.max_{way}_message_length", GRPC_MAX_MESSAGE_LENGTH) for way in ("send", "receive")]
         if self.ca is None:
             self.channel = grpc.insecure_channel(self.address, options)
         else:
@@ -102,7 +104,8 @@ class Connection:
     def _reopen(self, stub: FleetStub) -> None:
         with self._lock:
             if self.stub is stub:  # and no other thread has done so
-                self.channel.close()
+                # Elsewhere, for it may take its time; calls that are under way on it are then cancelled, and tried again.
+                threading.Thread(target=self.channel.close, daemon=True).start()
                 self._open()
 
     def close(self) -> None:
@@ -115,7 +118,7 @@ class Connection:
             response, call = getattr(stub, name).with_call(request, timeout=deadline)
         except grpc.RpcError as e:
             self._read_clock(e)
-            if e.code() in RETRY:
+            if e.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # after other faults gRPC connects anew by itself
                 self._reopen(stub)
             raise
         except ValueError as e:  # another thread closed the channel under our hands
@@ -146,7 +149,7 @@ class Connection:
     def _complain(self, e: grpc.RpcError) -> None:
         """Say why there is no connection; what no time will mend is refused at once."""
         details = str(e.details())
-        host, port = _host_and_port(self.address)
+        host, port = host_and_port(self.address)
         if self.ca is None and speaks_tls(host, port):
             raise Refused(f"the server at {self.address} speaks TLS and this client does not: give it its --certs directory") from e
         if self.ca is not None and ("handshake" in details.lower() or "ssl" in details.lower() or "certificate" in details.lower()):
@@ -165,7 +168,7 @@ class Connection:
         if "Invalid timestamp" in details or "Clock" in details:
             off = f"{abs(self.server_time):.0f} s {'behind' if self.server_time > 0 else 'ahead of'} the server's"
             return Refused(f"this device's clock is {off}, and signatures with such a time are not taken: set the clock (NTP)")
-        if "Invalid node ID" in details or e.code() is grpc.StatusCode.PERMISSION_DENIED and "Fedcore" not in details:
+        if "Invalid node ID" in details or (e.code() is grpc.StatusCode.PERMISSION_DENIED and "Fedcore" not in details):
             return _Gone(details)
         if e.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
             return _Gone(details)
@@ -221,7 +224,7 @@ def tls_fault(host: str, port: int, ca: bytes) -> str | None:
         return str(e)
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise SettingsError(f'--server "{address}": expected HOST:PORT, e.g. fl.example.org:9092')
@@ -243,7 +246,9 @@ class Device:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            raise SettingsError(f"--state {folder}: another client runs in it; end that one, or give this one a directory of its own") from e
+            raise SettingsError(
+                f"--state {folder}: another client runs in it; end that one, or give this one a directory of its own"
+            ) from e
         self._file = folder / "device.json"
         owner: dict[str, Any] = {"federation": federation, "client": client}
         self.facts = json.loads(self._file.read_text()) if self._file.exists() else owner
@@ -369,7 +374,12 @@ class SuperNode:
         run, number = head.metadata.run_id, head.metadata.message_id
         fetch = make_pull_object_fn_protobuf(partial(self.connection.call, "PullObject", deadline=OBJECT_DEADLINE), self.node, run)
         # The head of a message comes before its objects are all there, by some hundredths of a second; Flower would wait a whole one.
-        wait: dict[str, Any] = {"initial_backoff": 0.01, "backoff_cap": 0.5, "max_time": OBJECT_DEADLINE, "max_tries_per_object": None}
+        wait: dict[str, Any] = {
+            "initial_backoff": 0.01,
+            "backoff_cap": 0.5,
+            "max_time": OBJECT_DEADLINE,
+            "max_tries_per_object": None,
+        }
         contents = pull_objects(list(dict.fromkeys(o.object_id for o in iterate_object_tree(tree))), fetch, **wait)
         message = inflate_object_from_contents(number, contents, keep_object_contents=False)
         assert isinstance(message, Message)
@@ -429,14 +439,16 @@ def serve(
     server: str, client: int, folder: Path | None, state: Path | None, data: Path | None, settings: list[str], poll: float
 ) -> None:
     """Serve as one client until stopped. Raises SettingsError, Refused, and Interrupted on SIGINT or SIGTERM."""
-    host, _ = _host_and_port(server)
+    host, _ = host_and_port(server)
     own_settings("" if data is None else str(data), " ".join(settings))
     if data is not None and not data.exists():
         raise SettingsError(f"--data {data}: there is no such file or directory")
     if folder is not None and (faults := certs.check(folder)):
         raise SettingsError("\n".join(faults))
     federation = f"without TLS at {host}" if folder is None else certs.federation_of(folder)
-    node = SuperNode(server, client, Device(state or Path(f"client-{client}-state"), federation, client), folder, data, settings, poll)
+    node = SuperNode(
+        server, client, Device(state or Path(f"client-{client}-state"), federation, client), folder, data, settings, poll
+    )
     with _stopping(node.stop):
         node.run()
 

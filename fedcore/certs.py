@@ -125,7 +125,9 @@ def check(folder: Path, host: str | None = None, now: datetime | None = None) ->
         return [f"{folder}: there is no such directory; make it with: fedcore certs --host NAME --nodes N"]
     server = (folder / "server.crt").exists() or (folder / "clients").exists()
     wanted = ["ca.crt", "server.crt", "server.key"] if server else ["ca.crt", "client.key", "client.pub"]
-    faults = [f"{folder / name} is missing: copy it from where fedcore certs made it" for name in wanted if not (folder / name).exists()]
+    faults = [
+        f"{folder / name} is missing: copy it from where fedcore certs made it" for name in wanted if not (folder / name).exists()
+    ]
     if faults:
         return faults
     try:
@@ -166,7 +168,9 @@ def _check_dates(file: Path, now: datetime) -> list[str]:
     certificate = load_certificate(file)
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now < begin:
-        return [f"{file} is valid from {begin:%Y-%m-%d %H:%M} UTC on, and here it is {now:%Y-%m-%d %H:%M}: set this machine's clock"]
+        return [
+            f"{file} is valid from {begin:%Y-%m-%d %H:%M} UTC on, and here it is {now:%Y-%m-%d %H:%M}: set this machine's clock"
+        ]
     if now > end:
         return [f"{file} ended on {end:%Y-%m-%d}: delete server/server.crt and run fedcore certs again with its --out"]
     if now > end - timedelta(days=SOON):

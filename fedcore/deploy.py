@@ -14,7 +14,9 @@ import typer
 from fedcore.errors import SettingsError
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else on stdout")]
-Certs = Annotated[Path | None, typer.Option(metavar="DIR", help="what fedcore certs made: DIR/server, or DIR/client-N of this device")]
+Certs = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="what fedcore certs made: DIR/server, or DIR/client-N of this device")
+]
 Insecure = Annotated[bool, typer.Option("--insecure", help="no TLS and no authentication: on a network where everybody is trusted")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting; repeatable")]
 

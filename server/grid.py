@@ -33,6 +33,7 @@ log = logging.getLogger("fedcore")
 
 POLL = 0.05  # seconds between looks for replies; Flower's own loop sleeps 3
 WAIT = 120.0  # seconds for all nodes to be there at the start, where no number of them is asked for
+LOOK = 1.0  # seconds between looks whether the nodes that are waited for are still the same
 REMIND = 10.0  # seconds between lines that say who is missing
 
 MISSING = "no update: the node's answer holds none for this client"
@@ -143,14 +144,22 @@ class GridEngine:
     def _ask(self, contents: dict[int, RecordDict], enough: Callable[[], bool]) -> Iterator[tuple[int, Message | str]]:
         """(node, reply) as they come, and (node, why there is none) for the others; every node at least once."""
         self._drop_late()
+        began = self._starts()
         node_of = self._push(contents, "train", self.timeout)
         for node in contents.keys() - node_of.values():
             yield node, "disconnected: Flower has no such node any more"
         waiting = set(node_of)
         # The messages expire just before; the last look after that makes Flower forget them, and refuse what comes later.
         deadline = time.monotonic() + self.timeout
+        looked = time.monotonic()
         while waiting and not enough():
             late = time.monotonic() > deadline
+            if time.monotonic() - looked > LOOK:
+                looked = time.monotonic()
+                now = self._starts()
+                for message in [m for m in waiting if now.get(node_of[m]) != began.get(node_of[m])]:
+                    waiting.discard(message)  # whoever took it is gone: Flower gives a message out once
+                    yield node_of[message], "disconnected: the client started anew in the middle of its work"
             for message, reply in self._pull(waiting):
                 waiting.discard(message)
                 yield node_of[message], reply
@@ -296,10 +305,16 @@ class GridEngine:
             self._nodes[partition] = node
         self._refused.pop(node, None)
         if trouble:
-            log.warning("Flower node %d%s is left out: %s", node, f" (client {partition})" if partition is not None else "", trouble)
+            log.warning(
+                "Flower node %d%s is left out: %s", node, f" (client {partition})" if partition is not None else "", trouble
+            )
             self._refused[node] = place
             self._push({node: RecordDict({"server": ConfigRecord({"fedcore": __version__, "refused": trouble})})}, "query", WAIT)
         return trouble
+
+    def _starts(self) -> dict[int, str]:
+        """When each node that is online came, by node, where Flower tells."""
+        return {node.node_id: node.last_activated_at for node in getattr(self.grid, "get_nodes", list)()}
 
     @property
     def _names(self) -> dict[int, str]:

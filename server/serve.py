@@ -176,7 +176,9 @@ class Server:
         self._crashes, self._rounds = (self._crashes + 1 if done == self._rounds else 1), done
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         if self._crashes >= CRASHES:
-            raise RunError(f"{what} ended {how}, for the {CRASHES}th time without a round between: see {self.out / 'superlink.log'}")
+            raise RunError(
+                f"{what} ended {how}, for the {CRASHES}th time without a round between: see {self.out / 'superlink.log'}"
+            )
         log.warning("%s ended %s after round %d; starting it again", what, how, done)
 
     # The SuperLink
@@ -275,7 +277,11 @@ class Server:
         self.app = None
 
     def _environment(self) -> dict[str, str]:
-        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+        quiet = {
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        }
         home = str((self.out / "flower").resolve())
         level = {"FLWR_LOG_LEVEL": os.environ.get("FLWR_LOG_LEVEL", "WARNING")}
         return {**os.environ, **quiet, **level, "FLWR_HOME": home, RUN_DIR: str(self.out.resolve())}

@@ -2,8 +2,8 @@
 
 A node hosts the logical clients i with i mod (number of nodes) = its partition id; with as many nodes as clients, one each.
 What a device adds to the run's settings stands in its node config, for this app is the same on every kind of node:
-`partition-id`, `num-partitions` (default: one client a node), `state` (directory of the clients' states; default: in memory, for one
-run), `data` and `set` (settings of this device's own).
+`partition-id`, `num-partitions` (default: one client a node), `state` (directory of the clients' states; default: in memory, for
+one run), `data` and `set` (settings of this device's own).
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def own_settings(data: str, set_: str) -> list[str]:
 @app.query()
 def whoami(message: Message, context: Context) -> Message:
     """Which clients this node hosts, and which fedcore runs them."""
-    me = {key: context.node_config[key] for key in ("partition-id", "num-partitions") if key in context.node_config}
+    me: dict[str, Any] = {key: context.node_config[key] for key in ("partition-id", "num-partitions") if key in context.node_config}
     me["fedcore"] = __version__
-    return Message(RecordDict({"node": ConfigRecord(me)}), reply_to=message)  # type: ignore[arg-type]
+    return Message(RecordDict({"node": ConfigRecord(me)}), reply_to=message)
 
 
 @app.train()
@@ -87,8 +87,14 @@ def run(message: Message, context: Context) -> Message:
             counts[client] = int(work.num_examples(fn, [client]))
         except Exception as e:  # one client fails, the node's others do not
             failed.update(failure([client], e).failed)
-    about = {"t": t, "clients": [*counts], "num-examples": [*counts.values()], "failed": [*failed], "reasons": [*failed.values()]}
-    content["about"] = ConfigRecord(about)  # type: ignore[arg-type]
+    about: dict[str, Any] = {
+        "t": t,
+        "clients": [*counts],
+        "num-examples": [*counts.values()],
+        "failed": [*failed],
+        "reasons": [*failed.values()],
+    }
+    content["about"] = ConfigRecord(about)
     return Message(content, reply_to=message)
 
 

@@ -36,7 +36,8 @@ def examine(folder: Path | None, server: str | None) -> list[Check]:
     device = folder is not None and (folder / "client.key").exists()
     if folder is not None:
         faults = certs.check(folder, None if device else host)
-        checks += [(f"certificates and keys in {folder}", fault) for fault in faults or [None]]
+        what = f"certificates and keys in {folder}"
+        checks += [(what, fault) for fault in faults] or [(what, None)]
         if faults:
             return checks
     if server is not None:
@@ -71,7 +72,7 @@ def _way_to(server: str, folder: Path | None, device: bool) -> list[Check]:
         try:
             socket.create_connection((host, port), 5).close()
         except OSError as e:
-            return f"nothing answers there ({e}): is fedcore server running with --listen 0.0.0.0:{port}, and the port open in the firewall?"
+            return f"nothing answers there ({e}): is fedcore server running with --listen 0.0.0.0:{port}, and the firewall open?"
         return None
 
     def tls() -> str | None:
@@ -111,7 +112,8 @@ def _as_client(server: str, ca: bytes | None, folder: Path) -> list[Check]:
     away = connection.server_time
     clock = None
     if not -CLOCK < away < BEHIND:
-        clock = f"it is {abs(away):.0f} s {'behind' if away > 0 else 'ahead of'} the server's: set it (NTP), signatures with such times are refused"
+        where = "behind" if away > 0 else "ahead of"
+        clock = f"it is {abs(away):.0f} s {where} the server's: set it (NTP), signatures with such times are refused"
     version = told.get("fedcore-version")
     other_version = None if version == __version__ else f"the server runs {version or 'another program'}: install the same on both"
     signature = None if "wants to be the node of another" in refusal or clock else f"the server does not take it: {refusal}"

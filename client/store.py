@@ -58,8 +58,8 @@ class Store:
             return self._read(client, earlier[-1], initial)[0]
         if found and self._read(client, found[0], initial)[1] != "initial":
             raise StateError(
-                f"{self._folder(client)} holds the state of round {found[0].t + 1} and none before it, but the server asks for round "
-                f"{before.t + 1}: was it set back to an older copy of its run directory?"
+                f"{self._folder(client)} holds the state of round {found[0].t + 1} and none before it, but the server asks for "
+                f"round {before.t + 1}: was it set back to an older copy of its run directory?"
             )
         return initial
 
@@ -104,7 +104,8 @@ class Store:
         for key, wanted in self._owner(client).items():
             if facts.get(key) != wanted:
                 raise StateError(
-                    f"{file} belongs to {key} {facts.get(key)!r}, this is {key} {wanted!r}: put it back where it was, or use another --state"
+                    f"{file} belongs to {key} {facts.get(key)!r}, this is {key} {wanted!r}: put it back where it was, or use "
+                    "another --state"
                 )
         if facts.get("sha256") != _digest(flat):
             raise StateError(

@@ -3,8 +3,8 @@
 A stock `flower-supernode` starts processes for every message and looks for the next each 3 s. This one does what it does on the
 wire - the same service, signatures and objects - and calls the ClientApp itself.
 
-A device is behind bad networks: every call has a deadline, and after one that failed the connection is made anew, since one that was
-cut without a word would otherwise be waited on until the kernel gives up, a quarter of an hour later.
+A device is behind bad networks: every call has a deadline, and after one that passed it the connection is made anew, since one that
+was cut without a word would otherwise be waited on until the kernel gives up, a quarter of an hour later.
 """
 
 from __future__ import annotations
@@ -214,7 +214,9 @@ def tls_fault(host: str, port: int, ca: bytes) -> str | None:
             return None
     except ssl.SSLCertVerificationError as e:
         if "self-signed" in e.verify_message or "issuer" in e.verify_message:
-            return f"the server's certificate is not from the authority in ca.crt ({e.verify_message}): use the directory of its federation"
+            return (
+                f"the server's certificate is not from the authority in ca.crt ({e.verify_message}): use its federation's directory"
+            )
         if "not valid for" in e.verify_message or "mismatch" in e.verify_message:
             return f"{e.verify_message}: connect to a name in it, or make it anew with fedcore certs --host {host}"
         return f"{e.verify_message}: see fedcore doctor"
@@ -255,7 +257,7 @@ class Device:
         for key, value in owner.items():
             if self.facts.get(key) != value:
                 raise SettingsError(
-                    f"--state {folder} belongs to {key} {self.facts.get(key)}, and this is {key} {value}: use another directory for it"
+                    f"--state {folder} belongs to {key} {self.facts.get(key)}, and this is {key} {value}: use another directory"
                 )
         self.remember()
 
@@ -362,7 +364,7 @@ class SuperNode:
         try:
             message = self._pull(head, tree)
             if (server := message.content.get("server")) and isinstance(server, ConfigRecord) and "refused" in server:
-                raise Refused(f"the server refuses this client: {server['refused']}")
+                raise Refused(f"the server refuses this client: {server['refused']!s}")
             reply = app(message, self._context_of(run))
             self._push(reply, time.monotonic() - begin)
         except (_Gone, ObjectPullError, ObjectPushError) as e:
@@ -373,7 +375,7 @@ class SuperNode:
     def _pull(self, head: Message, tree: message_pb2.ObjectTree) -> Message:
         run, number = head.metadata.run_id, head.metadata.message_id
         fetch = make_pull_object_fn_protobuf(partial(self.connection.call, "PullObject", deadline=OBJECT_DEADLINE), self.node, run)
-        # The head of a message comes before its objects are all there, by some hundredths of a second; Flower would wait a whole one.
+        # The head of a message comes some hundredths of a second before its objects; Flower would wait for a whole one.
         wait: dict[str, Any] = {
             "initial_backoff": 0.01,
             "backoff_cap": 0.5,

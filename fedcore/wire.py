@@ -1,7 +1,7 @@
 """Trees of tensors as Flower records and back, driven by type annotations. Nothing is pickled.
 
-A tree travels as one array of bytes in the safetensors format: Flower sends every array as objects of their own, each a call in both
-directions, and a call costs more than the few kilobytes of most tensors.
+A tree travels as one array of bytes in the safetensors format: Flower sends every array as objects of their own, each a call in
+both directions, and a call costs more than the few kilobytes of most tensors.
 
 The annotation of a client function's `down`, and of the first of its returned pair, is the schema: a field that is not declared is
 not sent, and an undeclared, missing or misshapen one that arrives is refused by name.

@@ -1,7 +1,7 @@
 """The Flower ServerApp: the round loop, with Flower nodes as its clients.
 
-Under `flwr run` it is a run like any other. Under `fedcore server` the environment names the run directory, which holds the settings:
-the run goes on from its checkpoint, and how it ended is written there.
+Under `flwr run` it is a run like any other. Under `fedcore server` the environment names the run directory, which holds the
+settings: the run goes on from its checkpoint, and how it ended is written there.
 """
 
 from __future__ import annotations

@@ -63,9 +63,9 @@ class GridEngine:
     ) -> None:
         """`timeout` in seconds: a round goes on without the clients that have not answered by then.
 
-        `min_clients` nodes have to be there before a round starts, and `report_goal` reports end one. A message of more than `limit`
-        bytes is refused. Clients keep their state by `series`, the same whenever one run is gone on with, and may forget what is older
-        than round `safe()`. Whose answer is waited for is written to the file `watch`.
+        `min_clients` nodes have to be there before a round starts, and `report_goal` reports end one. A message of more than
+        `limit` bytes is refused. Clients keep their state by `series`, the same whenever one run is gone on with, and may forget
+        what is older than round `safe()`. Whose answer is waited for is written to the file `watch`.
         """
         self.grid, self.work, self.timeout = grid, work, timeout
         self._min_clients, self._goal, self._limit = min_clients, report_goal, limit
@@ -88,8 +88,8 @@ class GridEngine:
         _, schema = wire.schemas(fn)
         if (size := trees.nbytes(down)) > self._limit:
             raise RunError(
-                f"a message of {size_text(size)} to every client, over the limit of {size_text(int(self._limit))}: use a smaller model, "
-                "or raise engine.message_limit_mb, also in the memory of the server (a copy a client) and of the clients"
+                f"a message of {size_text(size)} to every client, over the limit of {size_text(int(self._limit))}: use a smaller "
+                "model, or raise engine.message_limit_mb, also in the memory of the server (a copy a client) and of the clients"
             )
         like = self._shape_of(fn, down, t)
         todo, answers, heard = clients.tolist(), dict[int, Answer](), set[int]()
@@ -108,17 +108,17 @@ class GridEngine:
         }
         # A round has its goal; an evaluation hears everybody.
         goal = len(todo) if self._goal is None or evaluates(fn) else self._goal
-        reported = 0
+        reported: set[int] = set()
         waited_for = {client for ids in hosted.values() for client in ids}
         self._note_waiting(waited_for)
-        for node, reply in self._ask(contents, lambda: reported >= goal):
+        for node, reply in self._ask(contents, lambda: len(reported) >= goal):
             if node in heard:
                 yield failure(hosted[node], f"answered twice: of the answers in round {t + 1} the first counts")
                 continue
             heard.add(node)
             found, complaints = self._read(reply, hosted[node], schema, like, t)
             answers |= found
-            reported += sum(not isinstance(answer, str) for answer in found.values())
+            reported.update(client for client, answer in found.items() if not isinstance(answer, str))
             self._note_waiting(waited_for := waited_for - set(hosted[node]))
             for client, complaint in complaints.items():
                 yield failure([client], complaint)
@@ -291,7 +291,7 @@ class GridEngine:
         if reply.has_error():
             trouble = _reason(reply.error, WAIT)
         elif me is not None and version != __version__:
-            trouble = f"it runs fedcore {version}, the server {__version__}: install the same on both"
+            trouble = f"it runs fedcore {version!s}, the server {__version__}: install the same on both"
         elif not isinstance(partition, int) or not isinstance(total, int) or not 0 <= partition < total:
             trouble = f"a node says that it is partition {partition!r} of {total!r}: give it partition-id and num-partitions"
         elif self._partitions not in (0, total):
@@ -306,7 +306,7 @@ class GridEngine:
         self._refused.pop(node, None)
         if trouble:
             log.warning(
-                "Flower node %d%s is left out: %s", node, f" (client {partition})" if partition is not None else "", trouble
+                "Flower node %d%s is left out: %s", node, f" (client {partition!r})" if partition is not None else "", trouble
             )
             self._refused[node] = place
             self._push({node: RecordDict({"server": ConfigRecord({"fedcore": __version__, "refused": trouble})})}, "query", WAIT)
@@ -319,7 +319,7 @@ class GridEngine:
     @property
     def _names(self) -> dict[int, str]:
         """The names that nodes' keys were registered under, by node."""
-        nodes = getattr(self.grid, "get_nodes", list)()
+        nodes: list[Any] = getattr(self.grid, "get_nodes", list)()
         return {node.node_id: node.name for node in nodes}
 
     def _shape_of(self, fn: ClientFunction, down: Tree, t: int) -> Tree:

@@ -75,7 +75,7 @@ set = ""
 
 
 def serve(e: Experiment, listen: str, folder: Path | None, out: Path | None) -> dict[str, Any]:
-    """Run the experiment to its end with clients that connect to `listen` (HOST:PORT); its result, as `fedcore run --json` prints it.
+    """Run the experiment to its end with clients that connect to `listen` (HOST:PORT); what `fedcore run --json` prints.
 
     `folder` holds the server's certificate and the clients' keys, None for no TLS and no authentication. `out` is the run
     directory: a new one, or one that this run began in. Raises SettingsError, RunError and Interrupted.
@@ -150,7 +150,8 @@ class Server:
 
     def _look(self) -> dict[str, Any] | None:
         """The result, once there is one; starts again what was killed."""
-        assert self.link is not None and self.app is not None
+        assert self.link is not None
+        assert self.app is not None
         if self._stop.is_set():
             self._stop_app()
             raise Interrupted(f"interrupted; go on with the same command and --out {self.out}")

@@ -3,8 +3,8 @@
     python -m server.superlink superlink LIMIT KEYS [arguments of flower-superlink]
     python -m server.superlink serverapp [arguments of flwr-serverapp]
 
-The gate says in one line who was refused and why, on both ends; Flower itself logs nothing of most refusals. It also refuses what Flower
-takes: a signature that was used before, a key in the name of another, and a message over the limit.
+The gate says in one line who was refused and why, on both ends; Flower itself logs nothing of most refusals. It also refuses what
+Flower takes: a signature that was used before, a key in the name of another, and a message over the limit.
 """
 
 from __future__ import annotations

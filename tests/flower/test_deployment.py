@@ -12,7 +12,7 @@ import pytest
 
 from fedcore.config import Experiment
 from fedcore.loop import run
-from tests.flower.federation import Federation, fedcore, federation, until
+from tests.flower.federation import Federation, fedcore, federation, free_port, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,7 +56,15 @@ def test_devices_over_tls_compute_what_sequential_computes(method: str, tmp_path
             where = f"partition-id=3 state='{tmp_path / 'stock'}'"
             tls = ["--root-certificates", str(f.certs / "client-3" / "ca.crt")]
             key = ["--auth-supernode-private-key", str(f.certs / "client-3" / "client.key")]
-            command = [str(Path(sys.executable).parent / "flower-supernode"), "--superlink", f.address, *tls, *key]
+            command = [
+                str(Path(sys.executable).parent / "flower-supernode"),
+                "--superlink",
+                f.address,
+                *tls,
+                *key,
+                "--port",
+                str(free_port()),
+            ]
             f.start("stock", [*command, "--node-config", where], FLWR_HOME=str(tmp_path / "home"), PATH=path())
         result = f.finished(150)
     assert_as(result, expected, f)
@@ -165,7 +173,7 @@ def test_who_may_not_take_part_is_refused_with_a_line_on_both_ends(tmp_path: Pat
         )
         assert "another client runs in it" in f.said("twin", "fedcore: --state")
         assert twin.wait(20) == 2
-        copy = f.start(
+        f.start(
             "copy",
             fedcore("client", "--id", 0, "--server", f.address, "--certs", f.certs / "client-0", "--state", tmp_path / "copy"),
         )
@@ -190,7 +198,8 @@ def test_who_may_not_take_part_is_refused_with_a_line_on_both_ends(tmp_path: Pat
         f.said("plain", "speaks TLS and this client does not")
         assert f.processes["impostor"].wait(20) == f.processes["plain"].wait(20) == 1
 
-        old = "import fedcore, client.app; fedcore.__version__ = client.app.__version__ = '0.0.9'; from fedcore.cli import main; main()"
+        pretend = "import fedcore, client.app; fedcore.__version__ = client.app.__version__ = '0.0.9'"
+        old = f"{pretend}; from fedcore.cli import main; main()"
         words = [
             "client",
             "--server",

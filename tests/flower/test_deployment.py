@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import socket
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from fedcore.config import Experiment
@@ -158,6 +165,98 @@ def test_over_sampling_ends_a_round_at_its_goal(tmp_path: Path) -> None:
     assert [row["dropped"] for row in f.rows()] == [{"late": 1}] * 3
 
 
+class Proxy:
+    """Passes bytes on to a port, until it is cut: then what is under way is swallowed, for ever, as by a NAT that forgot it."""
+
+    def __init__(self, port: int) -> None:
+        self.target, self.cut, self.era = port, False, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.sockets: list[socket.socket] = [self.listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                self.sockets.append(near)
+                if self.cut:
+                    continue  # it stays open, and nobody answers
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self.sockets.append(far)
+                for a, b in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass, args=(a, b, self.era), daemon=True).start()
+
+    def _pass(self, a: socket.socket, b: socket.socket, era: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := a.recv(65536):
+                if self.cut or era != self.era:
+                    return
+                b.sendall(data)
+
+    def cut_for(self, seconds: float) -> None:
+        self.cut = True
+        time.sleep(seconds)
+        self.cut, self.era = False, self.era + 1
+
+    def close(self) -> None:
+        for s in self.sockets:
+            s.close()
+
+
+def test_a_network_that_is_cut_for_half_a_minute_heals_by_itself(tmp_path: Path) -> None:
+    with federation(tmp_path, 4) as f, contextlib.closing(Proxy(f.port)) as proxy:
+        f.server("scaffold", *SMALL, "rounds=12", ALL)
+        for i in range(3):
+            f.client(i)
+        f.address = f"localhost:{proxy.port}"
+        f.client(3)
+        f.reached(3)
+        proxy.cut_for(30)
+        cut_at = len(f.rows())
+        assert cut_at < 12, "the run did not notice"
+        f.finished(100)
+    rows = f.rows()
+    assert [row["round"] for row in rows] == list(range(1, 13))
+    assert sum(sum(row["dropped"].values()) for row in rows) <= 2, rows  # it was asked, or about to be, when it was cut
+    assert rows[-1]["reports"] == 4
+    assert "connected again after" in f.log("client-3") or "connected to" in f.log("client-3")
+
+
+OWN = """
+import numpy as np, torch
+from fedcore import Examples, FederatedData, Task
+from torch import nn
+
+def make_task(e):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 3, generator=generator), torch.arange(60) % 2
+    rows = np.zeros(0, dtype=np.int64)
+    sizes = np.zeros(e.population, dtype=np.int64)
+    if e.data_folder is not None:  # a device: its own rows alone
+        client, rows = int((e.data_folder / "id").read_text()), np.arange(int((e.data_folder / "rows").read_text()))
+        sizes[client] = len(rows)
+    data = FederatedData(Examples(x, y), Examples(x[:9], y[:9]), rows, np.append(0, np.cumsum(sizes)), 0.0, e.seed)
+    return Task(nn.Linear(3, 2), data)
+"""
+
+
+def test_clients_train_on_their_own_data(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    with federation(tmp_path, 2) as f:
+        given = ["task=own:make_task", "population=2", "participation.cohort=2", "engine.min_clients=2", "rounds=1"]
+        f.server("fedavg", *given, PYTHONPATH=str(tmp_path))
+        for i, rows in enumerate((7, 31)):
+            folder = tmp_path / f"data-{i}"
+            folder.mkdir()
+            (folder / "id").write_text(str(i))
+            (folder / "rows").write_text(str(rows))
+            f.client(i, "--data", folder, PYTHONPATH=str(tmp_path))
+        f.finished(60)
+        table = pyarrow.parquet.read_table(f.run / "clients.parquet").to_pylist()
+    assert {row["client"]: row["num_examples"] for row in table if row["function"] == "train"} == {0: 7, 1: 31}
+
+
 def test_who_may_not_take_part_is_refused_with_a_line_on_both_ends(tmp_path: Path) -> None:
     with federation(tmp_path, 3) as f:
         f.server("fedavg", *SMALL, ALL)  # the fourth never comes, so the run waits
@@ -165,6 +264,18 @@ def test_who_may_not_take_part_is_refused_with_a_line_on_both_ends(tmp_path: Pat
         f.client(1)
         f.said("client-0", "client 0 is connected to .*, federation")
         f.said("server", "waiting for clients: . of 4 are there, and min_clients = 4; missing: ", 60)
+
+        # those who see to it: all is well from a device's side, and who is there
+        place = ["--certs", str(f.certs / "client-2"), "--server", f.address]
+        doctor = subprocess.run(fedcore("doctor", *place, "--json"), capture_output=True, text=True, check=False)
+        assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+        assert {"this client's signature", "the server's fedcore"} <= {
+            check["check"] for check in json.loads(doctor.stdout)["checks"]
+        }
+        status = json.loads(subprocess.run(fedcore("status", f.run, "--json"), capture_output=True, check=True).stdout)
+        assert [(node["name"], node["status"]) for node in status["nodes"]][:2] == [("client-0", "online"), ("client-1", "online")]
+        assert status["nodes"][2]["last_seen_s"] is None
+        assert status["nodes"][0]["last_seen_s"] < 25
 
         # another process of the device, and another device with a copy of the key
         twin = f.start(

@@ -77,7 +77,10 @@ def _way_to(server: str, folder: Path | None, device: bool) -> list[Check]:
 
     def tls() -> str | None:
         if ca is not None:
-            return tls_fault(host, port, ca)
+            try:
+                return tls_fault(host, port, ca)
+            except OSError as e:
+                return f"the connection ended in the middle of it ({e}): is it the fleet port of a fedcore server, with TLS?"
         return "the server speaks TLS: give this client its directory with --certs" if speaks_tls(host, port) else None
 
     steps: list[tuple[str, Callable[[], str | None]]] = [

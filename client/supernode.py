@@ -153,7 +153,9 @@ class Connection:
         if self.ca is None and speaks_tls(host, port):
             raise Refused(f"the server at {self.address} speaks TLS and this client does not: give it its --certs directory") from e
         if self.ca is not None and ("handshake" in details.lower() or "ssl" in details.lower() or "certificate" in details.lower()):
-            raise Refused(f"TLS with {self.address} failed: {tls_fault(host, port, self.ca) or details}") from e
+            with suppress(OSError):  # no connection, or one that ended: that may pass
+                if fault := tls_fault(host, port, self.ca):
+                    raise Refused(f"TLS with {self.address} failed: {fault}") from e
         reason = "it does not answer" if e.code() is grpc.StatusCode.DEADLINE_EXCEEDED else details.partition(";")[0]
         log.warning("no connection to %s (%s); trying again until there is one", self.address, reason)
 
@@ -207,7 +209,7 @@ def speaks_tls(host: str, port: int) -> bool:
 
 
 def tls_fault(host: str, port: int, ca: bytes) -> str | None:
-    """Why the certificate of the server at that name is not taken, None when it is."""
+    """Why the certificate of the server at that name is not taken, None when it is. Raises OSError without a connection."""
     context = ssl.create_default_context(cadata=ca.decode())
     try:
         with socket.create_connection((host, port), 5) as s, context.wrap_socket(s, server_hostname=host):
@@ -220,10 +222,10 @@ def tls_fault(host: str, port: int, ca: bytes) -> str | None:
         if "not valid for" in e.verify_message or "mismatch" in e.verify_message:
             return f"{e.verify_message}: connect to a name in it, or make it anew with fedcore certs --host {host}"
         return f"{e.verify_message}: see fedcore doctor"
+    except ssl.SSLEOFError:
+        raise
     except ssl.SSLError as e:
         return f"the server there does not speak TLS ({e.reason}): was it started with --insecure, or is this another port?"
-    except OSError as e:
-        return str(e)
 
 
 def host_and_port(address: str) -> tuple[str, int]:

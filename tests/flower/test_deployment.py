@@ -182,7 +182,11 @@ class Proxy:
                 self.sockets.append(near)
                 if self.cut:
                     continue  # it stays open, and nobody answers
-                far = socket.create_connection(("127.0.0.1", self.target))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    near.close()
+                    continue
                 self.sockets.append(far)
                 for a, b in ((near, far), (far, near)):
                     threading.Thread(target=self._pass, args=(a, b, self.era), daemon=True).start()

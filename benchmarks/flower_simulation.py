@@ -31,7 +31,7 @@ client_app, server_app = ClientApp(), ServerApp()
 @functools.cache
 def work() -> Work:
     e = Experiment.model_validate_json(Path(os.environ["FEDCORE_BENCH_SETTINGS"]).read_text())
-    return Work(build_task(e), e.build_method(), e.local, e.seed, e.links)
+    return Work(build_task(e), e.build_method(), e.local, e.seed, e.links, e.defence)
 
 
 @client_app.train()

@@ -33,7 +33,7 @@ app = ClientApp()
 def work_of(preset: str, overrides: str) -> Work:
     """Task and method, built once a process."""
     e = Experiment.load(preset, overrides.splitlines())
-    return Work(build_task(e).to(device_for(e.engine)), e.build_method(), e.local, e.seed, e.links)
+    return Work(build_task(e).to(device_for(e.engine)), e.build_method(), e.local, e.seed, e.links, e.defence)
 
 
 def own_settings(data: str, set_: str) -> list[str]:

@@ -6,10 +6,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -17,6 +17,7 @@ from fedcore import deploy
 from fedcore.errors import FedcoreError, SettingsError
 
 if TYPE_CHECKING:
+    from fedcore.audit import examine
     from fedcore.config import Experiment
 
 app = typer.Typer(
@@ -153,16 +154,174 @@ def report(
     print(write_report(run_dir))
 
 
+@app.command()
+def audit(
+    target: Annotated[
+        str, typer.Argument(metavar="PRESET|RUN_DIR", help="settings to audit, or a run that kept updates (audit.capture)")
+    ],
+    attack: Annotated[str | None, typer.Option(metavar="A,B", help="default: sme,ig,analytic,labels,membership")] = None,
+    defence: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SETTINGS", help='e.g. "clip=1 noise_multiplier=0.01", none, or panel for a range; repeatable'),
+    ] = None,
+    epochs: Annotated[str | None, typer.Option(metavar="E,F", help="of the sweep; default: 1,5,20")] = None,
+    batch_size: Annotated[str | None, typer.Option(metavar="B,C", help="of the sweep; default: the preset's")] = None,
+    examples: Annotated[str | None, typer.Option(metavar="N,M", help="of each client of the sweep; default: 8")] = None,
+    budget: Annotated[str, typer.Option(metavar="NAME", help="quick, standard, thorough or paper")] = "quick",
+    labels: Annotated[
+        str, typer.Option(metavar="NAME", help="recovered, oracle (the attacks are told) or soft (optimised)")
+    ] = "recovered",
+    clients: Annotated[int, typer.Option(metavar="N", min=1, help="attacked in each cell")] = 4,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="ATTACK.KEY=VALUE", help="e.g. sme.iterations=500; repeatable")
+    ] = None,
+    set_: Set = None,
+    engine: Annotated[str | None, typer.Option(metavar="NAME", help="of the runs that defences are switched on in")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="of everything that is drawn")] = None,
+    no_truth: Annotated[bool, typer.Option("--no-truth", help="do not compare with the clients' data: nothing is scored")] = False,
+    images: Annotated[str, typer.Option(metavar="NAME", help="in the report: thumbnails or none")] = "thumbnails",
+    fail_above: Annotated[
+        float | None, typer.Option(metavar="SCORE", min=0, max=100, help="exit with 1 if a client's input leakage is higher")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="default: RUN_DIR/audit, or a new one in runs/; an old one is gone on with")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Attack what clients send, and report what it gives away of their data."""
+    _one_of("--images", images, ("thumbnails", "none"))
+    sweep = {"--epochs": epochs, "--batch-size": batch_size, "--examples": examples}
+    for flag, text in sweep.items():
+        _numbers(flag, text or "1")
+    captured = Path(target).is_dir()
+    if captured:
+        training = {"--defence": defence, "--set": set_, "--engine": engine}
+        _refuse(
+            sweep | training, f"{target} is a run, whose updates are audited as they were sent: give a PRESET to change settings"
+        )
+    elif defence:
+        _refuse(sweep, "with --defence clients are those of a run: set local.epochs and local.batch_size with --set or --defence")
+    if no_truth and labels == "oracle":
+        raise SettingsError("--labels oracle tells the attacks the true labels, which --no-truth withholds: give one of the two")
+    if no_truth and fail_above is not None:
+        raise SettingsError("--fail-above needs scores, and with --no-truth nothing is scored: give one of the two")
+
+    from fedcore.audit import examine
+    from fedcore.config import Experiment
+    from fedcore.progress import AuditTerminal
+    from fedcore.rundir import fresh, stored
+
+    _one_of("--budget", budget, examine.BUDGETS)
+    _one_of("--labels", labels, ("recovered", "oracle", "soft"))
+    if captured:
+        experiment = Experiment.parse(stored(target), source=f"{target}/config.toml")
+    else:
+        experiment = _experiment(target, set_, engine, seed, None)
+    plan = examine.Plan(
+        attacks=tuple(attack.split(",")) if attack is not None else examine.DEFAULT_ATTACKS,
+        options=_attack_options(option or []),
+        budget=cast("examine.Budget", budget),
+        labels=cast('Literal["recovered", "oracle", "soft"]', labels),
+        truth=not no_truth,
+        images=images != "none",
+        clients=clients,
+        seed=experiment.seed if seed is None else seed,
+    )
+    plan.check()
+    given = {"--epochs": epochs or "1,5,20", "--batch-size": batch_size or str(experiment.local.batch_size)}
+    given |= {"--examples": examples or "8"}
+    hint = "interrupted, and no report written; cells that are done are kept: the same command with --out DIR goes on"
+    name = f"audit-{experiment.method.name}-{experiment.task.replace(':', '-')}"
+    folder = out or (Path(target) / "audit" if captured else fresh(name))
+    with _interruptible(hint), _owner_only(), AuditTerminal() as terminal:
+        try:
+            if captured:
+                mode, cells = "captured", examine.rounds_of(Path(target), plan)[1]
+            elif defence:
+                mode, cells = "defences", examine.defences(experiment, plan, defence, folder)
+            else:
+                mode, cells = "sweep", examine.sweep(experiment, plan, *map(_numbers, given.keys(), given.values()))
+            found = examine.examine(mode, experiment, cells, plan, folder, terminal)
+        except FedcoreError:
+            with suppress(OSError):
+                folder.rmdir()  # made for this audit, and still empty
+            raise
+    from fedcore.audit import report  # with its plots half a second: not before the first cell
+
+    with _owner_only():
+        file = report.write(found, folder, ["fedcore", *sys.argv[1:]])
+    if json_:
+        print(json.dumps({**report.ready(found), "report": str(file)}))
+    else:
+        report.show(found, file)
+    if found.interrupted:
+        _say(f"interrupted: {file} holds what is done; the same command with --out {folder} goes on")
+        sys.exit(130)
+    if fail_above is not None and (why := report.too_high(found, fail_above)) is not None:
+        _say(why)
+        sys.exit(1)
+
+
+def _one_of(flag: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise SettingsError(f"{flag} {value}: expected one of {', '.join(known)}")
+
+
+def _refuse(given: dict[str, Any], why: str) -> None:
+    if flags := [flag for flag, value in given.items() if value]:
+        raise SettingsError(f"{' and '.join(flags)}: {why}")
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise SettingsError(f"{flag} {text}: expected numbers from 1 on, separated by commas, e.g. {flag} 1,5,20")
+    return list(dict.fromkeys(map(int, words)))
+
+
+def _attack_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`sme.iterations=500` as {"sme": {"iterations": 500}}; what they mean is the attack's to check."""
+    import tomllib
+
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        attack, dot, name = key.strip().partition(".")
+        if not (equals and dot and attack and name):
+            raise SettingsError(f'--option "{text}": expected ATTACK.KEY=VALUE, e.g. --option sme.iterations=500')
+        try:
+            found.setdefault(attack, {})[name] = tomllib.loads(f"value = {value.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            found.setdefault(attack, {})[name] = value.strip()  # a bare word is a string
+    return found
+
+
 deploy.register(app)
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _owner_only() -> Iterator[None]:
+    """Files and directories made here are nobody else's to read: they hold what was rebuilt of clients' data."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _say(message: str) -> None:
+    print(f"fedcore: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _interruptible(
+    message: str = "interrupted; a run that has a checkpoint goes on with: fedcore run --resume DIR",
+) -> Iterator[None]:
     """Ctrl-C where the round loop does not heed it: before the first round, or a second time."""
     try:
         yield
     except KeyboardInterrupt:
-        print("fedcore: interrupted; a run that has a checkpoint goes on with: fedcore run --resume DIR", file=sys.stderr)
+        _say(message)
         sys.exit(130)
 
 
@@ -189,7 +348,7 @@ def main() -> None:
     try:
         app()
     except FedcoreError as e:
-        print(f"fedcore: {e}", file=sys.stderr)
+        _say(str(e))
         sys.exit(e.exit_status)
     except BrokenPipeError:
         sys.exit(1)

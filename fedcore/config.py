@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from fedcore import method as methods
 from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
+from fedcore.defence import DefenceSettings
 from fedcore.errors import SettingsError
 from fedcore.links import LinksSettings
 from fedcore.method import FinetuneSettings, Method, MethodSettings
@@ -67,6 +68,15 @@ class CheckpointSettings(_Section):
     state_ram_gb: float = Field(4.0, gt=0, description="client state held in memory, in GB; the rest is in mapped files")
 
 
+class AuditSettings(_Section):
+    """What is kept of a run for `fedcore audit`."""
+
+    capture: int = Field(0, ge=0, description="clients of a round whose updates are kept, drawn from the cohort; 0 = none")
+    rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="rounds in which they are kept, from 1 on; default: first and last"
+    )
+
+
 class Experiment(_Section):
     """All settings of one run. Frozen; disagreements are refused here, not in round 40."""
 
@@ -85,12 +95,14 @@ class Experiment(_Section):
     partition: PartitionSettings = Dirichlet()
     local: LocalSettings = LocalSettings()
     participation: ParticipationSettings = Uniform()
+    defence: DefenceSettings = DefenceSettings()
     links: LinksSettings = LinksSettings()
     min_reports: int = Field(1, ge=0, description="a round with fewer reports leaves the server as it was; 0: the method decides")
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    audit: AuditSettings = AuditSettings()
 
     @field_validator("method", mode="before")
     @classmethod

@@ -24,15 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcore import __version__, engines, trees
+from fedcore import __version__, engines, privacy, trees
+from fedcore.audit.observe import Captures
 from fedcore.checkpoint import Checkpoint, write_atomically
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine, Work
 from fedcore.errors import RunError, SettingsError, TooFewReports
-from fedcore.method import Method
+from fedcore.links import LinkSettings
+from fedcore.method import Method, evaluates
 from fedcore.participation import Process, UniformProcess, answering
 from fedcore.rng import rng
-from fedcore.rundir import ClientTable, make_run_dir, open_run_dir, read_history
+from fedcore.rundir import PERCENTILES, ClientTable, make_run_dir, open_run_dir, read_history
 from fedcore.split import split
 from fedcore.state import StateStore
 from fedcore.task import Task
@@ -41,7 +43,6 @@ from fedcore.types import ClientFunction, Model, Params, Reports, Round, Tree
 
 log = logging.getLogger("fedcore")
 
-PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)  # of a measure over clients
 PATIENCE = 3  # rounds in a row in which every client asked failed, after which the run stops
 
 
@@ -57,6 +58,7 @@ class State(NamedTuple):
     t: int  # rounds done
     server: Any
     participation: Tree
+    sent: Tensor  # messages that each client has sent, int64 [population], where clients add noise; else [0]
 
 
 @dataclass
@@ -156,13 +158,14 @@ class Loop:
         self.process: Process = e.participation.process(self.task.population, e.seed, self._label_counts)
         self.process.check(e.rounds)
         self._check_participation()
+        self.mechanism = self._mechanism()
         known = self.process.rates
         self.rates = None if known is None else torch.from_numpy(known * (1 - e.participation.dropout))
         params = self.task.init_params()
         if e.finetune.epochs:
             split(params, e.finetune.parts)  # refused now, not after the last round
         self._initial = params_sha256(params) if e.initial else None
-        work = Work(self.task, self.method, e.local, e.seed, e.links)
+        work = Work(self.task, self.method, e.local, e.seed, e.links, e.defence)
         initial = {"clients": self.method.init_client(params), "memory": self.method.init_memory(params)}
         ram = int(e.checkpoint.state_ram_gb * 1e9) // max(sum(trees.nbytes(row) > 0 for row in initial.values()), 1)
         clients = StateStore(initial["clients"], ram, partial(_spill, folder, "clients"))
@@ -175,9 +178,12 @@ class Loop:
         if self.engine.states is not None:
             self.stores["clients"] = self.engine.states
         server = self.method.init_server(trees.to(params, self.task.device), self.task.population)
-        self.state = State(0, trees.to(server, self.task.device), self.process.start())
+        counted = self.mechanism is not None and self.mechanism.view == "client_update"
+        sent = torch.zeros(self.task.population if counted else 0, dtype=torch.int64)
+        self.state = State(0, trees.to(server, self.task.device), self.process.start(), sent)
         self.history: list[dict[str, Any]] = []
         self.clients = ClientTable(folder / "clients.parquet")
+        self.captures = Captures(folder, e, self.method)
         if facts is not None:
             self._restore(facts)
         make_run_dir(folder, e)
@@ -198,7 +204,7 @@ class Loop:
         """To the last round. Raises Interrupted on SIGINT or SIGTERM, with a checkpoint of the last whole round."""
         e = self.e
         self.observer.started(e, self.engine, self.task.population, self.state.t)
-        with (self.folder / "metrics.jsonl").open("a") as metrics, _signals(self._stop):
+        with (self.folder / "metrics.jsonl").open("a") as metrics, signals(self._stop):
             while self.state.t < e.rounds:
                 try:
                     self._heed_stop()
@@ -229,7 +235,8 @@ class Loop:
         begin = time.perf_counter()
         t, e = self.state.t, self.e
         cohort, participation = self.process.sample(t, self.state.participation)
-        tally = Tally(set(cohort.tolist()))
+        tally = Tally(set(cohort.tolist()), silent=e.defence.noise_multiplier > 0)
+        self.captures.begin(t, cohort)
         answer = answering(cohort, e.participation.dropout, e.seed, t)
         absent = frozenset(cohort.tolist()) - frozenset(answer.tolist())
 
@@ -254,15 +261,17 @@ class Loop:
             self._note_once("skipped", f"round {t + 1} left the model as it was: {error}")
         if self.engine.states is not None:
             self.engine.states.commit()  # a client has done its work, whatever became of the round
+        if (missing := self.captures.end(t)) is not None:
+            self._note_once("captures", missing)
         tally.failed |= dict.fromkeys(absent, "dropout")
-        self.state = State(t + 1, server, participation)
+        self.state = State(t + 1, server, participation, tally.messages(self.state.sent))
         now = time.perf_counter()
         row: dict[str, Any] = {"round": t + 1, **tally.row(), "seconds": round(now - begin, 4)}
         row |= {f"server_{name}": value for name, value in r.log.items()}
         if t == 0:
             row["first_round_s"] = round(now - self.begin, 3)
         if (t + 1) % e.evaluation.every == 0 or t + 1 == e.rounds:
-            row |= self.evaluate()
+            row |= self.evaluate() | self._spent()
             row["evaluation_s"] = round(time.perf_counter() - now, 4)
         return {key: _jsonable(value) for key, value in row.items()}
 
@@ -273,8 +282,11 @@ class Loop:
         if trees.leaves(down):
             tally.asked.update(clients.tolist())
         tally.bytes_down += len(clients) * trees.nbytes(down)
+        if tally.silent and not evaluates(fn):
+            tally.refuse_twice(fn, clients)
         for r in self.engine.each(fn, clients, down, t):
             self._heed_stop()
+            tally.count(fn, r)
             if len(r.clients):
                 tally.bytes_up += trees.nbytes(r.up)  # what was sent, whether it is of use or not
             good = keep_finite(r)
@@ -282,7 +294,8 @@ class Loop:
             self._note_failed(good.failed)
             self.observer.client_done(t, len(tally.reported), len(tally.asked))
             if len(good.clients):
-                self.clients.add(t + 1, fn.__name__, good)
+                self.clients.add(t + 1, fn.__name__, good._replace(up={}) if tally.silent else good)
+                self.captures.add(t, fn, down, good)
                 yield good
 
     def _note_failed(self, failed: Mapping[int, str]) -> None:
@@ -352,6 +365,7 @@ class Loop:
         measured: dict[str, Any] = next((row for row in reversed(rows) if "test_loss" in row), {})
         final: dict[str, Any] = {"test_loss": None, "test_accuracy": None, "client_accuracy": None}
         final |= {key: value for key, value in measured.items() if key.startswith(("test_", "client_", "finetuned_", "nmsd_"))}
+        final |= {"privacy": measured["privacy"]} if "privacy" in measured else {}
         final["clients_evaluated_on"] = self.task.data.evaluated_on
         dropped: Counter[str] = Counter()
         for row in rows:
@@ -400,6 +414,8 @@ class Loop:
         # Cloned: two fields of a method's server may be the same tensor, which safetensors does not take.
         yield "server", {path: x.clone() for path, x in trees.flatten(self.state.server).items()}
         yield "participation", trees.flatten(self.state.participation)
+        if len(self.state.sent):
+            yield "sent", {"": self.state.sent}
         for name, store in self.stores.items():
             yield from ((f"{name}-{n}", block) for n, block in store.save_blocks())
 
@@ -412,7 +428,9 @@ class Loop:
             )
         self.engine.choices.update(facts["engine"])
         server = self._part("server", self.state.server)
-        self.state = State(t, trees.to(server, self.task.device), self._part("participation", self.state.participation))
+        sent = self._part("sent", self.state.sent) if len(self.state.sent) else self.state.sent
+        participation = self._part("participation", self.state.participation)
+        self.state = State(t, trees.to(server, self.task.device), participation, sent)
         for name, store in self.stores.items():
             if name in facts:
                 store.load(facts[name], partial(self._block, name))
@@ -439,6 +457,41 @@ class Loop:
             found = f"min_reports = {self.e.min_reports}, but a cohort has {self.process.size} clients"
             raise SettingsError(f"{found}: set it to at most that")
 
+    def _mechanism(self) -> privacy.Mechanism | None:
+        """The noise that the run adds, where it has a defence. Raises SettingsError where it would not guarantee what it says."""
+        e, name = self.e, self.e.method.name
+        if not self.method.differences and (e.defence.clip is not None or e.defence.top_k < 1):
+            raise SettingsError(
+                f"defence.clip and defence.top_k act on differences to the global model, but {name} sends other things (whole "
+                "models, or gradients): leave them out, or choose a method whose messages are differences, e.g. fedavg"
+            )
+        try:
+            own = self.method.mechanism(self.process)
+        except SettingsError as error:
+            raise SettingsError(f'participation.name = "{e.participation.name}": {error}') from error
+        if own is None:
+            return privacy.local(e.defence) if e.defence.active else None
+        if e.defence.active:
+            raise SettingsError(f"{name} clips and adds its own noise: leave out defence.clip, noise_multiplier, top_k and bits")
+        if own.noise_multiplier and e.links.uplink != LinkSettings():
+            raise SettingsError(
+                f"links.uplink: noise after the clipping is not bounded, as the noise of {name} needs it: leave it out"
+            )
+        if own.noise_multiplier and e.min_reports:
+            raise SettingsError(
+                f"min_reports = {e.min_reports}: a round that is skipped would tell who was there; with {name} set min_reports = 0"
+            )
+        return own
+
+    def _spent(self) -> dict[str, Any]:
+        """The guarantee up to now, for this round's line; the slower accountant after the last."""
+        if self.mechanism is None:
+            return {}
+        t, sent = self.state.t, self.state.sent
+        steps = int(sent.max()) if len(sent) else t  # the guarantee of the client that has sent most
+        delta = self.e.defence.delta or privacy.default_delta(self.task.population)
+        return {"privacy": privacy.guarantee(self.mechanism, steps, delta, prv=t == self.e.rounds).to_dict()}
+
     def _label_counts(self) -> np.ndarray:
         y = self.task.data.y
         if y.is_floating_point() or y.ndim != 1:
@@ -458,15 +511,37 @@ class Tally:
     skipped: bool = False
     broken: bool = False  # the server's state after the round was not finite
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    silent: bool = False  # clients add noise, so that their scalars say nothing, and are not logged
+    sent: dict[str, set[int]] = field(default_factory=dict)  # by client function, who sent a message
 
     def add(self, r: Reports) -> None:
         self.failed.update({client: reason.split(":")[0] for client, reason in r.failed.items()})
         if len(r.clients) and trees.leaves(r.up):  # who works on its own, without a message, reports nothing
             self.asked.update(r.clients.tolist())
             self.reported.update(r.clients.tolist())
-            for name, values in r.metrics.items():
+            for name, values in ({} if self.silent else r.metrics).items():
                 total, n = self.sums.get(name, (0.0, 0))
                 self.sums[name] = total + float(values.sum()), n + len(values)
+
+    def count(self, fn: ClientFunction, r: Reports) -> None:
+        """Who sent a message, as far as the server can tell: what did not arrive may have been read by others."""
+        if not evaluates(fn) and (len(r.clients) == 0 or trees.leaves(r.up)):
+            self.sent.setdefault(fn.__name__, set()).update([*r.clients.tolist(), *r.failed])
+
+    def refuse_twice(self, fn: ClientFunction, clients: Tensor) -> None:
+        """Noise has a key of function, round and client: the difference of two messages of one key would be bare."""
+        if again := self.sent.get(fn.__name__, set()).intersection(clients.tolist()):
+            raise RunError(
+                f'defence.noise_multiplier: the method asks client {min(again)} for "{fn.__name__}" twice in one round, with the '
+                "same noise in both messages; give the second request a client function of its own"
+            )
+
+    def messages(self, before: Tensor) -> Tensor:
+        """Messages of each client up to this round."""
+        after = before.clone()
+        for clients in self.sent.values() if len(before) else ():
+            after[[i for i in clients if 0 <= i < len(before)]] += 1
+        return after
 
     def row(self) -> dict[str, Any]:
         dropped = Counter(self.failed.values()) + Counter({"server not finite": int(self.broken)})
@@ -540,7 +615,7 @@ def _jsonable(value: Any) -> Any:
 
 
 @contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
+def signals(stop: threading.Event) -> Iterator[None]:
     """SIGINT and SIGTERM set `stop`, which the round heeds where nothing is half done; a second one acts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

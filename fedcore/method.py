@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar, get_args, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, overload
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -18,6 +18,10 @@ from fedcore.local import local_sgd
 from fedcore.split import Parts, split
 from fedcore.task import Task
 from fedcore.types import Batches, Metrics, Model, Params, Round, Stateless, Tree, Tuning
+
+if TYPE_CHECKING:
+    from fedcore.participation import Process
+    from fedcore.privacy import Mechanism
 
 PACKAGE = "strategies"
 
@@ -85,6 +89,7 @@ class Method(Generic[S]):
     """A method holds settings and nothing that changes: what changes is in its Server or its Client tuple."""
 
     finetuning = FinetuneSettings()
+    differences = True  # whether all messages are differences to the global model, which alone can be clipped or made sparse
 
     def __init__(self, settings: S) -> None:
         self.s = settings
@@ -116,9 +121,25 @@ class Method(Generic[S]):
         """Whether a client's model is more than the server's: then a run is judged by its clients, not by the test set."""
         return type(self).model_for is not Method.model_for
 
+    def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
+        """For an audit: (parameters a client started from, its change of them) as the server sees them in this exchange.
+
+        None where the messages hold no such change.
+        """
+        if hasattr(down, "params") and hasattr(up, "delta"):
+            return down.params, up.delta
+        return None
+
     def needs_rates(self) -> bool:
         """Whether the settings ask for the true participation rates (`Round.known_rates`)."""
         return False
+
+    def mechanism(self, process: Process) -> Mechanism | None:
+        """The noise that the method's server adds by itself, for the accountant; None = it adds none.
+
+        Raises SettingsError where `process` is not the sampling that the accountant assumes.
+        """
+        return None
 
     @on_client(data="test")
     def evaluate(self, task: Task, t: Tensor, down: Model, state: Tree, batches: Batches) -> tuple[Metrics, Tree]:

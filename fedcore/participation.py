@@ -30,6 +30,7 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 class Process:
     """Base of the processes: no state, and `members` gives who takes part."""
 
+    poisson: float | None = None  # q, where every client takes part with this probability, independently of all else
     rates: np.ndarray | None = None  # p_i, the long-run share of rounds of each client, float64 [population], where it is known
 
     def __init__(self, population: int, seed: int) -> None:
@@ -98,6 +99,7 @@ class UniformProcess(Process):
         super().__init__(population, seed)
         self.size = size
         self.rates = np.full(population, size / population)
+        self.poisson = 1.0 if size == population else None
 
     @property
     def largest(self) -> int:
@@ -151,6 +153,7 @@ class _BernoulliProcess(Process):
     def __init__(self, population: int, seed: int, rates: np.ndarray) -> None:
         super().__init__(population, seed)
         self.p = self.rates = rates
+        self.poisson = float(rates[0]) if bool((rates == rates[0]).all()) else None
 
     def members(self, t: int) -> np.ndarray:
         return np.flatnonzero(rng(self.seed, "participation", t).random(self.population) < self.p)

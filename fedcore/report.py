@@ -27,8 +27,9 @@ from fedcore import __version__
 from fedcore.checkpoint import Checkpoint, write_atomically
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.limits import byte_unit, size_text
+from fedcore.privacy import COVERS, describe
 from fedcore.report_page import THEME, render
-from fedcore.rundir import stored
+from fedcore.rundir import PERCENTILES, stored
 
 log = logging.getLogger("fedcore")
 
@@ -185,6 +186,8 @@ def read_run(folder: Path) -> Run:
         r.environment = dict(json.loads((folder / "environment.json").read_text()))
     except (OSError, ValueError, TypeError) as e:
         r.notes.append(f"environment.json cannot be read ({_brief(e)}): versions and machine of this run are not known.")
+    if spent := r.last("privacy"):
+        r.notes.append(COVERS[spent["view"]])
     r.clients, r.tuned = _last_evaluation(r, "evaluate"), _last_evaluation(r, "finetune")
     _describe(r)
     return r
@@ -438,7 +441,11 @@ def _clients(r: Run) -> list[Plot]:
             axes.set_xlim(-0.01, 1.01)
             axes.xaxis.set_major_formatter(PercentFormatter(1))
         figure.legend(loc="outside upper left", ncols=2)
-        caption = f"After round {t}{after and ' and fine-tuning'}, {len(values):,} clients, each counted once."
+        caption = f"After round {t}{after and ' and fine-tuning'}, {len(values):,} clients, each counted once: "
+        mean, deviation = (value_text(r.measure, float(x)) for x in (values.mean(), values.std()))
+        marks = zip(PERCENTILES, np.quantile(values, [p / 100 for p in PERCENTILES]).tolist(), strict=True)
+        percentiles = ", ".join(f"{p}: {value_text(r.measure, value)}" for p, value in marks)
+        caption += f"mean {mean}, standard deviation {deviation}; percentiles {percentiles}."
         if percent:
             worst = np.sort(values)[: -(-len(values) // 10)]
             caption += f" The worst tenth has {value_text(r.measure, float(worst.mean()))} on average."
@@ -623,6 +630,8 @@ def _facts(r: Run) -> list[Fact]:
     )
     down, up = r.total("bytes_down"), r.total("bytes_up")
     facts.append(Fact("sent", size_text(down + up), f"{size_text(down)} down, {size_text(up)} up"))
+    if spent := r.last("privacy"):
+        facts.append(Fact("privacy", *describe(spent)))
     seconds = r.total("seconds")
     evaluation = sum(row.get("evaluation_s") or 0 for row in r.rows)
     speed = r.total("reports") / seconds if seconds else 0

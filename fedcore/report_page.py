@@ -1,4 +1,4 @@
-"""The pages of report.html and compare.html. In Python, because a Flower app bundle carries no HTML files."""
+"""The pages of report.html, compare.html and audit.html. In Python, because a Flower app bundle carries no HTML files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ THEME = {
     "page": ("#f5f6f8", "#131619"),
     "good": ("#1a7f4b", "#4cc38a"),
     "warn": ("#9a5b00", "#e3a33c"),
+    "bad": ("#b3261e", "#f2877f"),
     "s0": ("#2a6fd0", "#5a9cf0"),
     "s1": ("#e0662a", "#f0864e"),
     "s2": ("#189a6c", "#35b98a"),
@@ -40,7 +41,7 @@ p { margin: 0; } a { color: var(--s0); }
 .kind { color: var(--soft); font-size: .85rem; letter-spacing: .04em; margin-bottom: 6px; }
 .title { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 14px; }
 .badge { font-size: .82rem; font-weight: 600; border: 1px solid currentColor; border-radius: 99px; padding: 1px 11px; white-space: nowrap; }
-.good { color: var(--good); } .warn { color: var(--warn); } .soft { color: var(--soft); font-size: .88rem; line-height: 1.45; }
+.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); } .soft { color: var(--soft); font-size: .88rem; line-height: 1.45; }
 .reference { color: var(--soft); margin-top: 4px; }
 .summary { max-width: 76ch; margin-top: 16px; }
 .note { border-left: 3px solid var(--warn); background: var(--card); padding: 8px 14px; margin-top: 14px; overflow-wrap: anywhere; }
@@ -68,11 +69,23 @@ tr + tr td, thead + tbody td { border-top: 1px solid var(--line); }
 td.n, th.n { text-align: right; white-space: nowrap; } td.n:last-child, th.n:last-child { padding-right: 0; }
 .pairs td:first-child { color: var(--soft); white-space: nowrap; width: 1%; } .pairs td { overflow-wrap: anywhere; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(290px, 100%), 1fr)); gap: 14px; }
+.columns > div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
+ul { margin: 6px 0 2px; padding-left: 1.15em; } li { margin: 3px 0; overflow-wrap: anywhere; }
+.client { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.5fr); gap: 10px 26px; padding: 14px 0; }
+.client + .client { border-top: 1px solid var(--line); } .client .title { gap: 6px 8px; } .client .badge { font-size: .76rem; }
+.client p { margin-top: 6px; } .client .pairs { font-size: .88rem; } details .badge { margin-left: 8px; }
+.images { display: grid; grid-template-columns: repeat(8, minmax(0, 1fr)); gap: 8px; align-content: start; }
+.images .soft { grid-column: 1 / -1; margin: 0; }
+.images img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated; border-radius: 3px;
+  background: var(--line); } .images img + img { margin-top: 3px; }
+.images span { display: block; text-align: center; font-size: .76rem; color: var(--soft); font-variant-numeric: tabular-nums; }
 footer { color: var(--soft); font-size: .85rem; margin-top: 36px; }
 @media (max-width: 760px) {
   main { padding: 18px 12px 40px; } h1 { font-size: 1.4rem; } h2 { margin-top: 30px; }
   .facts { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; } .fact { padding: 10px 12px; } .fact b { font-size: 1.25rem; }
   .fact.first { grid-column: 1 / -1; } .fact.first b { font-size: 1.9rem; }
+  .client { grid-template-columns: minmax(0, 1fr); } .images { grid-template-columns: repeat(4, minmax(0, 1fr)); }
   .plots { grid-template-columns: minmax(0, 1fr); } figure { padding: 12px 10px 6px; }
 }
 @media print { body { background: none; } figure, .fact { break-inside: avoid; } }
@@ -177,8 +190,84 @@ COMPARE = """\
 {% endblock %}
 """
 
+AUDIT = """\
+{% extends "base" %}{% from "macros" import figure, table, pairs %}
+{% block main %}
+<header>
+<p class="kind">fedcore privacy audit</p>
+<div class="title"><h1>{{ title }}</h1><span class="badge {{ tone }}">{{ badge }}</span></div>
+</header>
+<p class="summary">{{ summary }}</p>
+<p class="note"><b>Personal data.</b> {{ personal }}</p>
+{% for note in notes %}<p class="note">{{ note }}</p>
+{% endfor %}
+<div class="facts">
+{% for fact in facts %}<div class="fact{% if loop.first %} first{% endif %}"><span class="soft">{{ fact.name }}</span><b>{{ fact.value }}</b>
+<span class="soft">{{ fact.detail }}</span></div>
+{% endfor %}</div>
+<section>
+<h2>Who attacks, and what they had</h2>
+<p class="summary" style="margin: 0 0 12px">{{ adversary }}</p>
+<div class="columns">
+{% for name, points in threat %}<div><h3>{{ name }}</h3><ul>{% for point in points %}<li>{{ point }}</li>{% endfor %}</ul></div>
+{% endfor %}</div>
+<details><summary>The attacks</summary>{{ pairs(attacks) }}</details>
+</section>
+{% if advice %}<section>
+<h2>What to switch on</h2>
+{% for line in measured %}<p class="summary" style="margin: 0 0 10px">{{ line }}</p>
+{% endfor %}<div class="columns">
+{% for a in advice %}<div><h3>{{ a.name }}</h3><p class="soft">{{ a.against }}</p>
+<p style="margin-top: 6px">{{ a.why }}</p><pre class="command">{{ a.how }}</pre></div>
+{% endfor %}</div>
+</section>
+{% endif %}
+<section>
+<h2>Verdict by client</h2>
+<p class="soft">{{ grades }}</p>
+{% for cell in cells %}<details{% if cell.open %} open{% endif %}><summary>{{ cell.name }}
+<span class="badge {{ cell.tone }}">{{ cell.badge }}</span></summary>
+{% for c in cell.clients %}<article class="client">
+<div><div class="title"><h3>{{ c.name }}</h3>{% for mark in c.marks %}<span class="badge {{ mark.tone }}">{{ mark.text }}</span>{% endfor %}</div>
+{% for line in c.lines %}<p>{{ line }}</p>
+{% endfor %}{% if c.advice %}<p><b>Switch on:</b> {{ c.advice }}.</p>{% endif %}</div>
+<div class="images">
+{% if c.pairs %}<p class="soft">Originals over what {{ c.attack }} rebuilt, with the PSNR of each pair in dB</p>
+{% for original, rebuilt, psnr in c.pairs %}<div><img alt="original {{ loop.index }} of {{ c.name }}" src="data:image/png;base64,{{ original }}">
+<img alt="what was rebuilt of it" src="data:image/png;base64,{{ rebuilt }}"><span>{{ psnr }}</span></div>
+{% endfor %}
+{% else %}<p class="soft">{{ c.without }}</p>
+{% endif %}</div>
+</article>
+{% endfor %}</details>
+{% endfor %}
+</section>
+{% if plots %}<section>
+<h2>Curves</h2>
+<div class="plots">
+{% for plot in plots %}{{ figure(plot) }}{% endfor %}</div>
+</section>
+{% endif %}
+<section>
+<h2>Numbers</h2>
+<div class="sheet">{{ table(results[0], results[1:]) }}</div>
+<p class="soft" style="margin-top: 8px">{{ explained }}</p>
+</section>
+<section>
+<h2>Reproduction</h2>
+<div class="sheet"><p style="margin-top: 8px">Audit again, with seed {{ seed }}:</p>
+<pre class="command">{{ command }}</pre>
+<p class="soft" style="margin-bottom: 8px">Equal seeds and versions on the same kind of machine give the same numbers; times differ.</p></div>
+<details><summary>Settings of the attacks</summary>{{ pairs(settings) }}</details>
+<details><summary>Settings of the federation</summary><pre>{{ config }}</pre></details>
+<details><summary>Versions and times</summary>{{ pairs(environment) }}</details>
+</section>
+<footer>Written by fedcore {{ version }}. Everything on this page is in this one file; audit.json beside it holds the numbers, and no image.</footer>
+{% endblock %}
+"""
+
 _pages = Environment(
-    loader=DictLoader({"base": BASE, "macros": MACROS, "report": REPORT, "compare": COMPARE}),
+    loader=DictLoader({"base": BASE, "macros": MACROS, "report": REPORT, "compare": COMPARE, "audit": AUDIT}),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -186,5 +275,5 @@ _pages = Environment(
 
 
 def render(page: str, **values: Any) -> str:
-    """The page "report" or "compare", with everything it needs inside."""
+    """The page "report", "compare" or "audit", with everything it needs inside."""
     return _pages.get_template(page).render(style=Markup(STYLE), light=LIGHT, dark=DARK, **values)

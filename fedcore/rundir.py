@@ -26,6 +26,7 @@ from fedcore.types import Reports
 
 log = logging.getLogger("fedcore")
 
+PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)  # of a measure over clients
 MAY_CHANGE = ("rounds", "engine", "checkpoint")  # settings that a resumed run may have otherwise
 
 

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
+from fedcore.data.sources import Pixels
 from fedcore.errors import SettingsError
 from fedcore.types import Batches, Params
 
@@ -47,10 +48,12 @@ class Task:
         metrics: dict[str, PerExample] | None = None,
         proxy: Examples | None = None,
         optimum: Params | None = None,
+        pixels: Pixels | None = None,
     ) -> None:
         """Raises SettingsError for a model with running statistics, which no mean over clients can be trusted with.
 
-        `metrics` are reported beside the loss; default: accuracy.
+        `metrics` are reported beside the loss; default: accuracy. `pixels` says that inputs are images, and how they were scaled:
+        an audit shows and compares pixels.
         """
         for name, meaning in (("loss", "what is trained on"), ("nmsd", "the deviation from a known optimum")):
             if metrics is not None and name in metrics:
@@ -65,6 +68,8 @@ class Task:
         self.data = data
         self.proxy = proxy
         self.optimum = optimum  # the minimiser of the population's objective, where it is known
+        self.pixels = pixels
+        self.penalty: Callable[[Callable[[Params], Tensor], Params], Tensor] | None = None  # on the mean loss, at its parameters
         self.metrics = {"loss": loss, **({"accuracy": accuracy} if metrics is None else metrics)}
 
     @torch.no_grad()
@@ -117,8 +122,13 @@ class Task:
         return outputs
 
     def loss(self, params: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        """Mean loss over the examples where mask [B] is 1; 0 where there is none. 0-d."""
-        return (self.metrics["loss"](self.predict(params, x), y) * mask).sum() / mask.sum().clamp(min=1)
+        """Mean loss over the examples where mask [B] is 1, and the penalty that the model has; 0 where there is none. 0-d."""
+
+        def mean(params: Params) -> Tensor:
+            value: Tensor = (self.metrics["loss"](self.predict(params, x), y) * mask).sum() / mask.sum().clamp(min=1)
+            return value
+
+        return mean(params) if self.penalty is None else mean(params) + self.penalty(mean, params)
 
     @torch.no_grad()
     def evaluate(self, params: Params, batches: Batches) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from fedcore.data import sources
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.partition import carve
 from fedcore.errors import SettingsError
-from fedcore.models.lowrank import lowrank
+from fedcore.models.lowrank import JacobianCorrection, lowrank
 from fedcore.rng import rng, torch_seed
 from fedcore.task import Task, squared_error
 
@@ -43,7 +43,7 @@ def images(e: Experiment, name: str) -> Task:
     part = e.partition.split(labels[pool], None if source.groups is None else source.groups[pool], population, e.seed)
     data = FederatedData(train, test, pool[part.order], part.offsets, e.holdout, e.seed)
     proxy = Examples(train.x[servers], train.y[servers]) if e.proxy else None
-    return Task(e.model.build(tuple(source.x_train.shape[1:]), source.num_classes), data, proxy=proxy)
+    return Task(e.model.build(tuple(source.x_train.shape[1:]), source.num_classes), data, proxy=proxy, pixels=source.pixels)
 
 
 class LeastSquares(BaseModel):
@@ -168,6 +168,8 @@ def build_task(e: Experiment) -> Task:
             if task.optimum is not None:
                 raise SettingsError(f'lowrank.form = "{e.lowrank.form}": {e.task} knows its optimum by the names of a dense model')
             task.model = lowrank(task.model, e.lowrank)
+            if e.lowrank.jacobian:
+                task.penalty = JacobianCorrection(task.model, e.lowrank.jacobian, _step_of(e))
     if e.initial is not None:
         start_from(task.model, e.initial)
     if e.proxy and task.proxy is None:
@@ -177,6 +179,13 @@ def build_task(e: Experiment) -> Task:
             f"population = {e.population}, but the task has {task.population} clients: set population to that, or leave it out"
         )
     return task
+
+
+def _step_of(e: Experiment) -> float:
+    step: float | None = getattr(e.method, "local_lr", None)
+    if step is None:
+        raise SettingsError(f'lowrank.jacobian = {e.lowrank.jacobian}: it needs the local_lr that "{e.method.name}" has not')
+    return step
 
 
 def start_from(model: nn.Module, source: Path) -> None:

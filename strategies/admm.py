@@ -52,6 +52,8 @@ class Up(NamedTuple):
 
 
 class ADMM(Method[Settings]):
+    differences = False  # w_k + z_k / rho
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.scale(trees.double(params), population), torch.zeros(()))
 
@@ -69,6 +71,12 @@ class ADMM(Method[Settings]):
     def model_for(self, server: Any, state: Client) -> Params:
         """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
         return state.w if self.s.solver == "exact" else server.params
+
+    def personalises(self) -> bool:
+        return self.s.solver == "exact"
+
+    def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
+        return (down.params, trees.sub(up.m, down.params)) if isinstance(up, Up) else None
 
     @on_client(data="all")
     def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Params, Client]:

@@ -58,6 +58,8 @@ class Up(NamedTuple):
 
 
 class CLU(Method[Settings]):
+    differences = False  # t_k
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.double(params), torch.zeros(()))
 
@@ -77,6 +79,12 @@ class CLU(Method[Settings]):
     def model_for(self, server: Any, state: Client) -> Params:
         """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
         return state.w if self.s.solver == "exact" else server.params
+
+    def personalises(self) -> bool:
+        return self.s.solver == "exact"
+
+    def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
+        return (down.s, trees.sub(up.t, down.s)) if isinstance(up, Up) else None
 
     @on_client(data="all")
     def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Params, Client]:

@@ -14,7 +14,7 @@ Heed:    dropout, momentum or clipping inside local steps break the recursion. A
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -58,11 +58,18 @@ class Up(NamedTuple):
 
 
 class FedAMD(Method[Settings]):
+    differences = False  # the anchors' gradients
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.zeros_like(params, torch.float64), torch.zeros(population, dtype=torch.int64))
 
     def init_memory(self, params: Params) -> Params:
         return trees.zeros_like(params)  # v_i
+
+    def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
+        if isinstance(up, Gradient):
+            return down.params, trees.scale(up.v, -1)  # as one step of size 1
+        return super().exchanged(down, up)
 
     @on_client(data="all")
     def anchor(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Gradient, Stateless]:

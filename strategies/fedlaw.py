@@ -151,9 +151,9 @@ class FedLAW(Method[Settings]):
                 "method fedlaw fits its weights on a proxy set of the server, and the task has none: set proxy to a number of "
                 "examples, e.g. proxy = 200, or give your own Task one"
             )
-        w = trees.ravel(task.init_params())
-        what = f"FedLAW holds the models of a cohort, {cohort:,} x {len(w):,} parameters"
-        return limits.require(cohort * trees.nbytes(w), task.device, what)
+        learned = [p.detach() for p in task.model.parameters() if p.requires_grad]  # no copies: it may be large
+        what = f"FedLAW holds the models of a cohort, {cohort:,} x {sum(p.numel() for p in learned):,} parameters"
+        return limits.require(cohort * trees.nbytes(learned), task.device, what)
 
     def _learns(self) -> bool:
         started_elsewhere = self.s.parametrisation == "quad" and self.s.learn_lambda  # from uniform weights

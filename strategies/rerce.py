@@ -73,6 +73,8 @@ class Up(NamedTuple):
 
 
 class RERCE(Method[Settings]):
+    differences = False  # w_k
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.zeros_like(params), torch.zeros(()))
 
@@ -86,9 +88,15 @@ class RERCE(Method[Settings]):
             require_hessian(task)
         return "RERCE-Fed with one client a round may diverge: its s_n swings from one client to the next" if cohort == 1 else None
 
+    def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
+        return (down.s, trees.sub(up.w, down.s)) if isinstance(up, Up) else None
+
     def model_for(self, server: Any, state: Client) -> Params:
         """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
         return state.w if self.s.solver == "exact" else server.params
+
+    def personalises(self) -> bool:
+        return self.s.solver == "exact"
 
     @on_client(data="all")
     def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Stateless, Client]:

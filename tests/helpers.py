@@ -25,6 +25,9 @@ LAYERED: dict[str, Any] = {"task": "tests.methods:layered"}
 # What a method needs beside its own settings.
 NEEDS: dict[str, dict[str, Any]] = {
     "fedlaw": {"proxy": 24},
+    "dpfedavg": {
+        "method": {"name": "dpfedavg", "local_lr": 0.05, "noise_multiplier": 0.0}
+    },  # any participation; clipped, in every round
     "fedsim": LAYERED,
     "fedalt": LAYERED,
     # With its default of 0.1 a step overshoots where lambda plus curvature exceeds 20, and the difference of two engines grows.

@@ -85,10 +85,14 @@ def test_a_comparison_with_personal_models_is_judged_by_its_clients(tmp_path: Pa
 
 
 def test_the_report_of_personal_models_begins_with_the_clients_and_draws_both_spreads(tmp_path: Path) -> None:
-    run(digits("fedper", finetune__epochs=1), tmp_path / "r")
+    final = run(digits("fedper", finetune__epochs=1), tmp_path / "r").final
     page = write_report(tmp_path / "r").read_text()
     assert page.index("single clients") < page.index("unseen client")
     assert "Spread over clients</" in page
     assert "Spread over clients after fine-tuning</" in page
     assert "After fine-tuning on each client the mean is" in page
     assert "The worst tenth has" in page
+    for kind in ("client_accuracy", "finetuned_accuracy"):
+        c = final[kind]
+        percentiles = ", ".join(f"{p}: {c[f'p{p}']:.1%}" for p in (1, 5, 10, 25, 50, 75, 90, 95, 99))
+        assert f"mean {c['mean']:.1%}, standard deviation {c['std']:.1%}; percentiles {percentiles}." in page, kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import shutil
@@ -91,6 +92,25 @@ def test_the_notebook_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     exec(code.replace('"rounds": 10', '"rounds": 1'), {})
     shutil.rmtree(tmp_path / "runs")
+
+
+def benchmark_commands() -> list[str]:
+    texts = [file.read_text() for file in [*DOCUMENTS, *Path("benchmarks").glob("*.py")]]
+    found = re.findall(r"python -m (benchmarks\.\w+(?: [\w./][^\s`]*| --[\w-]+ [^\s`]+)*)", "\n".join(texts))
+    return sorted({line.split("  ")[0].strip() for line in found})
+
+
+@pytest.mark.parametrize("command", benchmark_commands())
+def test_every_benchmark_that_is_mentioned_takes_its_arguments(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--help` is reached only behind a study that exists; an option that does not is refused."""
+    words = command.split()
+    module = importlib.import_module(words[0])
+    if not hasattr(module, "argparse"):
+        return  # it has no options: that it can be imported is all there is to see
+    monkeypatch.setattr("sys.argv", [*words, "--help"])
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == 0, command
 
 
 def test_every_command_in_results_names_a_preset_that_loads() -> None:

@@ -236,6 +236,34 @@ def test_gradients_are_central_differences_and_a_step_against_them_lowers_the_lo
         assert lab.log["proxy_loss"] < lab.log["proxy_loss_before"]
 
 
+@kinds
+def test_gradients_of_the_variables_themselves_and_what_leaves_the_mixture_alone(kind: str) -> None:
+    """f.7 and f.10, which the new model alone cannot show: a shift of x in "exp" and a scale of it in "quad" change nothing."""
+    (models, n, _), draw = cohort(4), np.random.default_rng(5)
+    D, G = torch.from_numpy(models), torch.from_numpy(draw.standard_normal(models.shape[1]))
+    mix = fedlaw.Mixture(fedlaw.Settings(name="fedlaw", parametrisation=kind), torch.zeros_like(G), D, torch.from_numpy(n))
+    mix.x.add_(torch.from_numpy(draw.uniform(0, 0.3, 4)))
+    mix.r.add_(0.2)
+    mix.differentiate(G)
+    found, h = [*mix.x.grad.tolist(), mix.r.grad.item()], 1e-5
+
+    def slope(entry: Tensor) -> float:
+        """Central difference of the linear loss <G, u>, whose gradient in u is G."""
+        values = []
+        for step in (h, -2 * h):
+            entry.add_(step)
+            values.append(float(G @ mix.model()))
+        entry.add_(h)
+        return (values[0] - values[1]) / (2 * h)
+
+    assert found == pytest.approx([slope(entry) for entry in (*mix.x, mix.r)], abs=1e-6)
+    along = torch.ones(4, dtype=torch.float64) if kind == "exp" else mix.x
+    assert float(mix.x.grad @ along) == pytest.approx(0, abs=1e-12)
+    before = mix.model()
+    mix.x.copy_(mix.x + 3 if kind == "exp" else mix.x * 3)
+    assert (mix.model() - before).abs().max() < 1e-12
+
+
 # Invariants
 
 

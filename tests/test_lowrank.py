@@ -19,6 +19,7 @@ from torch.autograd import gradcheck
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedcore import trees
 from fedcore.config import Experiment
@@ -26,8 +27,18 @@ from fedcore.data.federated import Examples, FederatedData
 from fedcore.errors import SettingsError
 from fedcore.local import local_sgd
 from fedcore.loop import Loop, run
+from fedcore.method import Method, MethodSettings
 from fedcore.models import Cnn, LowRank, Mlp, ResNet, Vit
-from fedcore.models.lowrank import FactoredConv2d, FactoredLinear, Form, layers, lowrank, rank_of, size_of
+from fedcore.models.lowrank import (
+    FactoredConv2d,
+    FactoredLinear,
+    Form,
+    JacobianCorrection,
+    layers,
+    lowrank,
+    rank_of,
+    size_of,
+)
 from fedcore.models.vit import Prefix
 from fedcore.split import split
 from fedcore.task import Task, squared_error
@@ -72,6 +83,33 @@ def test_a_linear_weight_is_the_product_of_face_splitting_matrices() -> None:
     X, Y = ((layer.get_parameter(f"{f}1")[:, :, None] * layer.get_parameter(f"{f}2")[:, None, :]).flatten(1) for f in "XY")
     assert X.shape == (7, 9)
     assert close(layer.weight, X @ Y.T)
+
+
+@hypothesis(deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5))
+def test_inner_ranks_multiply_up_to_the_sides_whatever_the_shape(m: int, n: int, r1: int, r2: int) -> None:
+    """Proposition 1, and the constructive form behind it, in which the inner size is r1 r2."""
+    layer, other = factored((m, n), r1), factored((m, n), r2, seed=1)
+    layer.X2, layer.Y2 = other.X2, other.Y2
+    X, Y = ((layer.get_parameter(f"{f}1")[:, :, None] * layer.get_parameter(f"{f}2")[:, None, :]).flatten(1) for f in "XY")
+    assert X.shape == (m, r1 * r2)
+    assert close(layer.weight, X @ Y.T, 1e-11)
+    assert int(torch.linalg.matrix_rank(layer.weight, rtol=1e-10)) == min(r1 * r2, m, n)
+
+
+@hypothesis(deadline=None)
+@given(*[st.integers(1, 8)] * 2, *[st.integers(1, 3)] * 3, st.sampled_from(FORMS))
+def test_the_weight_of_a_convolution_is_the_sum_over_its_core_whatever_the_shape(
+    outputs: int, inputs: int, k1: int, k2: int, rank: int, form: Form
+) -> None:
+    """Proposition 3: both unfoldings by channels have rank R^2 at most, in pFedPara R (R + 1), in plain low rank R."""
+    layer = factored((outputs, inputs, k1, k2), rank, form)
+    p = values(layer)
+    one, two = (torch.einsum("abhw,oa,ib->oihw", p["T" + n], p["X" + n], p["Y" + n]) for n in ("11" if form == "lowrank" else "12"))
+    assert close(layer.weight, {"fedpara": one * two, "pfedpara": one * (two + 1), "lowrank": one}[form], 1e-11)
+    bound = rank * {"fedpara": rank, "pfedpara": rank + 1, "lowrank": 1}[form]
+    for mode in (0, 1):
+        assert int(torch.linalg.matrix_rank(layer.weight.transpose(0, mode).flatten(1), rtol=1e-10)) <= bound
 
 
 def test_the_other_forms_of_a_linear_weight() -> None:
@@ -153,12 +191,6 @@ def test_random_factors_attain_the_rank_that_the_propositions_allow(
         assert [int(torch.linalg.matrix_rank(u)) for u in unfoldings] == expected, f"seed {seed}"
 
 
-def test_unequal_inner_ranks_multiply() -> None:
-    layer, other = factored((20, 20), 2), factored((20, 20), 3)
-    layer.X2, layer.Y2 = other.X2, other.Y2
-    assert int(torch.linalg.matrix_rank(layer.weight)) == 6
-
-
 @pytest.mark.parametrize("shape", [(5, 7), (4, 5, 3, 2)], ids=str)
 def test_changes_of_gauge_leave_the_weight_as_it_is(shape: tuple[int, ...]) -> None:
     layer = factored(shape, 3)
@@ -236,6 +268,109 @@ def test_gradients_agree_with_finite_differences(shape: tuple[int, ...], form: F
         eps=1e-6,
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_product_is_formed_twice(form: Form) -> None:
+    """Floating-point operations of a step: W_i once on the way, two of its size back; and the dense layer's own."""
+    (m, n, R, B), products = (40, 30, 6, 5), 1 if form == "lowrank" else 2
+    layer = layer_of((m, n), R, form)
+    x = torch.randn(B, n, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).square().sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (products * R * m * n + B * m * n)
+    layer, (k, size) = layer_of((m, n, 3, 3), R, form), (9, 8)
+    x = torch.randn(B, n, size, size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).square().sum().backward()
+    core, whole = n * R * R * k, m * n * R * k
+    assert counter.get_total_flops() == 3 * 2 * (products * (core + whole) + B * m * n * k * (size - 2) ** 2)
+
+
+# The Jacobian correction
+
+
+def by_hand(x: list[Tensor], J: Tensor, step: float) -> Tensor:
+    """1/2 |W' - (W - eta J)|^2 of a linear layer, with the gradients as they are written in the paper."""
+    X1, Y1, X2, Y2 = x
+    W1, W2 = X1 @ Y1.T, X2 @ Y2.T
+    new1 = (X1 - step * (J * W2) @ Y1) @ (Y1 - step * (J * W2).T @ X1).T
+    new2 = (X2 - step * (J * W1) @ Y2) @ (Y2 - step * (J * W1).T @ X2).T
+    return (new1 * new2 - (W1 * W2 - step * J)).square().sum() / 2
+
+
+def test_the_jacobian_correction_of_one_weight() -> None:
+    """W' = .9^4 = .6561 against .9; nothing where the loss has no gradient."""
+    layer = FactoredLinear(nn.Linear(1, 1, bias=False), 1, LowRank(form="fedpara")).double()
+    for p in layer.parameters():
+        p.data.fill_(1.0)
+    penalty = JacobianCorrection(layer, 3.0, 0.1)
+    x = torch.ones(1, 1, dtype=torch.float64)
+    assert penalty(lambda p: functional_call(layer, p, (x,)).sum(), values(layer)).item() == pytest.approx(
+        3 * 0.029743605, abs=1e-14
+    )
+    assert penalty(lambda p: functional_call(layer, p, (0 * x,)).sum(), values(layer)).item() == 0
+
+
+def two_layers() -> tuple[nn.Sequential, Params, Tensor, Tensor]:
+    model = nn.Sequential(factored((4, 3), 2), nn.Tanh(), factored((2, 4), 2, seed=1))
+    draw = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(6, n, dtype=torch.float64, generator=draw) for n in (3, 2))
+    return model, {name: 0.5 * p for name, p in values(model).items()}, x, y
+
+
+def test_the_jacobian_correction_is_the_papers_over_all_layers_and_so_is_its_gradient() -> None:
+    model, params, x, y = two_layers()
+
+    def loss(p: Params) -> Tensor:
+        return squared_error(functional_call(model, p, (x,)), y).mean()
+
+    def expected(p: Params) -> Tensor:
+        """With the model written out, and J by PyTorch's own differentiation."""
+        factors = [[p[f"{i}.{name}"] for name in ("X1", "Y1", "X2", "Y2")] for i in (0, 2)]
+        W = [(X1 @ Y1.T) * (X2 @ Y2.T) for X1, Y1, X2, Y2 in factors]
+        outputs = torch.tanh(x @ W[0].T + p["0.bias"]) @ W[1].T + p["2.bias"]
+        J = torch.autograd.grad(squared_error(outputs, y).mean(), W, create_graph=True)
+        return 0.7 * (by_hand(factors[0], J[0], 0.2) + by_hand(factors[1], J[1], 0.2))
+
+    penalty = JacobianCorrection(model, 0.7, 0.2)
+    found = grad(lambda p: penalty(loss, p))(params)
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    value = expected(leaves)
+    value.backward()
+    assert penalty(loss, params).item() == pytest.approx(value.item(), rel=1e-12)
+    assert value > 1e-3
+    assert_close(found, {name: p.grad for name, p in leaves.items()}, 1e-12, "gradient of the correction")
+    batched = vmap(grad(lambda p: penalty(loss, p)))({name: torch.stack([p, 1.1 * p]) for name, p in params.items()})
+    assert_close(trees.at(batched, 0), found, 1e-12, "batched over clients")
+    assert all(layer.change is None for layer in model if isinstance(layer, FactoredLinear))
+
+
+def test_the_jacobian_correction_acts_in_every_engine_and_at_lambda_zero_not_at_all(tmp_path: Path) -> None:
+    own = {**DIGITS, "lowrank__form": "fedpara", "method__local_lr": 0.1}
+    plain, zero, one, batched = (
+        run(small("fedavg", **own, **more), tmp_path / str(i))
+        for i, more in enumerate(
+            [
+                {},
+                {"lowrank__jacobian": 0.0},
+                {"lowrank__jacobian": 1.0},
+                {"lowrank__jacobian": 1.0, "engine__name": "vectorised", "engine__chunk": 3},
+            ]
+        )
+    )
+    assert zero.params_sha256 == plain.params_sha256 != one.params_sha256
+    assert_close(batched.params, one.params, 1e-5, "in chunks and one by one")
+
+
+class Rateless(Method[MethodSettings]):
+    """A method whose clients have no step size of their own."""
+
+
+def test_the_jacobian_correction_needs_a_step_size() -> None:
+    e = Experiment.parse({"method": {"name": "tests.test_lowrank:Rateless"}, "lowrank": {"form": "fedpara", "jacobian": 1.0}})
+    with pytest.raises(SettingsError, match=r'lowrank\.jacobian = 1\.0: it needs the local_lr that "tests.*" has not'):
+        build_task(e)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -491,6 +626,16 @@ def test_only_linear_layers_and_plain_convolutions_are_factored() -> None:
     assert isinstance(lowrank(nn.Linear(64, 64), LowRank(form="fedpara", keep=("output",))), nn.Linear)
 
 
+def test_without_settings_layers_become_fedparas_of_the_given_gamma() -> None:
+    for gamma in (0.0, 0.5):
+        dense, model = (nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 2)) for _ in range(2))
+        found = layers(dense, lowrank(model, gamma=gamma))
+        R = rank_of((128, 64), gamma)
+        assert found == [("0", 64 * 128 + 128, 2 * R * 192 + 128, R), ("2", 258, 258, None)]
+        assert isinstance(model[0], FactoredLinear)
+        assert model[0].form == "fedpara"
+
+
 def test_what_others_read_or_may_do_with_a_weight_stays_dense() -> None:
     tied, reflecting = nn.Linear(64, 64), nn.Conv2d(64, 64, 3, padding_mode="reflect")
     embedding, output = nn.Embedding(64, 64), nn.Linear(64, 64)
@@ -512,9 +657,10 @@ def test_a_layer_of_pytorchs_transformer_works_with_factors(training: bool) -> N
         assert layer(torch.ones(2, 5, 64)).isfinite().all()
 
 
-def test_tanh_is_of_fedpara_alone() -> None:
-    with pytest.raises(ValidationError, match='tanh is of the form "fedpara", not of "pfedpara"; leave it out'):
-        LowRank(form="pfedpara", tanh=True)
+@pytest.mark.parametrize(("name", "value"), [("tanh", True), ("jacobian", 1.0)])
+def test_the_papers_extras_are_of_fedpara_alone(name: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=f'{name} is of the form "fedpara", not of "pfedpara"; leave it out'):
+        LowRank.model_validate({"form": "pfedpara", name: value})
 
 
 def test_parts_of_a_model_are_found_by_name_in_its_factors_too() -> None:

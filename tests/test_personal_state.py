@@ -141,8 +141,10 @@ def test_no_message_of_a_preset_holds_a_name_or_a_value_of_a_personal_parameter(
 @pytest.mark.parametrize("noise", [{}, NOISY], ids=["", "noisy links"])
 @pytest.mark.parametrize("name", PERSONAL)
 def test_no_message_holds_what_a_client_keeps_nor_how_it_changed(name: str, noise: dict[str, float], tmp_path: Path) -> None:
-    grid = Tapped(small(name, **noise), tmp_path, 5)  # fewer nodes than clients: several in one message
+    e = small(name, **noise, finetune__epochs=1, **SHORT.get(name, {}))
+    grid = Tapped(e, tmp_path, 5)  # fewer nodes than clients: several in one message
     grid.run()
+    assert {sent.function for sent in grid.traffic} == {"", "train", "evaluate", "finetune"}
     seen = 0
     for before, after in zip(grid.traffic, grid.traffic[1:], strict=False):
         raw = after.raw()

@@ -22,6 +22,27 @@ from fedcore.errors import SettingsError
 from fedcore.rng import rng
 
 
+class Pixels(NamedTuple):
+    """How pixels in [0, 1] became inputs: x = (pixel - mean) / deviation, by channel."""
+
+    mean: tuple[float, ...] = (0.0,)
+    deviation: tuple[float, ...] = (1.0,)
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """[..., C, H, W] in [0, 1] to what a model takes."""
+        mean, deviation = self._like(pixels)
+        return (pixels - mean) / deviation
+
+    def of(self, inputs: Tensor) -> Tensor:
+        """The inverse of `inputs`."""
+        mean, deviation = self._like(inputs)
+        return inputs * deviation + mean
+
+    def _like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, deviation = (torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in self)
+        return mean, deviation
+
+
 class Source(NamedTuple):
     """A data set as published: training and test rows."""
 
@@ -31,6 +52,7 @@ class Source(NamedTuple):
     y_test: Tensor
     num_classes: int
     groups: np.ndarray | None = None  # [n] the natural client of each training row
+    pixels: Pixels = Pixels()  # how the rows were scaled
 
 
 def load(name: str, folder: Path | None = None) -> Source:
@@ -92,12 +114,10 @@ def fashion_mnist(folder: Path | None = None) -> Source:
             "label",
             f"no IDX files in {looked}; apt-get install dataset-fashion-mnist, or set data_folder to a folder of them",
         )
-    mean, deviation = 0.2860, 0.3530
-    x = {
-        part: torch.from_numpy(arrays[part]).float().div_(255).sub_(mean).div_(deviation)[:, None] for part in ("x_train", "x_test")
-    }
+    pixels = Pixels((0.2860,), (0.3530,))
+    x = {part: pixels.inputs(torch.from_numpy(arrays[part]).float().div_(255)[:, None]) for part in ("x_train", "x_test")}
     y = {part: torch.from_numpy(arrays[part].astype(np.int64)) for part in ("y_train", "y_test")}
-    return Source(x["x_train"], y["y_train"], x["x_test"], y["y_test"], 10)
+    return Source(x["x_train"], y["y_train"], x["x_test"], y["y_test"], 10, pixels=pixels)
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
@@ -150,14 +170,13 @@ def cifar10(folder: Path | None = None) -> Source:
         )
     else:
         arrays = _from_hub("uoft-cs/cifar10", "img", "label", "set data_folder to a folder of its parquet files")
-    mean = torch.tensor([0.4914, 0.4822, 0.4465])[:, None, None]
-    deviation = torch.tensor([0.2470, 0.2435, 0.2616])[:, None, None]
+    pixels = Pixels((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     x = {
-        p: torch.from_numpy(arrays[p]).permute(0, 3, 1, 2).contiguous().float().div_(255).sub_(mean).div_(deviation)
+        p: pixels.inputs(torch.from_numpy(arrays[p]).permute(0, 3, 1, 2).contiguous().float().div_(255))
         for p in ("x_train", "x_test")
     }
     y = {p: torch.from_numpy(arrays[p].astype(np.int64)) for p in ("y_train", "y_test")}
-    return Source(x["x_train"], y["y_train"], x["x_test"], y["y_test"], 10)
+    return Source(x["x_train"], y["y_train"], x["x_test"], y["y_test"], 10, pixels=pixels)
 
 
 def _read_parquet(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:

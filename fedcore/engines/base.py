@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.defence import Defence, DefenceSettings
 from fedcore.errors import SettingsError
 from fedcore.links import Links, LinksSettings
 from fedcore.method import Method, data_of
@@ -52,14 +53,20 @@ class Engine(Protocol):
 
 
 class Work:
-    """One client's work, as every engine does it: task, method, batch plan, links and seed."""
+    """One client's work, as every engine does it: task, method, batch plan, defence, links and seed."""
 
     def __init__(
-        self, task: Task, method: Method[Any], local: LocalSettings, seed: int, links: LinksSettings | None = None
+        self,
+        task: Task,
+        method: Method[Any],
+        local: LocalSettings,
+        seed: int,
+        links: LinksSettings | None = None,
+        defence: DefenceSettings | None = None,
     ) -> None:
-        """`links` disturb what is sent; by default nothing does."""
+        """`defence` protects what clients send, `links` disturb what is sent; by default nothing does."""
         self.task, self.method, self.local, self.seed = task, method, local, seed
-        self.links = Links(links or LinksSettings(), seed)
+        self.links, self.defence = Links(links or LinksSettings(), seed), Defence(defence or DefenceSettings(), seed)
         self._now = (-1, torch.empty(0))
 
     def batches(self, fn: ClientFunction, clients: list[int], t: int) -> Batches | Tuning:
@@ -103,7 +110,15 @@ class Work:
         down = self.links.carry(down, "downlink", fn, t, client)
         with self.model_noise(fn, t, client):
             up, new = run_client(fn, self.task, self.now(t), down, state, batches)
-        return self.links.carry(up, "uplink", fn, t, client), new
+        return self.send(up, fn, t, client), new
+
+    def send(self, up: Tree, fn: ClientFunction, t: int, client: int) -> Tree:
+        """What arrives of a message: protected before it leaves, then disturbed on its way."""
+        return self.links.carry(self.defence.protect(up, fn, t, client), "uplink", fn, t, client)
+
+    def arrives_as_is(self, fn: ClientFunction) -> bool:
+        """Whether `send` changes nothing."""
+        return self.defence.silent(fn) and self.links.silent("uplink", fn)
 
     @contextmanager
     def model_noise(self, fn: ClientFunction, t: int, client: int) -> Iterator[None]:

@@ -81,8 +81,8 @@ class Vectorised:
         in_dims = (0 if own_down else None, 0 if trees.leaves(states) else None, 0)
         up, new = vmap(client, in_dims=in_dims, randomness="different")(down, states, batches)
         assert all(len(x) == n for x in trees.leaves(up))
-        if chunk is not None and trees.leaves(up) and not links.silent("uplink", fn):
-            up = trees.stack([links.carry(trees.at(up, row), "uplink", fn, t, i) for row, i in enumerate(chunk)])
+        if chunk is not None and trees.leaves(up) and not self.work.arrives_as_is(fn):
+            up = trees.stack([self.work.send(trees.at(up, row), fn, t, i) for row, i in enumerate(chunk)])
         return up, new
 
     def _states(self, clients: list[int]) -> Tree:

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import nn
 
 from fedcore.errors import SettingsError
 
 
 class Cnn(BaseModel):
-    """Two 5x5 convolutions (32, 64 channels, 2x2 pooling), 512 dense units (McMahan et al. 2017): 1 663 370 parameters at 28x28."""
+    """Two convolutions, each with 2x2 pooling, and a dense layer; by default McMahan et al. 2017: 1 663 370 parameters at 28x28."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["cnn"] = "cnn"
+    channels: tuple[PositiveInt, PositiveInt] = Field((32, 64), description="of the two convolutions")
+    kernel: Literal[3, 5] = Field(5, description="side of both convolutions, in pixels")
+    hidden: int = Field(512, ge=1, description="units of the dense layer")
+    pool: Literal["max", "avg"] = Field("max", description="avg is smooth, as attacks on gradients assume")
 
     def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
         channels, height, width = image(input_shape, "cnn", 4)
+        first, second = self.channels
+        pool = nn.MaxPool2d if self.pool == "max" else nn.AvgPool2d
         return nn.Sequential(
-            nn.Conv2d(channels, 32, 5, padding=2),
+            nn.Conv2d(channels, first, self.kernel, padding=self.kernel // 2),
             nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 5, padding=2),
+            pool(2),
+            nn.Conv2d(first, second, self.kernel, padding=self.kernel // 2),
             nn.ReLU(),
-            nn.MaxPool2d(2),
+            pool(2),
             nn.Flatten(),
-            nn.Linear(64 * (height // 4) * (width // 4), 512),
+            nn.Linear(second * (height // 4) * (width // 4), self.hidden),
             nn.ReLU(),
-            nn.Linear(512, num_outputs),
+            nn.Linear(self.hidden, num_outputs),
         )
 
 

@@ -11,22 +11,26 @@ Choice:  R = round((1 - gamma) r_min + gamma r_max), where r_min = min(ceil sqrt
          authors' code has max), and r_max is the largest that does not exceed the dense layer; a layer stays if r_min exceeds it.
          Factors start normal with the variance that gives W that of He's initialisation: with the authors' fan-in of each factor W
          starts near 0. In pFedPara Y2 starts at 0, so that W = W1.
-         The Jacobian correction of the supplement is left out: off by default, and no gain in the paper's own ablation.
+         The Jacobian correction of the supplement is off: no gain in the paper's own ablation. Its gradient is of second order.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+from torch.func import grad, vjp
 from torch.nn import functional
 
+from fedcore import trees
 from fedcore.split import Parts, split
+from fedcore.types import Params
 
 Form = Literal["dense", "fedpara", "pfedpara", "lowrank"]
 
@@ -43,10 +47,15 @@ class LowRank(BaseModel):
     keep: Parts = Field((), description="parts of the model that stay dense, by name (output, ...) or patterns of parameter names")
     tanh: bool = Field(False, description="fedpara: W = tanh(W1) o tanh(W2), as in the paper's experiments but the personal ones")
 
+    jacobian: float = Field(
+        0.0, ge=0, description="fedpara: lambda of the Jacobian correction, part of the logged loss; 1 in the paper's experiments"
+    )
+
     @model_validator(mode="after")
-    def _tanh_is_fedparas(self) -> LowRank:
-        if self.tanh and self.form not in ("dense", "fedpara"):
-            raise ValueError(f'tanh is of the form "fedpara", not of "{self.form}"; leave it out')
+    def _of_fedpara_alone(self) -> LowRank:
+        for name in ("tanh", "jacobian"):
+            if getattr(self, name) and self.form not in ("dense", "fedpara"):
+                raise ValueError(f'{name} is of the form "fedpara", not of "{self.form}"; leave it out')
         return self
 
 
@@ -56,6 +65,7 @@ class _Factored(nn.Module):
     def __init__(self, s: LowRank, shapes: Mapping[str, tuple[int, ...]], fan_in: int, dense: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.form, self.tanh = s.form, s.tanh
+        self.change: Tensor | None = None  # added to W, to differentiate by W itself
         rank, pairs = shapes["X"][1], 2 if s.form == "fedpara" else 1
         terms = rank ** (1 if len(shapes) == 2 else 2)  # of products of factors, summed in an entry of W_i
         # Var W = (terms q^(2 factors))^pairs = 2 / fan_in
@@ -68,16 +78,22 @@ class _Factored(nn.Module):
                 self.register_parameter(name + number, nn.Parameter(factor))
         self.bias = dense.bias
 
-    def product(self, number: str) -> Tensor:
+    def product(self, number: str, factors: Mapping[str, Any] | None = None) -> Tensor:
+        """W_i, of these factors or the layer's own."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
         """W, as a dense layer holds it: modules that read the weights of their layers go on working."""
-        first = self.product("1")
+        W = self.composed(self._parameters)
+        return W if self.change is None else W + self.change
+
+    def composed(self, factors: Mapping[str, Any]) -> Tensor:
+        """W from these factors."""
+        first = self.product("1", factors)
         if self.form == "lowrank":
             return first
-        second = self.product("2")
+        second = self.product("2", factors)
         if self.form == "pfedpara":
             return torch.addcmul(first, first, second)  # W1 o (W2 + 1)
         return first.tanh() * second.tanh() if self.tanh else first * second
@@ -90,8 +106,10 @@ class FactoredLinear(_Factored):
         shapes = {"X": (dense.out_features, rank), "Y": (dense.in_features, rank)}
         super().__init__(s, shapes, dense.in_features, dense)
 
-    def product(self, number: str) -> Tensor:
-        found: Tensor = getattr(self, f"X{number}") @ getattr(self, f"Y{number}").T
+    def product(self, number: str, factors: Mapping[str, Any] | None = None) -> Tensor:
+        p: Mapping[str, Any] = factors or self._parameters
+        X, Y = p["X" + number], p["Y" + number]
+        found: Tensor = X @ Y.T
         return found
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,8 +125,9 @@ class FactoredConv2d(_Factored):
         super().__init__(s, shapes, inputs * k1 * k2, dense)
         self.stride, self.padding, self.dilation = dense.stride, dense.padding, dense.dilation
 
-    def product(self, number: str) -> Tensor:
-        X, Y, T = (getattr(self, name + number) for name in "XYT")
+    def product(self, number: str, factors: Mapping[str, Any] | None = None) -> Tensor:
+        p: Mapping[str, Any] = factors or self._parameters
+        X, Y, T = p["X" + number], p["Y" + number], p["T" + number]
         core = torch.tensordot(Y, T, dims=([1], [1]))  # [I, R, k1, k2]
         found: Tensor = torch.tensordot(X, core, dims=([1], [1]))
         return found
@@ -136,13 +155,15 @@ def rank_of(shape: tuple[int, ...], gamma: float) -> int:
     return round((1 - gamma) * least + gamma * largest)
 
 
-def lowrank(model: nn.Module, settings: LowRank) -> nn.Module:
+def lowrank(model: nn.Module, settings: LowRank | None = None, *, gamma: float = 0.0) -> nn.Module:
     """The model with its linear layers and convolutions factored, in place; those that would not get smaller stay dense.
 
-    So do what is in `keep`, weights that several layers share, convolutions in groups or with another padding than zeros, and
-    subclasses of the two layers, which may do anything with their weight. Draws from torch's generator. Raises SettingsError for
-    a part in `keep` that the model has not.
+    Without settings they become FedPara layers of this gamma; `layers` lists them before and after. Dense, too, stays what is in
+    `keep`, weights that several layers share, convolutions in groups or with another padding than zeros, and subclasses of the two
+    layers, which may do anything with their weight. Draws from torch's generator. Raises SettingsError for a part in `keep` that
+    the model has not.
     """
+    settings = LowRank(form="fedpara", gamma=gamma) if settings is None else settings
     if settings.form == "dense":
         return model
     kept = split(dict(model.named_parameters()), settings.keep)[1]
@@ -175,6 +196,45 @@ def _factored(layer: nn.Module, s: LowRank) -> _Factored | None:
     if isinstance(layer, nn.Linear):
         return FactoredLinear(layer, rank, s)
     return FactoredConv2d(layer, rank, s) if layer.groups == 1 and layer.padding_mode == "zeros" else None
+
+
+@dataclass(frozen=True)
+class JacobianCorrection:
+    """lambda/2 |W' - (W - eta J)|^2, summed over the factored layers (supplement of the paper).
+
+    J = dL/dW, and W' is W after a step of plain SGD on the factors: they should move W as a step on W itself would.
+    """
+
+    model: nn.Module
+    strength: float  # lambda
+    step: float  # eta
+
+    def __call__(self, loss: Callable[[Params], Tensor], params: Params) -> Tensor:
+        """At these parameters of the model, whose loss is given. 0-d."""
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, _Factored)}
+        factors = {
+            name: {own: params[f"{name}.{own}".removeprefix(".")] for own, _ in layer.named_parameters() if own != "bias"}
+            for name, layer in layers.items()
+        }
+        W = {name: layer.composed(factors[name]) for name, layer in layers.items()}
+
+        def moved(change: Params) -> Tensor:
+            """The loss with each W moved by so much."""
+            try:
+                for name, layer in layers.items():
+                    layer.change = change[name]
+                return loss(params)
+            finally:
+                for layer in layers.values():
+                    layer.change = None
+
+        J = grad(moved)(trees.zeros_like(W))
+        total = torch.zeros((), dtype=next(iter(params.values())).dtype, device=next(iter(params.values())).device)
+        for name, layer in layers.items():
+            (slope,) = vjp(layer.composed, factors[name])[1](J[name])
+            after = layer.composed(trees.axpy(-self.step, slope, factors[name]))  # W'
+            total = total + (after - (W[name] - self.step * J[name])).square().sum()
+        return self.strength / 2 * total
 
 
 class Layer(NamedTuple):

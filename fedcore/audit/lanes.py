@@ -1,0 +1,181 @@
+"""Many reconstructions in one batch of optimisations: a lane is one client, one start, one path scale.
+
+Adam works element by element, so lanes side by side are lanes one after another; what differs is how their gradients are taken:
+under `torch.func.vmap`, or one by one. Which is faster depends on model and machine, so it is measured and remembered, as the
+vectorised engine does. Convolutions with other weights in each lane are written as matrix products for vmap: PyTorch would make
+them grouped convolutions, which on a CPU are twenty times slower.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
+from torch.nn import functional
+
+from fedcore import cache, trees
+from fedcore.audit.attack import Progress, silent
+from fedcore.engines.base import one_thread
+from fedcore.types import Tree
+
+AT_ONCE = 32  # lanes in one batch
+CURVE = 50  # points kept of the objective along the way
+
+Variables = dict[str, Tensor]
+"""What is optimised, by name; [lanes, ...], or of one lane inside an objective."""
+
+Objective = Callable[[Variables, Tree], tuple[Tensor, Tensor]]
+"""(variables, constants) of one lane -> (what is minimised, the part of it that is the match), both 0-d."""
+
+
+class Trace(NamedTuple):
+    """Where the optimisation ended."""
+
+    variables: Variables  # [lanes, ...]
+    match: Tensor  # [lanes] at the last variables
+    curve: list[list[float]]  # by lane
+    iterations: int  # done
+
+
+def optimise(
+    objective: Callable[[nn.Module], Objective],
+    model: nn.Module,
+    variables: Variables,
+    constants: Tree,
+    rates: dict[str, float],
+    iterations: int,
+    project: Callable[[Variables], None],
+    milestones: bool = True,
+    gamma: float | None = None,
+    signed: bool = False,
+    progress: Progress = silent,
+    batched: bool | None = None,
+) -> Trace:
+    """Adam over all lanes, with step size `rates[name]`; variables without a rate stay as they are.
+
+    `objective(model)` is the objective on that model; `constants` have a leading lane axis. `project` clamps in place after every
+    step. `milestones`: step sizes fall tenfold at 3/8, 5/8 and 7/8 of the way; `gamma`: by this factor each step. `signed`: the
+    sign of the gradient of x instead of the gradient. `batched` = None: measure.
+    """
+    held = {name: value.clone() for name, value in variables.items()}
+    optimiser = torch.optim.Adam([{"params": [held[name]], "lr": rate} for name, rate in rates.items()])
+    marks = [part * iterations // 8 for part in (3, 5, 7)]
+    match = torch.zeros(len(next(iter(held.values()))))
+    curve: list[Tensor] = []
+    gradients = Gradients(objective, model, held, constants, tuple(rates), batched)
+    for i in range(iterations):
+        found, match = gradients(held, constants)
+        for name in rates:
+            held[name].grad = found[name].sign() if signed and name == "x" else found[name]
+        optimiser.step()
+        with torch.no_grad():
+            project(held)
+        for group in optimiser.param_groups:
+            group["lr"] *= gamma or (0.1 if milestones and i + 1 in marks else 1.0)
+        if i % max(iterations // CURVE, 1) == 0:
+            curve.append(match)
+        if not progress((i + 1) / iterations, float(match.mean())):
+            break
+    _, match = gradients(held, constants)
+    rows = torch.stack([*curve, match], 1).tolist()
+    return Trace({name: value.detach() for name, value in held.items()}, match, rows, i + 1)
+
+
+class Gradients:
+    """(gradient of every lane's objective, its match), batched over lanes or one by one."""
+
+    def __init__(
+        self,
+        objective: Callable[[nn.Module], Objective],
+        model: nn.Module,
+        variables: Variables,
+        constants: Tree,
+        names: tuple[str, ...],
+        batched: bool | None = None,
+    ) -> None:
+        self.names, self.lanes = names, len(next(iter(variables.values())))
+        self._alone = grad_and_value(objective(model), has_aux=True)
+        self._batch = vmap(grad_and_value(objective(products(model)), has_aux=True), chunk_size=min(AT_ONCE, self.lanes))
+        if batched is None:
+            batched = self.lanes > 1 and self._batching_pays(model, variables, constants)
+        self.batched = batched
+
+    def __call__(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
+        return self._batched(variables, constants) if self.batched else self._one_by_one(variables, constants)
+
+    def _batched(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
+        gradient, (_, match) = self._batch(variables, constants)
+        return gradient, match.detach()
+
+    def _one_by_one(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
+        found = []
+        with one_thread():  # operations this small are slower on several
+            for lane in range(self.lanes):
+                gradient, (_, match) = self._alone(trees.at(variables, lane), trees.at(constants, lane))
+                found.append((gradient, match.detach()))
+        gradients, matches = trees.stack(found)
+        return gradients, matches
+
+    def _batching_pays(self, model: nn.Module, variables: Variables, constants: Tree) -> bool:
+        """Measured once a (model, shapes, machine), and remembered: two audits with one seed then compute the same bits."""
+        shapes = [[name, list(x.shape)] for name, x in trees.flatten((variables, constants)).items()]
+        machine = [platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
+        key = cache.key_of("lanes", [str(model), shapes, machine])
+        known = cache.load(key)
+        if known is None:
+            try:
+                times = [self._time(way, variables, constants) for way in (self._batched, self._one_by_one)]
+            except Exception:  # a model that vmap cannot take
+                return False
+            cache.save(key, batched=np.array(times[0] < times[1]))
+            known = cache.load(key) or {"batched": np.array(times[0] < times[1])}
+        return bool(known["batched"])
+
+    def _time(self, way: Callable[[Variables, Tree], object], variables: Variables, constants: Tree) -> float:
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            way(variables, constants)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+
+def products(model: nn.Module) -> nn.Module:
+    """A copy of the model whose plain convolutions are matrix products, with the same parameters by name."""
+    changed = copy.deepcopy(model)
+    for name, layer in list(changed.named_modules()):
+        if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            if not name:
+                return _Product(layer)
+            parent, _, child = name.rpartition(".")
+            setattr(changed.get_submodule(parent), child, _Product(layer))
+    return changed
+
+
+class _Product(nn.Module):
+    """A convolution as one matrix product over unfolded inputs."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        assert not isinstance(layer.padding, str)
+        self.kernel, self.stride, self.dilation, self.padding = layer.kernel_size, layer.stride, layer.dilation, layer.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, *size = x.shape
+        sides = zip(size, self.padding, self.dilation, self.kernel, self.stride, strict=True)
+        height, width = ((s + 2 * p - d * (k - 1) - 1) // step + 1 for s, p, d, k, step in sides)
+        columns = functional.unfold(x, self.kernel, self.dilation, self.padding, self.stride)  # [N, C k k, H W]
+        columns = columns.transpose(0, 1).reshape(columns.shape[1], -1)
+        y = self.weight.flatten(1) @ columns
+        if self.bias is not None:
+            y = y + self.bias[:, None]
+        return y.view(-1, n, height, width).transpose(0, 1)

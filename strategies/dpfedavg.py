@@ -1,0 +1,68 @@
+"""DP-FedAvg - federated averaging with client-level differential privacy (McMahan et al., ICLR 2018, Algorithm 1).
+
+theta_t  global parameters   Delta^k  clipped update of client k   S  clipping bound (here C)   z  noise multiplier
+q  probability that a client takes part in a round   W  total weight, here N with w_k = 1   sigma  z C / (q N)
+Choices: flat clipping, over all tensors of the update together; uniform weights; the estimator with the fixed denominator q W,
+         whose sensitivity is C / (q N) (the paper's other one divides by who came, at least q W_min).
+Noise:   N(0, sigma^2) on the mean of every round, on one that nobody attended too. Drawn from the run's seed: a simulation.
+Sends:   the clipped difference and nothing else: a loss would be neither clipped nor noised.
+Guards:  the sequence of global models; the server itself reads every update. For noise on the clients: `defence`, with fedavg.
+Reduces: to FedAvg with uniform weights when z = 0, C is large, and everybody takes part.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.defence import clip
+from fedcore.errors import SettingsError
+from fedcore.local import local_sgd
+from fedcore.method import Method, MethodSettings, on_client
+from fedcore.participation import Process
+from fedcore.privacy import Mechanism, central
+from fedcore.rng import rng
+from fedcore.task import Task
+from fedcore.types import Batches, Model, Params, Round, Stateless
+
+
+class Settings(MethodSettings):
+    local_lr: float = Field(0.1, gt=0, description="eta, step size of a local step")
+    server_lr: float = Field(1.0, gt=0, description="step size of the server; 1 is the paper's")
+    clip: float = Field(1.0, gt=0, description="C (the paper's S), bound on the L2 norm of a client's update")
+    noise_multiplier: float = Field(1.0, ge=0, description="z, standard deviation of the noise on the sum over C; 0 = no guarantee")
+
+
+class Up(NamedTuple):
+    delta: Params  # Delta^k, of norm at most C
+
+
+class DPFedAvg(Method[Settings]):
+    def mechanism(self, process: Process) -> Mechanism:
+        if self.s.noise_multiplier == 0:
+            return central(0.0, 1.0)._replace(sampling="any")  # it guarantees nothing
+        if process.poisson is None:
+            raise SettingsError(
+                "the accountant of dpfedavg assumes that every client takes part with one known probability, independently: "
+                'set participation.name = "bernoulli" and participation.mean (the rate q), or let everybody take part always'
+            )
+        return central(self.s.noise_multiplier, process.poisson)  # clients that drop out make the true rate smaller still
+
+    @on_client
+    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+        theta, _, _ = local_sgd(task.loss, down.params, batches, self.s.local_lr)
+        return Up(clip(trees.sub(theta, down.params), self.s.clip)), state  # ClipFn
+
+    def round(self, server: Model, r: Round) -> Model:
+        total = trees.zeros_like(server.params)
+        for p in r.each(self.train, r.cohort, server):
+            total = trees.add_weighted_(total, p.up.delta, torch.ones(len(p.clients)))
+        # q N, of those that do not drop out; a trace has no rate, and comes without noise.
+        expected = max(len(r.cohort), 1) if r.rates is None else float(r.rates.sum())
+        draw, deviation = rng(r.seed, "dp noise", r.t), self.s.noise_multiplier * self.s.clip
+        noisy = trees.map(lambda x: x + deviation * torch.as_tensor(draw.standard_normal(x.shape)).to(x), total)
+        return Model(trees.axpy(self.s.server_lr / expected, noisy, server.params))

@@ -167,7 +167,7 @@ def large() -> None:
         print(f"{name}: exit status {status}; seconds a round {took} {said}", flush=True)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="overhead", choices=["overhead", "faults", "memory", "large"])
     parser.add_argument("--number", type=int, default=50)
@@ -181,3 +181,7 @@ if __name__ == "__main__":
         memory(a.clients, a.rounds)
     else:
         {"overhead": overhead, "large": large}[a.what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -27,9 +27,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)          ## clients per second of every engine and of Flower's own simulation; layers of factors
+bench: $(READY)          ## clients per second of every engine and of Flower's own simulation; layers of factors; a round with devices
 	$(BIN)/python -m benchmarks.engines
 	$(BIN)/python -m benchmarks.layers
+	$(BIN)/python -m benchmarks.deployment
 
 # torch first: where there is no GPU, its CPU build is taken if one is offered.
 $(READY): pyproject.toml constraints.txt

@@ -1,22 +1,30 @@
 """The Flower ClientApp: one handler for every client function of every method.
 
 A node hosts the logical clients i with i mod (number of nodes) = its partition id; with as many nodes as clients, one each.
+What a device adds to the run's settings stands in its node config, for this app is the same on every kind of node:
+`partition-id`, `num-partitions` (default: one client a node), `state` (directory of the clients' states; default: in memory, for
+one run), `data` and `set` (settings of this device's own).
 """
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedcore import trees, wire
+from client.store import Moment, Store
+from fedcore import __version__, trees, wire
 from fedcore.config import Experiment
 from fedcore.engines.base import Work, device_for, failure, one_thread
-from fedcore.errors import RunError
+from fedcore.errors import RunError, SettingsError
 from fedcore.method import evaluates
 from fedcore.tasks import build_task
+from fedcore.types import Tree
+
+OWN = ("data_folder", "options", "engine.device")  # settings that a device may have its own way
 
 app = ClientApp()
 
@@ -24,15 +32,29 @@ app = ClientApp()
 @functools.lru_cache(maxsize=1)
 def work_of(preset: str, overrides: str) -> Work:
     """Task and method, built once a process."""
-    e = Experiment.load(preset, overrides.split())
+    e = Experiment.load(preset, overrides.splitlines())
     return Work(build_task(e).to(device_for(e.engine)), e.build_method(), e.local, e.seed, e.links, e.defence)
+
+
+def own_settings(data: str, set_: str) -> list[str]:
+    """Overrides of a device: where its data are, and `key=value` separated by spaces.
+
+    Raises SettingsError for a setting that every client of a run has to have alike.
+    """
+    given = [f"data_folder={data}"] * bool(data) + set_.split()
+    for text in given:
+        key = text.partition("=")[0]
+        if not any(key == own or key.startswith(f"{own}.") for own in OWN):
+            raise SettingsError(f"--set {text}: a client may set {', '.join(OWN)} alone; everything else comes from the server")
+    return given
 
 
 @app.query()
 def whoami(message: Message, context: Context) -> Message:
-    """Which clients this node hosts."""
-    me = {key: context.node_config[key] for key in ("partition-id", "num-partitions") if key in context.node_config}
-    return Message(RecordDict({"node": ConfigRecord(me)}), reply_to=message)  # type: ignore[arg-type]
+    """Which clients this node hosts, and which fedcore runs them."""
+    me: dict[str, Any] = {key: context.node_config[key] for key in ("partition-id", "num-partitions") if key in context.node_config}
+    me["fedcore"] = __version__
+    return Message(RecordDict({"node": ConfigRecord(me)}), reply_to=message)
 
 
 @app.train()
@@ -42,30 +64,62 @@ def run(message: Message, context: Context) -> Message:
     clients, t = [int(client) for client in ask["clients"]], int(ask["t"])
     content, counts, failed = RecordDict(), dict[int, int](), dict[int, str]()
     try:
-        work = work_of(str(context.run_config["preset"]), str(context.run_config["set"]))
+        node = context.node_config
+        overrides = [*str(context.run_config["set"]).split(), *own_settings(str(node.get("data", "")), str(node.get("set", "")))]
+        work = work_of(str(context.run_config["preset"]), "\n".join(overrides))
         fn: Any = getattr(work.method, str(ask["function"]), None)
         if not hasattr(fn, "client_data"):
             raise RunError(f'{type(work.method).__module__} has no client function "{ask["function"]}"')
         down = trees.to(wire.decode(_arrays(message.content, "down"), wire.schemas(fn)[0]), work.task.device)
         initial = work.method.init_client(work.task.init_params())
+        kept = _Kept(context, ask, initial)
     except Exception as e:  # answered, not raised: Flower would send a traceback instead of the reason
         failed.update(failure(clients, e).failed)
         clients = []
     for client in clients:
-        key = f"state-{client}"
         try:
-            state = wire.decode(_arrays(context.state, key), type(initial), initial) if key in context.state else initial
+            state = kept.load(client)
             with one_thread():
                 up, state = work.one(fn, client, down, trees.to(state, work.task.device), t)
             content[f"up-{client}"] = wire.encode(up)
             if trees.leaves(state) and not evaluates(fn):
-                context.state[key] = wire.encode(state)
+                kept.save(client, state)
             counts[client] = int(work.num_examples(fn, [client]))
         except Exception as e:  # one client fails, the node's others do not
             failed.update(failure([client], e).failed)
-    about = {"t": t, "clients": [*counts], "num-examples": [*counts.values()], "failed": [*failed], "reasons": [*failed.values()]}
-    content["about"] = ConfigRecord(about)  # type: ignore[arg-type]
+    about: dict[str, Any] = {
+        "t": t,
+        "clients": [*counts],
+        "num-examples": [*counts.values()],
+        "failed": [*failed],
+        "reasons": [*failed.values()],
+    }
+    content["about"] = ConfigRecord(about)
     return Message(content, reply_to=message)
+
+
+class _Kept:
+    """What the clients of this node keep: in the device's directory if it names one, and else in Flower's context, for one run."""
+
+    def __init__(self, context: Context, ask: Any, initial: Tree) -> None:
+        self.initial, self.context = initial, context
+        self.now, self.safe = Moment(int(ask["t"]), int(ask.get("k", 0))), int(ask.get("safe", ask["t"]))
+        folder = str(context.node_config.get("state", ""))
+        federation = str(context.node_config.get("federation", ""))
+        self.store = Store(Path(folder), federation, str(ask.get("series", ""))) if folder and trees.leaves(initial) else None
+
+    def load(self, client: int) -> Tree:
+        if self.store is not None:
+            return self.store.load(client, self.now, self.initial)
+        key = f"state-{client}"
+        states = self.context.state
+        return wire.decode(_arrays(states, key), type(self.initial), self.initial) if key in states else self.initial
+
+    def save(self, client: int, state: Tree) -> None:
+        if self.store is not None:
+            self.store.save(client, self.now, state, self.safe)
+        else:
+            self.context.state[f"state-{client}"] = wire.encode(state)
 
 
 def _arrays(records: RecordDict, key: str) -> ArrayRecord:

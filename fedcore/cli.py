@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from fedcore import deploy
 from fedcore.errors import FedcoreError, SettingsError
 
 if TYPE_CHECKING:
@@ -295,6 +296,9 @@ def _attack_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
         except tomllib.TOMLDecodeError:
             found.setdefault(attack, {})[name] = value.strip()  # a bare word is a string
     return found
+
+
+deploy.register(app)
 
 
 @contextmanager

@@ -45,6 +45,13 @@ class EngineSettings(_Section):
     workers: int | None = Field(None, ge=1, description="ray: number of workers; default: one a core, or one a GPU share")
     gpus_per_worker: float = Field(0.0, ge=0, description="ray: share of a GPU a worker holds, e.g. 0.25; on cuda default 1")
     round_timeout: float = Field(3600.0, gt=0, description="grid: seconds after which a round goes on without late clients")
+    min_clients: int | None = Field(
+        None, ge=1, description="grid: nodes that must be there for a round to start; default: all, for 120 s, and then any"
+    )
+    report_goal: int | None = Field(
+        None, ge=1, description="grid: a round ends with this many reports; ask more clients than that to over-sample"
+    )
+    message_limit_mb: float = Field(512.0, gt=0, description="grid: most that one message may hold, in MB (10^6 bytes)")
 
 
 class EvaluationSettings(_Section):

@@ -1,5 +1,8 @@
 """Trees of tensors as Flower records and back, driven by type annotations. Nothing is pickled.
 
+A tree travels as one array of bytes in the safetensors format: Flower sends every array as objects of their own, each a call in
+both directions, and a call costs more than the few kilobytes of most tensors.
+
 The annotation of a client function's `down`, and of the first of its returned pair, is the schema: a field that is not declared is
 not sent, and an undeclared, missing or misshapen one that arrives is refused by name.
 """
@@ -10,9 +13,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, get_args, get_origin, get_type_hints
 
-import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fedcore import trees
@@ -30,10 +32,15 @@ def schemas(fn: Callable[..., Any]) -> tuple[Any, Any]:
     return hints["down"], get_args(hints["return"])[0]
 
 
+FORMAT = "safetensors"
+
+
 def encode(tree: Tree) -> ArrayRecord:
-    """One array a leaf, under its path."""
-    # The separator in front keeps the path of a bare tensor, which is empty, a key like any other.
-    return ArrayRecord({trees.SEPARATOR + path: _to_array(x) for path, x in trees.flatten(tree).items()})
+    """One array, which holds every leaf under its path."""
+    # Numbered, for the format has an order of its own. Cloned: leaves may share memory.
+    flat = {f"{n}{trees.SEPARATOR}{path}": x for n, (path, x) in enumerate(trees.flatten(tree).items())}
+    content = save({key: x.detach().cpu().contiguous().clone() for key, x in flat.items()})
+    return ArrayRecord({FORMAT: Array("uint8", (len(content),), FORMAT, content)})
 
 
 def decode(record: ArrayRecord, schema: Any, like: Tree = None) -> Tree:
@@ -42,7 +49,7 @@ def decode(record: ArrayRecord, schema: Any, like: Tree = None) -> Tree:
     Raises WireError naming the first field that is missing, not declared, unreadable, or of another shape or type; TypeError for
     a schema of anything but Tensor, dict[str, Tensor] and NamedTuples of these.
     """
-    found = {path.removeprefix(trees.SEPARATOR): _to_tensor(path, array) for path, array in record.items()}
+    found = _tensors(record)
     if like is None:
         tree = _take(found, schema, "")
         if found:
@@ -77,19 +84,15 @@ def _take(found: dict[str, Tensor], schema: Any, path: str) -> Tree:
     raise TypeError(f"{schema} cannot be sent: annotate with Tensor, Params (dict[str, Tensor]) or a NamedTuple of these")
 
 
-def _to_array(x: Tensor) -> Array:
-    if x.dtype == torch.bfloat16:  # NumPy has none: its bits travel as integers, and Flower's field says what they are
-        bits = Array(x.view(torch.int16).numpy(force=True))
-        return Array("bfloat16", bits.shape, bits.stype, bits.data)
-    return Array(x.numpy(force=True))
-
-
-def _to_tensor(path: str, array: Array) -> Tensor:
+def _tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    array = record.get(FORMAT)
+    if array is None or len(record) != 1 or array.stype != FORMAT:
+        raise WireError(f"arrays that are not one of {FORMAT}, found {', '.join(sorted(record)[:5]) or 'none'}")
     try:
-        x = torch.from_numpy(np.asarray(array.numpy(), order="C"))  # Flower loads with allow_pickle=False
-        return x.view(torch.bfloat16) if array.dtype == "bfloat16" else x
+        numbered = {key.partition(trees.SEPARATOR): x for key, x in load(array.data).items()}
+        return {path: x for (_, _, path), x in sorted(numbered.items(), key=lambda item: int(item[0][0]))}
     except Exception as e:  # what arrives may be anything
-        raise WireError(f'"{path.removeprefix(trees.SEPARATOR)}", which cannot be read: {e}') from e
+        raise WireError(f"arrays that cannot be read: {e}") from e
 
 
 def _dtype(x: Tensor) -> str:

@@ -1,34 +1,110 @@
-"""The Flower ServerApp: the round loop, with Flower nodes as its clients."""
+"""The Flower ServerApp: the round loop, with Flower nodes as its clients.
+
+Under `flwr run` it is a run like any other. Under `fedcore server` the environment names the run directory, which holds the
+settings: the run goes on from its checkpoint, and how it ended is written there.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedcore import loop
+from fedcore.checkpoint import STATE, write_atomically
 from fedcore.config import Experiment
-from fedcore.errors import FedcoreError, RunError
+from fedcore.errors import FedcoreError, RunError, SettingsError
 from fedcore.progress import Terminal, show_result
 from fedcore.report import write_or_note
+from fedcore.rundir import stored
 from server.grid import GridEngine
+
+RUN_DIR = "FEDCORE_RUN_DIR"  # set by `fedcore server`
+OUTCOME = "outcome.json"  # how the run ended: {"exit_status", "error", "result"}
+SERIES = "series.json"  # what the clients know the run by, from its start to its end
+WATCH = "waiting.json"  # whose answers the round waits for
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment that the run config's `preset` and `set` describe; what a user can get wrong is one line of the log."""
+    """Run the experiment; what a user can get wrong is one line of the log."""
+    if folder := os.environ.get(RUN_DIR):
+        _deploy(grid, Path(folder))
+        return
     try:
-        overrides = [*str(context.run_config["set"]).split(), 'engine.name="grid"']
-        e = Experiment.load(str(context.run_config["preset"]), overrides)
-        with Terminal() as terminal:
-            result = loop.run(e, observer=terminal, engine=lambda work: GridEngine(grid, work, e.engine.round_timeout))
+        _simulate(grid, context)
     except FedcoreError as error:
         print(f"fedcore: {error}", file=sys.stderr, flush=True)
         # Flower counts a run as failed by an exception alone, which must be no SystemExit, and logs its traceback below our line.
         raise RunError(str(error)) from None
+
+
+def _simulate(grid: Grid, context: Context) -> None:
+    overrides = [*str(context.run_config["set"]).split(), 'engine.name="grid"']
+    e = Experiment.load(str(context.run_config["preset"]), overrides)
+    with Terminal() as terminal:
+        result = loop.run(e, observer=terminal, engine=lambda work: _engine(grid, work, e))
     report = write_or_note(result.run_dir)
     # In full, for the working directory is the SuperLink's.
     show_result(result, report and report.resolve())
+
+
+def _deploy(grid: Grid, folder: Path) -> None:
+    """Go on with the run of this directory, and write how it ended; nothing is written by a process that is killed."""
+    outcome: dict[str, Any] = {"exit_status": 1, "error": "the server's program failed; its traceback is above", "result": None}
+    try:
+        with _alone(folder), Terminal() as terminal:
+            e = Experiment.parse(stored(folder), source=str(folder / "config.toml"))
+            facts = {
+                "series": json.loads((folder / SERIES).read_text())["series"],
+                "safe": lambda: _checkpointed(folder),
+                "watch": folder / WATCH,
+            }
+            result = loop.run(e, resume=folder, observer=terminal, engine=lambda work: _engine(grid, work, e, **facts))
+        write_or_note(result.run_dir)
+        outcome = {"exit_status": 0, "error": None, "result": result.to_dict()}
+    except FedcoreError as error:
+        outcome |= {"exit_status": error.exit_status, "error": str(error)}  # which `fedcore server` says, and ends with
+    finally:
+        write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
+
+
+def _engine(grid: Grid, work: Any, e: Experiment, **facts: Any) -> GridEngine:
+    s = e.engine
+    limits: dict[str, Any] = {"min_clients": s.min_clients, "report_goal": s.report_goal, "limit": s.message_limit_mb * 1e6}
+    return GridEngine(grid, work, s.round_timeout, **limits, **facts)
+
+
+def _checkpointed(folder: Path) -> int:
+    """Rounds in the last checkpoint: clients will not be asked for earlier ones again."""
+    try:
+        return int(json.loads((folder / "checkpoint" / STATE).read_bytes())["round"])
+    except FileNotFoundError:
+        return 0
+
+
+@contextmanager
+def _alone(folder: Path, patience: float = 30.0) -> Iterator[None]:
+    """One process at a time in a run directory; one whose server was killed may need a moment to end."""
+    with (folder / "run.lock").open("w") as lock:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise SettingsError(f"{folder} is in use by another process: end that one first") from None
+                time.sleep(0.1)
+        yield

@@ -6,9 +6,11 @@ node id. Whatever a reply holds that it should not is left out, counted and name
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +19,12 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedcore import trees, wire
+from fedcore import __version__, trees, wire
+from fedcore.certs import client_id
 from fedcore.engines.base import Work, failure, one_thread
 from fedcore.errors import RunError
-from fedcore.method import data_of
+from fedcore.limits import size_text
+from fedcore.method import data_of, evaluates
 from fedcore.run_client import run_client
 from fedcore.state import StateStore
 from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
@@ -28,7 +32,9 @@ from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
 log = logging.getLogger("fedcore")
 
 POLL = 0.05  # seconds between looks for replies; Flower's own loop sleeps 3
-WAIT = 120.0  # seconds for the nodes to be there at the start
+WAIT = 120.0  # seconds for all nodes to be there at the start, where no number of them is asked for
+LOOK = 1.0  # seconds between looks whether the nodes that are waited for are still the same
+REMIND = 10.0  # seconds between lines that say who is missing
 
 MISSING = "no update: the node's answer holds none for this client"
 
@@ -42,21 +48,49 @@ class GridEngine:
     With P nodes, the node of partition p hosts the clients i with i mod P = p: one each where there are as many nodes as clients.
     """
 
-    def __init__(self, grid: Grid, work: Work, timeout: float) -> None:
-        """`timeout` in seconds: a round goes on without the clients that have not answered by then."""
+    def __init__(
+        self,
+        grid: Grid,
+        work: Work,
+        timeout: float,
+        *,
+        min_clients: int | None = None,
+        report_goal: int | None = None,
+        limit: float = float("inf"),
+        series: str = "",
+        safe: Callable[[], int] | None = None,
+        watch: Path | None = None,
+    ) -> None:
+        """`timeout` in seconds: a round goes on without the clients that have not answered by then.
+
+        `min_clients` nodes have to be there before a round starts, and `report_goal` reports end one. A message of more than
+        `limit` bytes is refused. Clients keep their state by `series`, the same whenever one run is gone on with, and may forget
+        what is older than round `safe()`. Whose answer is waited for is written to the file `watch`.
+        """
         self.grid, self.work, self.timeout = grid, work, timeout
+        self._min_clients, self._goal, self._limit = min_clients, report_goal, limit
+        self._series, self._safe, self._watch = series, safe, watch
+        self._now = (-1, -1)  # t, and how many times clients were given work in it, from 0
+        self._late: dict[str, float] = {}  # messages nobody waits for any more, with the time at which they expire
         self.states: StateStore | None = None
         self.choices: dict[str, Any] = {}
         self._partitions = 0  # P, as the nodes say
         self._nodes: dict[int, int] = {}  # node id by partition id, of the nodes that are online
         self._met: set[int] = set()  # nodes that were asked who they are
+        self._refused: dict[int, int] = {}  # nodes that cannot take part, with the partition that another has, or -1
         self._questions: dict[str, int] = {}  # message id to node, of those that have not said
         self._expected: dict[str, Tree] = {}
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
-        """Raises RunError when no node is there at the start."""
-        self._meet(wait=not self._nodes)
+        """Raises RunError when no node is there at the start, and for a message over the limit."""
+        self._now = (t, self._now[1] + 1 if self._now[0] == t else 0)
+        self._gather()
         _, schema = wire.schemas(fn)
+        if (size := trees.nbytes(down)) > self._limit:
+            raise RunError(
+                f"a message of {size_text(size)} to every client, over the limit of {size_text(int(self._limit))}: use a smaller "
+                "model, or raise engine.message_limit_mb, also in the memory of the server (a copy a client) and of the clients"
+            )
         like = self._shape_of(fn, down, t)
         todo, answers, heard = clients.tolist(), dict[int, Answer](), set[int]()
         hosted: dict[int, list[int]] = {}
@@ -66,18 +100,26 @@ class GridEngine:
                 hosted.setdefault(self._nodes[partition], []).append(client)
             else:
                 answers[client] = f"disconnected: the Flower node of partition {partition} of {self._partitions} is not there"
-        record = wire.encode(down)
+        record, about = wire.encode(down), {"function": fn.__name__, "t": t, "k": self._now[1], "series": self._series}
+        about["safe"] = self._safe() if self._safe else t
         contents = {
-            node: RecordDict({"down": record, "work": ConfigRecord({"function": fn.__name__, "t": t, "clients": ids})})
+            node: RecordDict({"down": record, "work": ConfigRecord({**about, "clients": ids})})  # type: ignore[dict-item]
             for node, ids in hosted.items()
         }
-        for node, reply in self._ask(contents):
+        # A round has its goal; an evaluation hears everybody.
+        goal = len(todo) if self._goal is None or evaluates(fn) else self._goal
+        reported: set[int] = set()
+        waited_for = {client for ids in hosted.values() for client in ids}
+        self._note_waiting(waited_for)
+        for node, reply in self._ask(contents, lambda: len(reported) >= goal):
             if node in heard:
                 yield failure(hosted[node], f"answered twice: of the answers in round {t + 1} the first counts")
                 continue
             heard.add(node)
             found, complaints = self._read(reply, hosted[node], schema, like, t)
             answers |= found
+            reported.update(client for client, answer in found.items() if not isinstance(answer, str))
+            self._note_waiting(waited_for := waited_for - set(hosted[node]))
             for client, complaint in complaints.items():
                 yield failure([client], complaint)
             while todo and todo[0] in answers:  # in ascending order, each as soon as it and all before it are there
@@ -86,22 +128,38 @@ class GridEngine:
         for client in todo:
             yield self._report(client, answers[client])
 
+    def _note_waiting(self, clients: set[int]) -> None:
+        """For `fedcore status`. Not synced: it is only of use while this process runs."""
+        if self._watch is not None:
+            part = self._watch.with_suffix(".part")
+            part.write_text(json.dumps({"round": self._now[0] + 1, "waiting_for": sorted(clients), "since": time.time()}))
+            part.replace(self._watch)
+
     def _report(self, client: int, answer: Answer) -> Reports:
         if isinstance(answer, str):
             return failure([client], answer)
         up, count = answer
         return Reports(torch.tensor([client]), trees.map(lambda x: x[None], up), torch.tensor([float(count)]))
 
-    def _ask(self, contents: dict[int, RecordDict]) -> Iterator[tuple[int, Message | str]]:
+    def _ask(self, contents: dict[int, RecordDict], enough: Callable[[], bool]) -> Iterator[tuple[int, Message | str]]:
         """(node, reply) as they come, and (node, why there is none) for the others; every node at least once."""
+        self._drop_late()
+        began = self._starts()
         node_of = self._push(contents, "train", self.timeout)
         for node in contents.keys() - node_of.values():
             yield node, "disconnected: Flower has no such node any more"
         waiting = set(node_of)
         # The messages expire just before; the last look after that makes Flower forget them, and refuse what comes later.
         deadline = time.monotonic() + self.timeout
-        while waiting:
+        looked = time.monotonic()
+        while waiting and not enough():
             late = time.monotonic() > deadline
+            if time.monotonic() - looked > LOOK:
+                looked = time.monotonic()
+                now = self._starts()
+                for message in [m for m in waiting if now.get(node_of[m]) != began.get(node_of[m])]:
+                    waiting.discard(message)  # whoever took it is gone: Flower gives a message out once
+                    yield node_of[message], "disconnected: the client started anew in the middle of its work"
             for message, reply in self._pull(waiting):
                 waiting.discard(message)
                 yield node_of[message], reply
@@ -109,8 +167,17 @@ class GridEngine:
                 break
             if waiting:
                 time.sleep(POLL)
+        over = time.monotonic() > deadline
+        self._late |= dict.fromkeys(waiting, deadline)
         for message in waiting:
-            yield node_of[message], _too_late(self.timeout)
+            yield node_of[message], _too_late(self.timeout) if over else "late: the round had the reports that it asked for"
+
+    def _drop_late(self) -> None:
+        """Take what came after its round off Flower's hands, and throw it away."""
+        for message, reply in self._pull(set(self._late)) if self._late else ():
+            log.debug("an answer came %s its round: dropped", "instead of" if reply.has_error() else "after")
+            self._late.pop(message, None)
+        self._late = {message: end for message, end in self._late.items() if end > time.monotonic()}
 
     def _push(self, contents: dict[int, RecordDict], kind: str, ttl: float) -> dict[str, int]:
         """Node by message id, without the nodes that Flower could not send to."""
@@ -166,47 +233,94 @@ class GridEngine:
             where = type(self.work.method).__module__.replace(".", "/")
             return f"bad message: it sent {e}: is it running another version of {where}.py?"
 
-    def _meet(self, wait: bool) -> None:
-        """Ask nodes that are new who they are. With `wait`, until all partitions are there; else what is heard now is enough."""
-        deadline = time.monotonic() + WAIT
-        trouble = "none is registered"
+    def _gather(self) -> None:
+        """Meet whoever is new, and wait for as many nodes as a round needs.
+
+        Before the first round these are all of them, for a while, if no number is set.
+        """
+        first, begin, reminded = not self._nodes, time.monotonic(), 0.0
         while True:
-            online = set(self.grid.get_node_ids())
-            new = online - self._met
-            self._met = online  # a node that goes and comes back is asked again
-            self._questions |= self._push({node: RecordDict() for node in new}, "query", WAIT)
-            for message, reply in self._pull(set(self._questions)) if self._questions else ():
-                trouble = self._introduce(self._questions.pop(message, 0), reply) or trouble
-            self._nodes = {partition: node for partition, node in self._nodes.items() if node in online}
+            trouble = self._meet()
             complete = len(self._nodes) == self._partitions > 0
-            hopeless = not self._questions and online and not self._nodes  # all have answered, and none can take part
-            if complete or hopeless or not wait or time.monotonic() > deadline:
+            hopeless = not self._questions and self._met and not self._nodes  # all have answered, and none can take part
+            waited = time.monotonic() - begin
+            if self._min_clients is not None:
+                enough = len(self._nodes) >= min(self._min_clients, self._partitions or self._min_clients)
+            else:
+                enough = not first or bool(hopeless) or waited > WAIT
+            if complete or enough:
                 break
+            if waited - reminded > REMIND:
+                reminded = waited
+                log.warning("waiting for clients: %s", self._missing())
             time.sleep(POLL)
         if not self._partitions:
             raise RunError(f"no Flower node can take part: {trouble}")
-        if wait and not complete:
-            log.warning("%d of %d Flower nodes are there after %g s; going on with them", len(self._nodes), self._partitions, WAIT)
+        if first and not complete:
+            log.warning("%d of %d Flower nodes are there; going on with them", len(self._nodes), self._partitions)
+
+    def _missing(self) -> str:
+        total = self._partitions or self.work.task.population
+        gone = [str(partition) for partition in range(total) if partition not in self._nodes]
+        names = ", ".join(gone[:20]) + (", ..." if len(gone) > 20 else "")
+        need = "" if self._min_clients is None else f", and min_clients = {self._min_clients}"
+        return f"{len(self._nodes)} of {total} are there{need}; missing: {names}"
+
+    def _meet(self) -> str:
+        """Ask nodes that are new who they are, and hear those that answer. Why the last one of them cannot take part, if so."""
+        trouble = "none is registered"
+        online = set(self.grid.get_node_ids())
+        self._nodes = {partition: node for partition, node in self._nodes.items() if node in online}
+        self._refused = {node: partition for node, partition in self._refused.items() if node in online}
+        again = {node for node, partition in self._refused.items() if partition not in (-1, *self._nodes)}  # its place is free now
+        new = online - self._met | again
+        self._met = online  # a node that goes and comes back is asked again
+        hello = ConfigRecord({"fedcore": __version__})
+        self._questions |= self._push({node: RecordDict({"server": hello}) for node in new}, "query", WAIT)
+        for message, reply in self._pull(set(self._questions)) if self._questions else ():
+            trouble = self._introduce(self._questions.pop(message, 0), reply) or trouble
+        return trouble
 
     def _introduce(self, node: int, reply: Message) -> str | None:
-        """Enter a node under its partition; or why it cannot be, which is logged."""
+        """Enter a node under its partition; or why it cannot be, which is logged, and said to the node."""
         me = None if reply.has_error() else reply.content.get("node")
-        partition, total = (me.get("partition-id"), me.get("num-partitions")) if isinstance(me, ConfigRecord) else (None, None)
-        trouble = None
+        says = me if isinstance(me, ConfigRecord) else ConfigRecord()
+        partition, total = says.get("partition-id"), says.get("num-partitions", self.work.task.population)
+        version, key = says.get("fedcore"), client_id(self._names.get(node, ""))
+        trouble, place = None, -1
         if reply.has_error():
             trouble = _reason(reply.error, WAIT)
+        elif me is not None and version != __version__:
+            trouble = f"it runs fedcore {version!s}, the server {__version__}: install the same on both"
         elif not isinstance(partition, int) or not isinstance(total, int) or not 0 <= partition < total:
             trouble = f"a node says that it is partition {partition!r} of {total!r}: give it partition-id and num-partitions"
         elif self._partitions not in (0, total):
             trouble = f"a node says that it is one of {total} partitions, others say {self._partitions}"
+        elif key is not None and key != partition:
+            trouble = f"it says that it is client {partition} and has the key of client {key}: give it its own key or id"
+        elif self._nodes.get(partition, node) != node:
+            trouble, place = f"another node is client {partition} already: give each a --id (partition-id) of its own", partition
         else:
             self._partitions = total
-            if self._nodes.get(partition, node) != node:
-                log.warning("two Flower nodes say that they are partition %d; the one that came last is asked", partition)
             self._nodes[partition] = node
+        self._refused.pop(node, None)
         if trouble:
-            log.warning("Flower node %d is left out: %s", node, trouble)
+            log.warning(
+                "Flower node %d%s is left out: %s", node, f" (client {partition!r})" if partition is not None else "", trouble
+            )
+            self._refused[node] = place
+            self._push({node: RecordDict({"server": ConfigRecord({"fedcore": __version__, "refused": trouble})})}, "query", WAIT)
         return trouble
+
+    def _starts(self) -> dict[int, str]:
+        """When each node that is online came, by node, where Flower tells."""
+        return {node.node_id: node.last_activated_at for node in getattr(self.grid, "get_nodes", list)()}
+
+    @property
+    def _names(self) -> dict[int, str]:
+        """The names that nodes' keys were registered under, by node."""
+        nodes: list[Any] = getattr(self.grid, "get_nodes", list)()
+        return {node.node_id: node.name for node in nodes}
 
     def _shape_of(self, fn: ClientFunction, down: Tree, t: int) -> Tree:
         """What a client sends, by running one on a single example: shapes and types that replies must have."""

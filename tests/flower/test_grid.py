@@ -237,7 +237,7 @@ def test_a_node_without_a_partition_is_told_what_is_missing(tmp_path: Path) -> N
     e = small("fedavg")
     grid = FakeGrid(preset_of(e, tmp_path), 1)
     grid.contexts[100] = replace(grid.contexts[100], node_config={})
-    with pytest.raises(RunError, match="partition None of None: give it partition-id and num-partitions"):
+    with pytest.raises(RunError, match="partition None of 12: give it partition-id and num-partitions"):
         loop_over(e, tmp_path, grid).round()
 
 

@@ -51,6 +51,16 @@ def test_flower_computes_what_sequential_computes(name: str, nodes: int, tmp_pat
     assert other.bytes_up == one.bytes_up
 
 
+def test_clients_on_flower_nodes_defend_themselves_as_all_others_do(tmp_path: Path) -> None:
+    settings = {"clip": 0.5, "noise_multiplier": 0.02, "top_k": 0.7, "bits": 8}
+    e = small("scaffold", defence=settings)
+    one = run(e, tmp_path / "sequential")
+    other = over_flower(e, tmp_path, FakeGrid(preset_of(e, tmp_path), 5))
+    assert_close(other.params, one.params, 1e-6, "scaffold over 5 nodes")
+    assert other.final["privacy"] == one.final["privacy"]
+    assert other.params_sha256 != run(small("scaffold"), tmp_path / "plain").params_sha256
+
+
 def test_evaluation_leaves_no_trace_in_a_client(tmp_path: Path) -> None:
     e = small("scaffold", rounds=1)
     grid = FakeGrid(preset_of(e, tmp_path), 12)

@@ -49,7 +49,7 @@ def decode(record: ArrayRecord, schema: Any, like: Tree = None) -> Tree:
     Raises WireError naming the first field that is missing, not declared, unreadable, or of another shape or type; TypeError for
     a schema of anything but Tensor, dict[str, Tensor] and NamedTuples of these.
     """
-    found = _tensors(record)
+    found = unpack(record)
     if like is None:
         tree = _take(found, schema, "")
         if found:
@@ -84,7 +84,8 @@ def _take(found: dict[str, Tensor], schema: Any, path: str) -> Tree:
     raise TypeError(f"{schema} cannot be sent: annotate with Tensor, Params (dict[str, Tensor]) or a NamedTuple of these")
 
 
-def _tensors(record: ArrayRecord) -> dict[str, Tensor]:
+def unpack(record: ArrayRecord) -> dict[str, Tensor]:
+    """The leaves by path, whatever they are. Raises WireError for what `encode` did not make."""
     array = record.get(FORMAT)
     if array is None or len(record) != 1 or array.stype != FORMAT:
         raise WireError(f"arrays that are not one of {FORMAT}, found {', '.join(sorted(record)[:5]) or 'none'}")

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -50,12 +50,11 @@ class Sent(NamedTuple):
     way: str  # down or up
     function: str
     content: RecordDict
-    kept: dict[str, dict[str, Array]]  # by record of the nodes' contexts
+    kept: dict[str, dict[str, Tensor]]  # by record of the nodes' contexts
 
-    def arrays(self) -> dict[str, Array]:
-        return {
-            path: array for record in self.content.values() if isinstance(record, ArrayRecord) for path, array in record.items()
-        }
+    def tensors(self) -> dict[str, Tensor]:
+        records = [record for record in self.content.values() if isinstance(record, ArrayRecord)]
+        return {path: x for record in records for path, x in wire.unpack(record).items()}
 
     def raw(self) -> bytes:
         """As Flower sends it."""
@@ -73,10 +72,9 @@ class Tapped(FakeGrid):
         self.traffic: list[Sent] = []
         self.e, self.folder = e, folder
 
-    def kept(self) -> dict[str, dict[str, Array]]:
-        return {
-            key: dict(record) for c in self.contexts.values() for key, record in c.state.items() if isinstance(record, ArrayRecord)
-        }
+    def kept(self) -> dict[str, dict[str, Tensor]]:
+        records = {key: record for c in self.contexts.values() for key, record in c.state.items()}
+        return {key: wire.unpack(record) for key, record in records.items() if isinstance(record, ArrayRecord)}
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         found, before = list(messages), self.kept()
@@ -99,8 +97,8 @@ class Tapped(FakeGrid):
         return [initial if r is None else wire.decode(r, type(initial), initial) for r in found]  # type: ignore[arg-type]
 
 
-def bits(x: Array | Tensor) -> bytes:
-    return (x.numpy(force=True) if isinstance(x, Tensor) else x.numpy()).tobytes()
+def bits(x: Tensor) -> bytes:
+    return bytes(x.numpy(force=True).tobytes())
 
 
 def secrets(sent: Sent) -> list[bytes]:
@@ -124,7 +122,7 @@ def test_no_message_of_a_preset_holds_a_name_or_a_value_of_a_personal_parameter(
     for sent in grid.traffic:
         raw = sent.raw()
         assert not any(value in raw for value in [*v0, *secrets(sent)]), f"{sent.way}: a personal tensor is in the message"
-        names = {path.rpartition(trees.SEPARATOR)[2] for path in sent.arrays()}
+        names = {path.rpartition(trees.SEPARATOR)[2] for path in sent.tensors()}
         assert not names & personal.keys(), f"{sent.way}: {names & personal.keys()}"
         if sent.function == "train":
             assert names - {"loss"} == shared.keys()
@@ -155,7 +153,7 @@ def test_no_message_holds_what_a_client_keeps_nor_how_it_changed(name: str, nois
         seen += len(hidden)
         assert not any(value in raw for value in hidden), after.way
         if name not in PARTIAL:  # Ditto's and pFedMe's models have the names of what is sent, under another field
-            assert not any(path.startswith("/v") or path == "/seen" for path in after.arrays())
+            assert not any(path.split(trees.SEPARATOR)[0] in ("v", "seen") for path in after.tensors())
     assert seen > 50
 
 
@@ -174,11 +172,12 @@ def test_every_message_of_every_method_holds_what_is_declared_and_no_client_stat
     for sent in grid.traffic:
         records = {key for key in sent.content if not re.fullmatch(r"up-\d+", key)}
         if not sent.function:
-            assert records <= {"node"}
+            assert records <= {"node", "server"}
+            assert not sent.tensors()
             continue
         assert records == ({"down", "work"} if sent.way == "down" else {"about"})
         schema = wire.schemas(getattr(method, sent.function))[0 if sent.way == "down" else 1]
-        found = {path.split(trees.SEPARATOR)[1] for path in sent.arrays()}
+        found = {path.split(trees.SEPARATOR)[0] for path in sent.tensors()}
         assert found <= set(getattr(schema, "_fields", params)), f"{sent.function}, {sent.way}"
         if sent.way == "up":
             assert found & kept <= PUBLIC.get(name, set()), f"{sent.function}: a field of the client's state"

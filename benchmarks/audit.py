@@ -70,6 +70,7 @@ def sweep(a: argparse.Namespace, cifar: bool = False) -> None:
     epochs = (1, 5, 20) if cifar else (1, 2, 5, 10, 20)
     rows: dict[str, list[str]] = {}
     curves: dict[str, list[float]] = {}
+    levels: list[float] = []
     settings = {"task": "cifar10", "data_folder": a.data} if cifar else {}
     for E in epochs:
         cells: dict[str, list[dict[str, Any]]] = {}
@@ -95,20 +96,27 @@ def sweep(a: argparse.Namespace, cifar: bool = False) -> None:
                 rows.setdefault("learned alpha", ["-"] * len(epochs))[epochs.index(E)] = spread(alpha, 2)
                 for name in of[0]["summary"]["references"]:
                     level = [cell["summary"]["references"][name]["psnr"] for cell in of]
+                    levels += level if name == "class means" else []
                     rows.setdefault(f"{name}, dB", ["-"] * len(epochs))[epochs.index(E)] = spread(level)
     table(["", *(f"E = {E} (T = {2 * E})" for E in epochs)], rows)
     if a.picture:
-        draw(a.picture, [2 * E for E in epochs], {name: values for name, values in curves.items() if len(values) == len(epochs)})
+        draw(
+            a.picture,
+            [2 * E for E in epochs],
+            {name: values for name, values in curves.items() if len(values) == len(epochs)},
+            statistics.fmean(levels),
+        )
 
 
-def draw(file: Path, steps: Sequence[int], curves: dict[str, list[float]]) -> None:
+def draw(file: Path, steps: Sequence[int], curves: dict[str, list[float]], level: float) -> None:
+    """`level` is the PSNR of the mean image of each class."""
     names = {"sme": "SME", "ig": "gradient inversion at w0"}
     with rc_context({**STYLE, "savefig.facecolor": "white"}):
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.add_subplot()
         for name, values in curves.items():
             axes.plot(steps, values, marker="o", label=names.get(name, name))
-        axes.axhline(13.6, linestyle="--", linewidth=1, label="mean image of each class")
+        axes.axhline(level, linestyle="--", linewidth=1, label="mean image of each class")
         axes.set(xlabel="local steps", ylabel="PSNR, dB", xscale="log")
         axes.set_xticks(list(steps), [str(n) for n in steps])
         axes.legend()

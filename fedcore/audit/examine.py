@@ -96,14 +96,16 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
 # Each against what it costs in accuracy: the settings that a run can switch on.
 PANEL = (
     "none",
-    "clip=1",
-    "clip=1 noise_multiplier=0.001",
-    "clip=1 noise_multiplier=0.01",
+    "clip=0.2",
+    "clip=0.2 noise_multiplier=0.002",
+    "clip=0.2 noise_multiplier=0.01",
     "top_k=0.1",
     "bits=4",
-    "local.batch_size=64",
+    "local.batch_size=12",
     "local.epochs=20",
     "secagg=4",
+    'method.name=fedsim method.personal=["input"]',
+    'method.name=fedsim method.personal=["output"]',
 )
 PICTURED = 4  # clients of a cell whose images are shown
 SHOWN = 8  # images of a client that are shown

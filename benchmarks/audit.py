@@ -131,9 +131,9 @@ def label_counts(a: argparse.Namespace) -> None:
             e = experiment(
                 seed, lr, local={"batch_size": batch, "epochs": epochs}, partition={"name": "pathological", "classes": 4}
             )
-            for seen, truth in simulate(e, build_task(e), 4, n):
-                assert truth is not None
-                values.append(metrics.label_accuracy(labels.recover(seen, seed), truth.y)["accuracy"])
+            for subject in simulate(e, build_task(e), 4, n):
+                assert subject.truth is not None
+                values.append(metrics.label_accuracy(labels.recover(subject.seen, seed), subject.truth.y)["accuracy"])
         rows[f"N = {n}, B = {batch}, E = {epochs}, lr = {lr}, fresh"] = [spread(values, 2)]
     table(["", "label accuracy"], rows)
 

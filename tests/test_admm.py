@@ -650,6 +650,7 @@ def test_the_bundled_task_is_solved_to_1e_8_where_rho_is_like_the_curvature(name
     assert result.final["test_distance"] < 1e-8 * float(build_task(e).optimum["weight"].norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["admm", "rerce", "clu"])
 def test_a_client_without_an_example_does_not_hold_the_others_back(name: str, tmp_path: Path) -> None:
     settings = {

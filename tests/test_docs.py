@@ -39,6 +39,8 @@ def test_every_fedcore_command_of_the_readme_runs_on_tiny_data(command: str, cli
     if words[0] in ("run", "compare", "sensitivity"):
         words += ["--set", "rounds=1", "--set", "population=20", "--out", str(tmp_path / "r")]
         words += [] if "participation.name" in command else ["--set", "participation.cohort=2"]
+    if words[0] == "audit":
+        words += ["--option", "sme.iterations=20", "--option", "ig.iterations=20", "--out", str(tmp_path / "a")]
     status, out, err = cli(*words)
     assert status == 0, err
     assert out

@@ -198,6 +198,7 @@ def test_the_server_step_scales_the_miners_mean() -> None:
     assert Lab(server_lr=0.5).round(miners=[1, 2]) == pytest.approx(0.5 * Lab().round(miners=[1, 2]), abs=1e-15)
 
 
+@pytest.mark.slow
 def test_the_linear_rate_holds_with_random_roles_where_fedavg_stops() -> None:
     amd = Lab("fedamd", steps=10, local_lr=0.05, p=0.5)
     avg = Lab("fedavg", steps=10, local_lr=0.05, weighting="participating")

@@ -80,7 +80,7 @@ def sweep(a: argparse.Namespace, cifar: bool = False) -> None:
             for attack in attacks:
                 options = {"sme": {"iterations": 300}, "ig": IN_SMES_LOOP, "dlfa": {"iterations": a.dlfa_iterations}}
                 clients = 1 if attack == "dlfa" else 2
-                plan = examine.Plan((attack,), options, "paper", "oracle", True, False, clients, seed)
+                plan = examine.Plan((attack,), options, "paper", "oracle", images=False, clients=clients, seed=seed)
                 found = examine.examine("sweep", e, examine.sweep(e, plan, [E], [4], [8]), plan, a.out, Watch())
                 cells.setdefault(attack, []).extend(found.cells)
         for attack, of in cells.items():

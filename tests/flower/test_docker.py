@@ -93,7 +93,12 @@ def test_the_commands_of_the_containers_train(kind: str, tmp_path: Path) -> None
     with federation(tmp_path, 3) as f:
         for name, words in commands.items():
             place = tmp_path / name
-            outside = {"/certs": f.certs / name, "/fedcore/run": f.run, "/fedcore/state": place, "0.0.0.0:9092": f"127.0.0.1:{f.port}"}
+            outside = {
+                "/certs": f.certs / name,
+                "/fedcore/run": f.run,
+                "/fedcore/state": place,
+                "0.0.0.0:9092": f"127.0.0.1:{f.port}",
+            }
             outside |= {"server:9092": f.address, "fedcore-server:9092": f.address}
             f.start(
                 name, fedcore(*(outside.get(word, word) for word in words), *(("--set", "rounds=1") if name == "server" else ()))

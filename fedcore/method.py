@@ -151,11 +151,7 @@ class Method(Generic[S]):
         """`evaluate` after fine-tuning the model that the client would use; what it learns is measured and forgotten."""
         params, s = self.model_for(down, state), self.finetuning
         fixed, start = split(params, s.parts)
-
-        def loss(v: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-            return task.loss({**fixed, **v}, x, y, mask)
-
-        v = local_sgd(loss, start, batches.train, s.lr, prox=2 * s.penalty).params
+        v = local_sgd(task.loss, start, batches.train, s.lr, prox=2 * s.penalty, fixed=fixed).params
         task.model.eval()
         return Metrics(task.evaluate({**fixed, **v}, batches.test)), state
 

@@ -112,9 +112,10 @@ def _wide(x: Tensor) -> torch.dtype | None:
 
 def finite_rows(tree: Tree) -> list[bool]:
     """`finite` for each row of the leading axis; empty where the tree has no floating-point leaf."""
-    rows = [x.reshape(x.shape[0], -1) for x in leaves(tree) if x.is_floating_point()]
-    sums = [x.sum(1, dtype=_wide(x)) for x in rows]
-    return [math.isfinite(value) for value in functools.reduce(torch.add, sums).tolist()] if sums else []
+    values = [x for x in leaves(tree) if x.is_floating_point()]
+    rows = [x[:1] if _same(x) else x for x in values]
+    sums = [x.reshape(x.shape[0], -1).sum(1, dtype=_wide(x)) for x in rows]
+    return [math.isfinite(value) for value in functools.reduce(torch.add, sums).expand(len(values[0])).tolist()] if sums else []
 
 
 def flatten(tree: Tree) -> dict[str, Tensor]:
@@ -151,7 +152,12 @@ def weighted_sum(tree: Tree, weights: Tensor) -> Tree:
     """sum_i weights[i] * row i, over the leading axis."""
     if len(weights) == 1:  # one client at a time: no product with a matrix of one row
         return map(lambda x: x[0] * weights[0].to(x), tree)
-    return map(lambda x: torch.tensordot(weights.to(x), x, 1), tree)
+    return map(lambda x: x[0] * weights.to(x).sum() if _same(x) else torch.tensordot(weights.to(x), x, 1), tree)
+
+
+def _same(rows: Tensor) -> bool:
+    """Whether all rows are one row in memory, as vmap returns what no client changed."""
+    return rows.stride(0) == 0
 
 
 def add_weighted_(total: Tree, tree: Tree, weights: Tensor) -> Tree:

@@ -21,7 +21,7 @@ from fedcore.local import local_sgd
 from fedcore.method import on_client
 from fedcore.personal import Partial, Personal, PersonalSettings, Update, initial
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round
+from fedcore.types import Batches, Model, Round
 
 
 class Settings(PersonalSettings):
@@ -50,19 +50,11 @@ class FedAlt(Partial[Settings]):
         for_u, for_v = (Batches(*(x[part] for x in batches)) for part in (slice(first), slice(first, None)))
         value = batches.mask.new_zeros(())
         if v and s.personal_passes:
-
-            def of_v(v: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-                return task.loss({**u, **v}, x, y, mask)
-
-            v, _, value = local_sgd(of_v, v, for_v, s.personal_lr or s.local_lr, prox=2 * s.penalty, center=initial(task, v))
+            lr, v0 = s.personal_lr or s.local_lr, initial(task, v)
+            v, _, value = local_sgd(task.loss, v, for_v, lr, prox=2 * s.penalty, center=v0, fixed=u)
         if not (u and s.shared_passes):
             return Update(trees.zeros_like(u), value), Personal(v)
-        fixed = v
-
-        def of_u(u: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-            return task.loss({**u, **fixed}, x, y, mask)
-
-        new, _, value = local_sgd(of_u, u, for_u, s.local_lr)
+        new, _, value = local_sgd(task.loss, u, for_u, s.local_lr, fixed=v)
         return Update(trees.sub(new, u), value), Personal(v)
 
     def round(self, server: Model, r: Round) -> Model:

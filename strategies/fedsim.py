@@ -33,15 +33,16 @@ class FedSim(Partial[Settings]):
     @on_client
     def train(self, task: Task, t: Tensor, down: Model, state: Personal, batches: Batches) -> tuple[Update, Personal]:
         u, v, s = down.params, state.v, self.s
-        v0 = initial(task, v) if s.penalty else {}
+        v0 = initial(task, v)
 
-        def loss(w: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        def penalised(w: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
             value = task.loss(w, x, y, mask)
             for name, start in v0.items():
                 value = value + s.penalty * (w[name] - start).square().sum()
             return value
 
         rates = {name: (s.personal_lr or s.local_lr) if name in v else s.local_lr for name in (*u, *v)}
+        loss = penalised if s.penalty else task.loss
         w, _, value = local_sgd(loss, {**u, **v}, batches, rates if s.personal_lr else s.local_lr)
         return Update({name: w[name] - u[name] for name in u}, value), Personal({name: w[name] for name in v})
 

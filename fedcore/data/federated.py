@@ -100,16 +100,19 @@ class FederatedData:
         """Local steps that each client has to do, int64 [n]; 0 for a client without examples."""
         return np.asarray(_steps(self.num_examples(clients, data), data, local))
 
-    def batches(self, clients: np.ndarray, data: str, local: LocalSettings, seed: int, t: int, plan: int = 0) -> Batches:
+    def batches(
+        self, clients: np.ndarray, data: str, local: LocalSettings, seed: int, t: int, plan: int = 0, even: bool = False
+    ) -> Batches:
         """What these clients work through in round t, stacked: x [n, K, B, ...], y [n, K, B, ...], mask [n, K, B].
 
         K and B are the largest that one of them needs; the rest is padding (mask 0). A client's own rows and their order depend on
-        (seed, t, client, plan) alone, so any grouping of clients gives each the same work.
+        (seed, t, client, plan) alone, so any grouping of clients gives each the same work. `even`: B is one of batch, batch / 2,
+        batch / 4 ..., so that few shapes occur.
         """
         batch = local.batch_size if data == "train" else EVALUATION_BATCH
         own = [self.rows(client, data) for client in clients.tolist()]
         longest = max(map(len, own), default=0)
-        shape = len(clients), max(_steps(longest, data, local), 1), min(batch, max(longest, 1))
+        shape = len(clients), max(_steps(longest, data, local), 1), _width(longest, batch) if even else min(batch, max(longest, 1))
         rows, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
         for i, (client, mine) in enumerate(zip(clients.tolist(), own, strict=True)):
             if len(mine) == 0:
@@ -118,11 +121,12 @@ class FederatedData:
                 fill_train(rows[i], mask[i], mine, local, batch, rng(seed, "batches", t, client, *[plan][: plan > 0]))
             else:
                 fill(rows[i], mask[i], mine, 0, batch)
-        index = torch.from_numpy(rows).to(self.x.device)
-        flat = index.flatten()
+        # Step by step in memory, [K, n, B], so that a step of all clients is one block.
+        index, mask = np.ascontiguousarray(rows.swapaxes(0, 1)), np.ascontiguousarray(mask.swapaxes(0, 1))
+        flat = torch.from_numpy(index).to(self.x.device).flatten()
         x = self.x.index_select(0, flat).view(*index.shape, *self.x.shape[1:])
         y = self.y.index_select(0, flat).view(*index.shape, *self.y.shape[1:])
-        return Batches(x, y, torch.from_numpy(mask).to(self.x.device))
+        return Batches(*(v.transpose(0, 1) for v in (x, y, torch.from_numpy(mask).to(self.x.device))))
 
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy arrays, which pickle protocol 5 moves out of band: workers on one machine share them instead of copying.
@@ -143,6 +147,13 @@ def _steps(n: Any, data: str, local: LocalSettings) -> Any:
     if data != "train":
         return -(-n // EVALUATION_BATCH)
     return -(-n // local.batch_size) * local.epochs if local.steps is None else (n > 0) * local.steps
+
+
+def _width(longest: int, batch: int) -> int:
+    """The smallest of batch, batch / 2, batch / 4 ... (rounded up) that holds `longest` examples."""
+    while batch > 1 and -(-batch // 2) >= longest:
+        batch = -(-batch // 2)
+    return batch
 
 
 def fill(rows: np.ndarray, mask: np.ndarray, own: np.ndarray, first: int, batch: int) -> int:

@@ -1,4 +1,7 @@
-"""Clients in chunks, each chunk one batched computation under `torch.func.vmap`; the default on one machine.
+"""Clients in chunks, each chunk one batched computation under `torch.func.vmap`, chunks side by side on all cores; the default.
+
+Local steps run from recordings (`fedcore.recording`). On a CPU every chunk is the work of one thread: no core waits for another at
+every small operation, and which thread does it changes no bit.
 
 How many clients make a chunk decides the speed: too few waste the batching, too many fall out of the cache. No rule predicts it, so
 it is measured, once a (method, model, batches, device), and remembered on disk: two runs of one seed then compute the same bits.
@@ -9,9 +12,13 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import queue
 import time
+from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +26,29 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fedcore import cache, trees
-from fedcore.engines.base import Work, failure, report
+from fedcore.engines.base import Work, failure, one_thread, report
 from fedcore.method import evaluates
+from fedcore.recording import Recorder, recorded
 from fedcore.run_client import run_client
 from fedcore.state import StateStore
 from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
 
 log = logging.getLogger("fedcore")
 
-SIZES = (4, 8, 12, 16, 32, 64, 128, 256)  # chunks to try, after 1 = one client after another without vmap
+SIZES = (4, 8, 16, 32, 64, 128, 256)  # chunks to try, after 1 = one client after another without vmap
 BUDGET = 1.0  # seconds after which no larger chunk is tried
 STEPS = 2  # local steps in a trial
+PADDING = 0.1  # most of a chunk's steps that may be padding
+PIECE = 8  # clients that a thread takes at once where they go one by one
+THREADS = "threads"  # beside the chunk sizes by function in what the engine chose
+AHEAD = 2  # chunks for each thread that are begun before the first is handed on
+
+
+class Done(NamedTuple):
+    """Clients that have done their work."""
+
+    reports: Reports
+    states: Tree  # new, stacked; nothing of those who failed
 
 
 class Vectorised:
@@ -39,65 +58,138 @@ class Vectorised:
         """`chunk` clients a batch, 1 = one after another; None = measure."""
         self.work, self.states, self.chunk = work, states, chunk
         self.choices: dict[str, Any] = {}
+        self.threads = torch.get_num_threads() if work.task.device.type == "cpu" else 1
+        self._recorder: Recorder | None = None
+        self._draws: dict[str, bool] = {}  # client functions that draw from torch's generator: not on several threads
+        self._workers: queue.SimpleQueue[Work] = queue.SimpleQueue()
+        self._pool: ThreadPoolExecutor | None = None
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         if len(clients) == 0:
             return
-        ids = clients.numpy()
-        steps = self.work.steps(fn, ids)
-        ids = ids[np.argsort(-steps, kind="stable")]  # clients of one length together: less padding
-        size = self._chunk(fn, ids, down, t)
-        if size == 1:
-            yield from self._loop(fn, sorted(ids.tolist()), down, t)
-            return
-        for start in range(0, len(ids), size):
-            yield from self._chunked(fn, sorted(ids[start : start + size].tolist()), down, t)
+        if not self._draws and not self._noisy():
+            self._recorder = self._recorder or Recorder()
+            self.work.even = True
+        with self._one_thread():
+            size = self._chunk(fn, clients.numpy(), down, t)
+            pieces = deque(self.chunks(fn, clients.numpy()))
+            if fn.__name__ not in self._draws:
+                yield from self._keep(fn, self._first(fn, pieces.popleft(), down, t, size))
+            if self.threads == 1 or self._draws[fn.__name__] or len(pieces) < 2:
+                for piece in pieces:
+                    yield from self._keep(fn, self._run(self.work, fn, piece, down, self._states(piece), t, size))
+            else:
+                yield from self._side_by_side(fn, pieces, down, t, size)
 
-    def _chunked(self, fn: ClientFunction, chunk: list[int], down: Tree, t: int) -> Iterator[Reports]:
+    def chunks(self, fn: ClientFunction, clients: np.ndarray) -> list[list[int]]:
+        """How these clients are split, the longest first, once the size is known."""
+        size, steps = self.chunk or self.choices[fn.__name__], self.work.steps(fn, clients)
+        order = np.argsort(-steps, kind="stable")
+        threads = self.choices.setdefault(THREADS, self.threads)
+        while threads > 1 and 1 < size > len(clients) // (2 * threads):
+            size //= 2  # every thread has a share, and a second one while others finish
+        piece = min(max(len(clients) // (4 * threads), 1), PIECE) if size == 1 else 1
+        return _pack(clients[order].tolist(), steps[order].tolist(), size, piece)
+
+    def _noisy(self) -> list[nn.Module]:
+        """Layers that draw for each example: what they draw depends on shapes, so that these stay as `sequential` has them."""
+        return [m for m in self.work.task.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+
+    def _one_thread(self) -> Any:
+        return one_thread() if self.work.task.device.type == "cpu" else nullcontext()
+
+    def _first(self, fn: ClientFunction, piece: list[int], down: Tree, t: int, size: int) -> list[Done]:
+        """The first piece of a run, which tells whether `fn` draws."""
+        self.work.drew = False
+        done = self._run(self.work, fn, piece, down, self._states(piece), t, size)
+        self._draws[fn.__name__], self.work.drew = self.work.drew, None
+        return done
+
+    def _side_by_side(self, fn: ClientFunction, pieces: deque[list[int]], down: Tree, t: int, size: int) -> Iterator[Reports]:
+        """Pieces on all threads; handed on in their order."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.threads, "clients")
+            for _ in range(self.threads):
+                self._workers.put(self.work.replica())
+
+        def job(piece: list[int], states: Tree) -> list[Done]:
+            worker = self._workers.get()
+            try:
+                torch.set_num_threads(1)  # PyTorch keeps this by thread
+                return self._run(worker, fn, piece, down, states, t, size)
+            finally:
+                self._workers.put(worker)
+
+        running: deque[Future[list[Done]]] = deque()
         try:
-            with self.work.model_noise(fn, t, chunk[0]):
-                up, new = self._batched(fn, down, self._states(chunk), self.work.batches(fn, chunk, t), t, chunk)
-        except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
-            log.debug("chunk %s failed, going through it one by one", chunk, exc_info=True)
-            yield from self._loop(fn, chunk, down, t)
-            return
-        if not evaluates(fn):
-            self.states.put(chunk, new)
-        yield Reports(torch.tensor(chunk), up, self.work.num_examples(fn, chunk))
+            while pieces or running:
+                while pieces and len(running) < AHEAD * self.threads:
+                    piece = pieces.popleft()
+                    running.append(self._pool.submit(job, piece, self._states(piece)))
+                yield from self._keep(fn, running.popleft().result())
+        finally:
+            for future in running:
+                future.cancel()
+            wait(running)
+
+    def _keep(self, fn: ClientFunction, done: list[Done]) -> Iterator[Reports]:
+        for reports, new in done:
+            if len(reports.clients) and not evaluates(fn):
+                self.states.put(reports.clients, new)
+            yield reports
+
+    # One thread's work
+
+    def _run(self, work: Work, fn: ClientFunction, piece: list[int], down: Tree, states: Tree, t: int, size: int) -> list[Done]:
+        with recorded(self._recorder):
+            if size > 1 and len(piece) > 1:
+                try:
+                    with work.model_noise(fn, t, piece[0]):
+                        up, new = self._batched(work, fn, down, states, work.batches(fn, piece, t), t, piece)
+                    return [Done(Reports(torch.tensor(piece), up, work.num_examples(fn, piece)), new)]
+                except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
+                    log.debug("chunk %s failed, going through it one by one", piece, exc_info=True)
+            return [self._alone(work, fn, client, down, self._row(states, i), t) for i, client in enumerate(piece)]
+
+    def _alone(self, work: Work, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> Done:
+        try:
+            up, new = work.one(fn, client, down, state, t)
+        except Exception as e:  # a client may fail in any way; the round goes on without it
+            return Done(failure([client], e), {})
+        return Done(report(work, fn, client, up), trees.map(lambda x: x[None], new))
 
     def _batched(
-        self, fn: ClientFunction, down: Tree, states: Tree, batches: Batches | Tuning, t: int, chunk: list[int] | None = None
+        self,
+        work: Work,
+        fn: ClientFunction,
+        down: Tree,
+        states: Tree,
+        batches: Batches | Tuning,
+        t: int,
+        chunk: list[int] | None = None,
     ) -> tuple[Tree, Tree]:
         """(what arrives, new states) of the clients `chunk`; without it nothing is lost on the way, for a trial."""
-        n, links = len(trees.leaves(batches)[0]), self.work.links
-        now = self.work.now(t)
+        n, links = len(trees.leaves(batches)[0]), work.links
+        now = work.now(t)
         own_down = chunk is not None and bool(trees.leaves(down)) and not links.silent("downlink", fn)
         if chunk is not None and own_down:  # each client receives a message of its own
             down = trees.stack([links.carry(down, "downlink", fn, t, i) for i in chunk])
 
         def client(down: Tree, state: Tree, batch: Batches | Tuning) -> tuple[Tree, Tree]:
-            return run_client(fn, self.work.task, now, down, state, batch)
+            return run_client(fn, work.task, now, down, state, batch)
 
         in_dims = (0 if own_down else None, 0 if trees.leaves(states) else None, 0)
         up, new = vmap(client, in_dims=in_dims, randomness="different")(down, states, batches)
         assert all(len(x) == n for x in trees.leaves(up))
-        if chunk is not None and trees.leaves(up) and not self.work.arrives_as_is(fn):
-            up = trees.stack([self.work.send(trees.at(up, row), fn, t, i) for row, i in enumerate(chunk)])
+        if chunk is not None and trees.leaves(up) and not work.arrives_as_is(fn):
+            up = trees.stack([work.send(trees.at(up, row), fn, t, i) for row, i in enumerate(chunk)])
         return up, new
 
     def _states(self, clients: list[int]) -> Tree:
         return trees.to(self.states.gather(clients), self.work.task.device)
 
-    def _loop(self, fn: ClientFunction, clients: list[int], down: Tree, t: int) -> Iterator[Reports]:
-        for client in clients:
-            try:
-                up, new = self.work.one(fn, client, down, trees.to(self.states.get(client), self.work.task.device), t)
-            except Exception as e:  # a client may fail in any way; the round goes on without it
-                yield failure([client], e)
-                continue
-            if not evaluates(fn):
-                self.states.put([client], trees.map(lambda x: x[None], new))
-            yield report(self.work, fn, client, up)
+    def _row(self, states: Tree, i: int) -> Tree:
+        return trees.at(states, i) if trees.leaves(states) else states
 
     # Calibration
 
@@ -142,11 +234,13 @@ class Vectorised:
         """
         if len(ids) == 1:
             return 1, False
-        if noisy := [m for m in self.work.task.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]:
+        ids = ids[np.argsort(-self.work.steps(fn, ids), kind="stable")]
+        if noisy := self._noisy():
             log.warning("%s draws for each client on its own: clients run one after another", type(noisy[0]).__name__)
             return 1, True
         try:
-            best, best_time, start = 1, self._trial(fn, ids[:2], down, t, batched=False), time.perf_counter()
+            best, start = 1, time.perf_counter()
+            best_time = self._trial(fn, ids[:2], down, t, batched=False)
         except Exception:
             return 1, False
         for size in (s for s in SIZES if s <= max(len(ids), SIZES[0])):
@@ -163,28 +257,55 @@ class Vectorised:
         return best, True
 
     def _trial(self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int, batched: bool) -> float:
-        """Seconds a client, the better of two tries after none: the first also warms up."""
+        """Seconds a client, the best of three tries: the first also warms up."""
         chunk = ids.tolist()
         few = STEPS * self.work.passes(fn)
-        batches = trees.map(lambda x: x[:, :few].contiguous(), self.work.batches(fn, chunk, t))
+        batches = trees.map(lambda x: x[:, :few], self.work.batches(fn, chunk, t))
         states = self._states(chunk)
         times = []
-        for _ in range(2):
+        for _ in range(3):
             begin = time.perf_counter()
-            if batched:
-                self._batched(fn, down, states, batches, t)
-            else:
-                for i in range(len(chunk)):
-                    state = states if not trees.leaves(states) else trees.at(states, i)
-                    run_client(fn, self.work.task, self.work.now(t), down, state, trees.at(batches, i))
+            with recorded(self._recorder):
+                if batched:
+                    self._batched(self.work, fn, down, states, batches, t)
+                else:
+                    for i in range(len(chunk)):
+                        run_client(fn, self.work.task, self.work.now(t), down, self._row(states, i), trees.at(batches, i))
             if self.work.task.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - begin) / len(chunk))
         return min(times)
 
     def describe(self) -> str:
-        chosen = ", ".join(f"{name} {'one by one' if n == 1 else f'{n} at a time'}" for name, n in self.choices.items())
-        return f"vectorised on {self.work.task.device}" + (f" ({chosen})" if chosen else "")
+        sizes = {name: n for name, n in self.choices.items() if name != THREADS}
+        chosen = ", ".join(f"{name} {'one by one' if n == 1 else f'{n} at a time'}" for name, n in sizes.items())
+        threads = f", {self.threads} threads" if self.threads > 1 else ""
+        return f"vectorised on {self.work.task.device}{threads}" + (f" ({chosen})" if chosen else "")
 
     def close(self) -> None:
-        pass
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def _pack(ids: list[int], steps: list[int], most: int, piece: int) -> list[list[int]]:
+    """Chunks of at most `most` clients of about one length, ascending ids in each; `steps` descend.
+
+    A chunk lasts as long as its longest client, and at most PADDING of that is waiting. Sizes are most, most / 2, most / 4 ..., so
+    that few shapes occur. With most = 1, which knows no waiting: `piece` clients each.
+    """
+    chunks, start = [], 0
+    while start < len(ids):
+        left = len(ids) - start
+        size = most
+        while most > 1 and size > 1 and (size > left or _waiting(steps[start : start + size]) > PADDING):
+            size //= 2
+        size = max(size, piece) if most == 1 else size
+        chunks.append(sorted(ids[start : start + size]))
+        start += size
+    return chunks
+
+
+def _waiting(steps: list[int]) -> float:
+    """Share of a chunk's steps that are padding."""
+    return 1 - sum(steps) / max(steps[0] * len(steps), 1)

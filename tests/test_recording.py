@@ -1,0 +1,244 @@
+"""Recorded local steps: the same numbers as steps that run as they are written, whatever the model, the hooks and the batching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from fedcore import trees
+from fedcore.data.federated import Examples, FederatedData
+from fedcore.engines import vectorised
+from fedcore.engines.vectorised import PADDING
+from fedcore.local import local_sgd
+from fedcore.loop import run
+from fedcore.models import Cnn, LeNet, Logistic, Mlp, ResNet, Vit
+from fedcore.recording import Recorder, recorded
+from fedcore.split import split
+from fedcore.task import Task, cross_entropy
+from fedcore.types import Batches, Params, Tree
+from tests.helpers import STRATEGIES, assert_close, loop_of, small
+
+CLIENTS, STEPS, BATCH = 3, 3, 4
+SHAPE = (1, 16, 16)
+BUILDERS = [Logistic(), Mlp(hidden=(9, 7)), LeNet(), Cnn(kernel=3), ResNet(depth=10, width=8, groups=2), Vit(depth=1, patch=4)]
+HOOKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "prox and decay": {"prox": 0.3, "weight_decay": 0.01},
+    "a step size a parameter": {"lr": True},
+    "a step size that is a tensor": {"lr": torch.tensor(0.05, dtype=torch.float64)},
+    "correction and center": {"correction": True, "center": True, "prox": 0.2},
+}
+
+
+def task_of(model: nn.Module) -> Task:
+    rows = Examples(torch.zeros(1, *SHAPE), torch.zeros(1, dtype=torch.int64))
+    return Task(model, FederatedData(rows, rows, np.zeros(1, dtype=np.int64), np.array([0, 1])))
+
+
+def batches(dtype: torch.dtype = torch.float64) -> Batches:
+    draw = torch.Generator().manual_seed(1)
+    mask = torch.ones(CLIENTS, STEPS, BATCH, dtype=dtype)
+    mask[0, 2], mask[1, 1, 2:] = 0, 0  # a client that ends early, a batch that is not full
+    x = torch.rand(CLIENTS, STEPS, BATCH, *SHAPE, generator=draw, dtype=dtype)
+    return Batches(x, torch.randint(0, 10, (CLIENTS, STEPS, BATCH), generator=draw), mask)
+
+
+def train(task: Task, params: Params, b: Batches, hooks: dict[str, Any]) -> Tree:
+    more = dict(hooks)
+    lr = more.pop("lr", 0.1)
+    if lr is True:
+        lr = {name: 0.02 * (i + 1) for i, name in enumerate(params)}
+    for name in ("correction", "center"):
+        if name in more:
+            more[name] = trees.map(lambda x: 0.1 * x.sin() + 0.01, params)
+    return local_sgd(task.loss, params, b, lr, **more)
+
+
+CASES = [(model, "plain") for model in BUILDERS] + [
+    (model, hooks) for model in BUILDERS[1:3] for hooks in HOOKS if hooks != "plain"
+]
+
+
+@pytest.mark.parametrize(("settings", "hooks"), CASES, ids=lambda case: getattr(case, "name", case))
+def test_a_recorded_step_computes_what_the_step_does(settings: Any, hooks: str) -> None:
+    torch.manual_seed(0)
+    task = task_of(settings.build(SHAPE, 10).double())
+    params, b = task.init_params(), batches()
+    before = trees.map(torch.clone, params)
+
+    def client(b: Batches) -> Tree:
+        return train(task, params, b, HOOKS[hooks])
+
+    recorder = Recorder()
+    expected = trees.stack([client(trees.at(b, i)) for i in range(CLIENTS)])
+    with recorded(recorder):
+        assert_close(trees.stack([client(trees.at(b, i)) for i in range(CLIENTS)]), expected, 1e-11, "one by one")
+        assert_close(vmap(client)(b), expected, 1e-11, "batched")
+        assert_close(vmap(client)(b), expected, 1e-11, "batched again")
+    assert len(recorder._known) == 4  # the first step, which may not write to what it was given, and the others; alone and batched
+    assert_close(params, before, 0.0, "what the client was sent")
+
+
+def test_products_are_added_to_the_parameters_in_one_pass_and_in_place() -> None:
+    task, recorder = task_of(Mlp(hidden=(9, 7)).build(SHAPE, 10)), Recorder()
+    with recorded(recorder):
+        vmap(lambda b: train(task, task.init_params(), b, {}))(batches(torch.float32))
+    first, later = ([str(node.target) for node in code.__self__.graph.nodes] for code, _ in recorder._known.values())  # type: ignore[attr-defined]
+    assert first.count("aten.baddbmm.default") == 3
+    assert "aten.baddbmm_.default" not in first
+    assert later.count("aten.baddbmm_.default") == 3
+    assert not {name for name in (*first, *later) if name.startswith("aten.addcmul.")} - {"aten.addcmul.default"}
+    assert "aten.addcmul.default" not in later
+
+
+def test_parameters_that_stay_are_part_of_the_model_and_stay() -> None:
+    torch.manual_seed(0)
+    task = task_of(Mlp(hidden=(9,)).build(SHAPE, 10).double())
+    fixed, moving = split(task.init_params(), ["output"])
+    b = trees.at(batches(), 1)
+
+    def loss(v: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return task.loss({**fixed, **v}, x, y, mask)
+
+    expected = local_sgd(loss, moving, b, 0.1)
+    with recorded(Recorder()):
+        assert_close(local_sgd(task.loss, moving, b, 0.1, fixed=fixed), expected, 1e-12, "recorded")
+    assert_close(local_sgd(task.loss, moving, b, 0.1, fixed=fixed), expected, 0.0, "as written")
+
+
+def test_who_differentiates_through_local_training_still_can() -> None:
+    task = task_of(Logistic().build(SHAPE, 10).double())
+    b = trees.at(batches(), 1)
+
+    def after(params: Params) -> Tensor:
+        return local_sgd(task.loss, params, b, 0.1).loss
+
+    expected = grad(after)(task.init_params())
+    with recorded(Recorder()):
+        assert_close(grad(after)(task.init_params()), expected, 0.0, "gradient")
+
+
+def test_a_loss_that_looks_at_values_runs_unrecorded() -> None:
+    task = task_of(Logistic().build(SHAPE, 10).double())
+    task.metrics["loss"] = lambda out, y: cross_entropy(out, y) * (2.0 if float(out.detach().sum()) > 0 else 1.0)
+    b = trees.at(batches(), 1)
+    expected = train(task, task.init_params(), b, {})
+    with recorded(Recorder()):
+        assert_close(train(task, task.init_params(), b, {}), expected, 0.0, "training")
+
+
+def test_a_loss_that_is_not_the_tasks_is_never_recorded() -> None:
+    task, scale = task_of(Logistic().build(SHAPE, 10).double()), [1.0]
+    b = trees.at(batches(), 1)
+
+    def loss(params: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return scale[0] * task.loss(params, x, y, mask)
+
+    with recorded(Recorder()):
+        before = local_sgd(loss, task.init_params(), b, 0.1).loss
+        scale[0] = 2.0
+        assert local_sgd(loss, task.init_params(), b, 0.1).loss > 1.5 * before
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_threads_change_no_bit(name: str, tmp_path: Path) -> None:
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            e = small(name, engine__name="vectorised", engine__chunk=2, participation__cohort=12, rounds=2)
+            loop = loop_of(e, tmp_path / f"{threads}")
+            loop.engine.choices["threads"] = 3
+            found.append(loop.run().params_sha256)
+            assert loop.engine.threads == threads  # type: ignore[attr-defined]
+        finally:
+            loop.close()
+            torch.set_num_threads(1)
+    assert found[0] == found[1]
+
+
+def test_a_client_function_that_draws_runs_on_one_thread_and_repeats(tmp_path: Path) -> None:
+    found = []
+    for i in range(2):
+        torch.set_num_threads(3)
+        try:
+            loop = loop_of(small("fedavg", engine__name="vectorised", engine__chunk=2, participation__cohort=12), tmp_path / f"{i}")
+            squared = loop.task.metrics["loss"]
+            loop.task.metrics["loss"] = lambda out, y, of=squared: of(out, y) * torch.rand(len(out))  # type: ignore[misc]
+            found.append(loop.run().params_sha256)
+            assert loop.engine._draws["train"] is True  # type: ignore[attr-defined]
+            assert loop.engine._pool is None  # type: ignore[attr-defined]
+        finally:
+            loop.close()
+            torch.set_num_threads(1)
+    assert found[0] == found[1]
+
+
+def test_a_method_that_stops_listening_leaves_no_work_behind(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        loop = loop_of(small("fedavg", engine__name="vectorised", engine__chunk=1, participation__cohort=12), tmp_path)
+        loop.round()
+        reports = loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1)  # type: ignore[attr-defined]
+        next(reports)
+        reports.close()  # type: ignore[attr-defined]
+        assert loop.engine._workers.qsize() == 2  # type: ignore[attr-defined]
+        assert torch.get_num_threads() == 2
+    finally:
+        loop.close()
+        torch.set_num_threads(1)
+
+
+def test_a_resumed_run_splits_clients_as_before_whatever_the_machine(tmp_path: Path) -> None:
+    e = small("fedavg", engine__name="vectorised", participation__cohort=12)
+    torch.set_num_threads(3)
+    try:
+        expected = run(e, tmp_path / "whole").params_sha256
+        half = loop_of(e.model_copy(update={"rounds": 2}), tmp_path / "halves")
+        half.run()
+        half.close()
+    finally:
+        torch.set_num_threads(1)
+    loop = loop_of(e, tmp_path / "halves", resume=True)
+    assert loop.run().params_sha256 == expected
+    loop.close()
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=120), st.sampled_from([1, 2, 8, 12, 64]), st.integers(1, 8))
+def test_chunks_hold_every_client_once_in_few_sizes_with_little_padding(steps: list[int], most: int, piece: int) -> None:
+    steps = sorted(steps, reverse=True)
+    chunks = vectorised._pack(list(range(len(steps))), steps, most, piece)
+    assert [i for chunk in chunks for i in chunk] == list(range(len(steps)))
+    if most == 1:
+        assert all(len(chunk) <= piece for chunk in chunks)
+        return
+    sizes = {most >> k for k in range(most.bit_length())}
+    for chunk in chunks:
+        assert len(chunk) in sizes
+        done = max(steps[i] for i in chunk) * len(chunk)
+        assert done - sum(steps[i] for i in chunk) <= PADDING * done + 1e-9
+    assert sum(max(steps[i] for i in c) * len(c) for c in chunks) <= sum(steps) / (1 - PADDING) + 1e-9
+
+
+def test_batches_of_few_widths_hold_the_same_examples() -> None:
+    rows = Examples(torch.arange(40.0)[:, None], torch.zeros(40, dtype=torch.int64))
+    sizes = [1, 2, 3, 5, 6, 11, 12]
+    data = FederatedData(rows, rows, np.arange(40), np.array([0, *np.cumsum(sizes)]))
+    local = small("fedavg", local={"batch_size": 12}).local
+    widths = set()
+    for client, size in enumerate(sizes):
+        plain, even = (data.batches(np.array([client]), "train", local, 0, 0, 0, even) for even in (False, True))
+        widths.add(even.x.shape[2])
+        assert plain.x.shape[2] == size <= even.x.shape[2] < 2 * size + 1
+        assert torch.equal(even.x[0, 0, :size], plain.x[0, 0])
+        assert even.mask.sum() == plain.mask.sum() == size
+    assert widths == {1, 2, 3, 6, 12}

@@ -18,9 +18,10 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from client.store import Moment, Store
 from fedcore import trees, wire
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
@@ -73,8 +74,7 @@ class Tapped(FakeGrid):
         self.e, self.folder = e, folder
 
     def kept(self) -> dict[str, dict[str, Tensor]]:
-        records = {key: record for c in self.contexts.values() for key, record in c.state.items()}
-        return {key: wire.unpack(record) for key, record in records.items() if isinstance(record, ArrayRecord)}
+        return {str(file): load_file(file) for file in (self.folder / "kept").rglob("*.safetensors")}
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         found, before = list(messages), self.kept()
@@ -87,14 +87,13 @@ class Tapped(FakeGrid):
         return ids
 
     def run(self) -> Result:
-        return run(self.e, self.folder / "run", engine=lambda work: GridEngine(self, work, 60))  # type: ignore[arg-type]
+        return run(self.e, self.folder / "run", engine=lambda work: GridEngine(self, work, 60, state=self.folder / "kept"))  # type: ignore[arg-type]
 
     def states(self, e: Experiment) -> list[Any]:
         """Of every client, as its node keeps it."""
         initial = e.build_method().init_client(build_task(e).init_params())
-        records = {key: record for c in self.contexts.values() for key, record in c.state.items()}
-        found = [records.get(f"state-{i}") for i in range(build_task(e).population)]
-        return [initial if r is None else wire.decode(r, type(initial), initial) for r in found]  # type: ignore[arg-type]
+        store = Store(self.folder / "kept", "", "")
+        return [store.load(i, Moment(e.rounds, 0), initial) for i in range(build_task(e).population)]
 
 
 def bits(x: Tensor) -> bytes:

@@ -41,4 +41,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-pfl runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

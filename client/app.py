@@ -2,8 +2,8 @@
 
 A node hosts the logical clients i with i mod (number of nodes) = its partition id; with as many nodes as clients, one each.
 What a device adds to the run's settings stands in its node config, for this app is the same on every kind of node:
-`partition-id`, `num-partitions` (default: one client a node), `state` (directory of the clients' states; default: in memory, for
-one run), `data` and `set` (settings of this device's own).
+`partition-id`, `num-partitions` (default: one client a node), `state` (directory of the clients' states), `data` and `set`
+(settings of this device's own). Simulated nodes keep states where the server says, in its run directory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from fedcore.engines.base import Work, device_for, failure, one_thread
 from fedcore.errors import RunError, SettingsError
 from fedcore.method import evaluates
 from fedcore.tasks import build_task
-from fedcore.types import Tree
 
 OWN = ("data_folder", "options", "engine.device")  # settings that a device may have its own way
 
@@ -72,18 +71,19 @@ def run(message: Message, context: Context) -> Message:
             raise RunError(f'{type(work.method).__module__} has no client function "{ask["function"]}"')
         down = trees.to(wire.decode(_arrays(message.content, "down"), wire.schemas(fn)[0]), work.task.device)
         initial = work.method.init_client(work.task.init_params())
-        kept = _Kept(context, ask, initial)
+        store = _store(context, ask) if trees.leaves(initial) else None
+        now, safe = Moment(t, int(ask.get("k", 0))), int(ask.get("safe", t))
     except Exception as e:  # answered, not raised: Flower would send a traceback instead of the reason
         failed.update(failure(clients, e).failed)
         clients = []
     for client in clients:
         try:
-            state = kept.load(client)
+            state = store.load(client, now, initial) if store else initial
             with one_thread():
                 up, state = work.one(fn, client, down, trees.to(state, work.task.device), t)
             content[f"up-{client}"] = wire.encode(up)
-            if trees.leaves(state) and not evaluates(fn):
-                kept.save(client, state)
+            if store and not evaluates(fn):
+                store.save(client, now, state, safe)
             counts[client] = int(work.num_examples(fn, [client]))
         except Exception as e:  # one client fails, the node's others do not
             failed.update(failure([client], e).failed)
@@ -98,28 +98,16 @@ def run(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-class _Kept:
-    """What the clients of this node keep: in the device's directory if it names one, and else in Flower's context, for one run."""
-
-    def __init__(self, context: Context, ask: Any, initial: Tree) -> None:
-        self.initial, self.context = initial, context
-        self.now, self.safe = Moment(int(ask["t"]), int(ask.get("k", 0))), int(ask.get("safe", ask["t"]))
-        folder = str(context.node_config.get("state", ""))
-        federation = str(context.node_config.get("federation", ""))
-        self.store = Store(Path(folder), federation, str(ask.get("series", ""))) if folder and trees.leaves(initial) else None
-
-    def load(self, client: int) -> Tree:
-        if self.store is not None:
-            return self.store.load(client, self.now, self.initial)
-        key = f"state-{client}"
-        states = self.context.state
-        return wire.decode(_arrays(states, key), type(self.initial), self.initial) if key in states else self.initial
-
-    def save(self, client: int, state: Tree) -> None:
-        if self.store is not None:
-            self.store.save(client, self.now, state, self.safe)
-        else:
-            self.context.state[f"state-{client}"] = wire.encode(state)
+def _store(context: Context, ask: Any) -> Store:
+    """Where the clients of this node keep their state: in the directory of this device, or in the server's, if that is here."""
+    node = context.node_config
+    if own := str(node.get("state", "")):
+        return Store(Path(own), str(node.get("federation", "")), str(ask.get("series", "")))
+    if not (folder := str(ask.get("state", ""))) or not Path(folder).is_dir():
+        raise RunError(
+            'this method keeps state on clients, and this node has no directory for it: add state="DIR" to --node-config'
+        )
+    return Store(Path(folder), "", "", sync=False)  # it goes when the run ends
 
 
 def _arrays(records: RecordDict, key: str) -> ArrayRecord:

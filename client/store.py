@@ -42,9 +42,12 @@ class Moment(NamedTuple):
 class Store:
     """States by run series, client and moment."""
 
-    def __init__(self, folder: Path, federation: str, series: str) -> None:
-        """`series` names a run from its start to its end, however often its server was started again."""
-        self.folder, self.federation, self.series = folder / (series or "run"), federation, series
+    def __init__(self, folder: Path, federation: str, series: str, sync: bool = True) -> None:
+        """`series` names a run from its start to its end, however often its server was started again.
+
+        Without `sync` states outlive this process, and not a loss of power.
+        """
+        self.folder, self.federation, self.series, self.sync = folder / (series or "run"), federation, series, sync
 
     def load(self, client: int, before: Moment, initial: Tree) -> Tree:
         """The client's state before this work; `initial` where it has not worked yet.
@@ -71,11 +74,11 @@ class Store:
         if not found:
             folder.mkdir(parents=True, exist_ok=True)
             for parent in (folder.parent, folder.parent.parent):
-                _sync(parent)
+                self._sync(parent)
         flat = {path or ".": x.detach().cpu().contiguous().clone() for path, x in trees.flatten(state).items()}
         facts = {**self._owner(client), "before": str(earlier[-1]) if earlier else "initial", "sha256": _digest(flat)}
-        write_atomically(self._file(client, at), save(flat, facts))
-        _sync(folder)
+        write_atomically(self._file(client, at), save(flat, facts), self.sync)
+        self._sync(folder)
         needed = [moment for moment in earlier if moment < Moment(safe, 0)][-1:]
         for moment in found:
             if moment > at or (moment < Moment(safe, 0) and moment not in needed):
@@ -92,6 +95,15 @@ class Store:
 
     def _owner(self, client: int) -> dict[str, str]:
         return {"federation": self.federation, "series": self.series, "client": str(client)}
+
+    def _sync(self, folder: Path) -> None:
+        if not self.sync:
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _read(self, client: int, at: Moment, like: Tree) -> tuple[Tree, str]:
         file = self._file(client, at)
@@ -123,11 +135,3 @@ def _digest(flat: dict[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(flat[name].dtype), list(flat[name].shape)]).encode())
         digest.update(save({name: flat[name]}))
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,13 +23,14 @@ VERSION = 1
 STATE = "state.json"
 
 
-def write_atomically(file: Path, content: bytes) -> None:
-    """The file holds either what it held or `content`, whatever happens."""
+def write_atomically(file: Path, content: bytes, sync: bool = True) -> None:
+    """The file holds either what it held or `content`, whatever happens; without `sync`, whatever happens to this process."""
     part = file.with_name(f".{file.name}.part")
     with part.open("wb") as f:
         f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
     part.replace(file)
 
 

@@ -25,7 +25,7 @@ from fedcore.config import Experiment
 from fedcore.errors import FedcoreError, RunError, SettingsError
 from fedcore.progress import Terminal, show_result
 from fedcore.report import write_or_note
-from fedcore.rundir import stored
+from fedcore.rundir import open_run_dir, stored
 from server.grid import GridEngine
 
 RUN_DIR = "FEDCORE_RUN_DIR"  # set by `fedcore server`
@@ -53,8 +53,10 @@ def main(grid: Grid, context: Context) -> None:
 def _simulate(grid: Grid, context: Context) -> None:
     overrides = [*str(context.run_config["set"]).split(), 'engine.name="grid"']
     e = Experiment.load(str(context.run_config["preset"]), overrides)
+    folder = open_run_dir(e, None, None)
+    state = folder / "state" / "clients"  # the loop clears the first away
     with Terminal() as terminal:
-        result = loop.run(e, observer=terminal, engine=lambda work: _engine(grid, work, e))
+        result = loop.run(e, folder, observer=terminal, engine=lambda work: _engine(grid, work, e, state=state))
     report = write_or_note(result.run_dir)
     # In full, for the working directory is the SuperLink's.
     show_result(result, report and report.resolve())

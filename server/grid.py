@@ -60,16 +60,18 @@ class GridEngine:
         series: str = "",
         safe: Callable[[], int] | None = None,
         watch: Path | None = None,
+        state: Path | None = None,
     ) -> None:
         """`timeout` in seconds: a round goes on without the clients that have not answered by then.
 
         `min_clients` nodes have to be there before a round starts, and `report_goal` reports end one. A message of more than
         `limit` bytes is refused. Clients keep their state by `series`, the same whenever one run is gone on with, and may forget
-        what is older than round `safe()`. Whose answer is waited for is written to the file `watch`.
+        what is older than round `safe()`. Whose answer is waited for is written to the file `watch`. Nodes on this machine that
+        have no directory of their own for the states of their clients use `state`, which whoever gives it removes.
         """
         self.grid, self.work, self.timeout = grid, work, timeout
         self._min_clients, self._goal, self._limit = min_clients, report_goal, limit
-        self._series, self._safe, self._watch = series, safe, watch
+        self._series, self._safe, self._watch, self._state = series, safe, watch, state
         self._now = (-1, -1)  # t, and how many times clients were given work in it, from 0
         self._late: dict[str, float] = {}  # messages nobody waits for any more, with the time at which they expire
         self.states: StateStore | None = None
@@ -102,6 +104,9 @@ class GridEngine:
                 answers[client] = f"disconnected: the Flower node of partition {partition} of {self._partitions} is not there"
         record, about = wire.encode(down), {"function": fn.__name__, "t": t, "k": self._now[1], "series": self._series}
         about["safe"] = self._safe() if self._safe else t
+        if self._state is not None:
+            self._state.mkdir(parents=True, exist_ok=True)
+            about["state"] = str(self._state.resolve())
         contents = {
             node: RecordDict({"down": record, "work": ConfigRecord({**about, "clients": ids})})  # type: ignore[dict-item]
             for node, ids in hosted.items()

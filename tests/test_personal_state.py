@@ -12,22 +12,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import psutil
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from client.store import Moment, Store
 from fedcore import trees, wire
 from fedcore.config import Experiment
-from fedcore.data.federated import Examples, FederatedData
 from fedcore.errors import SettingsError
 from fedcore.loop import Interrupted, Loop, Quiet, Result, run
 from fedcore.split import split
-from fedcore.task import Task, squared_error
 from fedcore.tasks import build_task
 from server.grid import GridEngine
 from tests.flower.conftest import _a_flower_task  # noqa: F401  # Flower makes messages only inside a task of a run
@@ -73,8 +71,7 @@ class Tapped(FakeGrid):
         self.e, self.folder = e, folder
 
     def kept(self) -> dict[str, dict[str, Tensor]]:
-        records = {key: record for c in self.contexts.values() for key, record in c.state.items()}
-        return {key: wire.unpack(record) for key, record in records.items() if isinstance(record, ArrayRecord)}
+        return {str(file): load_file(file) for file in (self.folder / "kept").rglob("*.safetensors")}
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         found, before = list(messages), self.kept()
@@ -87,14 +84,13 @@ class Tapped(FakeGrid):
         return ids
 
     def run(self) -> Result:
-        return run(self.e, self.folder / "run", engine=lambda work: GridEngine(self, work, 60))  # type: ignore[arg-type]
+        return run(self.e, self.folder / "run", engine=lambda work: GridEngine(self, work, 60, state=self.folder / "kept"))  # type: ignore[arg-type]
 
     def states(self, e: Experiment) -> list[Any]:
         """Of every client, as its node keeps it."""
         initial = e.build_method().init_client(build_task(e).init_params())
-        records = {key: record for c in self.contexts.values() for key, record in c.state.items()}
-        found = [records.get(f"state-{i}") for i in range(build_task(e).population)]
-        return [initial if r is None else wire.decode(r, type(initial), initial) for r in found]  # type: ignore[arg-type]
+        store = Store(self.folder / "kept", "", "")
+        return [store.load(i, Moment(e.rounds, 0), initial) for i in range(build_task(e).population)]
 
 
 def bits(x: Tensor) -> bytes:
@@ -287,27 +283,7 @@ def test_a_start_that_has_changed_meanwhile_is_no_start_of_a_stopped_run(tmp_pat
 # Memory
 
 
-class Wide(nn.Module):
-    """One shared parameter, and 16 000 that a client keeps: 64 kB."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared, self.own = nn.Linear(1, 1, bias=False), nn.Parameter(torch.zeros(16_000))
-        nn.init.zeros_(self.shared.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = self.shared(x) + self.own.mean()
-        return outputs
-
-
-def wide(e: Experiment) -> Task:
-    """One example a client: 1 -> its id."""
-    n = e.population or 1
-    rows = Examples(torch.ones(n, 1), torch.arange(float(n))[:, None])
-    return Task(Wide(), FederatedData(rows, rows, np.arange(n), np.arange(n + 1)), loss=squared_error, metrics={})
-
-
-CLIENTS, ROW, CAP = 10_000, 64_000, 50_000_000  # bytes
+CLIENTS, ROW, CAP = 10_000, 64_000, 50_000_000  # bytes; the row is that of tests/crowd.py
 
 
 def crowd(engine: str, cohort: int, evaluated: int, population: int = CLIENTS) -> Loop:
@@ -317,7 +293,7 @@ def crowd(engine: str, cohort: int, evaluated: int, population: int = CLIENTS) -
     (folder / "trace").write_text("".join(" ".join(map(str, ids)) + "\n" for ids in cohorts))
     values = {
         "method": {"name": "fedsim", "personal": ["own"], "local_lr": 1e-9, "personal_lr": 16.0},  # mean of v <- v + 0.001 (id - v)
-        "task": "tests.test_personal_state:wide",
+        "task": "tests.crowd:wide",
         "population": population,
         "rounds": len(cohorts),
         "participation": {"name": "trace", "file": str(folder / "trace")},

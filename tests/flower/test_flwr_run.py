@@ -11,10 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from fedcore.config import Experiment
@@ -39,6 +41,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("fedcore", "strategies", "server", "client"):
         shutil.copytree(ROOT / package, folder / package, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder.parent / "tasks").mkdir()
+    shutil.copy(ROOT / "tests" / "crowd.py", folder.parent / "tasks")
     return folder
 
 
@@ -55,11 +59,13 @@ def flwr(clone: Path) -> Iterator[Flwr]:
         "HTTPS_PROXY": "http://127.0.0.1:9",  # nothing may be fetched
         "HTTP_PROXY": "http://127.0.0.1:9",
         "NO_PROXY": "127.0.0.1,localhost",
+        "PYTHONPATH": str(clone.parent / "tasks"),
+        "MALLOC_MMAP_THRESHOLD_": "1000000",  # else glibc keeps what was freed
     }
 
     def call(*arguments: str) -> str:
         command = [str(Path(sys.executable).parent / "flwr"), *arguments]
-        done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -98,6 +104,7 @@ def run_config(settings: list[str]) -> list[str]:
 
 
 NODES = ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1"]
+TWO_NODES = ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
 
 
 def test_flwr_run_computes_what_sequential_computes(clone: Path, flwr: Flwr, tmp_path: Path) -> None:
@@ -118,3 +125,52 @@ def test_a_setting_that_cannot_be_used_fails_the_run_with_one_clear_line(flwr: F
     assert "fedcore: strategies/fedavg.toml: rounds = 0: " in log
     runs = json.loads(flwr("ls", "--format", "json"))["runs"]
     assert [r["status"] for r in runs if "failed" in r["status"]] == ["finished:failed"]
+
+
+@pytest.mark.timeout(900)
+def test_ten_thousand_clients_keep_their_state_out_of_the_memory_of_every_process(clone: Path, flwr: Flwr, tmp_path: Path) -> None:
+    """640 MB of state on two nodes, against the peaks of a run of 500 clients: of each process that Flower started."""
+
+    def peak_of_a_run(population: int) -> int:
+        cohorts = [range(start, start + 500) for start in range(0, population, 500)]
+        (tmp_path / "trace").write_text("".join(" ".join(map(str, ids)) + "\n" for ids in cohorts))
+        (tmp_path / "crowd.toml").write_text(
+            f"""
+            method = {{name = "fedsim", personal = ["own"], local_lr = 1e-9, personal_lr = 16.0}}
+            task = "crowd:wide"
+            population = {population}
+            rounds = {len(cohorts)}
+            participation = {{name = "trace", file = "{tmp_path / "trace"}"}}
+            evaluation = {{every = 1000, clients = 500}}
+            engine.round_timeout = 300
+            """
+        )
+        peaks: dict[int, int] = {}
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.2):
+                for pid in started_with(f"FLWR_HOME={clone.parent / 'flwr-home'}"):
+                    with contextlib.suppress(OSError, TypeError):
+                        status = Path(f"/proc/{pid}/status").read_text()
+                        peaks[pid] = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+
+        before, watcher = set(clone.glob("runs/*")), threading.Thread(target=watch)
+        watcher.start()
+        log = flwr("run", ".", "--stream", "--run-config", f'preset="{tmp_path / "crowd.toml"}"', *TWO_NODES)
+        done.set()
+        watcher.join()
+        (folder,) = set(clone.glob("runs/*")) - before
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["dropped"] for row in rows] == [{}] * len(cohorts), log
+        table = pyarrow.parquet.read_table(folder / "clients.parquet").to_pylist()
+        found = {row["client"]: row["loss"] for row in table if row["function"] == "evaluate"}
+        assert len(found) == 500
+        # v <- v + 0.001 (id - v) from 0, and half the squared distance from id
+        assert found == pytest.approx({i: 0.5 * (0.999 * i) ** 2 for i in found}, rel=3e-4), "every client kept its own"
+        assert not (folder / "state").exists(), "states go with the run"
+        return max(peaks.values())
+
+    few, many = peak_of_a_run(500), peak_of_a_run(10_000)
+    print(f"peak of the largest process: {few / 1e6:.0f} MB with 500 clients, {many / 1e6:.0f} MB with 10 000")
+    assert many < few + 150_000_000, (few, many)

@@ -33,7 +33,7 @@ def preset_of(e: Experiment, folder: Path) -> str:
 
 
 def over_flower(e: Experiment, folder: Path, grid: FakeGrid, timeout: float = 60) -> Result:
-    return run(e, folder / "run", engine=lambda work: GridEngine(grid, work, timeout))  # type: ignore[arg-type]
+    return run(e, folder / "run", engine=lambda work: GridEngine(grid, work, timeout, state=folder / "kept"))  # type: ignore[arg-type]
 
 
 # Where all goes well
@@ -65,8 +65,8 @@ def test_evaluation_leaves_no_trace_in_a_client(tmp_path: Path) -> None:
     e = small("scaffold", rounds=1)
     grid = FakeGrid(preset_of(e, tmp_path), 12)
     over_flower(e, tmp_path, grid)
-    kept = [int(key.removeprefix("state-")) for context in grid.contexts.values() for key in context.state]
-    assert len(kept) == 5  # the cohort; all 12 were evaluated
+    assert len(list((tmp_path / "kept").glob("*/client-*"))) == 5  # the cohort; all 12 were evaluated
+    assert not any(context.state for context in grid.contexts.values())
 
 
 # Bad weather: what a node answers in a round of all 12 clients, and what becomes of client 3 on node 103
@@ -187,14 +187,24 @@ def test_what_is_said_beyond_the_answer_is_counted_and_changes_nothing(weather: 
 
 
 def test_a_client_that_fails_fails_alone_and_gives_its_reason(tmp_path: Path) -> None:
-    e = small("tests.methods:NoBatching", participation__cohort=12)
-    grid = FakeGrid(preset_of(e, tmp_path), 2)
-    loop = Loop(e, tmp_path, notes := Notes(), lambda work: GridEngine(grid, work, 60), False)  # type: ignore[arg-type]
-    for context in grid.contexts.values():  # state that does not fit this method
-        context.state["state-3"] = wire.encode({"weight": torch.zeros(7)})
-    row = loop.round()
-    assert row["reports"] == 11
-    assert notes.notes == ['round 1: client 3 left out: error: WireError: "weight", which Stateless does not declare']
+    e = small("scaffold", participation__cohort=12)
+    kept, grid = tmp_path / "kept", FakeGrid(preset_of(e, tmp_path), 2)
+    loop = Loop(e, tmp_path, notes := Notes(), lambda work: GridEngine(grid, work, 60, state=kept), False)  # type: ignore[arg-type]
+    assert loop.round()["reports"] == 12
+    (kept / "run/client-3/000000-00.safetensors").write_bytes(b"")
+    assert loop.round()["reports"] == 11
+    assert notes.notes[0].startswith(
+        f"round 2: client 3 left out: error: StateError: {kept}/run/client-3/000000-00.safetensors is da"
+    )
+
+
+def test_a_node_without_a_directory_refuses_to_keep_states_and_needs_none_for_methods_without(tmp_path: Path) -> None:
+    for name, reports in (("fedavg", 12), ("scaffold", 0)):
+        e = small(name, participation__cohort=12)
+        grid, folder = FakeGrid(preset_of(e, tmp_path / name), 12), tmp_path / name
+        loop = Loop(e, folder, notes := Notes(), lambda work, grid=grid: GridEngine(grid, work, 60), False)  # type: ignore[arg-type,misc]
+        assert loop.round()["reports"] == reports
+    assert "this node has no directory for it" in notes.notes[0]
 
 
 def test_what_a_client_says_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,6 +138,8 @@ class Plain:
             torch.set_num_threads(CORES)
         for name, value in self.server.items():
             value += sum(total[name] for total in totals) / weight
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.t += 1
         return time.perf_counter() - begin
 
@@ -157,14 +159,14 @@ def _share(loop: Loop, server: Params, total: Params, clients: list[int], t: int
             for name, p in model.named_parameters():
                 p.copy_(server[name])
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-        for x, y, mask in zip(batches.x[0], batches.y[0], batches.mask[0], strict=True):
-            n = int(mask.sum())
+        counts = batches.mask[0].sum(1).int().tolist()
+        for x, y, n in zip(batches.x[0], batches.y[0], counts, strict=True):
             if n == 0:
                 continue
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[:n]), y[:n]).backward()
             optimizer.step()
-        n = int(batches.mask.sum())
+        n = sum(counts)
         weight += n
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -195,10 +197,10 @@ def flower(e: Experiment, rounds: int, folder: Path) -> list[float]:
     return seconds
 
 
-def take_turns(e: Experiment, rounds: int, engines: dict[str, list[str]]) -> Seconds:
+def take_turns(e: Experiment, rounds: int, engines: dict[str, list[str]], cores: int = CORES) -> Seconds:
     """Our engines and the plain loops, in alternating order."""
     loops = {name: loop_for(Experiment.parse(e.model_dump(mode="json"), more)) for name, more in engines.items()}
-    plain = {f"plain loop, {n} core{'s' * (n > 1)}": Plain(e, n) for n in dict.fromkeys((1, CORES))}
+    plain = {f"plain loop, {n} core{'s' * (n > 1)}": Plain(e, n) for n in dict.fromkeys((1, cores))}
     contenders: dict[str, Callable[[], float]] = {name: p.round for name, p in plain.items()}
     contenders |= {name: lambda loop=loop: one_round(loop) for name, loop in loops.items()}  # type: ignore[misc]
     seconds: Seconds = {name: [] for name in contenders}

@@ -1,20 +1,52 @@
-"""Resident memory of a run whose server remembers an update of every client: `python -m benchmarks.memory [ROUNDS]`.
+"""Resident memory of runs, as they go: `python -m benchmarks.memory [flat] [scalar] [rows]`; default: all.
 
-FedStale, 10 000 clients, MLP 784-200-10 (159 010 parameters): 6.4 GB of memory rows, under a cap of 1 GB. Prints what is resident
-as more and more clients have taken part; what is above the cap lies in mapped files of the run directory.
+flat     FedAvg, MLP, cohort 100 of 1 000, 500 rounds: the slope over the last 400
+scalar   100 000 clients of which each keeps one number between rounds, 2 000 a round, until nearly all have taken part
+rows     SCAFFOLD, 10 000 clients, each with a state of the MLP's 159 010 parameters: 6.4 GB of rows under a cap of 2 GB; what is
+         above the cap lies in mapped files of the run directory
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.engines import EVEN, experiment
 from fedcore import Experiment
 from fedcore.loop import Loop, Quiet
+from fedcore.method import Method, MethodSettings, on_client
+from fedcore.task import Task
+from fedcore.trees import uniform_mean
+from fedcore.types import Batches, Model, Params, Round
 
-ROOT = Path(__file__).parent
+
+class Settings(MethodSettings):
+    pass
+
+
+class Visits(NamedTuple):
+    n: Tensor  # 0-d
+
+
+class Counting(Method[Settings]):
+    """Clients that count how often they were asked, and train nothing."""
+
+    def init_client(self, params: Params) -> Visits:
+        return Visits(torch.zeros(()))
+
+    @on_client
+    def train(self, task: Task, t: Tensor, down: Model, state: Visits, batches: Batches) -> tuple[Visits, Visits]:
+        return Visits(state.n + 1), Visits(state.n + 1)
+
+    def round(self, server: Model, r: Round) -> Model:
+        uniform_mean(r.each(self.train, r.cohort, server))
+        return server
 
 
 def resident() -> dict[str, float]:
@@ -25,36 +57,68 @@ def resident() -> dict[str, float]:
     }
 
 
-def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-    settings: dict[str, Any] = {
-        "method": {"name": "fedstale"},
-        "population": 10_000,
-        "rounds": rounds,
-        "partition.name": "iid",
-        "participation.cohort": 500,
-        "evaluation.every": rounds,
-        "evaluation.clients": 0,
-        "checkpoint.state_ram_gb": 1.0,
-    }
+def watch(e: Experiment, rounds: int, every: int, fit: int | None = None) -> None:
+    """Run, and print what is resident above the start; the slope from round `fit` on."""
     with tempfile.TemporaryDirectory() as folder:
-        e = Experiment.load(ROOT / "fashion.toml", settings)
         loop = Loop(e, Path(folder), Quiet(), None, False)
-        start = resident()
+        start, points = resident(), []
         print(f"{'round':>6}{'clients':>9}{'rows, GB':>10}{'resident, GB':>14}{'files, GB':>11}{'s':>7}")
         for t in range(rounds):
             row = loop.round()
-            if t % 10 == 9 or t == rounds - 1:
-                seen, now = len(loop.memory.row_of), resident()
-                used = sum(now.values()) - sum(start.values())
-                size = seen * loop.memory.row_bytes / 1e9
+            loop.history.append(row)
+            now = resident()
+            used = sum(now.values()) - sum(start.values())
+            points.append((t + 1, used))
+            if t % every == every - 1 or t == rounds - 1:
+                store = loop.stores["clients"]
+                size = len(store.row_of) * store.row_bytes / 1e9
                 print(
-                    f"{t + 1:>6}{seen:>9,}{size:>10.2f}{used / 1e3:>14.2f}{now['RssFile'] / 1e3:>11.2f}{row['seconds']:>7.2f}",
+                    f"{t + 1:>6}{len(store.row_of):>9,}{size:>10.2f}{used / 1e3:>14.2f}{now['RssFile'] / 1e3:>11.2f}"
+                    f"{row['seconds']:>7.2f}",
                     flush=True,
                 )
+        if fit is not None:
+            slope = np.polyfit(*np.array([p for p in points if p[0] > fit]).T, 1)[0]
+            print(f"slope from round {fit} on: {1e3 * slope:.2f} kB a round")
         loop.save()
-        print(f"after the checkpoint: {(sum(resident().values()) - sum(start.values())) / 1e3:.2f} GB above the start")
+        print(f"after the checkpoint: {(sum(resident().values()) - sum(start.values())) / 1e3:.2f} GB above the start\n")
         loop.close()
+
+
+RUNS: dict[str, tuple[dict[str, Any], int, int, int | None]] = {
+    "flat": ({}, 500, 50, 100),
+    "scalar": (
+        {
+            "method.name": "benchmarks.memory:Counting",
+            "task": "least-squares",
+            "population": 100_000,
+            "participation.cohort": 2000,
+            "checkpoint.state_ram_gb": 2.0,
+        },
+        150,
+        25,
+        50,
+    ),
+    "rows": (
+        {"method.name": "scaffold", "population": 10_000, "participation.cohort": 500, "checkpoint.state_ram_gb": 2.0},
+        60,
+        10,
+        20,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=", ".join(RUNS))
+    a = parser.parse_args()
+    if unknown := set(a.runs) - set(RUNS):
+        parser.error(f"no such run: {', '.join(sorted(unknown))}; expected some of {', '.join(RUNS)}")
+    for name in a.runs or RUNS:
+        settings, rounds, every, fit = RUNS[name]
+        print(name)
+        changes = [f"{key}={value}" for key, value in settings.items()]
+        watch(experiment(*EVEN, "evaluation.clients=0", *changes), rounds, every, fit)
 
 
 if __name__ == "__main__":

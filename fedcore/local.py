@@ -50,7 +50,8 @@ def local_sgd(
     number = tuple(lr.items()) if isinstance(lr, dict) else None if isinstance(lr, Tensor) else lr
     # What a recording of the step depends on. A loss that is not the task's own may hold tensors that change: never recorded.
     task = getattr(loss, "__self__", None)
-    kind = (prox, momentum, weight_decay, number, task.model.training) if isinstance(task, Task) else None
+    names = tuple(params), tuple(fixed or ()), bool(correction)
+    kind = (prox, momentum, weight_decay, number, task.model.training, names) if isinstance(task, Task) else None
 
     def step(i: _Inputs) -> _Outputs:
         real = (i.mask.sum() > 0).to(dtype)

@@ -11,101 +11,87 @@ So it computes the same up to rounding.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_pop_interpreter_stack
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fedcore import trees
 from fedcore.types import Tree
 
 Step = Callable[[Any], Tree]
 """A pure function of one tree of tensors."""
 
-Leaves = list[Tensor]
+Dims = tuple[int | None, ...]
 aten = torch.ops.aten
 log = logging.getLogger("fedcore")
 
 
+class Recording(NamedTuple):
+    code: Callable[..., list[Tensor]]
+    out: Tree  # the outputs' places in what `code` returns
+
+
 class Recorder:
-    """Recordings by kind of step and shapes; of one task and one mode of its model. Threads may share it."""
+    """Recordings by kind of step and shapes; of one task. Threads may share it."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[Callable[..., Leaves], pytree.TreeSpec]] = {}
+        self._known: dict[Hashable, Recording] = {}
         self._lock = threading.Lock()
 
     def run(self, step: Step, kind: Hashable, inputs: Tree, own: Tree) -> Tree:
-        """`step(inputs)`; `kind` is all that shapes it but the tensors. Those of `own`, which are in inputs, may be overwritten."""
-        leaves, spec = pytree.tree_flatten(inputs)
-        if any(x.requires_grad or torch._C._functorch.is_gradtrackingtensor(x) for x in leaves):
-            return step(inputs)  # somebody differentiates through local training
-        owned = {id(x) for x in pytree.tree_leaves(own)}
-        call = _Call(self, step, kind, tuple(id(x) in owned for x in leaves), spec)
-        if any(torch._C._functorch.is_batchedtensor(x) for x in leaves):
-            found = _Batched.apply(call, *leaves)  # type: ignore[no-untyped-call]
-        else:
-            found = call.run((None,) * len(leaves), leaves)
-        return pytree.tree_unflatten(list(found), call.out)
+        """`step(inputs)`. The tensors of `own`, which are in inputs, may be overwritten.
 
-    def recording(self, call: _Call, dims: tuple[int | None, ...], leaves: Leaves) -> tuple[Callable[..., Leaves], pytree.TreeSpec]:
-        key = (call.key, dims, tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves))
-        if key not in self._known:
+        `kind` is all that shapes the step but the tensors' own shapes: what it closes over, and the structure of its inputs.
+        """
+        leaves = trees.leaves(inputs)
+        levels = len(retrieve_all_functorch_interpreters())
+        if levels > 1 or any(x.requires_grad or functorch.is_gradtrackingtensor(x) for x in leaves):
+            return step(inputs)  # somebody differentiates through local training, or batches it another time
+        if levels == 0:
+            return self._run(step, kind, inputs, leaves, (None,) * len(leaves), own)
+        # Under vmap: what a batching rule of our own would do, without torch.autograd.Function's 0.2 ms a call.
+        level = max(functorch.maybe_get_level(x) for x in leaves)
+        dims = tuple(functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else None for x in leaves)
+        plain = [x if d is None else functorch.get_unwrapped(x).movedim(d, 0) for x, d in zip(leaves, dims, strict=True)]
+        with temporarily_pop_interpreter_stack():
+            found = self._run(step, kind, inputs, plain, tuple(None if d is None else 0 for d in dims), own)
+        return trees.map(lambda x: functorch._add_batch_dim(x, 0, level), found)
+
+    def _run(self, step: Step, kind: Hashable, inputs: Tree, leaves: list[Tensor], dims: Dims, own: Tree) -> Tree:
+        owned = {id(x) for x in trees.leaves(own)}
+        mine = tuple(id(x) in owned for x in trees.leaves(inputs)) if owned else ()
+        key = (kind, mine, dims, tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves))
+        recording = self._known.get(key)
+        if recording is None:
             with self._lock:  # make_fx keeps some of its state globally
-                if key not in self._known:
-                    self._known[key] = _record(call, dims, leaves)
-        return self._known[key]
-
-
-class _Call:
-    """One step with its inputs flat."""
-
-    def __init__(self, recorder: Recorder, step: Step, kind: Hashable, owned: tuple[bool, ...], spec: pytree.TreeSpec) -> None:
-        self.recorder, self.step, self.spec, self.owned = recorder, step, spec, owned
-        self.key = (kind, spec, owned)
-        self.out: Any = None  # how the outputs are put together again
-
-    def run(self, dims: tuple[int | None, ...], leaves: Leaves) -> Leaves:
-        code, self.out = self.recorder.recording(self, dims, leaves)
+                recording = self._known.get(key) or _record(step, inputs, leaves, dims, mine)
+                self._known[key] = recording
         with torch.no_grad():
-            return code(*leaves)
+            found = recording.code(*leaves)
+        return trees.map(lambda place: found[place], recording.out)
 
 
-class _Batched(torch.autograd.Function):
-    """Not for its gradient: an operation whose batching rule is ours."""
+def _record(step: Step, inputs: Tree, leaves: list[Tensor], dims: Dims, owned: tuple[bool, ...]) -> Recording:
+    out: Tree = None
 
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(call: _Call, *leaves: Tensor) -> Any:
-        raise AssertionError("only under vmap")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], call: _Call, *leaves: Tensor) -> Any:
-        dims = in_dims[1:]
-        moved = [x if d is None else x.movedim(d, 0) for x, d in zip(leaves, dims, strict=True)]
-        found = call.run(tuple(None if d is None else 0 for d in dims), moved)
-        return tuple(found), (0,) * len(found)
-
-
-def _record(call: _Call, dims: tuple[int | None, ...], leaves: Leaves) -> tuple[Callable[..., Leaves], pytree.TreeSpec]:
-    out: list[pytree.TreeSpec] = []
-
-    def flat(*leaves: Tensor) -> Leaves:
-        found, spec = pytree.tree_flatten(call.step(pytree.tree_unflatten(list(leaves), call.spec)))
-        out.append(spec)
-        return list(found)
+    def flat(*leaves: Tensor) -> list[Tensor]:
+        nonlocal out
+        pieces, places = iter(leaves), itertools.count()
+        found = step(trees.map(lambda _: next(pieces), inputs))
+        out = trees.map(lambda _: next(places), found)
+        return trees.leaves(found)
 
     code = vmap(flat, in_dims=dims) if any(d is not None for d in dims) else flat
     try:
@@ -113,12 +99,12 @@ def _record(call: _Call, dims: tuple[int | None, ...], leaves: Leaves) -> tuple[
     except Exception as e:  # whatever the step does that cannot be written down, e.g. look at a value; it may still run
         log.debug("a local step runs unrecorded: %s: %s", type(e).__name__, e)
         code(*leaves)
-        return code, out[-1]
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        return Recording(code, out)
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     _simplify(graph.graph)
-    _fuse(graph.graph, {node for node, owned in zip(inputs, call.owned, strict=True) if owned})
+    _fuse(graph.graph, {node for node, mine in zip(placeholders, owned, strict=False) if mine})
     graph.recompile()
-    return graph.forward, out[0]
+    return Recording(graph.forward, out)
 
 
 def _simplify(graph: fx.Graph) -> None:

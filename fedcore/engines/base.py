@@ -88,7 +88,7 @@ class Work:
             train = data.batches(ids, "train", self._tuning(), self.seed, t, 0, self.even)
             return Tuning(train, data.batches(ids, "test", self.local, self.seed, t, 0, self.even))
         plans = [data.batches(ids, kind, self.local, self.seed, t, plan, self.even) for plan in range(self.passes(fn))]
-        return plans[0] if len(plans) == 1 else Batches(*(torch.cat(pieces, 1) for pieces in zip(*plans, strict=True)))
+        return plans[0] if len(plans) == 1 else Batches(*(_one_after_another(pieces) for pieces in zip(*plans, strict=True)))
 
     def passes(self, fn: ClientFunction) -> int:
         """Plans of batches that `fn` gets."""
@@ -148,6 +148,11 @@ class Work:
             yield
             if before is not None and not torch.equal(before, torch.get_rng_state()):
                 self.drew = True
+
+
+def _one_after_another(plans: tuple[Tensor, ...]) -> Tensor:
+    """[n, K, ...] of each to [n, sum of K, ...], step by step in memory as `FederatedData.batches` has them."""
+    return torch.cat([x.transpose(0, 1) for x in plans]).transpose(0, 1)
 
 
 def report(work: Work, fn: ClientFunction, client: int, up: Tree) -> Reports:

@@ -65,6 +65,16 @@ def test_pieces_hold_every_client_once_and_the_heaviest_come_first() -> None:
     assert len(pieces) <= 4
 
 
+def test_ray_packs_by_what_clients_took_when_they_were_last_there(tmp_path: Path) -> None:
+    loop = loop_of(small("fedavg", engine__name="ray"), tmp_path)
+    engine, clients, steps = loop.engine, torch.arange(4), np.array([1, 2, 3, 4])
+    assert engine._expected("train", clients, steps).tolist() == [1, 2, 3, 4]  # type: ignore[attr-defined]
+    engine._seconds |= {("train", 0): 9.0, ("train", 1): 1.0, ("evaluate", 3): 50.0}  # type: ignore[attr-defined]
+    expected = engine._expected("train", clients, steps)  # type: ignore[attr-defined]
+    assert expected.tolist() == pytest.approx([9.0, 1.0, 3 * 10 / 3, 4 * 10 / 3])
+    assert _pieces(clients.numpy(), expected, 2) == [[3, 2], [0, 1]]
+
+
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
 def test_failing_clients_are_named_with_their_reason(engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     e = small("tests.methods:BadWeather", rounds=1, participation__cohort=12, engine__name=engine, engine__chunk=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -42,19 +43,23 @@ class Worker:
         self.work: Work = ray.get(work[0])
         self.work.task.to(torch.device(device))
 
-    def run(self, name: str, clients: list[int], down: Tree, states: list[Tree], t: int) -> list[Answer]:
+    def run(self, name: str, clients: list[int], down: Tree, states: list[Tree], t: int) -> tuple[list[Answer], list[float]]:
+        """Answers, and the seconds that each client took."""
         fn = getattr(self.work.method, name)
         device, cpu = self.work.task.device, torch.device("cpu")
         down = trees.to(down, device)
         answers: list[Answer] = []
+        seconds: list[float] = []
         for client, state in zip(clients, states, strict=True):
+            begin = time.perf_counter()
             try:
                 with one_thread():
                     up, new = self.work.one(fn, client, down, trees.to(state, device), t)
                 answers.append((trees.to(up, cpu), {} if evaluates(fn) else trees.to(new, cpu)))
             except Exception as e:  # a client may fail in any way; the round goes on without it
                 answers.append(next(iter(failure([client], e).failed.values())))
-        return answers
+            seconds.append(time.perf_counter() - begin)
+        return answers, seconds
 
 
 class Ray:
@@ -66,6 +71,7 @@ class Ray:
         self.gpus = (settings.gpus_per_worker or 1.0) if device.type == "cuda" else 0.0
         self._asked = settings.workers
         self._actors: list[Any] = []
+        self._seconds: dict[tuple[str, int], float] = {}  # that a client's work took when it was last done
         self._started_ray = False
 
     def _start(self) -> None:
@@ -100,7 +106,7 @@ class Ray:
 
         name = fn.__name__
         steps = self.work.steps(fn, clients.numpy())
-        pieces = _pieces(clients.numpy(), steps, PIECES * len(self._actors))
+        pieces = _pieces(clients.numpy(), self._expected(name, clients, steps), PIECES * len(self._actors))
         sent = ray.put(trees.to(down, torch.device("cpu")))
         todo, running = list(reversed(pieces)), {}
         answers: dict[int, Answer] = {}
@@ -119,7 +125,9 @@ class Ray:
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 actor, piece = running.pop(done)
                 try:
-                    answers.update(zip(piece, ray.get(done), strict=True))
+                    found, seconds = ray.get(done)
+                    answers.update(zip(piece, found, strict=True))
+                    self._seconds.update({(name, i): took for i, took in zip(piece, seconds, strict=True)})
                 except ray.exceptions.RayError as e:
                     self._actors.remove(actor)
                     actor = self._actor()
@@ -140,6 +148,13 @@ class Ray:
                 self.states.put([client], trees.map(lambda x: x[None], new))
             yield report(self.work, fn, client, trees.to(up, self.work.task.device))
 
+    def _expected(self, name: str, clients: Tensor, steps: np.ndarray) -> np.ndarray:
+        """Seconds of each client's work, [n]: as measured, or in proportion to its steps; without any measurement its steps."""
+        known = np.array([self._seconds.get((name, i), np.nan) for i in clients.tolist()])
+        measured = ~np.isnan(known)
+        rate = known[measured].sum() / max(steps[measured].sum(), 1) if measured.any() else 1.0
+        return np.where(measured, known, rate * steps)
+
     def describe(self) -> str:
         share = f", {self.gpus:g} GPU each" if self.gpus else ""
         return f"ray, {len(self._actors)} workers on {self.device}{share}" if self._actors else f"ray on {self.device}"
@@ -155,11 +170,11 @@ class Ray:
             self._started_ray = False
 
 
-def _pieces(clients: np.ndarray, steps: np.ndarray, count: int) -> list[list[int]]:
+def _pieces(clients: np.ndarray, work: np.ndarray, count: int) -> list[list[int]]:
     """Clients in about `count` pieces of like work, the heaviest clients first, so that no long one starts last."""
-    order = clients[np.argsort(-steps, kind="stable")].tolist()
-    heavy = np.sort(steps)[::-1] + 1
-    piece_of = np.minimum((np.cumsum(heavy) - heavy) * count // max(int(heavy.sum()), 1), count - 1)
+    order = clients[np.argsort(-work, kind="stable")].tolist()
+    heavy = np.sort(work)[::-1] + max(float(work.mean()), 1e-9) / 100  # nobody is free
+    piece_of = np.minimum((np.cumsum(heavy) - heavy) * count // heavy.sum(), count - 1).astype(int)
     pieces: dict[int, list[int]] = {}
     for client, piece in zip(order, piece_of.tolist(), strict=True):
         pieces.setdefault(piece, []).append(client)

@@ -1,9 +1,10 @@
 """Many reconstructions in one batch of optimisations: a lane is one client, one start, one path scale.
 
 Adam works element by element, so lanes side by side are lanes one after another; what differs is how their gradients are taken:
-under `torch.func.vmap`, or one by one. Which is faster depends on model and machine, so it is measured and remembered, as the
-vectorised engine does. Convolutions with other weights in each lane are written as matrix products for vmap: PyTorch would make
-them grouped convolutions, which on a CPU are twenty times slower.
+under `torch.func.vmap`, a part of the lanes on every thread, or one by one; both from recordings (`fedcore.recording`). Which is
+faster depends on model and machine, so it is measured and remembered, as the vectorised engine does. Convolutions with other
+weights in each lane are written as matrix products for vmap: PyTorch would make them grouped convolutions, which on a CPU are
+twenty times slower.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from torch.nn import functional
 from fedcore import cache, trees
 from fedcore.audit.attack import Progress, silent
 from fedcore.engines.base import one_thread
+from fedcore.recording import Recorder
 from fedcore.types import Tree
 
 AT_ONCE = 32  # lanes in one batch
@@ -102,8 +105,12 @@ class Gradients:
         batched: bool | None = None,
     ) -> None:
         self.names, self.lanes = names, len(next(iter(variables.values())))
+        self._recorder = Recorder()
         self._alone = grad_and_value(objective(model), has_aux=True)
-        self._batch = vmap(grad_and_value(objective(products(model)), has_aux=True), chunk_size=min(AT_ONCE, self.lanes))
+        self._batch = vmap(grad_and_value(objective(products(model)), has_aux=True))
+        self.threads = torch.get_num_threads()
+        size = min(AT_ONCE, -(-self.lanes // self.threads))
+        self._pieces = [slice(start, start + size) for start in range(0, self.lanes, size)]
         if batched is None:
             batched = self.lanes > 1 and self._batching_pays(model, variables, constants)
         self.batched = batched
@@ -112,17 +119,35 @@ class Gradients:
         return self._batched(variables, constants) if self.batched else self._one_by_one(variables, constants)
 
     def _batched(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
-        gradient, (_, match) = self._batch(variables, constants)
-        return gradient, match.detach()
+        def piece(at: slice) -> tuple[Variables, Tensor]:
+            torch.set_num_threads(1)  # PyTorch keeps this by thread
+            return self._recorded("batched", self._batch, trees.at(variables, at), trees.at(constants, at))
+
+        with one_thread():  # a piece is the work of one thread
+            if self.threads == 1 or len(self._pieces) == 1:
+                found = [piece(at) for at in self._pieces]
+            else:
+                with ThreadPoolExecutor(self.threads) as pool:
+                    found = list(pool.map(piece, self._pieces))
+        gradients, match = trees.map(lambda *xs: torch.cat(xs), *found)
+        return gradients, match
 
     def _one_by_one(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
-        found = []
         with one_thread():  # operations this small are slower on several
-            for lane in range(self.lanes):
-                gradient, (_, match) = self._alone(trees.at(variables, lane), trees.at(constants, lane))
-                found.append((gradient, match.detach()))
-        gradients, matches = trees.stack(found)
-        return gradients, matches
+            lanes = range(self.lanes)
+            found = [self._recorded("alone", self._alone, trees.at(variables, i), trees.at(constants, i)) for i in lanes]
+        gradients, match = trees.stack(found)
+        return gradients, match
+
+    def _recorded(self, kind: str, way: Callable[..., Any], variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
+        """(gradient, match), of a piece of the lanes or of one; the first of its shape is recorded, the others run from that."""
+
+        def step(inputs: tuple[Variables, Tree]) -> tuple[Variables, Tensor]:
+            gradient, (_, match) = way(*inputs)
+            return gradient, match.detach()
+
+        found: tuple[Variables, Tensor] = self._recorder.run(step, kind, (variables, constants), ())
+        return found
 
     def _batching_pays(self, model: nn.Module, variables: Variables, constants: Tree) -> bool:
         """Measured once a (model, shapes, machine), and remembered: two audits with one seed then compute the same bits."""

@@ -36,6 +36,8 @@ WAIT = 120.0  # seconds for all nodes to be there at the start, where no number 
 LOOK = 1.0  # seconds between looks whether the nodes that are waited for are still the same
 REMIND = 10.0  # seconds between lines that say who is missing
 
+_RESTARTED = "disconnected: the client started anew in the middle of its work"
+_OFFLINE = "disconnected: the Flower node went offline"
 MISSING = "no update: the node's answer holds none for this client"
 
 Answer = tuple[Tree, int] | str
@@ -56,6 +58,7 @@ class GridEngine:
         *,
         min_clients: int | None = None,
         report_goal: int | None = None,
+        rejoin: float = 0.0,
         limit: float = float("inf"),
         series: str = "",
         safe: Callable[[], int] | None = None,
@@ -63,12 +66,14 @@ class GridEngine:
     ) -> None:
         """`timeout` in seconds: a round goes on without the clients that have not answered by then.
 
-        `min_clients` nodes have to be there before a round starts, and `report_goal` reports end one. A message of more than
-        `limit` bytes is refused. Clients keep their state by `series`, the same whenever one run is gone on with, and may forget
-        what is older than round `safe()`. Whose answer is waited for is written to the file `watch`.
+        `min_clients` nodes have to be there before a round starts, and `report_goal` reports end one. A node that goes away in a
+        round and is back within `rejoin` seconds is asked again. A message of more than `limit` bytes is refused. Clients keep
+        their state by `series`, the same whenever one run is gone on with, and may forget what is older than round `safe()`. Whose
+        answer is waited for is written to the file `watch`.
         """
         self.grid, self.work, self.timeout = grid, work, timeout
         self._min_clients, self._goal, self._limit = min_clients, report_goal, limit
+        self._rejoin = rejoin
         self._series, self._safe, self._watch = series, safe, watch
         self._now = (-1, -1)  # t, and how many times clients were given work in it, from 0
         self._late: dict[str, float] = {}  # messages nobody waits for any more, with the time at which they expire
@@ -149,28 +154,47 @@ class GridEngine:
         for node in contents.keys() - node_of.values():
             yield node, "disconnected: Flower has no such node any more"
         waiting = set(node_of)
+        away: dict[int, tuple[float, str]] = {}  # nodes that went away: until when they are waited for, and why
         # The messages expire just before; the last look after that makes Flower forget them, and refuse what comes later.
         deadline = time.monotonic() + self.timeout
         looked = time.monotonic()
-        while waiting and not enough():
+        while (waiting or away) and not enough():
             late = time.monotonic() > deadline
+            lost: dict[str, str] = {}
             if time.monotonic() - looked > LOOK:
                 looked = time.monotonic()
                 now = self._starts()
-                for message in [m for m in waiting if now.get(node_of[m]) != began.get(node_of[m])]:
-                    waiting.discard(message)  # whoever took it is gone: Flower gives a message out once
-                    yield node_of[message], "disconnected: the client started anew in the middle of its work"
-            for message, reply in self._pull(waiting):
+                # Whoever took the message is gone: Flower gives it out once.
+                lost = {m: _RESTARTED if node_of[m] in now else _OFFLINE for m in waiting if _changed(node_of[m], began, now)}
+                for node in away.keys() & now.keys():
+                    again = self._push({node: contents[node]}, "train", max(deadline - looked, 1.0))
+                    if again:
+                        log.warning("Flower node %d is back in round %d, and asked again", node, self._now[0] + 1)
+                        del away[node]
+                        began[node] = now[node]
+                        node_of |= again
+                        waiting |= again.keys()
+            for message, reply in self._pull(waiting - lost.keys()):
+                if self._rejoin and reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                    lost[message] = _OFFLINE
+                else:
+                    waiting.discard(message)
+                    yield node_of[message], reply
+            for message, reason in lost.items():
                 waiting.discard(message)
-                yield node_of[message], reply
+                away[node_of[message]] = time.monotonic() + self._rejoin, reason
+                self._late[message] = deadline
+            for node in [node for node, (end, _) in away.items() if late or time.monotonic() >= end]:
+                yield node, away.pop(node)[1]
             if late:
                 break
-            if waiting:
+            if waiting or away:
                 time.sleep(POLL)
         over = time.monotonic() > deadline
         self._late |= dict.fromkeys(waiting, deadline)
-        for message in waiting:
-            yield node_of[message], _too_late(self.timeout) if over else "late: the round had the reports that it asked for"
+        missing = [node_of[message] for message in waiting] + [*away]
+        for node in missing:
+            yield node, _too_late(self.timeout) if over else "late: the round had the reports that it asked for"
 
     def _drop_late(self) -> None:
         """Take what came after its round off Flower's hands, and throw it away."""
@@ -341,6 +365,11 @@ class GridEngine:
         pass
 
 
+def _changed(node: int, before: dict[int, str], now: dict[int, str]) -> bool:
+    """Whether a node is another process than before, or none."""
+    return now.get(node) != before.get(node)
+
+
 def _list(record: ConfigRecord, key: str) -> list[Any]:
     value = record.get(key)
     return value if isinstance(value, list) else []
@@ -350,7 +379,7 @@ def _reason(error: Error, timeout: float) -> str:
     if error.code in (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE):
         return _too_late(timeout)
     if error.code == ErrorCode.NODE_UNAVAILABLE:
-        return "disconnected: the Flower node went offline"
+        return _OFFLINE
     return f"error: {_one_line(error.reason)}"
 
 

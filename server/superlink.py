@@ -25,6 +25,8 @@ import grpc
 from cryptography.hazmat.primitives import hashes
 from flwr.common.constant import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.supercore.constant import NodeStatus
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedcore import __version__, certs
@@ -154,11 +156,34 @@ def superlink(limit: int, keys: Path | None) -> None:
 
     def create_gated(**options: Any) -> Any:
         gate.state = options["servicer_and_add_fn"][0].state_factory.state
+        only_whole_replies(gate.state)
         options["interceptors"] = [gate.outer, *options["interceptors"], gate.inner]
         return create(**{**options, "max_message_length": OBJECT_LIMIT})
 
     flower.generic_create_grpc_server = create_gated
     flower.flower_superlink()
+
+
+def only_whole_replies(factory: Callable[[], Any]) -> None:
+    """Give the ServerApp the replies that have arrived whole.
+
+    Flower gives one out when its head is there, and whoever takes it waits for the rest: minutes, where the client was killed or
+    cut off between the two, while nobody hears the others, or heeds the deadline of the round.
+    """
+    state = factory()
+    give = state.get_message_res
+
+    def arriving(message: str) -> bool:
+        try:
+            tree = state.object_store.get_object_tree(state.message_ins_id_to_message_res_id[message])
+        except (KeyError, NoObjectInStoreError):
+            return False
+        return any(state.object_store.get(o.object_id) == b"" for o in iterate_object_tree(tree))
+
+    def give_whole(message_ids: set[str], run_id: int) -> Any:
+        return give(message_ids={message for message in message_ids if not arriving(message)}, run_id=run_id)
+
+    state.get_message_res = give_whole
 
 
 def end_with_parent() -> None:

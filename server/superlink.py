@@ -151,6 +151,8 @@ class _Interceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # gRPC has no
 
 def superlink(limit: int, keys: Path | None) -> None:
     """Flower's SuperLink in this process, gated."""
+    # The server ends it, after the ServerApp. A terminal, or systemd, sends these to all processes at once.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     flower: Any = importlib.import_module("flwr.superlink.cli.flower_superlink")  # its package has a function of that name
     gate, create = Gate(limit, keys), flower.generic_create_grpc_server
 

@@ -62,7 +62,7 @@ class Gate:
     def _say(self, metadata: dict[str, Any], context: Any) -> None:
         details = context.details()
         text = (details.decode(errors="replace") if isinstance(details, bytes) else str(details or "")).removeprefix("Fedcore: ")
-        if text in QUIET or context.code() is grpc.StatusCode.NOT_FOUND:
+        if text in QUIET or context.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE):
             return
         line = f"refused {self._name(metadata.get(PUBLIC_KEY_HEADER))}: {text or context.code()}"
         now = time.monotonic()
@@ -100,6 +100,8 @@ class Gate:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "Fedcore: it signs with one key and wants to be the node of another")
         state = self.state()
         node = state.get_node_id_by_public_key(key)
+        if node is None and any(key == public_key_to_bytes(known) for known in self._known().values()):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Fedcore: the server is starting, and registers its clients")
         if node is None:
             where = "" if self.keys is None else f" in {self.keys} on the server"
             context.abort(
@@ -120,14 +122,17 @@ class Gate:
                 f"Fedcore: its message is over the limit of {self.limit / 1e6:g} MB (engine.message_limit_mb)",
             )
 
+    def _known(self) -> dict[str, Any]:
+        """Names and keys of those that may join."""
+        return {} if self.keys is None else certs.client_keys(self.keys)
+
     def _name(self, key: Any) -> str:
         """Whose key it is, as far as is known here."""
         if not isinstance(key, bytes):
             return "a caller without a key"
-        if self.keys is not None:
-            for name, known in certs.client_keys(self.keys).items():
-                if public_key_to_bytes(known) == key:
-                    return name
+        for name, known in self._known().items():
+            if public_key_to_bytes(known) == key:
+                return name
         digest = hashes.Hash(hashes.SHA256())
         digest.update(key)
         return f"a client with the key {digest.finalize().hex()[:16]}"

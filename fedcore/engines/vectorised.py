@@ -39,6 +39,7 @@ class Vectorised:
         """`chunk` clients a batch, 1 = one after another; None = measure."""
         self.work, self.states, self.chunk = work, states, chunk
         self.choices: dict[str, Any] = {}
+        self.late = 0
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         if len(clients) == 0:

@@ -222,6 +222,29 @@ def test_a_node_that_leaves_is_left_out_and_one_that_comes_back_is_asked_again(t
     assert rows[-1]["dropped"] == {}
 
 
+def test_an_answer_that_comes_after_its_round_is_counted_and_changes_nothing(tmp_path: Path) -> None:
+    e = small("fedavg", participation__cohort=12)
+    held: list[Message] = []
+
+    def weather(reply: Message) -> list[Message]:
+        if reply.metadata.src_node_id != 102 or held:
+            return [reply]
+        held.append(reply)
+        return []
+
+    (tmp_path / "other").mkdir()
+    grid, other = FakeGrid(preset_of(e, tmp_path), 4, weather), FakeGrid(preset_of(e, tmp_path), 4, weather)
+    loop, without = loop_over(e, tmp_path / "a", grid), loop_over(e, tmp_path / "b", other)
+    assert loop.round()["dropped"] == {"timeout": 3}
+    grid.replies[held[0].metadata.reply_to_message_id] = [held[0]]
+    row = loop.round()
+    assert (row["late_answers"], row["dropped"], row["reports"]) == (1, {}, 12)
+    assert "late_answers" not in loop.round()
+    held.clear()
+    assert "late_answers" not in without.round() | without.round() | without.round()
+    assert equal(loop.state.server, without.state.server)
+
+
 @pytest.mark.parametrize(("rejoin", "sent"), [(0.0, 4), (20.0, 5)])
 def test_a_node_that_starts_anew_in_a_round_is_asked_again_where_that_is_wished(
     rejoin: float, sent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

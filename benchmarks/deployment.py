@@ -3,12 +3,14 @@
 python -m benchmarks.deployment                      overhead of a round, warm clients against stock SuperNodes
 python -m benchmarks.deployment faults --number 50   random faults in a row; the seed is printed, and --seed takes it
 python -m benchmarks.deployment memory               50 warm clients for 100 rounds: memory against rounds
+python -m benchmarks.deployment memory --clients 6 --rounds 100000 --minutes 15 --set "model.hidden=[8]"     light rounds, for long
 python -m benchmarks.deployment large                a model of 44 MB, and one of 1 GB
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import signal
@@ -147,19 +149,19 @@ def fault(draw: random.Random, f: Federation, start_server: Callable[[], Any]) -
     return kind
 
 
-def memory(clients: int, rounds: int, poll: float) -> None:
+def memory(clients: int, rounds: int, poll: float, minutes: float, more: list[str]) -> None:
     """Memory by kind of process, and how fast it grows.
 
     What a process takes is its proportional set size, in which shared pages are divided by who shares them; what grows is its
     anonymous memory, for the other changes with whoever else on the machine loads the same libraries.
     """
     with tempfile.TemporaryDirectory() as folder, federation(Path(folder), clients) as f:
-        f.server("fedavg", *settings(clients, rounds))
+        f.server("fedavg", *settings(clients, rounds, *more))
         for i in range(clients):
             f.client(i, "--poll", poll)
         f.reached(2, 900)
         begin, said, samples = time.monotonic(), 0.0, []
-        while f.processes["server"].poll() is None and len(f.rows()) < rounds:
+        while f.processes["server"].poll() is None and len(f.rows()) < rounds and time.monotonic() - begin < 60 * minutes:
             kinds = {"clients": [p.pid for name, p in f.processes.items() if name != "server"]}
             kinds |= {"server": [f.processes["server"].pid], "SuperLink": [f.facts()["superlink"]], "ServerApp": [f.serverapp()]}
             pss, own = (
@@ -176,7 +178,7 @@ def memory(clients: int, rounds: int, poll: float) -> None:
     table = np.array(samples)
     print(f"{clients} clients, {len(took)} rounds in {table[-1, 0] / 60:.1f} minutes, {np.median(took):.2f} s a round")
     for name, rows in (
-        ("the last half of the rounds", table[table[:, 1] >= rounds / 2]),
+        ("the last half of the rounds", table[table[:, 1] >= len(took) / 2]),
         ("from minute 6 on", table[table[:, 0] >= 360]),
     ):
         for column, kind in enumerate(("a client", "server", "SuperLink", "ServerApp"), 2):
@@ -226,11 +228,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--poll", type=float, default=0.2, help="of the clients, in seconds")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many, whatever the rounds")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run whose memory is measured")
     a = parser.parse_args()
     if a.what == "faults":
         sys.exit(0 if faults(a.number, random.SystemRandom().randrange(10**6) if a.seed is None else a.seed) else 1)
     elif a.what == "memory":
-        memory(a.clients, a.rounds, a.poll)
+        memory(a.clients, a.rounds, a.poll, a.minutes, a.set)
     else:
         {"overhead": overhead, "large": large}[a.what]()
 

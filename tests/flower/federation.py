@@ -121,6 +121,8 @@ class Federation:
         return self.proxies[i]
 
     def start(self, name: str, command: list[str], **environment: str) -> subprocess.Popen[bytes]:
+        if inherited := ENVIRONMENT.get("PYTHONPATH"):
+            environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [environment.get("PYTHONPATH")]), inherited])
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, env={**ENVIRONMENT, **environment}
@@ -164,7 +166,7 @@ class Federation:
         file = self.run / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
-    def reached(self, number: int, seconds: float = 60) -> None:
+    def reached(self, number: int, seconds: float = 120) -> None:
         until(lambda: len(self.rows()) >= number, seconds, lambda: f"round {len(self.rows())} of {number}\n{self.everything()}")
 
     def facts(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ class Federation:
                 continue
         return 0
 
-    def finished(self, seconds: float = 90) -> dict[str, Any]:
+    def finished(self, seconds: float = 150) -> dict[str, Any]:
         """The server's outcome, after it has ended well."""
         try:
             status = self.processes["server"].wait(seconds)

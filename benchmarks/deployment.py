@@ -3,23 +3,26 @@
 python -m benchmarks.deployment                      overhead of a round, warm clients against stock SuperNodes
 python -m benchmarks.deployment faults --number 50   random faults in a row; the seed is printed, and --seed takes it
 python -m benchmarks.deployment memory               50 warm clients for 100 rounds: memory against rounds
+python -m benchmarks.deployment memory --clients 6 --rounds 100000 --minutes 15 --set "model.hidden=[8]"     light rounds, for long
 python -m benchmarks.deployment large                a model of 44 MB, and one of 1 GB
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import psutil
 
 from fedcore.config import Experiment
 from fedcore.loop import run
@@ -81,76 +84,126 @@ def overhead() -> None:
         )
 
 
-def faults(number: int, seed: int) -> None:
-    """Kill at random; every round has to be there in the end, with every client's state as if nothing had been."""
+KINDS = ("ServerApp", "SuperLink", "server", "everything", "client", "client", "network", "network")
+
+
+def faults(number: int, seed: int, clients: int = 4) -> bool:
+    """Kill and cut at random; every round and report has to be there in the end, and all parameters as if nothing had been.
+
+    For that a round waits for a client that went away in it (`engine.rejoin_timeout`), and none is left out (no `round_timeout`).
+    """
     draw = random.Random(seed)
     print(f"seed {seed}, {number} faults", flush=True)
-    rounds = 2 * number + 10
-    given = settings(4, rounds)
+    rounds = 4 * number + 10
+    given = settings(clients, rounds, "engine.rejoin_timeout=300")
     done: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, federation(Path(folder), 4) as f:
-        expected = run(Experiment.load("scaffold", [*given, "engine.name=sequential"]), Path(folder) / "sequential").params_sha256
+    with tempfile.TemporaryDirectory() as folder, federation(Path(folder), clients) as f:
+        expected = run(Experiment.load("scaffold", [*given, "engine.name=sequential"]), Path(folder) / "sequential")
         f.server("scaffold", *given)
+        for i in range(clients):
+            f.proxy(i)
         f.all_clients()
         f.reached(1, 120)
         for _ in range(number):
-            before = len(f.rows())
-            kind = draw.choice(["ServerApp", "SuperLink", "server", "everything"])
+            before, began = len(f.rows()), time.monotonic()
+            assert before < rounds, "the run ended before the last fault: more rounds are needed"
             time.sleep(draw.random())
-            if kind == "ServerApp" and (process := f.serverapp()):
-                os.kill(process, signal.SIGKILL)
-            elif kind == "SuperLink" and (f.run / "server.json").exists():
-                os.kill(f.facts()["superlink"], signal.SIGKILL)
-            else:
-                for name in list(f.processes) if kind == "everything" else ["server"]:
-                    f.kill(name)
-                if kind == "everything":
-                    f.all_clients()
-                f.server("scaffold", *given)
-            done.append(kind)
-            f.reached(before + 1, 180)
-            print(f"{len(done)}: {kind} after round {before}", flush=True)
+            done.append(fault(draw, f, lambda: f.server("scaffold", *given)))
+            f.reached(len(f.rows()) + 1, 240)
+            print(f"{len(done)}: {done[-1]}, after round {before}, healed after {time.monotonic() - began:.1f} s", flush=True)
         result = f.finished(600)
-        rows = f.rows()
+        rows, reasons = f.rows(), f.log("server")
     assert [row["round"] for row in rows] == list(range(1, rounds + 1)), "a round is missing"
-    same = result["params_sha256"] == expected
     lost = sum(sum(row["dropped"].values()) for row in rows)
-    print(f"{number} faults, {len(rows)} rounds, {lost} reports lost, the same bits as never interrupted: {same}")
-    sys.exit(0 if same else 1)
+    same = result["params_sha256"] == expected.params_sha256
+    counted = ", ".join(f"{kind} {n}" for kind, n in Counter(kind.split()[0] for kind in done).items())
+    print(f"{number} faults ({counted}), {len(rows)} rounds, {lost} reports lost, the same bits as never interrupted: {same}")
+    if not same or lost:
+        print(reasons)
+    return same and not lost
 
 
-def memory(clients: int, rounds: int) -> None:
-    """Resident memory after a tenth of the rounds and on, as a slope."""
+def fault(draw: random.Random, f: Federation, start_server: Callable[[], Any]) -> str:
+    """Make one; what it was."""
+    kind = draw.choice(KINDS)
+    i = draw.randrange(f.clients)
+    if kind == "ServerApp" and (process := f.serverapp()):
+        os.kill(process, signal.SIGKILL)
+    elif kind == "SuperLink" and (f.run / "server.json").exists():
+        os.kill(f.facts()["superlink"], signal.SIGKILL)
+    elif kind == "client":
+        f.kill(f"client-{i}")
+        time.sleep(pause := draw.uniform(0, 5))
+        f.client(i)
+        kind += f" {i} killed, started after {pause:.1f} s"
+    elif kind == "network":
+        how: Literal["swallow", "hold", "reset"] = draw.choice(["swallow", "hold", "reset"])
+        f.proxies[i].cut_for(seconds := draw.uniform(1, 10), how)
+        kind += f" of client {i}: {how} for {seconds:.1f} s"
+    else:
+        for name in list(f.processes) if kind == "everything" else ["server"]:
+            f.kill(name)
+        if kind == "everything":
+            f.all_clients()
+        start_server()
+    return kind
+
+
+def memory(clients: int, rounds: int, poll: float, minutes: float, more: list[str]) -> None:
+    """Memory by kind of process, and how fast it grows.
+
+    What a process takes is its proportional set size, in which shared pages are divided by who shares them; what grows is its
+    anonymous memory, for the other changes with whoever else on the machine loads the same libraries.
+    """
     with tempfile.TemporaryDirectory() as folder, federation(Path(folder), clients) as f:
-        f.server("fedavg", *settings(clients, rounds))
-        f.all_clients()
-        f.reached(rounds // 10, 900)
-        samples: list[tuple[int, float, float]] = []
-        while f.processes["server"].poll() is None:
-            server = f.processes["server"].pid
-            tree = [psutil.Process(server), *psutil.Process(server).children(recursive=True)]
-            sizes = (
-                [_resident(p) for p in tree],
-                [_resident(psutil.Process(p.pid)) for n, p in f.processes.items() if n != "server"],
+        f.server("fedavg", *settings(clients, rounds, *more))
+        for i in range(clients):
+            f.client(i, "--poll", poll)
+        f.reached(2, 900)
+        begin, said, samples = time.monotonic(), 0.0, []
+        while f.processes["server"].poll() is None and len(f.rows()) < rounds and time.monotonic() - begin < 60 * minutes:
+            kinds = {"clients": [p.pid for name, p in f.processes.items() if name != "server"]}
+            kinds |= {"server": [f.processes["server"].pid], "SuperLink": [f.facts()["superlink"]], "ServerApp": [f.serverapp()]}
+            pss, own = (
+                {kind: sum(_memory(number, what) for number in numbers) / len(numbers) for kind, numbers in kinds.items()}
+                for what in ("Pss", "Anonymous")
             )
-            samples.append((len(f.rows()), sum(sizes[0]), float(np.mean(sizes[1]))))
-            time.sleep(2)
-            if len(f.rows()) >= rounds:
-                break
+            now = time.monotonic() - begin
+            samples.append((now, len(f.rows()), *own.values()))
+            if now - said > 60:
+                said = now
+                print(f"minute {now / 60:.1f}, round {samples[-1][1]}, anonymous MB: {_sizes(own)}; PSS: {_sizes(pss)}", flush=True)
+            time.sleep(SAMPLE)
         took = [row["seconds"] for row in f.rows()]
     table = np.array(samples)
-    for name, column in (("server, all its processes", 1), ("a client", 2)):
-        slope = np.polyfit(table[:, 0], table[:, column], 1)[0]
-        (r0, m0), (r1, m1) = table[0, [0, column]], table[-1, [0, column]]
-        print(f"{name}: {m0:.1f} MB at round {r0:.0f}, {m1:.1f} MB at round {r1:.0f}, slope {slope * 1000:.1f} kB a round")
-    print(f"{clients} clients, {len(took)} rounds, {np.median(took):.2f} s a round")
+    print(f"{clients} clients, {len(took)} rounds in {table[-1, 0] / 60:.1f} minutes, {np.median(took):.2f} s a round")
+    for name, rows in (
+        ("the last half of the rounds", table[table[:, 1] >= len(took) / 2]),
+        ("from minute 6 on", table[table[:, 0] >= 360]),
+    ):
+        for column, kind in enumerate(("a client", "server", "SuperLink", "ServerApp"), 2):
+            if len(rows) > 2:
+                by_round, by_minute = (np.polyfit(rows[:, x], rows[:, column], 1)[0] for x in (1, 0))
+                print(
+                    f"{name}: {kind} {rows[0, column]:.1f} to {rows[-1, column]:.1f} MB, "
+                    f"{by_round * 1000:+.1f} kB a round, {by_minute * 60000:+.0f} kB a minute"
+                )
 
 
-def _resident(process: psutil.Process) -> float:
+SAMPLE = 10.0  # seconds between two looks at the memory
+
+
+def _sizes(sizes: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {size:.1f}" for kind, size in sizes.items())
+
+
+def _memory(number: int, what: str) -> float:
+    """In MB; 0 for a process that has ended."""
     try:
-        return float(process.memory_info().rss) / 1e6
-    except psutil.Error:
+        lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+    except OSError:
         return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) * 1024 / 1e6
 
 
 def large() -> None:
@@ -174,11 +227,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--poll", type=float, default=0.2, help="of the clients, in seconds")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many, whatever the rounds")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run whose memory is measured")
     a = parser.parse_args()
     if a.what == "faults":
-        faults(a.number, random.SystemRandom().randrange(10**6) if a.seed is None else a.seed)
+        sys.exit(0 if faults(a.number, random.SystemRandom().randrange(10**6) if a.seed is None else a.seed) else 1)
     elif a.what == "memory":
-        memory(a.clients, a.rounds)
+        memory(a.clients, a.rounds, a.poll, a.minutes, a.set)
     else:
         {"overhead": overhead, "large": large}[a.what]()
 

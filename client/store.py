@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ from fedcore.types import Tree
 
 class StateError(FedcoreError):
     """The state of a client on this device cannot be used."""
+
+
+FORGOTTEN = "forgotten"  # in the place of a run's states, so that it is not gone on with as if there had been none
 
 
 class Moment(NamedTuple):
@@ -55,6 +59,11 @@ class Store:
         Raises StateError, naming the file, for a state that is damaged, or another federation's, run series', client's or model's;
         and where the server went back further than it had promised.
         """
+        if (self.folder / FORGOTTEN).exists():
+            raise StateError(
+                f"the state of run {self.series} was deleted on this device (fedcore states --forget): to take part in it with a "
+                f"new one, delete {self.folder}"
+            )
         found = self._moments(client)
         earlier = [moment for moment in found if moment < before]
         if earlier:
@@ -97,13 +106,8 @@ class Store:
         return {"federation": self.federation, "series": self.series, "client": str(client)}
 
     def _sync(self, folder: Path) -> None:
-        if not self.sync:
-            return
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        if self.sync:
+            _sync(folder)
 
     def _read(self, client: int, at: Moment, like: Tree) -> tuple[Tree, str]:
         file = self._file(client, at)
@@ -127,6 +131,45 @@ class Store:
         if {name: (x.shape, x.dtype) for name, x in flat.items()} != {name: (x.shape, x.dtype) for name, x in expected.items()}:
             raise StateError(f"{file} does not fit this method and model: is the server's run another one?")
         return trees.unflatten({"" if name == "." else name: x for name, x in flat.items()}, like), facts.get("before", "")
+
+
+class Kept(NamedTuple):
+    """What a device holds of one run."""
+
+    run: str  # the series, by which the server and this device know it
+    clients: int
+    round: int  # the last one that left a state, from 1
+    bytes: int
+    used: float  # when that was, in seconds since 1970
+
+
+def kept(folder: Path) -> list[Kept]:
+    """Of every run that has states in this directory of a device, the last used first."""
+    found = []
+    for series in folder.iterdir():
+        files = [(file, file.stat()) for file in series.glob("client-*/*.safetensors")]
+        if files:
+            last = max(files, key=lambda each: each[1].st_mtime)
+            rounds, clients = int(last[0].stem.split("-")[0]) + 1, len({file.parent for file, _ in files})
+            found.append(Kept(series.name, clients, rounds, sum(facts.st_size for _, facts in files), last[1].st_mtime))
+    return sorted(found, key=lambda run: -run.used)
+
+
+def forget(folder: Path, run: str) -> None:
+    """Delete the states of a run; a mark says that there were some."""
+    mark = folder / run / FORGOTTEN
+    mark.touch()
+    _sync(mark.parent)
+    for states in mark.parent.glob("client-*"):
+        shutil.rmtree(states)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _digest(flat: dict[str, Tensor]) -> str:

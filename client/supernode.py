@@ -87,6 +87,7 @@ class Connection:
         """`ca` in PEM, None for a connection without TLS."""
         self.address, self.ca, self.key, self.stop = address, ca, key, stop
         self.server_time = 0.0  # seconds that the server's clock is ahead of this one, as of its last answer
+        self.cuts = 0  # calls that were not answered and tried again
         self._lock = threading.Lock()
         self._open()
 
@@ -135,6 +136,7 @@ class Connection:
             except grpc.RpcError as e:
                 if e.code() not in RETRY:
                     raise self._explain(e) from e
+                self.cuts += 1
                 if not down_since:
                     down_since = time.monotonic()
                     self._complain(e)
@@ -310,10 +312,15 @@ class SuperNode:
         try:
             while True:
                 try:
+                    cuts = self.connection.cuts
                     found = self.connection.call("PullMessages", fleet_pb2.PullMessagesRequest(node=self.node))
                     for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                         self.handle(message_from_proto(message), tree)
                         pause = FIRST_PAUSE
+                    if self.connection.cuts > cuts and not found.messages_list:
+                        # Flower gives a message out once, and the answer that did not arrive may have held one. So come anew:
+                        # then the server waits for it no longer.
+                        self.activate()
                 except _Gone as e:
                     log.warning("the server does not know this client any more (%s); introducing it again", e)
                     self.activate()

@@ -45,6 +45,9 @@ class EngineSettings(_Section):
     workers: int | None = Field(None, ge=1, description="ray: number of workers; default: one a core, or one a GPU share")
     gpus_per_worker: float = Field(0.0, ge=0, description="ray: share of a GPU a worker holds, e.g. 0.25; on cuda default 1")
     round_timeout: float = Field(3600.0, gt=0, description="grid: seconds after which a round goes on without late clients")
+    rejoin_timeout: float = Field(
+        0.0, ge=0, description="grid: seconds for which a round waits for a client that went away in it, to ask it again"
+    )
     min_clients: int | None = Field(
         None, ge=1, description="grid: nodes that must be there for a round to start; default: all, for 120 s, and then any"
     )

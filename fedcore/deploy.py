@@ -23,7 +23,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (certs, server, client, doctor, status):
+    for command in (certs, server, client, doctor, status, states):
         app.command()(command)
 
 
@@ -109,6 +109,19 @@ def status(
     _quiet()
     facts: dict[str, Any] = importlib.import_module("server.status").status(run_dir)
     print(json.dumps(facts) if json_ else importlib.import_module("server.status").text(facts))
+
+
+def states(
+    state: Annotated[Path, typer.Argument(metavar="DIR", help="the --state directory of a client")],
+    forget: Annotated[list[str] | None, typer.Option(metavar="RUN", help="delete what is kept of this run; repeatable")] = None,
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="delete what was not used for so many days")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """List what a client keeps, by run, and delete what is not needed any more."""
+    found = importlib.import_module("client.states").tidy(state, forget or [], older_than)
+    print(json.dumps(found) if json_ else importlib.import_module("client.states").text(found))
 
 
 def _secured(certs: Path | None, insecure: bool) -> Path | None:

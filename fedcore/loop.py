@@ -43,6 +43,7 @@ from fedcore.types import ClientFunction, Model, Params, Reports, Round, Tree
 
 log = logging.getLogger("fedcore")
 
+TOGETHER = 1.0  # seconds in which two signals are one: a terminal or systemd sends it to all processes, and the server to its own
 PATIENCE = 3  # rounds in a row in which every client asked failed, after which the run stops
 
 
@@ -79,6 +80,7 @@ class Result:
     bytes_down: int
     bytes_up: int
     dropped: dict[str, int]
+    late_answers: int
     params_sha256: str
     run_dir: str
     params: Params = field(repr=False)
@@ -232,7 +234,7 @@ class Loop:
 
     def round(self) -> dict[str, Any]:
         """One round: the row that metrics.jsonl gets. Replaces `self.state`."""
-        begin = time.perf_counter()
+        begin, late = time.perf_counter(), self.engine.late
         t, e = self.state.t, self.e
         cohort, participation = self.process.sample(t, self.state.participation)
         tally = Tally(set(cohort.tolist()), silent=e.defence.noise_multiplier > 0)
@@ -268,6 +270,8 @@ class Loop:
         now = time.perf_counter()
         row: dict[str, Any] = {"round": t + 1, **tally.row(), "seconds": round(now - begin, 4)}
         row |= {f"server_{name}": value for name, value in r.log.items()}
+        if self.engine.late > late:  # since the round before: they belong to earlier ones
+            row["late_answers"] = self.engine.late - late
         if t == 0:
             row["first_round_s"] = round(now - self.begin, 3)
         if (t + 1) % e.evaluation.every == 0 or t + 1 == e.rounds:
@@ -386,6 +390,7 @@ class Loop:
             bytes_down=sum(row["bytes_down"] for row in rows),
             bytes_up=sum(row["bytes_up"] for row in rows),
             dropped=dict(dropped),
+            late_answers=sum(row.get("late_answers", 0) for row in rows),
             params_sha256=params_sha256(self.state.server.params),
             run_dir=str(self.folder),
             params=self.state.server.params,
@@ -621,10 +626,15 @@ def signals(stop: threading.Event) -> Iterator[None]:
         yield
         return
 
+    begin = 0.0
+
     def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set():
+        nonlocal begin
+        if not stop.is_set():
+            begin = time.monotonic()
+            stop.set()
+        elif time.monotonic() - begin > TOGETHER:
             raise KeyboardInterrupt
-        stop.set()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -172,6 +172,7 @@ def show_result(result: Result, report: Path | None) -> None:
         "speed": f"{result.clients_per_second:,.0f} clients/s, first round done after {result.first_round_s:.1f} s",
         "sent": f"{size_text(result.bytes_down)} down, {size_text(result.bytes_up)} up",
         "left out": ", ".join(f"{reason} {n}" for reason, n in result.dropped.items()) or "nobody",
+        "late answers": result.late_answers,
         "privacy": ", ".join(privacy.describe(final["privacy"])) if "privacy" in final else "",
         "parameters": f"sha256 {result.params_sha256[:16]}",
         "report": str(report or "-"),
@@ -180,6 +181,8 @@ def show_result(result: Result, report: Path | None) -> None:
         del facts["test accuracy"], facts["accuracy per client"]
     if not facts["privacy"]:
         del facts["privacy"]
+    if not result.late_answers:
+        del facts["late answers"]
     if not tuned:
         del facts["after fine-tuning"]
     for name, value in facts.items():

@@ -595,6 +595,8 @@ def _summary(r: Run) -> str:
         text += f" Of {asked:,.0f} requests to clients, {lost:,} brought no usable update."
     elif used:
         text += f" All {asked:,.0f} requests to clients brought a usable update."
+    if late := sum(row.get("late_answers", 0) for row in rows):
+        text += f" {late:,} answer{'s' if late > 1 else ''} came after the round had ended, and changed nothing."
     if skipped := sum(bool(row.get("skipped")) for row in rows):
         text += f" {skipped} round{'s' if skipped > 1 else ''} had too few reports and left the model as it was."
     return text

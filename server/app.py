@@ -84,7 +84,8 @@ def _deploy(grid: Grid, folder: Path) -> None:
 
 def _engine(grid: Grid, work: Any, e: Experiment, **facts: Any) -> GridEngine:
     s = e.engine
-    limits: dict[str, Any] = {"min_clients": s.min_clients, "report_goal": s.report_goal, "limit": s.message_limit_mb * 1e6}
+    limits: dict[str, Any] = {"min_clients": s.min_clients, "report_goal": s.report_goal, "rejoin": s.rejoin_timeout}
+    limits["limit"] = s.message_limit_mb * 1e6
     return GridEngine(grid, work, s.round_timeout, **limits, **facts)
 
 

@@ -34,9 +34,14 @@ log = logging.getLogger("fedcore")
 POLL = 0.05  # seconds between looks for replies; Flower's own loop sleeps 3
 WAIT = 120.0  # seconds for all nodes to be there at the start, where no number of them is asked for
 LOOK = 1.0  # seconds between looks whether the nodes that are waited for are still the same
+LINGER = 60.0  # seconds, at most, in which Flower still takes an answer after the deadline: it is counted, and thrown away
 REMIND = 10.0  # seconds between lines that say who is missing
 
+_RESTARTED = "disconnected: the client started anew in the middle of its work"
+_OFFLINE = "disconnected: the Flower node went offline"
 MISSING = "no update: the node's answer holds none for this client"
+
+PAUSE = failure([], "")  # reports of nobody
 
 Answer = tuple[Tree, int] | str
 """(up, number of examples) of one client, or why there is none."""
@@ -56,6 +61,7 @@ class GridEngine:
         *,
         min_clients: int | None = None,
         report_goal: int | None = None,
+        rejoin: float = 0.0,
         limit: float = float("inf"),
         series: str = "",
         safe: Callable[[], int] | None = None,
@@ -64,16 +70,19 @@ class GridEngine:
     ) -> None:
         """`timeout` in seconds: a round goes on without the clients that have not answered by then.
 
-        `min_clients` nodes have to be there before a round starts, and `report_goal` reports end one. A message of more than
-        `limit` bytes is refused. Clients keep their state by `series`, the same whenever one run is gone on with, and may forget
-        what is older than round `safe()`. Whose answer is waited for is written to the file `watch`. Nodes on this machine that
-        have no directory of their own for the states of their clients use `state`, which whoever gives it removes.
+        `min_clients` nodes have to be there before a round starts, and `report_goal` reports end one. A node that goes away in a
+        round and is back within `rejoin` seconds is asked again. A message of more than `limit` bytes is refused. Clients keep
+        their state by `series`, the same whenever one run is gone on with, and may forget what is older than round `safe()`. Whose
+        answer is waited for is written to the file `watch`. Nodes on this machine that have no directory of their own for the
+        states of their clients use `state`, which whoever gives it removes.
         """
         self.grid, self.work, self.timeout = grid, work, timeout
         self._min_clients, self._goal, self._limit = min_clients, report_goal, limit
+        self._rejoin = rejoin
         self._series, self._safe, self._watch, self._state = series, safe, watch, state
         self._now = (-1, -1)  # t, and how many times clients were given work in it, from 0
         self._late: dict[str, float] = {}  # messages nobody waits for any more, with the time at which they expire
+        self.late = 0
         self.states: StateStore | None = None
         self.choices: dict[str, Any] = {}
         self._partitions = 0  # P, as the nodes say
@@ -86,7 +95,8 @@ class GridEngine:
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         """Raises RunError when no node is there at the start, and for a message over the limit."""
         self._now = (t, self._now[1] + 1 if self._now[0] == t else 0)
-        self._gather()
+        for _ in self._gather():
+            yield PAUSE
         _, schema = wire.schemas(fn)
         if (size := trees.nbytes(down)) > self._limit:
             raise RunError(
@@ -116,7 +126,11 @@ class GridEngine:
         reported: set[int] = set()
         waited_for = {client for ids in hosted.values() for client in ids}
         self._note_waiting(waited_for)
-        for node, reply in self._ask(contents, lambda: len(reported) >= goal):
+        for answer in self._ask(contents, lambda: len(reported) >= goal):
+            if answer is None:
+                yield PAUSE
+                continue
+            node, reply = answer
             if node in heard:
                 yield failure(hosted[node], f"answered twice: of the answers in round {t + 1} the first counts")
                 continue
@@ -137,7 +151,9 @@ class GridEngine:
         """For `fedcore status`. Not synced: it is only of use while this process runs."""
         if self._watch is not None:
             part = self._watch.with_suffix(".part")
-            part.write_text(json.dumps({"round": self._now[0] + 1, "waiting_for": sorted(clients), "since": time.time()}))
+            part.write_text(
+                json.dumps({"round": self._now[0] + 1, "waiting_for": sorted(clients), "since": time.time(), "late": self.late})
+            )
             part.replace(self._watch)
 
     def _report(self, client: int, answer: Answer) -> Reports:
@@ -146,41 +162,65 @@ class GridEngine:
         up, count = answer
         return Reports(torch.tensor([client]), trees.map(lambda x: x[None], up), torch.tensor([float(count)]))
 
-    def _ask(self, contents: dict[int, RecordDict], enough: Callable[[], bool]) -> Iterator[tuple[int, Message | str]]:
-        """(node, reply) as they come, and (node, why there is none) for the others; every node at least once."""
+    def _ask(self, contents: dict[int, RecordDict], enough: Callable[[], bool]) -> Iterator[tuple[int, Message | str] | None]:
+        """(node, reply) as they come, and (node, why there is none) for the others; every node at least once.
+
+        None now and then, while there is no answer.
+        """
         self._drop_late()
         began = self._starts()
-        node_of = self._push(contents, "train", self.timeout)
+        linger = min(self.timeout, LINGER)
+        node_of = self._push(contents, "train", self.timeout + linger)
         for node in contents.keys() - node_of.values():
             yield node, "disconnected: Flower has no such node any more"
         waiting = set(node_of)
-        # The messages expire just before; the last look after that makes Flower forget them, and refuse what comes later.
+        away: dict[int, tuple[float, str]] = {}  # nodes that went away: until when they are waited for, and why
         deadline = time.monotonic() + self.timeout
         looked = time.monotonic()
-        while waiting and not enough():
+        while (waiting or away) and not enough():
             late = time.monotonic() > deadline
+            lost: dict[str, str] = {}
             if time.monotonic() - looked > LOOK:
+                yield None
+                self._drop_late()
                 looked = time.monotonic()
                 now = self._starts()
-                for message in [m for m in waiting if now.get(node_of[m]) != began.get(node_of[m])]:
-                    waiting.discard(message)  # whoever took it is gone: Flower gives a message out once
-                    yield node_of[message], "disconnected: the client started anew in the middle of its work"
-            for message, reply in self._pull(waiting):
+                # Whoever took the message is gone: Flower gives it out once.
+                lost = {m: _RESTARTED if node_of[m] in now else _OFFLINE for m in waiting if _changed(node_of[m], began, now)}
+                for node in away.keys() & now.keys():
+                    again = self._push({node: contents[node]}, "train", max(deadline - looked, 0.0) + linger)
+                    if again:
+                        log.warning("Flower node %d is back in round %d, and asked again", node, self._now[0] + 1)
+                        del away[node]
+                        began[node] = now[node]
+                        node_of |= again
+                        waiting |= again.keys()
+            for message, reply in self._pull(waiting - lost.keys()):
+                if self._rejoin and reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                    lost[message] = _OFFLINE
+                else:
+                    waiting.discard(message)
+                    yield node_of[message], reply
+            for message, reason in lost.items():
                 waiting.discard(message)
-                yield node_of[message], reply
+                away[node_of[message]] = time.monotonic() + self._rejoin, reason
+                self._late[message] = deadline + linger
+            for node in [node for node, (end, _) in away.items() if late or time.monotonic() >= end]:
+                yield node, away.pop(node)[1]
             if late:
                 break
-            if waiting:
+            if waiting or away:
                 time.sleep(POLL)
         over = time.monotonic() > deadline
-        self._late |= dict.fromkeys(waiting, deadline)
-        for message in waiting:
-            yield node_of[message], _too_late(self.timeout) if over else "late: the round had the reports that it asked for"
+        self._late |= dict.fromkeys(waiting, deadline + linger)
+        missing = [node_of[message] for message in waiting] + [*away]
+        for node in missing:
+            yield node, _too_late(self.timeout) if over else "not needed: the round had the reports that it asked for"
 
     def _drop_late(self) -> None:
-        """Take what came after its round off Flower's hands, and throw it away."""
+        """Take what came after its round off Flower's hands, count it, and throw it away."""
         for message, reply in self._pull(set(self._late)) if self._late else ():
-            log.debug("an answer came %s its round: dropped", "instead of" if reply.has_error() else "after")
+            self.late += not reply.has_error()
             self._late.pop(message, None)
         self._late = {message: end for message, end in self._late.items() if end > time.monotonic()}
 
@@ -238,12 +278,12 @@ class GridEngine:
             where = type(self.work.method).__module__.replace(".", "/")
             return f"bad message: it sent {e}: is it running another version of {where}.py?"
 
-    def _gather(self) -> None:
-        """Meet whoever is new, and wait for as many nodes as a round needs.
+    def _gather(self) -> Iterator[None]:
+        """Meet whoever is new, and wait for as many nodes as a round needs; None now and then.
 
         Before the first round these are all of them, for a while, if no number is set.
         """
-        first, begin, reminded = not self._nodes, time.monotonic(), 0.0
+        first, begin, reminded, paused = not self._nodes, time.monotonic(), 0.0, 0.0
         while True:
             trouble = self._meet()
             complete = len(self._nodes) == self._partitions > 0
@@ -258,6 +298,9 @@ class GridEngine:
             if waited - reminded > REMIND:
                 reminded = waited
                 log.warning("waiting for clients: %s", self._missing())
+            if waited - paused > LOOK:
+                paused = waited
+                yield None
             time.sleep(POLL)
         if not self._partitions:
             raise RunError(f"no Flower node can take part: {trouble}")
@@ -346,6 +389,11 @@ class GridEngine:
         pass
 
 
+def _changed(node: int, before: dict[int, str], now: dict[int, str]) -> bool:
+    """Whether a node is another process than before, or none."""
+    return now.get(node) != before.get(node)
+
+
 def _list(record: ConfigRecord, key: str) -> list[Any]:
     value = record.get(key)
     return value if isinstance(value, list) else []
@@ -355,7 +403,7 @@ def _reason(error: Error, timeout: float) -> str:
     if error.code in (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE):
         return _too_late(timeout)
     if error.code == ErrorCode.NODE_UNAVAILABLE:
-        return "disconnected: the Flower node went offline"
+        return _OFFLINE
     return f"error: {_one_line(error.reason)}"
 
 

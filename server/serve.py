@@ -44,6 +44,7 @@ from fedcore.errors import RunError, SettingsError
 from fedcore.loop import Interrupted
 from fedcore.rundir import fresh, make_run_dir, open_run_dir
 from server.app import OUTCOME, RUN_DIR, SERIES, WATCH
+from server.handshakes import TRACE, Handshakes
 
 log = logging.getLogger("fedcore")
 
@@ -194,7 +195,8 @@ class Server:
         command = [sys.executable, "-m", "server.superlink", "superlink", str(limit), str(self.keys or ""), *tls]
         command += ["--isolation", "process", "--host", LOCAL, "--port", str(self.port), "--fleet-api-address", self.listen]
         with (self.out / "superlink.log").open("ab") as file:
-            self.link = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, env=self._environment())
+            environment = self._environment() | ({} if self.folder is None else TRACE)
+            self.link = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, env=environment)
         assert self.link.stderr is not None
         threading.Thread(target=_relay, args=(self.link.stderr, self.out / "superlink.log"), daemon=True).start()
         ca = None if self.folder is None else (self.folder / "ca.crt").read_bytes()
@@ -265,11 +267,14 @@ class Server:
     def _stop_app(self) -> None:
         """Ask it to end after what it is doing, then insist. Whatever it says, its checkpoint is whole."""
         assert self.app is not None
-        for number, seconds in ((signal.SIGTERM, 10), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
-            if self.app.poll() is None:
-                self.app.send_signal(number)
-                with suppress(subprocess.TimeoutExpired):
-                    self.app.wait(seconds)
+        for seconds in (10, 5):
+            end = time.monotonic() + seconds
+            if self.app.poll() is None and not (self.out / OUTCOME).exists():
+                self.app.send_signal(signal.SIGTERM)
+            # With its outcome it has written all; Flower's part of it may take a while more.
+            while self.app.poll() is None and not (self.out / OUTCOME).exists() and time.monotonic() < end:
+                time.sleep(LOOK)
+        self._kill_app()
 
     def _kill_app(self) -> None:
         if self.app is not None and self.app.poll() is None:
@@ -290,12 +295,8 @@ class Server:
     def _end(self) -> None:
         self._kill_app()
         if self.link is not None and self.link.poll() is None:
-            self.link.terminate()
-            try:
-                self.link.wait(5)
-            except subprocess.TimeoutExpired:
-                self.link.kill()
-                self.link.wait()
+            self.link.kill()  # it holds nothing that anybody needs
+            self.link.wait()
         for name in (FACTS, WATCH):
             (self.out / name).unlink(missing_ok=True)
 
@@ -313,9 +314,15 @@ def bundle_of(e: Experiment) -> Fab:
 
 
 def _relay(stream: Any, file: Path) -> None:
-    """What the gate says to the user; what Flower says to the log."""
+    """What the gate says to the user, and of gRPC's handshakes who failed; what Flower says to the log."""
+    handshakes = Handshakes()
     with file.open("ab") as rest:
         for line in stream:
+            traced, news = handshakes.read(line)
+            if news:
+                log.warning("%s", news)
+            if traced:
+                continue
             if line.startswith(b"refused "):
                 log.warning("%s", line.decode(errors="replace").rstrip())
             else:

@@ -15,12 +15,12 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from fedcore.errors import RunError, SettingsError
-from server.app import WATCH
+from server.app import SERIES, WATCH
 from server.serve import FACTS
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    """{"listen", "round", "waiting_for", "waiting_s", "nodes": [{"name", "status", "last_seen_s"}]}.
+    """{"listen", "round", "waiting_for", "waiting_s", "late_answers", "run", "nodes": [{"name", "status", "last_seen_s"}]}.
 
     Raises SettingsError when no server runs there, RunError when its SuperLink does not answer.
     """
@@ -61,16 +61,23 @@ def status(run_dir: Path) -> dict[str, Any]:
         "round": waiting["round"],
         "waiting_for": waiting["waiting_for"],
         "waiting_s": round(time.time() - waiting["since"], 1) if waiting["waiting_for"] else 0.0,
+        "late_answers": waiting.get("late", 0),
+        "run": json.loads((run_dir / SERIES).read_text())["series"],
         "nodes": rows,
     }
 
 
 def text(facts: dict[str, Any]) -> str:
     """The same for people."""
-    lines = [f"listening on {facts['listen']}", f"round {facts['round']}" if facts["round"] else "before the first round"]
+    lines = [
+        f"run {facts['run']}, listening on {facts['listen']}",
+        f"round {facts['round']}" if facts["round"] else "before the first round",
+    ]
     if facts["waiting_for"]:
         who = ", ".join(map(str, facts["waiting_for"]))
         lines.append(f"waiting for {len(facts['waiting_for'])} clients: {who}; last answer {facts['waiting_s']:g} s ago")
+    if facts["late_answers"]:
+        lines.append(f"{facts['late_answers']} answers came after their round had ended, and were thrown away")
     width = max((len(node["name"]) for node in facts["nodes"]), default=4)
     for node in facts["nodes"]:
         seen = "never seen" if node["last_seen_s"] is None else f"last seen {node['last_seen_s']:g} s ago"

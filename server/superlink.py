@@ -25,6 +25,8 @@ import grpc
 from cryptography.hazmat.primitives import hashes
 from flwr.common.constant import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.supercore.constant import NodeStatus
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedcore import __version__, certs
@@ -60,7 +62,7 @@ class Gate:
     def _say(self, metadata: dict[str, Any], context: Any) -> None:
         details = context.details()
         text = (details.decode(errors="replace") if isinstance(details, bytes) else str(details or "")).removeprefix("Fedcore: ")
-        if text in QUIET or context.code() is grpc.StatusCode.NOT_FOUND:
+        if text in QUIET or context.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE):
             return
         line = f"refused {self._name(metadata.get(PUBLIC_KEY_HEADER))}: {text or context.code()}"
         now = time.monotonic()
@@ -98,6 +100,8 @@ class Gate:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "Fedcore: it signs with one key and wants to be the node of another")
         state = self.state()
         node = state.get_node_id_by_public_key(key)
+        if node is None and any(key == public_key_to_bytes(known) for known in self._known().values()):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Fedcore: the server is starting, and registers its clients")
         if node is None:
             where = "" if self.keys is None else f" in {self.keys} on the server"
             context.abort(
@@ -118,14 +122,17 @@ class Gate:
                 f"Fedcore: its message is over the limit of {self.limit / 1e6:g} MB (engine.message_limit_mb)",
             )
 
+    def _known(self) -> dict[str, Any]:
+        """Names and keys of those that may join."""
+        return {} if self.keys is None else certs.client_keys(self.keys)
+
     def _name(self, key: Any) -> str:
         """Whose key it is, as far as is known here."""
         if not isinstance(key, bytes):
             return "a caller without a key"
-        if self.keys is not None:
-            for name, known in certs.client_keys(self.keys).items():
-                if public_key_to_bytes(known) == key:
-                    return name
+        for name, known in self._known().items():
+            if public_key_to_bytes(known) == key:
+                return name
         digest = hashes.Hash(hashes.SHA256())
         digest.update(key)
         return f"a client with the key {digest.finalize().hex()[:16]}"
@@ -149,16 +156,41 @@ class _Interceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # gRPC has no
 
 def superlink(limit: int, keys: Path | None) -> None:
     """Flower's SuperLink in this process, gated."""
+    # The server ends it, after the ServerApp. A terminal, or systemd, sends these to all processes at once.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     flower: Any = importlib.import_module("flwr.superlink.cli.flower_superlink")  # its package has a function of that name
     gate, create = Gate(limit, keys), flower.generic_create_grpc_server
 
     def create_gated(**options: Any) -> Any:
         gate.state = options["servicer_and_add_fn"][0].state_factory.state
+        only_whole_replies(gate.state)
         options["interceptors"] = [gate.outer, *options["interceptors"], gate.inner]
         return create(**{**options, "max_message_length": OBJECT_LIMIT})
 
     flower.generic_create_grpc_server = create_gated
     flower.flower_superlink()
+
+
+def only_whole_replies(factory: Callable[[], Any]) -> None:
+    """Give the ServerApp the replies that have arrived whole.
+
+    Flower gives one out when its head is there, and whoever takes it waits for the rest: minutes, where the client was killed or
+    cut off between the two, while nobody hears the others, or heeds the deadline of the round.
+    """
+    state = factory()
+    give = state.get_message_res
+
+    def arriving(message: str) -> bool:
+        try:
+            tree = state.object_store.get_object_tree(state.message_ins_id_to_message_res_id[message])
+        except (KeyError, NoObjectInStoreError):
+            return False
+        return any(state.object_store.get(o.object_id) == b"" for o in iterate_object_tree(tree))
+
+    def give_whole(message_ids: set[str], run_id: int) -> Any:
+        return give(message_ids={message for message in message_ids if not arriving(message)}, run_id=run_id)
+
+    state.get_message_res = give_whole
 
 
 def end_with_parent() -> None:

@@ -59,7 +59,7 @@ def test_json_is_one_object_with_the_promised_keys(cli: Cli, tmp_path: Path) -> 
     result = json.loads(out)
     promised = (
         "method engine seed rounds population cohort final history clients_trained clients_per_second first_round_s "
-        "bytes_down bytes_up dropped params_sha256 run_dir"
+        "bytes_down bytes_up dropped late_answers params_sha256 run_dir"
     )
     assert set(promised.split()) <= result.keys()
     assert (result["seed"], result["engine"], result["rounds"]) == (5, "sequential", 2)

@@ -34,6 +34,7 @@ class Engine(Protocol):
     """Runs client functions somewhere, and brings back their reports."""
 
     choices: dict[str, Any]  # what the engine measured and chose (JSON), so that a resumed run computes the same bits
+    late: int  # answers, so far, that came when nobody waited for them any more; they change nothing
 
     @property
     def states(self) -> StateStore | None:
@@ -41,7 +42,10 @@ class Engine(Protocol):
         ...
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
-        """Run `fn` for every client of `clients` (ascending ids) in round t; reports in any grouping, failures in `failed`."""
+        """Run `fn` for every client of `clients` (ascending ids) in round t; reports in any grouping, failures in `failed`.
+
+        Reports of nobody are a pause, in which the run may be stopped.
+        """
         ...
 
     def describe(self) -> str:

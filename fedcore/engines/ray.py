@@ -68,6 +68,7 @@ class Ray:
     def __init__(self, work: Work, states: StateStore, settings: EngineSettings, device: torch.device) -> None:
         self.work, self.states, self.device = work, states, device
         self.choices: dict[str, Any] = {}
+        self.late = 0
         self.gpus = (settings.gpus_per_worker or 1.0) if device.type == "cuda" else 0.0
         self._asked = settings.workers
         self._actors: list[Any] = []

@@ -20,6 +20,7 @@ class Sequential:
     def __init__(self, work: Work, states: StateStore) -> None:
         self.work, self.states = work, states
         self.choices: dict[str, Any] = {}
+        self.late = 0
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         device = self.work.task.device

@@ -64,6 +64,7 @@ class Vectorised:
         self._draws: dict[str, bool] = {}  # client functions that draw from torch's generator: not on several threads
         self._workers: queue.SimpleQueue[Work] = queue.SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
+        self.late = 0
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         if len(clients) == 0:

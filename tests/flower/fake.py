@@ -7,6 +7,7 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.node_pb2 import NodeInfo
 
 from client.app import app as client_app
 
@@ -22,6 +23,7 @@ class FakeGrid:
         self.contexts = {100 + i: self.context(preset, i, nodes) for i in range(nodes)}
         self.replies: dict[str, list[Message]] = {}
         self.sent = 0
+        self.activated = dict.fromkeys(self.contexts, "0")
 
     def context(self, preset: str, partition: int, nodes: int) -> Context:
         place: dict[str, Any] = {"partition-id": partition, "num-partitions": nodes}
@@ -29,6 +31,9 @@ class FakeGrid:
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.contexts)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, last_activated_at=self.activated.get(node, "")) for node in self.contexts]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []

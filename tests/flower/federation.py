@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedcore import certs
 
@@ -39,18 +40,89 @@ def until(done: Callable[[], Any], seconds: float, what: Callable[[], str] | str
     return found
 
 
+class Proxy:
+    """Passes bytes on to a port, until it is cut.
+
+    Then what is under way is swallowed, for ever, as by a NAT that forgot it; or held back until the cut is over; or reset.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.target, self.era, self.cut = port, 0, False
+        self.open = threading.Event()
+        self.open.set()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.sockets: list[socket.socket] = [self.listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                self.sockets.append(near)
+                self.open.wait()
+                if self.cut:
+                    continue  # it stays open, and nobody answers
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    near.close()
+                    continue
+                self.sockets.append(far)
+                for a, b in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass, args=(a, b, self.era), daemon=True).start()
+
+    def _pass(self, a: socket.socket, b: socket.socket, era: int) -> None:
+        with suppress(OSError):
+            while data := a.recv(65536):
+                self.open.wait()
+                if self.cut or era != self.era:
+                    return
+                b.sendall(data)
+        for s in (a, b):
+            with suppress(OSError):
+                s.shutdown(socket.SHUT_RDWR)  # each end hears that the other one has gone
+
+    def cut_for(self, seconds: float, how: Literal["swallow", "hold", "reset"] = "swallow") -> None:
+        if how == "hold":
+            self.open.clear()
+            time.sleep(seconds)
+            self.open.set()
+            return
+        self.cut = True
+        if how == "reset":
+            for s in self.sockets[1:]:
+                with suppress(OSError):
+                    s.shutdown(socket.SHUT_RDWR)
+        time.sleep(seconds)
+        self.cut, self.era = False, self.era + 1
+
+    def close(self) -> None:
+        self.open.set()
+        for s in self.sockets:
+            s.close()
+
+
 class Federation:
     """Processes by name, with their logs in files."""
 
     def __init__(self, folder: Path, clients: int) -> None:
         self.folder, self.clients = folder, clients
         self.port = free_port()
-        self.address = f"localhost:{self.port}"  # where clients connect; a test may put a proxy there
+        self.address = f"localhost:{self.port}"  # where clients connect
         self.certs, self.run = folder / "certs", folder / "run"
         certs.make(self.certs, ["localhost"], clients)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.proxies: dict[int, Proxy] = {}  # clients that do not connect to `address`
+
+    def proxy(self, i: int) -> Proxy:
+        """One between client i and the server, from client i's next start on."""
+        self.proxies[i] = Proxy(self.port)
+        return self.proxies[i]
 
     def start(self, name: str, command: list[str], **environment: str) -> subprocess.Popen[bytes]:
+        if inherited := ENVIRONMENT.get("PYTHONPATH"):
+            environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [environment.get("PYTHONPATH")]), inherited])
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, env={**ENVIRONMENT, **environment}
@@ -69,8 +141,9 @@ class Federation:
         )
 
     def client(self, i: int, *words: object, **environment: str) -> subprocess.Popen[bytes]:
+        address = f"localhost:{self.proxies[i].port}" if i in self.proxies else self.address
         place = ("--certs", self.certs / f"client-{i}", "--state", self.folder / f"state-{i}")
-        return self.start(f"client-{i}", fedcore("client", "--id", i, "--server", self.address, *place, *words), **environment)
+        return self.start(f"client-{i}", fedcore("client", "--id", i, "--server", address, *place, *words), **environment)
 
     def all_clients(self) -> None:
         for i in range(self.clients):
@@ -93,7 +166,7 @@ class Federation:
         file = self.run / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
-    def reached(self, number: int, seconds: float = 60) -> None:
+    def reached(self, number: int, seconds: float = 120) -> None:
         until(lambda: len(self.rows()) >= number, seconds, lambda: f"round {len(self.rows())} of {number}\n{self.everything()}")
 
     def facts(self) -> dict[str, Any]:
@@ -113,7 +186,7 @@ class Federation:
                 continue
         return 0
 
-    def finished(self, seconds: float = 90) -> dict[str, Any]:
+    def finished(self, seconds: float = 150) -> dict[str, Any]:
         """The server's outcome, after it has ended well."""
         try:
             status = self.processes["server"].wait(seconds)
@@ -150,6 +223,8 @@ def federation(folder: Path, clients: int) -> Iterator[Federation]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for proxy in f.proxies.values():
+            proxy.close()
         for number in left_behind(folder):
             os.kill(number, signal.SIGKILL)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import random
+import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -105,6 +104,52 @@ def test_whatever_is_killed_the_run_goes_on_to_the_same_result(tmp_path: Path) -
     assert result["params_sha256"] == expected["sha256"], "not the same bits"
 
 
+@pytest.mark.parametrize("to", ["the server", "all its processes"])
+def test_a_server_that_is_told_to_end_leaves_a_checkpoint_and_no_process(to: str, tmp_path: Path) -> None:
+    settings = [*SMALL, "rounds=12", "checkpoint.seconds=1000"]  # none but the one that it writes when it is told
+    expected = sequential("scaffold", tmp_path, *settings)
+    with federation(tmp_path, 4) as f:
+        f.server("scaffold", *settings, ALL)
+        f.all_clients()
+        f.reached(3)
+        own = [f.serverapp(), f.facts()["superlink"]]
+        server = f.processes["server"]
+        for number in [server.pid, *(own if to != "the server" else [])]:  # systemd and terminals signal all of them
+            os.kill(number, signal.SIGTERM)
+        assert server.wait(30) == 130, f.everything()
+        assert not [number for number in own if Path(f"/proc/{number}").exists()], "it left a process behind"
+        log = f.log("server")
+        assert "fedcore: interrupted; go on with the same command and --out" in log
+        assert "Traceback" not in log
+        if to == "the server":
+            done = json.loads((f.run / "checkpoint" / "state.json").read_text())["round"]
+            assert done == len(f.rows()) >= 3
+        f.server("scaffold", *settings, ALL)
+        result = f.finished(120)
+    assert_as(result, expected, f)
+    assert [row["round"] for row in f.rows()] == list(range(1, 13))
+    assert result["params_sha256"] == expected["sha256"], "not the same bits"
+
+
+def test_a_server_that_waits_for_clients_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    with federation(tmp_path, 4) as f:
+        server = f.server("fedavg", *SMALL, "rounds=2", ALL)
+        f.client(0)
+        f.said("server", "waiting for clients: 1 of 4 are there", 90)
+        begin = time.monotonic()
+        server.terminate()
+        assert server.wait(30) == 130, f.everything()
+        assert time.monotonic() - begin < 8, "docker stop gives it ten seconds"
+        assert "Traceback" not in f.log("server")
+
+
+def test_four_random_faults_in_a_row_leave_no_trace() -> None:
+    from benchmarks.deployment import faults
+
+    seed = random.SystemRandom().randrange(10**6)
+    assert faults(4, seed), f"seed {seed}"
+
+
 def test_a_client_killed_in_a_round_costs_that_round_itself_alone_and_comes_back(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     with federation(tmp_path, 4) as f:
@@ -144,12 +189,14 @@ def make_task(e):
 def test_a_late_client_is_left_out_at_the_deadline_and_the_goal_ends_a_round_early(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     with federation(tmp_path, 4) as f:
-        limits = ["engine.round_timeout=4", "min_reports=2", "rounds=4", "evaluation.clients=0"]
+        limits = ["engine.round_timeout=8", "min_reports=2", "rounds=4", "evaluation.clients=0"]
         f.server("fedavg", *SMALL, *limits, ALL, "task=slow:make_task", PYTHONPATH=str(tmp_path))
         for i in range(4):
-            f.client(i, PYTHONPATH=str(tmp_path), SLOW="9" if i == 1 else "0")
-        f.finished(100)
+            f.client(i, PYTHONPATH=str(tmp_path), SLOW="12" if i == 1 else "0")
+        result = f.finished(100)
     assert {"timeout": 1} in [row["dropped"] for row in f.rows()], f.rows()
+    assert sum(row.get("late_answers", 0) for row in f.rows()) >= 1, f.rows()  # it did answer, after the deadline
+    assert result["late_answers"] == sum(row.get("late_answers", 0) for row in f.rows())
     assert all(row["reports"] >= 3 for row in f.rows()), f.rows()
 
 
@@ -162,59 +209,14 @@ def test_over_sampling_ends_a_round_at_its_goal(tmp_path: Path) -> None:
             f.client(i, PYTHONPATH=str(tmp_path), SLOW="30" if i == 1 else "0")
         f.finished(100)
     assert [row["reports"] for row in f.rows()] == [3, 3, 3]
-    assert [row["dropped"] for row in f.rows()] == [{"late": 1}] * 3
-
-
-class Proxy:
-    """Passes bytes on to a port, until it is cut: then what is under way is swallowed, for ever, as by a NAT that forgot it."""
-
-    def __init__(self, port: int) -> None:
-        self.target, self.cut, self.era = port, False, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.sockets: list[socket.socket] = [self.listener]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self.listener.accept()
-                self.sockets.append(near)
-                if self.cut:
-                    continue  # it stays open, and nobody answers
-                try:
-                    far = socket.create_connection(("127.0.0.1", self.target))
-                except OSError:
-                    near.close()
-                    continue
-                self.sockets.append(far)
-                for a, b in ((near, far), (far, near)):
-                    threading.Thread(target=self._pass, args=(a, b, self.era), daemon=True).start()
-
-    def _pass(self, a: socket.socket, b: socket.socket, era: int) -> None:
-        with contextlib.suppress(OSError):
-            while data := a.recv(65536):
-                if self.cut or era != self.era:
-                    return
-                b.sendall(data)
-
-    def cut_for(self, seconds: float) -> None:
-        self.cut = True
-        time.sleep(seconds)
-        self.cut, self.era = False, self.era + 1
-
-    def close(self) -> None:
-        for s in self.sockets:
-            s.close()
+    assert [row["dropped"] for row in f.rows()] == [{"not needed": 1}] * 3
 
 
 def test_a_network_that_is_cut_for_half_a_minute_heals_by_itself(tmp_path: Path) -> None:
-    with federation(tmp_path, 4) as f, contextlib.closing(Proxy(f.port)) as proxy:
+    with federation(tmp_path, 4) as f:
         f.server("scaffold", *SMALL, "rounds=12", ALL)
-        for i in range(3):
-            f.client(i)
-        f.address = f"localhost:{proxy.port}"
-        f.client(3)
+        proxy = f.proxy(3)
+        f.all_clients()
         f.reached(3)
         proxy.cut_for(30)
         cut_at = len(f.rows())
@@ -311,6 +313,8 @@ def test_who_may_not_take_part_is_refused_with_a_line_on_both_ends(tmp_path: Pat
         f.said("server", "is left out: it says that it is client 3 and has the key of client 2")
         f.said("impostor", "the server refuses this client: it says that it is client 3 and has the key of client 2")
         f.said("plain", "speaks TLS and this client does not")
+        f.said("server", r"refused a caller that does not speak TLS: .*--certs.* \(from 127.0.0.1:\d+\)")
+        assert len(re.findall("does not speak TLS", f.log("server"))) == 1, "it is said once, however often it tries"
         assert f.processes["impostor"].wait(20) == f.processes["plain"].wait(20) == 1
 
         pretend = "import fedcore, client.app; fedcore.__version__ = client.app.__version__ = '0.0.9'"

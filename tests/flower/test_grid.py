@@ -232,6 +232,79 @@ def test_a_node_that_leaves_is_left_out_and_one_that_comes_back_is_asked_again(t
     assert rows[-1]["dropped"] == {}
 
 
+def test_an_answer_that_comes_after_its_round_is_counted_and_changes_nothing(tmp_path: Path) -> None:
+    e = small("fedavg", participation__cohort=12)
+    held: list[Message] = []
+
+    def weather(reply: Message) -> list[Message]:
+        if reply.metadata.src_node_id != 102 or held:
+            return [reply]
+        held.append(reply)
+        return []
+
+    (tmp_path / "other").mkdir()
+    grid, other = FakeGrid(preset_of(e, tmp_path), 4, weather), FakeGrid(preset_of(e, tmp_path), 4, weather)
+    loop, without = loop_over(e, tmp_path / "a", grid), loop_over(e, tmp_path / "b", other)
+    assert loop.round()["dropped"] == {"timeout": 3}
+    grid.replies[held[0].metadata.reply_to_message_id] = [held[0]]
+    row = loop.round()
+    assert (row["late_answers"], row["dropped"], row["reports"]) == (1, {}, 12)
+    assert "late_answers" not in loop.round()
+    held.clear()
+    assert "late_answers" not in without.round() | without.round() | without.round()
+    assert equal(loop.state.server, without.state.server)
+
+
+@pytest.mark.parametrize(("rejoin", "sent"), [(0.0, 4), (20.0, 5)])
+def test_a_node_that_starts_anew_in_a_round_is_asked_again_where_that_is_wished(
+    rejoin: float, sent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.grid, "LOOK", 0.0)
+    e = small("scaffold", participation__cohort=12)
+    grid = FakeGrid(preset_of(e, tmp_path), 4)
+
+    def weather(reply: Message) -> list[Message]:
+        if reply.metadata.src_node_id == 102 and grid.activated[102] == "0":  # it did its work, and was killed before it answered
+            grid.activated[102] = "1"
+            grid.contexts[102] = grid.context(str(tmp_path / "preset.toml"), 2, 4)
+            return []
+        return [reply]
+
+    grid.weather = weather
+    (tmp_path / "run").mkdir()
+    loop = Loop(e, tmp_path / "run", Quiet(), lambda work: GridEngine(grid, work, 60, rejoin=rejoin), False)  # type: ignore[arg-type]
+    row = loop.round()
+    assert row["dropped"] == ({} if rejoin else {"disconnected": 3})
+    assert row["reports"] == (12 if rejoin else 9)
+    assert grid.sent == 4 + sent  # four were asked who they are
+    one = Loop(e, tmp_path, Quiet(), None, False)
+    one.round()
+    assert_close(
+        loop.state.server.params, one.state.server.params, 1e-6 if rejoin else 1, "a round in which a node was asked twice"
+    )
+
+
+def test_a_node_that_does_not_come_back_is_waited_for_as_long_as_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.grid, "LOOK", 0.0)
+    e = small("fedavg", participation__cohort=12)
+    grid = FakeGrid(preset_of(e, tmp_path), 4)
+    offline = "the Flower node went offline"
+
+    def weather(reply: Message) -> list[Message]:
+        if reply.metadata.src_node_id != 102:
+            return [reply]
+        grid.contexts.pop(102, None)
+        return [in_place_of(reply, ErrorCode.NODE_UNAVAILABLE, "?")]
+
+    grid.weather = weather
+    (tmp_path / "run").mkdir()
+    loop = Loop(e, tmp_path / "run", notes := Notes(), lambda work: GridEngine(grid, work, 60, rejoin=0.4), False)  # type: ignore[arg-type]
+    row = loop.round()
+    assert row["dropped"] == {"disconnected": 3}
+    assert offline in notes.notes[0]
+    assert 0.4 <= row["seconds"] < 20
+
+
 def test_a_node_that_vanishes_while_messages_are_sent_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     e = small("fedavg", participation__cohort=12)
     grid = FakeGrid(preset_of(e, tmp_path), 4)

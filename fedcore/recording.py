@@ -1,12 +1,14 @@
 """A local step as a flat list of tensor operations: recorded once a shape, then run without autograd, vmap and the module.
 
 `local_sgd` gives its step to the recorder of the moment, which an engine sets with `recorded`; without one, as in the oracle, a
-step runs as it is written. A recording holds what PyTorch computed for the first step of its kind (`make_fx`), batched over clients
-where the engine batches, with one rewrite: a matrix product that is only scaled and added to the parameters is added in one pass,
+step runs as it is written. A recording holds the operations by which PyTorch computed the first step of its kind, batched over
+clients where the engine batches, with one rewrite: a matrix product that is only scaled and added to the parameters is added in one
+pass,
 
     y + s (a b)  becomes  baddbmm(y, s a, b),  in place from the second step on.
 
-So it computes the same up to rounding.
+So it computes the same up to rounding. A step that looks at values cannot be recorded and runs as it is written; where it does so
+behind PyTorch's back (`tolist`), the second use of its recording, which is compared with the step, finds it out.
 """
 
 from __future__ import annotations
@@ -14,18 +16,21 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_pop_interpreter_stack
 from torch.func import vmap
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedcore import trees
 from fedcore.types import Tree
@@ -38,9 +43,12 @@ aten = torch.ops.aten
 log = logging.getLogger("fedcore")
 
 
-class Recording(NamedTuple):
+@dataclass
+class Recording:
     code: Callable[..., list[Tensor]]
     out: Tree  # the outputs' places in what `code` returns
+    written: Callable[..., list[Tensor]]  # the step itself
+    uses: int = 0
 
 
 class Recorder:
@@ -75,36 +83,106 @@ class Recorder:
         key = (kind, mine, dims, tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves))
         recording = self._known.get(key)
         if recording is None:
-            with self._lock:  # make_fx keeps some of its state globally
+            with self._lock:
                 recording = self._known.get(key) or _record(step, inputs, leaves, dims, mine)
                 self._known[key] = recording
+        recording.uses += 1
         with torch.no_grad():
-            found = recording.code(*leaves)
+            if recording.uses == 2 and recording.code is not recording.written:
+                found = self._compared(recording, step, inputs, leaves, dims, mine)
+            else:
+                found = recording.code(*leaves)
         return trees.map(lambda place: found[place], recording.out)
+
+    def _compared(
+        self, recording: Recording, step: Step, inputs: Tree, leaves: list[Tensor], dims: Dims, mine: tuple[bool, ...]
+    ) -> list[Tensor]:
+        """What the recording computes; or what the step does, for good, where that is something else."""
+        written, _ = _flat(step, inputs, dims)
+        expected = written(*leaves)
+        found = recording.code(*leaves)
+        if all(torch.allclose(a, b, rtol=1e-2, atol=1e-3, equal_nan=True) for a, b in zip(found, expected, strict=True)):
+            return found
+        log.debug("a local step looks at values: it runs unrecorded")
+        recording.code = recording.written
+        return expected
+
+
+class Unrecordable(Exception):
+    """A step that looks at values."""
+
+
+def _flat(step: Step, inputs: Tree, dims: Dims) -> tuple[Callable[..., list[Tensor]], list[Tree]]:
+    """The step on flat inputs, batched over those that have dims; and, once it ran, the places of its outputs."""
+    out: list[Tree] = []
+
+    def flat(*leaves: Tensor) -> list[Tensor]:
+        pieces, places = iter(leaves), itertools.count()
+        found = step(trees.map(lambda _: next(pieces), inputs))
+        out[:] = [trees.map(lambda _: next(places), found)]
+        return trees.leaves(found)
+
+    return (vmap(flat, in_dims=dims) if any(d is not None for d in dims) else flat), out
 
 
 def _record(step: Step, inputs: Tree, leaves: list[Tensor], dims: Dims, owned: tuple[bool, ...]) -> Recording:
-    out: Tree = None
-
-    def flat(*leaves: Tensor) -> list[Tensor]:
-        nonlocal out
-        pieces, places = iter(leaves), itertools.count()
-        found = step(trees.map(lambda _: next(pieces), inputs))
-        out = trees.map(lambda _: next(places), found)
-        return trees.leaves(found)
-
-    code = vmap(flat, in_dims=dims) if any(d is not None for d in dims) else flat
+    written, out = _flat(step, inputs, dims)
+    tape = _Tape(leaves)
     try:
-        graph = make_fx(code)(*leaves)
-    except Exception as e:  # whatever the step does that cannot be written down, e.g. look at a value; it may still run
-        log.debug("a local step runs unrecorded: %s: %s", type(e).__name__, e)
-        code(*leaves)
-        return Recording(code, out)
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    _simplify(graph.graph)
-    _fuse(graph.graph, {node for node, mine in zip(placeholders, owned, strict=False) if mine})
-    graph.recompile()
-    return Recording(graph.forward, out)
+        with tape:
+            found = written(*leaves)
+    except Unrecordable as e:
+        log.debug("a local step runs unrecorded: it needs %s", e)
+        written(*leaves)
+        return Recording(written, out[0], written)
+    graph = tape.finish(found)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    _simplify(graph)
+    _fuse(graph, {node for node, mine in zip(placeholders, owned, strict=False) if mine})
+    for node in graph.nodes:
+        node.meta.clear()  # the values of the first step
+    return Recording(fx.GraphModule(tape.constants, graph).forward, out[0], written)
+
+
+class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down every operation that PyTorch runs, below autograd and vmap, as a graph."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph, self.constants = fx.Graph(), nn.Module()
+        self._nodes: dict[int, fx.Node] = {}  # by tensor; `meta` keeps them alive
+        for i, x in enumerate(leaves):
+            self._enter(x, self.graph.placeholder(f"x{i}"))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+            raise Unrecordable(str(func))
+        found = func(*args, **(kwargs or {}))
+        node = self.graph.call_function(func, map_aggregate(args, self._node), map_aggregate(kwargs or {}, self._node))
+        if isinstance(found, Tensor):
+            self._enter(found, node)
+        else:
+            for i, x in enumerate(found if isinstance(found, tuple | list) else ()):
+                if isinstance(x, Tensor):
+                    self._enter(x, self.graph.call_function(operator.getitem, (node, i)))
+        return found
+
+    def _enter(self, x: Tensor, node: fx.Node) -> None:
+        node.meta["val"], self._nodes[id(x)] = x, node
+
+    def _node(self, x: Any) -> Any:
+        """What stands for an argument; a tensor that was there before is a constant, held as it is."""
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) not in self._nodes:
+            name = f"c{len(self.constants._buffers)}"
+            self.constants.register_buffer(name, x.detach())
+            self._enter(x, self.graph.get_attr(name))
+        return self._nodes[id(x)]
+
+    def finish(self, found: list[Tensor]) -> fx.Graph:
+        self.graph.output([self._node(x) for x in found])
+        return self.graph
 
 
 def _simplify(graph: fx.Graph) -> None:
@@ -117,7 +195,7 @@ def _simplify(graph: fx.Graph) -> None:
             node.replace_all_uses_with(source)
         elif node.target in _TRANSPOSING and source.target is node.target and source.args[1:] == node.args[1:]:
             node.replace_all_uses_with(source.args[0])
-        elif node.target is aten.mul.Scalar and node.args[1] == 1:
+        elif node.target is aten.detach.default or (node.target is aten.mul.Scalar and node.args[1] == 1):
             node.replace_all_uses_with(source)
     graph.eliminate_dead_code()
 

@@ -42,6 +42,11 @@ def sub(a: Tree, b: Tree) -> Tree:
     return map(torch.sub, a, b)
 
 
+def sub_(a: Tree, b: Tree) -> Tree:
+    """a - b in place: `a` must be the caller's own, as what `local_sgd` returns is. Returns it."""
+    return map(torch.Tensor.sub_, a, b)
+
+
 def scale(tree: Tree, factor: float | Tensor) -> Tree:
     return map(lambda x: x * factor, tree)
 

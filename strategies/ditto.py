@@ -42,7 +42,7 @@ class Ditto(Method[Settings]):
         w, steps, loss = local_sgd(task.loss, down.params, Batches(*(x[:half] for x in batches)), lr)
         own = Batches(*(x[half:] for x in batches))
         v = local_sgd(task.loss, state.v, own, lr, prox=self.s.lam, center=down.params).params
-        return Update(trees.sub(w, down.params), loss), state.after(v, steps)
+        return Update(trees.sub_(w, down.params), loss), state.after(v, steps)
 
     def round(self, server: Model, r: Round) -> Model:
         mean = trees.weighted_mean(r.each(self.train, r.cohort, server)).delta

@@ -55,7 +55,7 @@ class DPFedAvg(Method[Settings]):
     @on_client
     def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
         theta, _, _ = local_sgd(task.loss, down.params, batches, self.s.local_lr)
-        return Up(clip(trees.sub(theta, down.params), self.s.clip)), state  # ClipFn
+        return Up(clip(trees.sub_(theta, down.params), self.s.clip)), state  # ClipFn
 
     def round(self, server: Model, r: Round) -> Model:
         total = trees.zeros_like(server.params)

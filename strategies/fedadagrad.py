@@ -48,7 +48,7 @@ class FedAdagrad(Method[Settings]):
     @on_client
     def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
         x, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
-        return Up(trees.sub(x, down.params), loss), state
+        return Up(trees.sub_(x, down.params), loss), state
 
     def round(self, server: Server, r: Round) -> Server:
         mean = trees.weighted_mean(r.each(self.train, r.cohort, Model(server.params)))  # Delta_t

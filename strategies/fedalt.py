@@ -55,7 +55,7 @@ class FedAlt(Partial[Settings]):
         if not (u and s.shared_passes):
             return Update(trees.zeros_like(u), value), Personal(v)
         new, _, value = local_sgd(task.loss, u, for_u, s.local_lr, fixed=v)
-        return Update(trees.sub(new, u), value), Personal(v)
+        return Update(trees.sub_(new, u), value), Personal(v)
 
     def round(self, server: Model, r: Round) -> Model:
         mean = trees.weighted_mean(r.each(self.train, r.cohort, server)).delta  # weights n_i

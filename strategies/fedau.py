@@ -47,7 +47,7 @@ class FedAU(Method[Settings]):
     @on_client
     def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
         y, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
-        return Up(trees.sub(y, down.params), loss), state
+        return Up(trees.sub_(y, down.params), loss), state
 
     def round(self, server: Server, r: Round) -> Server:
         total, arrived = trees.zeros_like(server.params), []

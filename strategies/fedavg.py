@@ -39,7 +39,7 @@ class FedAvg(Method[Settings]):
     @on_client
     def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)  # ClientUpdate
-        return Up(trees.sub(w, down.params), loss), state
+        return Up(trees.sub_(w, down.params), loss), state
 
     def needs_rates(self) -> bool:
         return self.s.weighting == "known"

@@ -141,7 +141,7 @@ class FedLAW(Method[Settings]):
     def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
         lr = self.s.local_lr * self.s.lr_decay**t
         w, _, loss = local_sgd(task.loss, down.params, batches, lr, momentum=self.s.momentum, weight_decay=self.s.weight_decay)
-        return Up(trees.sub(w, down.params), loss), state
+        return Up(trees.sub_(w, down.params), loss), state
 
     def check(self, task: Task, cohort: int) -> str | None:
         if not self._learns():

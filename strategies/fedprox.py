@@ -35,7 +35,7 @@ class FedProx(Method[Settings]):
     @on_client
     def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr, prox=self.s.mu)  # argmin h_k
-        return Up(trees.sub(w, down.params), loss), state
+        return Up(trees.sub_(w, down.params), loss), state
 
     def round(self, server: Model, r: Round) -> Model:
         mean = trees.weighted_mean(r.each(self.train, r.cohort, server))

@@ -50,7 +50,7 @@ class FedVARP(Method[Settings]):
     @on_client
     def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
-        return Up(trees.sub(w, down.params), loss), state
+        return Up(trees.sub_(w, down.params), loss), state
 
     def needs_rates(self) -> bool:
         return self.s.weighting == "known"

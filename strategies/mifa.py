@@ -48,7 +48,7 @@ class Mifa(Method[Settings]):
     @on_client
     def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
-        return Up(trees.sub(w, down.params), loss), state
+        return Up(trees.sub_(w, down.params), loss), state
 
     def round(self, server: Server, r: Round) -> Server:
         news = trees.zeros_like(server.g)

@@ -50,7 +50,7 @@ class Scaffold(Method[Settings]):
     def train(self, task: Task, t: Tensor, down: Server, state: Params, batches: Batches) -> tuple[Up, Params]:
         drift = trees.sub(down.c, state)  # c - c_i
         y, steps, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr, drift)
-        delta = trees.sub(y, down.params)
+        delta = trees.sub_(y, down.params)
         slope = trees.scale(delta, -1 / (steps.clamp(min=1) * self.s.local_lr))  # (x - y) / (K eta_l)
         dc = trees.scale(trees.axpy(-1.0, down.c, slope), (steps > 0).to(steps.dtype))  # c_i^+ - c_i, option II; 0 without a step
         return Up(delta, dc, loss), trees.add(state, dc)

@@ -88,10 +88,11 @@ class Vectorised:
         size, steps = self.chunk or self.choices[fn.__name__], self.work.steps(fn, clients)
         order = np.argsort(-steps, kind="stable")
         threads = self.choices.setdefault(THREADS, self.threads)
-        while threads > 1 and 1 < size > len(clients) // (2 * threads):
-            size //= 2  # every thread has a share, and a second one while others finish
-        piece = min(max(len(clients) // (4 * threads), 1), PIECE) if size == 1 else 1
-        return _pack(clients[order].tolist(), steps[order].tolist(), size, piece)
+        if size == 1:
+            piece = min(max(len(clients) // (4 * threads), 1), PIECE)
+            return [clients[order[i : i + piece]].tolist() for i in range(0, len(order), piece)]
+        chunks = threads * -(-len(clients) // (size * threads))  # every thread has as many
+        return _pack(clients[order].tolist(), steps[order].tolist(), -(-len(clients) // chunks))
 
     def _noisy(self) -> list[nn.Module]:
         """Layers that draw for each example: what they draw depends on shapes, so that these stay as `sequential` has them."""
@@ -292,19 +293,17 @@ class Vectorised:
             self._pool = None
 
 
-def _pack(ids: list[int], steps: list[int], most: int, piece: int) -> list[list[int]]:
+def _pack(ids: list[int], steps: list[int], most: int) -> list[list[int]]:
     """Chunks of at most `most` clients of about one length, ascending ids in each; `steps` descend.
 
-    A chunk lasts as long as its longest client, and at most PADDING of that is waiting. Sizes are most, most / 2, most / 4 ..., so
-    that few shapes occur. With most = 1, which knows no waiting: `piece` clients each.
+    A chunk lasts as long as its longest client, and at most PADDING of that is waiting: else it is halved, and again, so that few
+    shapes occur.
     """
     chunks, start = [], 0
     while start < len(ids):
-        left = len(ids) - start
-        size = most
-        while most > 1 and size > 1 and (size > left or _waiting(steps[start : start + size]) > PADDING):
+        size = min(most, len(ids) - start)
+        while size > 1 and _waiting(steps[start : start + size]) > PADDING:
             size //= 2
-        size = max(size, piece) if most == 1 else size
         chunks.append(sorted(ids[start : start + size]))
         start += size
     return chunks

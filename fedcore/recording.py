@@ -2,8 +2,8 @@
 
 `local_sgd` gives its step to the recorder of the moment, which an engine sets with `recorded`; without one, as in the oracle, a
 step runs as it is written. A recording holds the operations by which PyTorch computed the first step of its kind, batched over
-clients where the engine batches, with one rewrite: a matrix product that is only scaled and added to the parameters is added in one
-pass,
+clients where the engine batches, and rewritten for speed: above all, a matrix product that is only scaled and added to the
+parameters is added in one pass,
 
     y + s (a b)  becomes  baddbmm(y, s a, b),  in place from the second step on.
 
@@ -138,6 +138,7 @@ def _record(step: Step, inputs: Tree, leaves: list[Tensor], dims: Dims, owned: t
     graph = tape.finish(found)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     _simplify(graph)
+    _pool_by_channels(graph)
     _fuse(graph, {node for node, mine in zip(placeholders, owned, strict=False) if mine})
     for node in graph.nodes:
         node.meta.clear()  # the values of the first step
@@ -198,6 +199,23 @@ def _simplify(graph: fx.Graph) -> None:
         elif node.target is aten.detach.default or (node.target is aten.mul.Scalar and node.args[1] == 1):
             node.replace_all_uses_with(source)
     graph.eliminate_dead_code()
+
+
+def _pool_by_channels(graph: fx.Graph) -> None:
+    """Max-pooling on a CPU goes over channels where these lie side by side, which is several times faster, to and fro included."""
+    pools = [node for node in graph.nodes if node.target is aten.max_pool2d_with_indices.default]
+    for pool in pools:
+        x = pool.args[0]
+        value = x.meta["val"]
+        if value.device.type != "cpu" or value.ndim != 4 or not value.is_contiguous():
+            continue
+        with graph.inserting_before(pool):
+            pool.update_arg(0, graph.call_function(aten.clone.default, (x,), {"memory_format": torch.channels_last}))
+        for found in [user for user in pool.users if user.args[1] == 0]:
+            with graph.inserting_after(found):
+                back = graph.call_function(aten.clone.default, (found,), {"memory_format": torch.contiguous_format})
+            back.meta = dict(found.meta)
+            found.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
 
 
 _SHAPING = {aten.view.default, aten._unsafe_view.default, aten.expand.default}

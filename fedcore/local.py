@@ -78,6 +78,8 @@ def local_sgd(
         y, v, real, value = recording.run(step, kind, inputs, own)
         own = y
         steps, total = steps + real, total + real * value
+    if not len(batches.mask):
+        y = trees.map(torch.clone, y)  # the caller's own, also where there was nothing to do
     return LocalWork(y, steps, total / steps.clamp(min=1))
 
 

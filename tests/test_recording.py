@@ -115,6 +115,15 @@ def test_parameters_that_stay_are_part_of_the_model_and_stay() -> None:
     assert_close(local_sgd(task.loss, moving, b, 0.1, fixed=fixed), expected, 0.0, "as written")
 
 
+def test_what_local_training_returns_is_the_callers_own_even_without_a_batch() -> None:
+    task = task_of(Logistic().build(SHAPE, 10))
+    params = task.init_params()
+    nothing = Batches(*(x[0, :0] for x in batches(torch.float32)))
+    end = local_sgd(task.loss, params, nothing, 0.1)
+    assert_close(end.params, params, 0.0, "parameters")
+    assert not {x.data_ptr() for x in end.params.values()} & {x.data_ptr() for x in params.values()}
+
+
 def test_who_differentiates_through_local_training_still_can() -> None:
     task = task_of(Logistic().build(SHAPE, 10).double())
     b = trees.at(batches(), 1)

@@ -17,6 +17,7 @@ import server.app
 import server.grid
 from fedcore import trees, wire
 from fedcore.config import Experiment
+from fedcore.engines.base import Work
 from fedcore.errors import RunError
 from fedcore.loop import Loop, Quiet, Result, run
 from fedcore.progress import Terminal
@@ -271,8 +272,13 @@ def test_a_node_that_starts_anew_in_a_round_is_asked_again_where_that_is_wished(
         return [reply]
 
     grid.weather = weather
-    (tmp_path / "run").mkdir()
-    loop = Loop(e, tmp_path / "run", Quiet(), lambda work: GridEngine(grid, work, 60, rejoin=rejoin), False)  # type: ignore[arg-type]
+    for folder in ("run", "kept"):
+        (tmp_path / folder).mkdir()
+
+    def engine(work: Work) -> GridEngine:
+        return GridEngine(grid, work, 60, rejoin=rejoin, state=tmp_path / "kept")  # type: ignore[arg-type]
+
+    loop = Loop(e, tmp_path / "run", Quiet(), engine, False)
     row = loop.round()
     assert row["dropped"] == ({} if rejoin else {"disconnected": 3})
     assert row["reports"] == (12 if rejoin else 9)

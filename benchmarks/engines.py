@@ -394,7 +394,7 @@ def main() -> None:
         "start": start,
     }
     for part in a.parts or parts:
-        results[part] = runs[part]()
+        results[part] = {**results.get(part, {}), **runs[part]()}  # models one by one
         file.write_text(json.dumps(results, indent=1) + "\n")
     if a.picture and "models" in results:
         draw(results["models"], a.picture)

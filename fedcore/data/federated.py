@@ -159,10 +159,8 @@ def _width(longest: int, batch: int) -> int:
 def fill(rows: np.ndarray, mask: np.ndarray, own: np.ndarray, first: int, batch: int) -> int:
     """Write `own` into batches of `batch` from step `first` on; returns the next free step."""
     steps = -(-len(own) // batch)
-    for k in range(steps):
-        piece = own[k * batch : (k + 1) * batch]
-        rows[first + k, : len(piece)] = piece
-        mask[first + k, : len(piece)] = 1
+    for flat, value in ((rows, own), (mask, 1)):  # B is `batch`, or there is one step
+        flat[first : first + steps].reshape(-1)[: len(own)] = value
     return first + steps
 
 

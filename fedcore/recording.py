@@ -7,8 +7,8 @@ parameters is added in one pass,
 
     y + s (a b)  becomes  baddbmm(y, s a, b),  in place from the second step on.
 
-So it computes the same up to rounding. A step that looks at values cannot be recorded and runs as it is written; where it does so
-behind PyTorch's back (`tolist`), the second use of its recording, which is compared with the step, finds it out.
+So it computes the same up to rounding. A step that looks at values, or draws, is not recorded and runs as it is written; where it
+looks behind PyTorch's back (`tolist`), the second use of its recording, which is compared with the step, finds it out.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ log = logging.getLogger("fedcore")
 
 @dataclass
 class Recording:
-    code: Callable[..., list[Tensor]]
+    code: Callable[..., list[Tensor]] | None  # None: the step cannot be recorded
     out: Tree  # the outputs' places in what `code` returns
-    written: Callable[..., list[Tensor]]  # the step itself
     uses: int = 0
 
 
@@ -86,30 +85,33 @@ class Recorder:
             with self._lock:
                 recording = self._known.get(key) or _record(step, inputs, leaves, dims, mine)
                 self._known[key] = recording
-        recording.uses += 1
+        with self._lock:
+            recording.uses += 1
+            second = recording.uses == 2
         with torch.no_grad():
-            if recording.uses == 2 and recording.code is not recording.written:
-                found = self._compared(recording, step, inputs, leaves, dims, mine)
+            if recording.code is None:
+                found = _flat(step, inputs, dims)[0](*leaves)
+            elif second:
+                found = _compared(recording, _flat(step, inputs, dims)[0], leaves)
             else:
                 found = recording.code(*leaves)
         return trees.map(lambda place: found[place], recording.out)
 
-    def _compared(
-        self, recording: Recording, step: Step, inputs: Tree, leaves: list[Tensor], dims: Dims, mine: tuple[bool, ...]
-    ) -> list[Tensor]:
-        """What the recording computes; or what the step does, for good, where that is something else."""
-        written, _ = _flat(step, inputs, dims)
-        expected = written(*leaves)
-        found = recording.code(*leaves)
-        if all(torch.allclose(a, b, rtol=1e-2, atol=1e-3, equal_nan=True) for a, b in zip(found, expected, strict=True)):
-            return found
-        log.debug("a local step looks at values: it runs unrecorded")
-        recording.code = recording.written
-        return expected
+
+def _compared(recording: Recording, written: Callable[..., list[Tensor]], leaves: list[Tensor]) -> list[Tensor]:
+    """What the recording computes; or what the step does, for good, where that is something else."""
+    assert recording.code is not None
+    expected = written(*leaves)
+    found = recording.code(*leaves)  # last, for it may overwrite what it is given
+    if all(torch.allclose(a, b, rtol=1e-2, atol=1e-3, equal_nan=True) for a, b in zip(found, expected, strict=True)):
+        return found
+    log.debug("a step looks at values: it runs unrecorded")
+    recording.code = None
+    return expected
 
 
 class Unrecordable(Exception):
-    """A step that looks at values."""
+    """A step that looks at values, or draws."""
 
 
 def _flat(step: Step, inputs: Tree, dims: Dims) -> tuple[Callable[..., list[Tensor]], list[Tree]]:
@@ -132,9 +134,9 @@ def _record(step: Step, inputs: Tree, leaves: list[Tensor], dims: Dims, owned: t
         with tape:
             found = written(*leaves)
     except Unrecordable as e:
-        log.debug("a local step runs unrecorded: it needs %s", e)
+        log.debug("a step runs unrecorded: it needs %s", e)
         written(*leaves)
-        return Recording(written, out[0], written)
+        return Recording(None, out[0])
     graph = tape.finish(found)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     _simplify(graph)
@@ -142,7 +144,10 @@ def _record(step: Step, inputs: Tree, leaves: list[Tensor], dims: Dims, owned: t
     _fuse(graph, {node for node, mine in zip(placeholders, owned, strict=False) if mine})
     for node in graph.nodes:
         node.meta.clear()  # the values of the first step
-    return Recording(fx.GraphModule(tape.constants, graph).forward, out[0], written)
+    return Recording(fx.GraphModule(tape.constants, graph).forward, out[0])
+
+
+_UNRECORDABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -156,7 +161,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._enter(x, self.graph.placeholder(f"x{i}"))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        if _UNRECORDABLE & set(func.tags):
             raise Unrecordable(str(func))
         found = func(*args, **(kwargs or {}))
         node = self.graph.call_function(func, map_aggregate(args, self._node), map_aggregate(kwargs or {}, self._node))

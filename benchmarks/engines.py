@@ -46,12 +46,12 @@ Seconds = dict[str, list[float]]
 """Of rounds, by contender."""
 
 EVEN = ["partition.name=iid"]  # 60 examples each
-MODELS = {  # settings, and how many rounds are timed in proportion
+MODELS = {
     "logistic": ["model.name=logistic"],
     "mlp": ["model.name=mlp"],
     "lenet": ["model.name=lenet"],
     "cnn": ["model.name=cnn"],
-    "resnet": ["model.name=resnet", "participation.cohort=10"],
+    "resnet": ["model.name=resnet", "participation.cohort=4"],
     "vit": ["model.name=vit", "participation.cohort=10"],
 }
 TITLES = {
@@ -59,7 +59,7 @@ TITLES = {
     "mlp": "MLP 784-200-10",
     "lenet": "LeNet",
     "cnn": "CNN, 1.7 M parameters",
-    "resnet": "ResNet-18-GN, 11 M parameters, cohort 10",
+    "resnet": "ResNet-18-GN, 11 M parameters, cohort 4",
     "vit": "small ViT, cohort 10",
 }
 OTHERS = {"logistic", "mlp", "lenet", "cnn"}  # models with which Flower and pfl are run

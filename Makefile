@@ -27,7 +27,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)          ## clients per second of every engine and of Flower's own simulation; layers of factors; a round with devices
+bench: $(READY)          ## every engine against Flower's simulation, pfl-research and plain loops; layers of factors; a round with devices
 	$(BIN)/python -m benchmarks.engines
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.deployment

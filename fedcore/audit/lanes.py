@@ -1,7 +1,7 @@
 """Many reconstructions in one batch of optimisations: a lane is one client, one start, one path scale.
 
 Adam works element by element, so lanes side by side are lanes one after another; what differs is how their gradients are taken:
-under `torch.func.vmap`, a part of the lanes on every thread, or one by one; both from recordings (`fedcore.recording`). Which is
+under `torch.func.vmap`, or one by one; both from recordings (`fedcore.recording`). Which is
 faster depends on model and machine, so it is measured and remembered, as the vectorised engine does. Convolutions with other
 weights in each lane are written as matrix products for vmap: PyTorch would make them grouped convolutions, which on a CPU are
 twenty times slower.
@@ -14,7 +14,6 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,9 +107,6 @@ class Gradients:
         self._recorder = Recorder()
         self._alone = grad_and_value(objective(model), has_aux=True)
         self._batch = vmap(grad_and_value(objective(products(model)), has_aux=True))
-        self.threads = torch.get_num_threads()
-        size = min(AT_ONCE, -(-self.lanes // self.threads))
-        self._pieces = [slice(start, start + size) for start in range(0, self.lanes, size)]
         if batched is None:
             batched = self.lanes > 1 and self._batching_pays(model, variables, constants)
         self.batched = batched
@@ -119,17 +115,11 @@ class Gradients:
         return self._batched(variables, constants) if self.batched else self._one_by_one(variables, constants)
 
     def _batched(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
-        def piece(at: slice) -> tuple[Variables, Tensor]:
-            torch.set_num_threads(1)  # PyTorch keeps this by thread
-            return self._recorded("batched", self._batch, trees.at(variables, at), trees.at(constants, at))
-
-        with one_thread():  # a piece is the work of one thread
-            if self.threads == 1 or len(self._pieces) == 1:
-                found = [piece(at) for at in self._pieces]
-            else:
-                with ThreadPoolExecutor(self.threads) as pool:
-                    found = list(pool.map(piece, self._pieces))
-        gradients, match = trees.map(lambda *xs: torch.cat(xs), *found)
+        starts = range(0, self.lanes, AT_ONCE)
+        pieces = [trees.at((variables, constants), slice(start, start + AT_ONCE)) for start in starts]
+        gradients, match = trees.map(
+            lambda *xs: torch.cat(xs), *[self._recorded("batched", self._batch, *piece) for piece in pieces]
+        )
         return gradients, match
 
     def _one_by_one(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.checkpoint import write_atomically
+from fedcore.checkpoint import sync_folder, write_atomically
 from fedcore.errors import FedcoreError
 from fedcore.types import Tree
 
@@ -107,7 +106,7 @@ class Store:
 
     def _sync(self, folder: Path) -> None:
         if self.sync:
-            _sync(folder)
+            sync_folder(folder)
 
     def _read(self, client: int, at: Moment, like: Tree) -> tuple[Tree, str]:
         file = self._file(client, at)
@@ -159,17 +158,9 @@ def forget(folder: Path, run: str) -> None:
     """Delete the states of a run; a mark says that there were some."""
     mark = folder / run / FORGOTTEN
     mark.touch()
-    _sync(mark.parent)
+    sync_folder(mark.parent)
     for states in mark.parent.glob("client-*"):
         shutil.rmtree(states)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(flat: dict[str, Tensor]) -> str:

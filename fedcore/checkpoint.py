@@ -65,7 +65,7 @@ class Checkpoint:
             files[part] = {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
         state = {"version": VERSION, **facts, "files": files}
         write_atomically(self.folder / STATE, json.dumps({**state, "sha256": _digest(state)}, indent=1).encode())
-        _sync(self.folder)
+        sync_folder(self.folder)
         self._files = files
         current = {entry["file"] for entry in files.values()} | {STATE}
         for file in self.folder.iterdir():
@@ -113,7 +113,8 @@ def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a directory durable: a file that was renamed into it survives a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

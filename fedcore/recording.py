@@ -17,7 +17,6 @@ import itertools
 import logging
 import math
 import operator
-import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -51,11 +50,10 @@ class Recording:
 
 
 class Recorder:
-    """Recordings by kind of step and shapes; of one task. Threads may share it."""
+    """Recordings by kind of step and shapes; of one task, used by one thread."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Recording] = {}
-        self._lock = threading.Lock()
 
     def run(self, step: Step, kind: Hashable, inputs: Tree, own: Tree) -> Tree:
         """`step(inputs)`. The tensors of `own`, which are in inputs, may be overwritten.
@@ -82,16 +80,12 @@ class Recorder:
         key = (kind, mine, dims, tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves))
         recording = self._known.get(key)
         if recording is None:
-            with self._lock:
-                recording = self._known.get(key) or _record(step, inputs, leaves, dims, mine)
-                self._known[key] = recording
-        with self._lock:
-            recording.uses += 1
-            second = recording.uses == 2
+            recording = self._known[key] = _record(step, inputs, leaves, dims, mine)
+        recording.uses += 1
         with torch.no_grad():
             if recording.code is None:
                 found = _flat(step, inputs, dims)[0](*leaves)
-            elif second:
+            elif recording.uses == 2:
                 found = _compared(recording, _flat(step, inputs, dims)[0], leaves)
             else:
                 found = recording.code(*leaves)

@@ -24,7 +24,7 @@ from fedcore.recording import Recorder, recorded
 from fedcore.split import split
 from fedcore.task import Task, cross_entropy
 from fedcore.types import Batches, Params, Tree
-from tests.helpers import STRATEGIES, assert_close, loop_of, small
+from tests.helpers import assert_close, loop_of, small
 
 CLIENTS, STEPS, BATCH = 3, 3, 4
 SHAPE = (1, 16, 16)
@@ -170,55 +170,6 @@ def test_a_loss_that_is_not_the_tasks_is_never_recorded() -> None:
         before = local_sgd(loss, task.init_params(), b, 0.1).loss
         scale[0] = 2.0
         assert local_sgd(loss, task.init_params(), b, 0.1).loss > 1.5 * before
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_threads_change_no_bit(name: str, tmp_path: Path) -> None:
-    found = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        try:
-            e = small(name, engine__name="vectorised", engine__chunk=2, participation__cohort=12, rounds=2)
-            loop = loop_of(e, tmp_path / f"{threads}")
-            loop.engine.choices["threads"] = 3
-            found.append(loop.run().params_sha256)
-            assert loop.engine.threads == threads  # type: ignore[attr-defined]
-        finally:
-            loop.close()
-            torch.set_num_threads(1)
-    assert found[0] == found[1]
-
-
-def test_a_client_function_that_draws_runs_on_one_thread_and_repeats(tmp_path: Path) -> None:
-    found = []
-    for i in range(2):
-        torch.set_num_threads(3)
-        try:
-            loop = loop_of(small("fedavg", engine__name="vectorised", engine__chunk=2, participation__cohort=12), tmp_path / f"{i}")
-            squared = loop.task.metrics["loss"]
-            loop.task.metrics["loss"] = lambda out, y, of=squared: of(out, y) * torch.rand(len(out))  # type: ignore[misc]
-            found.append(loop.run().params_sha256)
-            assert loop.engine._draws["train"] is True  # type: ignore[attr-defined]
-            assert loop.engine._pool is None  # type: ignore[attr-defined]
-        finally:
-            loop.close()
-            torch.set_num_threads(1)
-    assert found[0] == found[1]
-
-
-def test_a_method_that_stops_listening_leaves_no_work_behind(tmp_path: Path) -> None:
-    torch.set_num_threads(2)
-    try:
-        loop = loop_of(small("fedavg", engine__name="vectorised", engine__chunk=1, participation__cohort=12), tmp_path)
-        loop.round()
-        reports = loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1)  # type: ignore[attr-defined]
-        next(reports)
-        reports.close()  # type: ignore[attr-defined]
-        assert loop.engine._workers.qsize() == 2  # type: ignore[attr-defined]
-        assert torch.get_num_threads() == 2
-    finally:
-        loop.close()
-        torch.set_num_threads(1)
 
 
 def test_a_resumed_run_splits_clients_as_before_whatever_the_machine(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,17 +72,7 @@ class Work:
         self.task, self.method, self.local, self.seed = task, method, local, seed
         self.links, self.defence = Links(links or LinksSettings(), seed), Defence(defence or DefenceSettings(), seed)
         self.even = False  # batches padded to few widths, for engines that record steps by shape
-        self.drew: bool | None = None  # whether a client drew from torch's generator; None = nobody asks
-        self.alone = True  # whether that generator is ours
         self._now = (-1, torch.empty(0))
-
-    def replica(self) -> Work:
-        """The same work with a model of its own, for another thread: running a model puts parameters into it."""
-        found = copy.copy(self)
-        found.task = copy.copy(self.task)
-        found.task.model, found.task.penalty = copy.deepcopy((self.task.model, self.task.penalty))
-        found.alone = False
-        return found
 
     def batches(self, fn: ClientFunction, clients: list[int], t: int) -> Batches | Tuning:
         """Stacked over the clients, [n, K, B, ...]."""
@@ -142,16 +131,10 @@ class Work:
         training = data_of(fn) != "test"
         if self.task.model.training != training:
             self.task.model.train(training)
-        if not self.alone:
-            yield
-            return
         with torch_seed(self.seed, "model", t, client):
-            before = None if self.drew is None else torch.get_rng_state()
             if self.task.device.type == "cuda":  # a generator of its own, which nothing else of ours draws from
                 torch.cuda.manual_seed(seed_of(self.seed, "model", t, client))
             yield
-            if before is not None and not torch.equal(before, torch.get_rng_state()):
-                self.drew = True
 
 
 def _one_after_another(plans: tuple[Tensor, ...]) -> Tensor:

@@ -1,7 +1,7 @@
 """Clients in chunks, each chunk one batched computation under `torch.func.vmap`, chunks side by side on all cores; the default.
 
-Local steps run from recordings (`fedcore.recording`). On a CPU every chunk is the work of one thread: no core waits for another at
-every small operation, and which thread does it changes no bit.
+Local steps run from recordings (`fedcore.recording`). On a CPU every chunk is the work of one process, a fork of this one, on one
+thread: no core waits for another at every small operation, and who does it changes no bit.
 
 How many clients make a chunk decides the speed: too few waste the batching, too many fall out of the cache. No rule predicts it, so
 it is measured, once a (method, model, batches, device), and remembered on disk: two runs of one seed then compute the same bits.
@@ -10,22 +10,23 @@ it is measured, once a (method, model, batches, device), and remembered on disk:
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
-import queue
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import vmap
 
 from fedcore import cache, trees
+from fedcore.engines import forks
 from fedcore.engines.base import Work, failure, one_thread, report
 from fedcore.method import evaluates
 from fedcore.recording import Recorder, recorded
@@ -37,13 +38,13 @@ log = logging.getLogger("fedcore")
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)  # chunks to try, after 1 = one client after another without vmap
 BUDGET = 1.0  # seconds of this thread after which no larger chunk is tried
-CLOSE = 1.1  # a larger chunk that takes no more than this times the least time is preferred: threads wait less for the interpreter
+CLOSE = 1.1  # a larger chunk that takes no more than this times the least time is preferred: there are fewer to hand on
 STEPS = 2  # local steps in a trial
-HANDLING = 1.5e-4  # seconds that the loop and the method need for a report, of however many clients, beside its arithmetic
-PADDING = 0.1  # most of a chunk's steps that may be padding
-PIECE = 8  # clients that a thread takes at once where they go one by one
-THREADS = "threads"  # beside the chunk sizes by function in what the engine chose
-AHEAD = 2  # chunks for each thread that are begun before the first is handed on
+HANDLING = 4e-4  # seconds that it takes to hand on a report, of however many clients, beside its arithmetic
+PADDING = 0.1  # of a round's local steps, at most, may be padding
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # of chunks of ragged clients: few, as each is recorded anew
+PIECE = 8  # clients that a process takes at once where they go one by one
+PROCESSES = "processes"  # beside the chunk sizes by function in what the engine chose
 
 
 class Done(NamedTuple):
@@ -53,88 +54,65 @@ class Done(NamedTuple):
     states: Tree  # new, stacked; nothing of those who failed
 
 
+class Forms(NamedTuple):
+    """The structures of what a client function gets and gives: a fork knows them, and only their leaves are sent."""
+
+    down: pytree.TreeSpec
+    state: pytree.TreeSpec
+    up: pytree.TreeSpec
+    new: pytree.TreeSpec
+
+
 class Vectorised:
-    """Client functions batched over clients, on all threads of this process."""
+    """Client functions batched over clients, on all cores."""
 
     def __init__(self, work: Work, states: StateStore, chunk: int | None = None) -> None:
         """`chunk` clients a batch, 1 = one after another; None = measure."""
         self.work, self.states, self.chunk = work, states, chunk
         self.choices: dict[str, Any] = {}
-        self.threads = torch.get_num_threads() if work.task.device.type == "cpu" else 1
+        self.processes = torch.get_num_threads() if work.task.device.type == "cpu" and forks.possible() else 1
         self._recorder: Recorder | None = None
-        self._draws: dict[str, bool] = {}  # client functions that draw from torch's generator: not on several threads
-        self._workers: queue.SimpleQueue[Work] = queue.SimpleQueue()
-        self._pool: ThreadPoolExecutor | None = None
+        self._forms: dict[str, Forms] = {}  # by client function, as soon as a client succeeded in it
+        self._forks: forks.Forks | None = None
+        self._forked: dict[str, Forms] = {}  # what the forks know of them
         self.late = 0
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         if len(clients) == 0:
             return
-        if not self._draws and not self._noisy():
-            self._recorder = self._recorder or Recorder()
+        if self._recorder is None and not self._noisy():
+            self._recorder = Recorder()
             self.work.even = True
-        with self._one_thread():
+        with one_thread() if self.work.task.device.type == "cpu" else nullcontext():
             size = self._chunk(fn, clients.numpy(), down, t)
-            pieces = deque(self.chunks(fn, clients.numpy()))
-            if fn.__name__ not in self._draws:
-                yield from self._keep(fn, self._first(fn, pieces.popleft(), down, t, size))
-            if self.threads == 1 or self._draws[fn.__name__] or len(pieces) < 2:
-                for piece in pieces:
-                    yield from self._keep(fn, self._run(self.work, fn, piece, down, self._states(piece), t, size))
-            else:
+            pieces = self.chunks(fn, clients.numpy())
+            while pieces and (self.processes == 1 or len(pieces) == 1 or not self._known(fn, down)):
+                yield from self._keep(fn, self._here(fn, pieces.pop(0), down, t, size))
+            if pieces:
                 yield from self._side_by_side(fn, pieces, down, t, size)
 
     def chunks(self, fn: ClientFunction, clients: np.ndarray) -> list[list[int]]:
         """How these clients are split, the longest first, once the size is known."""
         size, steps = self.chunk or self.choices[fn.__name__], self.work.steps(fn, clients)
         order = np.argsort(-steps, kind="stable")
-        threads = self.choices.setdefault(THREADS, self.threads)
+        processes = self.choices.setdefault(PROCESSES, self.processes)
         if size == 1:
-            piece = min(max(len(clients) // (4 * threads), 1), PIECE)
+            piece = min(max(len(clients) // (4 * processes), 1), PIECE)
             return [clients[order[i : i + piece]].tolist() for i in range(0, len(order), piece)]
-        chunks = threads * -(-len(clients) // (size * threads))  # every thread has as many
+        chunks = processes * -(-len(clients) // (size * processes))  # everyone has as many
         return _pack(clients[order].tolist(), steps[order].tolist(), -(-len(clients) // chunks))
 
     def _noisy(self) -> list[nn.Module]:
         """Layers that draw for each example: what they draw depends on shapes, so that these stay as `sequential` has them."""
         return [m for m in self.work.task.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
 
-    def _one_thread(self) -> Any:
-        return one_thread() if self.work.task.device.type == "cpu" else nullcontext()
-
-    def _first(self, fn: ClientFunction, piece: list[int], down: Tree, t: int, size: int) -> list[Done]:
-        """The first piece of a run, which tells whether `fn` draws."""
-        self.work.drew = False
-        done = self._run(self.work, fn, piece, down, self._states(piece), t, size)
-        self._draws[fn.__name__], self.work.drew = self.work.drew, None
+    def _here(self, fn: ClientFunction, piece: list[int], down: Tree, t: int, size: int) -> list[Done]:
+        """A piece in this process."""
+        states = self._states(piece)
+        done = self._run(fn, piece, down, states, t, size)
+        if self.processes > 1 and (some := next((d for d in done if len(d.reports.clients)), None)):
+            self._forms[fn.__name__] = Forms(*map(pytree.tree_structure, (down, states, some.reports.up, some.states)))
         return done
-
-    def _side_by_side(self, fn: ClientFunction, pieces: deque[list[int]], down: Tree, t: int, size: int) -> Iterator[Reports]:
-        """Pieces on all threads; handed on in their order."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, "clients")
-            for _ in range(self.threads):
-                self._workers.put(self.work.replica())
-
-        def job(piece: list[int], states: Tree) -> list[Done]:
-            worker = self._workers.get()
-            try:
-                torch.set_num_threads(1)  # PyTorch keeps this by thread
-                return self._run(worker, fn, piece, down, states, t, size)
-            finally:
-                self._workers.put(worker)
-
-        running: deque[Future[list[Done]]] = deque()
-        try:
-            while pieces or running:
-                while pieces and len(running) < AHEAD * self.threads:
-                    piece = pieces.popleft()
-                    running.append(self._pool.submit(job, piece, self._states(piece)))
-                yield from self._keep(fn, running.popleft().result())
-        finally:
-            for future in running:
-                future.cancel()
-            wait(running)
 
     def _keep(self, fn: ClientFunction, done: list[Done]) -> Iterator[Reports]:
         for reports, new in done:
@@ -142,42 +120,78 @@ class Vectorised:
                 self.states.put(reports.clients, new)
             yield reports
 
-    # One thread's work
+    # On all cores
 
-    def _run(self, work: Work, fn: ClientFunction, piece: list[int], down: Tree, states: Tree, t: int, size: int) -> list[Done]:
+    def _known(self, fn: ClientFunction, down: Tree) -> bool:
+        forms = self._forms.get(fn.__name__)
+        return forms is not None and forms.down == pytree.tree_structure(down)
+
+    def _side_by_side(self, fn: ClientFunction, pieces: list[list[int]], down: Tree, t: int, size: int) -> Iterator[Reports]:
+        """Pieces on all processes; handed on in their order."""
+        if self._forks is None or self._forked != self._forms:  # what a fork knows is what we knew then
+            self.close()
+            self._forked = dict(self._forms)
+            self._forks = forks.Forks(self.processes, self._there)
+        forms = self._forms[fn.__name__]
+        jobs = (((fn.__name__, piece, t, size), trees.leaves(self._states(piece))) for piece in pieces)
+        for piece, (found, tensors) in zip(pieces, self._forks.run(jobs, trees.leaves(down)), strict=True):
+            if found is None:
+                yield from self._keep(fn, self._here(fn, piece, down, t, size))
+                continue
+            rest, done = iter(tensors), []
+            for clients, failed in found:
+                if failed:
+                    done.append(Done(failure([], "")._replace(failed=failed), {}))
+                else:
+                    num_examples = next(rest)
+                    up, new = (pytree.tree_unflatten(islice(rest, form.num_leaves), form) for form in (forms.up, forms.new))
+                    done.append(Done(Reports(torch.tensor(clients), up, num_examples), new))
+            yield from self._keep(fn, done)
+
+    def _there(self, job: tuple[str, list[int], int, int], down: list[Tensor], states: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        """A piece in a fork: (clients, failures) of everything done, and the leaves of it; None where they are not as known."""
+        name, piece, t, size = job
+        fn, forms = getattr(self.work.method, name), self._forms[name]
+        found, tensors = [], []
+        for reports, new in self._run(
+            fn, piece, pytree.tree_unflatten(down, forms.down), pytree.tree_unflatten(states, forms.state), t, size
+        ):
+            if not reports.failed and (pytree.tree_structure(reports.up), pytree.tree_structure(new)) != (forms.up, forms.new):
+                return None, []
+            found.append((reports.clients.tolist(), dict(reports.failed)))
+            if not reports.failed:
+                tensors += [reports.num_examples, *trees.leaves(reports.up), *trees.leaves(new)]
+        return found, tensors
+
+    # Work of one process, on one thread
+
+    def _run(self, fn: ClientFunction, piece: list[int], down: Tree, states: Tree, t: int, size: int) -> list[Done]:
         with recorded(self._recorder):
             if size > 1 and len(piece) > 1:
                 try:
-                    with work.model_noise(fn, t, piece[0]):
-                        up, new = self._batched(work, fn, down, states, work.batches(fn, piece, t), t, piece)
-                    return [Done(Reports(torch.tensor(piece), up, work.num_examples(fn, piece)), new)]
+                    with self.work.model_noise(fn, t, piece[0]):
+                        up, new = self._batched(fn, down, states, self.work.batches(fn, piece, t), t, piece)
+                    return [Done(Reports(torch.tensor(piece), up, self.work.num_examples(fn, piece)), new)]
                 except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
                     log.debug("chunk %s failed, going through it one by one", piece, exc_info=True)
-            return [self._alone(work, fn, client, down, self._row(states, i), t) for i, client in enumerate(piece)]
+            return [self._alone(fn, client, down, self._row(states, i), t) for i, client in enumerate(piece)]
 
-    def _alone(self, work: Work, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> Done:
+    def _alone(self, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> Done:
         try:
-            up, new = work.one(fn, client, down, state, t)
+            up, new = self.work.one(fn, client, down, state, t)
         except Exception as e:  # a client may fail in any way; the round goes on without it
             return Done(failure([client], e), {})
-        return Done(report(work, fn, client, up), trees.map(lambda x: x[None], new))
+        return Done(report(self.work, fn, client, up), trees.map(lambda x: x[None], new))
 
     def _batched(
-        self,
-        work: Work,
-        fn: ClientFunction,
-        down: Tree,
-        states: Tree,
-        batches: Batches | Tuning,
-        t: int,
-        chunk: list[int] | None = None,
+        self, fn: ClientFunction, down: Tree, states: Tree, batches: Batches | Tuning, t: int, chunk: list[int] | None = None
     ) -> tuple[Tree, Tree]:
         """(what arrives, new states) of the clients `chunk`; without it nothing is lost on the way, for a trial."""
-        n, links = len(trees.leaves(batches)[0]), work.links
+        n, work = len(trees.leaves(batches)[0]), self.work
         now = work.now(t)
-        own_down = chunk is not None and bool(trees.leaves(down)) and not links.silent("downlink", fn)
+        own_down = chunk is not None and bool(trees.leaves(down)) and not work.links.silent("downlink", fn)
         if chunk is not None and own_down:  # each client receives a message of its own
-            down = trees.stack([links.carry(down, "downlink", fn, t, i) for i in chunk])
+            down = trees.stack([work.links.carry(down, "downlink", fn, t, i) for i in chunk])
 
         def client(down: Tree, state: Tree, batch: Batches | Tuning) -> tuple[Tree, Tree]:
             return run_client(fn, work.task, now, down, state, batch)
@@ -273,7 +287,7 @@ class Vectorised:
             begin = clock()
             with recorded(self._recorder):
                 if batched:
-                    self._batched(self.work, fn, down, states, batches, t)
+                    self._batched(fn, down, states, batches, t)
                 else:
                     for i in range(len(chunk)):
                         run_client(fn, self.work.task, self.work.now(t), down, self._row(states, i), trees.at(batches, i))
@@ -283,33 +297,50 @@ class Vectorised:
         return min(times) + HANDLING / (len(chunk) if batched else 1)
 
     def describe(self) -> str:
-        sizes = {name: n for name, n in self.choices.items() if name != THREADS}
+        sizes = {name: n for name, n in self.choices.items() if name != PROCESSES}
         chosen = ", ".join(f"{name} {'one by one' if n == 1 else f'{n} at a time'}" for name, n in sizes.items())
-        threads = f", {self.threads} threads" if self.threads > 1 else ""
-        return f"vectorised on {self.work.task.device}{threads}" + (f" ({chosen})" if chosen else "")
+        processes = f", {self.processes} processes" if self.processes > 1 else ""
+        return f"vectorised on {self.work.task.device}{processes}" + (f" ({chosen})" if chosen else "")
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        if self._forks is not None:
+            self._forks.close()
+            self._forks = None
 
 
 def _pack(ids: list[int], steps: list[int], most: int) -> list[list[int]]:
-    """Chunks of at most `most` clients of about one length, ascending ids in each; `steps` descend.
+    """Chunks of at most `most` clients, ascending ids in each; `steps` descend.
 
-    A chunk lasts as long as its longest client, and at most PADDING of that is waiting: else it is halved, and again, so that few
-    shapes occur.
+    A chunk lasts as long as its longest client. As few steps as possible are done, with at most PADDING of them waiting.
     """
-    chunks, start = [], 0
-    while start < len(ids):
-        size = min(most, len(ids) - start)
-        while size > 1 and _waiting(steps[start : start + size]) > PADDING:
-            size //= 2
-        chunks.append(sorted(ids[start : start + size]))
-        start += size
-    return chunks
+    if not ids or steps[0] == steps[-1]:
+        cuts = [most] * (len(ids) // most) + [len(ids) % most]
+    else:
+        weight = 0.25
+        while _waiting(steps, cuts := _cut(steps, [n for n in LENGTHS if n < most] + [most], weight)) > PADDING:
+            weight *= 1.5
+    ends = np.cumsum(cuts).tolist()
+    return [sorted(ids[end - n : end]) for n, end in zip(cuts, ends, strict=True) if n]
 
 
-def _waiting(steps: list[int]) -> float:
-    """Share of a chunk's steps that are padding."""
-    return 1 - sum(steps) / max(steps[0] * len(steps), 1)
+def _cut(steps: list[int], lengths: list[int], weight: float) -> list[int]:
+    """Lengths of successive chunks, of those allowed: the least sum of what each lasts x (1 + weight x its clients)."""
+    count = len(steps)
+    cost, last = [0.0] + [math.inf] * count, [0] * (count + 1)
+    for i, longest in enumerate(steps):
+        for n in lengths:
+            if i + n > count:
+                break
+            if (found := cost[i] + longest * (1 + weight * n)) < cost[i + n]:
+                cost[i + n], last[i + n] = found, n
+    cuts = []
+    while count:
+        cuts.append(last[count])
+        count -= last[count]
+    return cuts[::-1]
+
+
+def _waiting(steps: list[int], cuts: list[int]) -> float:
+    """Share of the chunks' steps that are padding; `steps` descend."""
+    starts = np.cumsum([0, *cuts[:-1]])
+    return 1 - sum(steps) / max(int(np.array(steps)[starts] @ np.array(cuts)), 1)

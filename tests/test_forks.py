@@ -1,0 +1,259 @@
+"""The pool of forks, and the engine on it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedcore.engines import forks
+from fedcore.engines.forks import Forks
+from fedcore.errors import RunError
+from fedcore.loop import run
+from tests.helpers import STRATEGIES, loop_of, small
+
+pytestmark = pytest.mark.skipif(not forks.possible(), reason="no forks on this system")
+
+
+def call(what: Any, given: list[Tensor], own: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "slow":
+        time.sleep(0.3)
+    return (what, os.getpid()), [x + given[0] for x in own]
+
+
+@pytest.fixture
+def pool() -> Iterator[Forks]:
+    pool = Forks(3, call)
+    yield pool
+    pool.close()
+
+
+def jobs(count: int, shape: tuple[int, ...] = (5,)) -> list[tuple[Any, list[Tensor]]]:
+    return [(i, [torch.full(shape, float(i))]) for i in range(count)]
+
+
+def test_answers_come_in_the_order_of_the_jobs_from_all_forks(pool: Forks) -> None:
+    work: list[tuple[Any, list[Tensor]]] = [("slow", [torch.zeros(2)]), *jobs(30)]
+    found = list(pool.run(work, [torch.tensor(0.5)]))
+    assert [what for (what, _), _ in found] == ["slow", *range(30)]
+    assert all(bool((x == i + 0.5).all()) for i, (_, (x,)) in enumerate(found[1:]))
+    pids = {pid for (_, pid), _ in found}
+    assert len(pids) > 1
+    assert os.getpid() not in pids
+
+
+def test_tensors_of_every_kind_arrive_as_they_were() -> None:
+    tensors = [
+        torch.randn(3, 4),
+        torch.tensor(7),
+        torch.tensor([True, False, True]),
+        torch.empty(0, 3),
+        torch.randn(1, 6).expand(5, 6),
+        torch.randn(4, 3).t(),
+        torch.arange(5, dtype=torch.int8),
+        torch.randn(3).half(),
+        torch.randn(2).double(),
+    ]
+    pool = Forks(1, lambda what, given, own: (None, [*given, *own]))
+    ((_, found),) = pool.run([("go", tensors)], tensors)
+    for x, y in zip(tensors * 2, found, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert torch.equal(x, y)
+    assert found[4].stride(0) == 0  # one row was sent, not five
+    assert all(x.data_ptr() % forks.ALIGNED == 0 for x in found if x.numel())
+    pool.close()
+
+
+def test_answers_that_are_kept_stay_as_they_are(pool: Forks) -> None:
+    kept = [x for t in range(5) for _, (x,) in pool.run(jobs(20, (1000,)), [torch.tensor(float(t))])]
+    assert all(bool((x == i % 20 + i // 20).all()) for i, x in enumerate(kept))
+
+
+def test_memory_is_used_again(pool: Forks) -> None:
+    def maps() -> int:
+        return sum("memfd:fedcore" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    for t in range(5):
+        for _ in pool.run(jobs(20, (1000,)), [torch.tensor(float(t))]):
+            pass
+    before = maps()
+    for t in range(100):
+        for _ in pool.run(jobs(20, (1000,)), [torch.tensor(float(t))]):
+            pass
+    gc.collect()
+    assert before > 0
+    assert maps() <= before + 3
+    kept = [x for _, (x,) in pool.run(jobs(200, (1000,)), [torch.tensor(0.0)])]
+    assert maps() > 200
+    del kept
+    for _ in range(3):
+        list(pool.run(jobs(20), [torch.tensor(0.0)]))
+    assert maps() < 60  # what was kept has been given back
+
+
+def test_what_all_get_may_grow(pool: Forks) -> None:
+    for size in (1, 10_000, 10, 100_000):
+        for (what, _), (x,) in pool.run(jobs(6, (1, size)), [torch.ones(size)]):
+            assert torch.equal(x, torch.full((1, size), what + 1.0))
+
+
+def test_who_stops_listening_leaves_no_work_behind(pool: Forks) -> None:
+    answers = pool.run(jobs(20), [torch.tensor(0.0)])
+    next(answers)
+    answers.close()  # type: ignore[attr-defined]
+    assert [what for (what, _), _ in pool.run(jobs(4), [torch.tensor(0.0)])] == [0, 1, 2, 3]
+
+
+def test_a_fork_that_is_killed_is_named_with_what_to_do(pool: Forks) -> None:
+    with pytest.raises(RunError, match=r"exit status -9.*engine\.chunk.*--resume"):
+        list(pool.run([*jobs(3), ("die", [torch.zeros(1)]), *jobs(3)], [torch.tensor(0.0)]))
+
+
+def test_forks_end_with_us() -> None:
+    script = """
+import os, time, torch
+from fedcore.engines.forks import Forks
+pool = Forks(3, lambda what, given, own: (os.getpid(), []))
+print(*{pid for pid, _ in pool.run([(i, []) for i in range(30)], [])}, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert pids
+        assert all(_alive(pid) for pid in pids)
+        process.kill()
+    end = time.monotonic() + 10
+    while any(_alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(_alive(pid) for pid in pids)
+
+
+def _alive(pid: int) -> bool:
+    """A zombie is not: who should bury it may be slow."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_closing_leaves_no_process() -> None:
+    pool = Forks(2, call)
+    pids = {pid for (_, pid), _ in pool.run(jobs(8), [torch.tensor(0.0)])}
+    pool.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+# The engine
+
+
+@pytest.fixture
+def three() -> Iterator[None]:
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_processes_change_no_bit(name: str, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 3):
+        torch.set_num_threads(processes)
+        try:
+            e = small(name, engine__name="vectorised", engine__chunk=2, participation__cohort=12, rounds=2)
+            loop = loop_of(e, tmp_path / f"{processes}")
+            loop.engine.choices["processes"] = 3
+            found.append(loop.run().params_sha256)
+            assert loop.engine.processes == processes  # type: ignore[attr-defined]
+            assert (loop.engine._forks is None) == (processes == 1)  # type: ignore[attr-defined]
+        finally:
+            loop.close()
+            torch.set_num_threads(1)
+    assert found[0] == found[1]
+
+
+def test_a_client_function_that_draws_repeats_on_any_number_of_processes(tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 3, 3):
+        torch.set_num_threads(processes)
+        try:
+            e = small("fedavg", engine__name="vectorised", engine__chunk=2, participation__cohort=12)
+            loop = loop_of(e, tmp_path / f"{len(found)}")
+            loop.engine.choices["processes"] = 3
+            squared = loop.task.metrics["loss"]
+            loop.task.metrics["loss"] = lambda out, y, of=squared: of(out, y) * torch.rand(len(out))  # type: ignore[misc]
+            found.append(loop.run().params_sha256)
+        finally:
+            loop.close()
+            torch.set_num_threads(1)
+    assert len(set(found)) == 1
+
+
+def test_a_client_that_fails_in_a_fork_is_left_out_with_its_reason(three: None, tmp_path: Path) -> None:
+    loop = loop_of(small("fedavg", engine__name="vectorised", engine__chunk=2, participation__cohort=12), tmp_path)
+    loop.round()
+    batches = loop.engine.work.batches  # type: ignore[attr-defined]
+
+    def fails(fn: Any, clients: list[int], t: int) -> Any:
+        if 3 in clients:
+            raise ValueError("no such client")
+        return batches(fn, clients, t)
+
+    loop.engine.work.batches = fails  # type: ignore[attr-defined]
+    loop.engine._forks.close()  # type: ignore[attr-defined]
+    loop.engine._forks = None  # type: ignore[attr-defined]
+    reports = list(loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1))
+    loop.close()
+    failed = {client: why for r in reports for client, why in r.failed.items()}
+    assert failed == {3: "error: ValueError: no such client"}
+    assert sorted(i for r in reports for i in r.clients.tolist()) == [i for i in range(12) if i != 3]
+
+
+def test_a_fork_that_does_not_know_a_structure_leaves_the_work_to_us(three: None, tmp_path: Path) -> None:
+    loop = loop_of(small("fedavg", engine__name="vectorised", engine__chunk=2, participation__cohort=12), tmp_path)
+    loop.round()
+    engine: Any = loop.engine
+    expected = list(engine.each(loop.method.train, torch.arange(12), loop.state.server, 1))
+    known = engine._forms["train"]
+    engine._forms["train"] = known._replace(up=known.new)
+    found = list(engine.each(loop.method.train, torch.arange(12), loop.state.server, 1))
+    loop.close()
+    assert [r.clients.tolist() for r in found] == [r.clients.tolist() for r in expected]
+    assert all(torch.equal(a.up.loss, b.up.loss) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_killed_fork_ends_the_run_which_can_be_resumed(three: None, tmp_path: Path) -> None:
+    e = small("scaffold", engine__name="vectorised", engine__chunk=2, participation__cohort=12, rounds=4)
+    whole = run(e, tmp_path / "whole").params_sha256
+    loop = loop_of(e, tmp_path / "killed")
+    loop.round()
+    os.kill(loop.engine._forks._lines[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    with pytest.raises(RunError, match="ended"):
+        loop.run()
+    loop.close()
+    loop = loop_of(e, tmp_path / "killed", resume=True)
+    assert loop.run().params_sha256 == whole
+    loop.close()
+
+
+def test_a_method_that_stops_listening_leaves_no_work_behind(three: None, tmp_path: Path) -> None:
+    loop = loop_of(small("fedavg", engine__name="vectorised", engine__chunk=1, participation__cohort=12), tmp_path)
+    loop.round()
+    reports = loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1)
+    next(reports)
+    reports.close()  # type: ignore[attr-defined]
+    assert not any(line.jobs for line in loop.engine._forks._lines)  # type: ignore[attr-defined]
+    assert torch.get_num_threads() == 3
+    loop.close()

@@ -41,7 +41,9 @@ class EngineSettings(_Section):
 
     name: Literal["sequential", "vectorised", "ray", "grid"] = "vectorised"
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    chunk: int | None = Field(None, ge=1, description="vectorised: clients in one batch, 1 = one after another; default: measured")
+    chunk: int | None = Field(
+        None, ge=1, description="clients in one batch, 1 = one after another; default: vectorised measures, ray 1"
+    )
     workers: int | None = Field(None, ge=1, description="ray: number of workers; default: one a core, or one a GPU share")
     gpus_per_worker: float = Field(0.0, ge=0, description="ray: share of a GPU a worker holds, e.g. 0.25; on cuda default 1")
     round_timeout: float = Field(3600.0, gt=0, description="grid: seconds after which a round goes on without late clients")

@@ -17,7 +17,7 @@ from fedcore.engines.base import failure
 from fedcore.engines.ray import _pieces
 from fedcore.errors import RunError
 from fedcore.loop import Interrupted, run
-from tests.helpers import NOISY, STRATEGIES, TOYS, VARIANTS, loop_of, small
+from tests.helpers import NOISY, STRATEGIES, TOYS, VARIANTS, assert_close, loop_of, small
 
 DIGITS = {
     "task": "digits",
@@ -41,6 +41,18 @@ def test_ray_has_the_bits_of_sequential_whatever_the_number_of_workers(name: str
         assert found.params_sha256 == expected.params_sha256, f"{workers} workers"
         assert found.final == expected.final
         assert found.dropped == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+def test_ray_in_chunks_is_close_to_sequential_and_has_the_same_bits_on_any_number_of_workers(name: str, tmp_path: Path) -> None:
+    expected = run(small(name, **DIGITS, **NOISY), tmp_path / "s")
+    found = []
+    for workers in (1, 2):
+        e = small(name, **DIGITS, **NOISY, engine__name="ray", engine__workers=workers, engine__chunk=3)
+        found.append(run(e, tmp_path / f"r{workers}"))
+    assert found[0].params_sha256 == found[1].params_sha256
+    assert_close(found[0].params, expected.params, 1e-4, name)
 
 
 @pytest.mark.slow

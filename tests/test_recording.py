@@ -15,8 +15,7 @@ from torch.func import grad, vmap
 
 from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
-from fedcore.engines import vectorised
-from fedcore.engines.vectorised import PADDING
+from fedcore.engines.chunks import PADDING, pack
 from fedcore.local import local_sgd
 from fedcore.loop import run
 from fedcore.models import Cnn, LeNet, Logistic, Mlp, ResNet, Vit
@@ -190,13 +189,18 @@ def test_a_resumed_run_splits_clients_as_before_whatever_the_machine(tmp_path: P
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=120), st.sampled_from([1, 2, 8, 12, 64]))
 def test_chunks_hold_every_client_once_with_little_padding(steps: list[int], most: int) -> None:
     steps = sorted(steps, reverse=True)
-    chunks = vectorised._pack(list(range(len(steps))), steps, most)
-    assert [i for chunk in chunks for i in chunk] == list(range(len(steps)))
-    for chunk in chunks:
-        assert len(chunk) <= most
-        done = max(steps[i] for i in chunk) * len(chunk)
-        assert done - sum(steps[i] for i in chunk) <= PADDING * done + 1e-9
-    assert sum(max(steps[i] for i in c) * len(c) for c in chunks) <= sum(steps) / (1 - PADDING) + 1e-9
+    found = pack(list(range(len(steps))), steps, most)
+    assert [i for chunk in found for i in chunk] == list(range(len(steps)))
+    assert all(len(chunk) <= most for chunk in found)
+    assert sum(max(steps[i] for i in c) * len(c) for c in found) <= sum(steps) / (1 - PADDING) + 1e-9
+    assert sum(max(steps[i] for i in c) for c in found) <= sum(steps)  # batched steps; one by one it would be so many
+
+
+def test_chunks_of_log_normal_clients_spend_what_padding_is_allowed() -> None:
+    steps = sorted((1 + np.random.default_rng(0).lognormal(1, 0.8, 100)).astype(int).tolist(), reverse=True)
+    found = pack(list(range(100)), steps, 50)
+    apart = sum(set(steps))  # chunks of one length each: no padding
+    assert sum(max(steps[i] for i in c) for c in found) < 0.8 * apart
 
 
 def test_batches_of_few_widths_hold_the_same_examples() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from fedcore import trees
 from fedcore.defence import Defence, DefenceSettings
 from fedcore.errors import SettingsError
 from fedcore.links import Links, LinksSettings
-from fedcore.method import Method, data_of
+from fedcore.method import Method, data_of, evaluates
 from fedcore.rng import seed_of, torch_seed
 from fedcore.run_client import run_client
 from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
@@ -146,6 +146,29 @@ def report(work: Work, fn: ClientFunction, client: int, up: Tree) -> Reports:
     """One client's report."""
     stacked = trees.map(lambda x: x[None], up)
     return Reports(torch.tensor([client]), stacked, work.num_examples(fn, [client]))
+
+
+class Done(NamedTuple):
+    """Clients that have done their work."""
+
+    reports: Reports
+    states: Tree  # new, stacked; nothing of those who failed
+
+
+def alone(work: Work, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> Done:
+    """One client's work, as `sequential` does it; `state` is on the task's device."""
+    try:
+        up, new = work.one(fn, client, down, state, t)
+        return Done(report(work, fn, client, up), trees.map(lambda x: x[None], new))
+    except Exception as e:  # a client may fail in any way; the round goes on without it
+        return Done(failure([client], e), {})
+
+
+def keep(states: StateStore, fn: ClientFunction, done: Done) -> Reports:
+    """What came back, once the clients' new states are stored."""
+    if len(done.reports.clients) and not evaluates(fn):
+        states.put(done.reports.clients, done.states)
+    return done.reports
 
 
 def failure(clients: list[int], error: BaseException | str) -> Reports:

@@ -2,7 +2,8 @@
 
 Every worker holds the task once (its arrays shared, not copied, on one machine), receives client ids and one broadcast of what the
 server sends, and runs clients exactly as `sequential` does; reports are handed on one client at a time, in ascending order. So the
-result has the bits of `sequential`, whatever the number of workers.
+result has the bits of `sequential`, whatever the number of workers. With `engine.chunk` workers run chunks of so many clients as
+`vectorised` does: the same up to rounding, and the same bits for any number of workers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.engines.base import Work, failure, one_thread, report
+from fedcore.engines.base import Done, Work, alone, failure, keep, one_thread
+from fedcore.engines.chunks import Chunks, pack, row
 from fedcore.errors import RunError
 from fedcore.method import evaluates
 from fedcore.state import StateStore
@@ -30,36 +33,43 @@ if TYPE_CHECKING:
 
 PIECES = 4  # per worker: enough to even out ragged clients, few enough to cost nothing
 
-Answer = tuple[Tree, Tree] | str
-"""(up, new state) of one client, or why there is none."""
-
 
 class Worker:
-    """The actor: a resident task, and the same work that `sequential` does."""
+    """The actor: a resident task, and the same work that other engines do in one process."""
 
-    def __init__(self, work: list[Any], device: str) -> None:
+    def __init__(self, work: list[Any], device: str, chunk: int) -> None:
         import ray
 
         self.work: Work = ray.get(work[0])
         self.work.task.to(torch.device(device))
+        self.chunks = Chunks(self.work) if chunk > 1 else None
 
-    def run(self, name: str, clients: list[int], down: Tree, states: list[Tree], t: int) -> tuple[list[Answer], list[float]]:
-        """Answers, and the seconds that each client took."""
-        fn = getattr(self.work.method, name)
-        device, cpu = self.work.task.device, torch.device("cpu")
+    def run(
+        self, name: str, units: list[list[int]], down: Tree, states: list[Tree], t: int
+    ) -> tuple[list[list[Done]], list[float]]:
+        """What is done of each unit, clients that are one batch, or a single one; and the seconds that each unit took."""
+        fn, device = getattr(self.work.method, name), self.work.task.device
         down = trees.to(down, device)
-        answers: list[Answer] = []
+        found: list[list[Done]] = []
         seconds: list[float] = []
-        for client, state in zip(clients, states, strict=True):
+        for unit, state in zip(units, states, strict=True):
             begin = time.perf_counter()
-            try:
-                with one_thread():
-                    up, new = self.work.one(fn, client, down, trees.to(state, device), t)
-                answers.append((trees.to(up, cpu), {} if evaluates(fn) else trees.to(new, cpu)))
-            except Exception as e:  # a client may fail in any way; the round goes on without it
-                answers.append(next(iter(failure([client], e).failed.values())))
+            state = trees.to(state, device)
+            with one_thread() if device.type == "cpu" else nullcontext():
+                if self.chunks is not None:
+                    done = self.chunks.run(fn, unit, down, state, t, len(unit))
+                else:
+                    done = [alone(self.work, fn, unit[0], down, row(state, 0), t)]
+            found.append([_sent(d, evaluates(fn)) for d in done])
             seconds.append(time.perf_counter() - begin)
-        return answers, seconds
+        return found, seconds
+
+
+def _sent(done: Done, evaluation: bool) -> Done:
+    """As it leaves a worker."""
+    cpu, r = torch.device("cpu"), done.reports
+    reports = Reports(r.clients, trees.to(r.up, cpu), r.num_examples.to(cpu), dict(r.failed))
+    return Done(reports, {} if evaluation else trees.to(done.states, cpu))
 
 
 class Ray:
@@ -69,6 +79,7 @@ class Ray:
         self.work, self.states, self.device = work, states, device
         self.choices: dict[str, Any] = {}
         self.late = 0
+        self.chunk = settings.chunk or 1
         self.gpus = (settings.gpus_per_worker or 1.0) if device.type == "cuda" else 0.0
         self._asked = settings.workers
         self._actors: list[Any] = []
@@ -98,37 +109,44 @@ class Ray:
     def _actor(self) -> Any:
         import ray
 
-        return ray.remote(num_cpus=1, num_gpus=self.gpus)(Worker).remote([self._work], self.device.type)
+        return ray.remote(num_cpus=1, num_gpus=self.gpus)(Worker).remote([self._work], self.device.type, self.chunk)
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         if not self._actors:
             self._start()
         import ray
 
-        name = fn.__name__
-        steps = self.work.steps(fn, clients.numpy())
-        pieces = _pieces(clients.numpy(), self._expected(name, clients, steps), PIECES * len(self._actors))
+        name, ids = fn.__name__, clients.numpy()
+        steps = self.work.steps(fn, ids)
+        if self.chunk > 1:
+            order = np.argsort(-steps, kind="stable")
+            units = pack(ids[order].tolist(), steps[order].tolist(), self.chunk)
+            pieces = [[i] for i in range(len(units))]
+        else:
+            units = [[i] for i in ids.tolist()]
+            pieces = _pieces(np.arange(len(ids)), self._expected(name, clients, steps), PIECES * len(self._actors))
         sent = ray.put(trees.to(down, torch.device("cpu")))
         todo, running = list(reversed(pieces)), {}
-        answers: dict[int, Answer] = {}
-        again: set[int] = set()  # clients whose worker died once
+        found: dict[int, list[Done]] = {}
+        again: set[int] = set()  # units whose worker died once
 
         def next_piece(actor: Any) -> None:
             if todo:
                 piece = todo.pop()
-                states = [self.states.get(i) for i in piece]
-                running[actor.run.remote(name, piece, sent, states, t)] = (actor, piece)
+                work = [units[i] for i in piece]
+                running[actor.run.remote(name, work, sent, [self.states.gather(unit) for unit in work], t)] = (actor, piece)
 
         for actor in self._actors:
             next_piece(actor)
-        for client in clients.tolist():  # in ascending order, each as soon as it and all before it are there
-            while client not in answers:
-                (done,), _ = ray.wait(list(running), num_returns=1)
-                actor, piece = running.pop(done)
+        for number in range(len(units)):  # each as soon as it and all before it are there
+            while number not in found:
+                (ended,), _ = ray.wait(list(running), num_returns=1)
+                actor, piece = running.pop(ended)
                 try:
-                    found, seconds = ray.get(done)
-                    answers.update(zip(piece, found, strict=True))
-                    self._seconds.update({(name, i): took for i, took in zip(piece, seconds, strict=True)})
+                    done, seconds = ray.get(ended)
+                    found.update(zip(piece, done, strict=True))
+                    if self.chunk == 1:
+                        self._seconds.update({(name, units[i][0]): took for i, took in zip(piece, seconds, strict=True)})
                 except ray.exceptions.RayError as e:
                     self._actors.remove(actor)
                     actor = self._actor()
@@ -137,17 +155,12 @@ class Ray:
                         again.update(piece)
                         todo.append(piece)
                     else:
-                        reason = str(e).strip().splitlines()[0]
-                        answers.update(dict.fromkeys(piece, f"error: the worker died: {reason}"))
+                        reason = f"error: the worker died: {str(e).strip().splitlines()[0]}"
+                        found.update({i: [Done(failure(units[i], reason), {})] for i in piece})
                 next_piece(actor)
-            answer = answers.pop(client)
-            if isinstance(answer, str):
-                yield failure([client], answer)
-                continue
-            up, new = answer
-            if not evaluates(fn):
-                self.states.put([client], trees.map(lambda x: x[None], new))
-            yield report(self.work, fn, client, trees.to(up, self.work.task.device))
+            for d in found.pop(number):
+                up, examples = trees.to((d.reports.up, d.reports.num_examples), self.work.task.device)
+                yield keep(self.states, fn, Done(d.reports._replace(up=up, num_examples=examples), d.states))
 
     def _expected(self, name: str, clients: Tensor, steps: np.ndarray) -> np.ndarray:
         """Seconds of each client's work, [n]: as measured, or in proportion to its steps; without any measurement its steps."""
@@ -157,7 +170,7 @@ class Ray:
         return np.where(measured, known, rate * steps)
 
     def describe(self) -> str:
-        share = f", {self.gpus:g} GPU each" if self.gpus else ""
+        share = (f", {self.gpus:g} GPU each" if self.gpus else "") + (f", chunks of {self.chunk}" if self.chunk > 1 else "")
         return f"ray, {len(self._actors)} workers on {self.device}{share}" if self._actors else f"ray on {self.device}"
 
     def close(self) -> None:

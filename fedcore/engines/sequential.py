@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.engines.base import Work, failure, one_thread, report
-from fedcore.method import evaluates
+from fedcore.engines.base import Work, alone, keep, one_thread
 from fedcore.state import StateStore
 from fedcore.types import ClientFunction, Reports, Tree
 
@@ -27,14 +26,7 @@ class Sequential:
         with one_thread():  # between clients too: to wake a second thread for each costs more than it brings
             for client in clients.tolist():
                 state = trees.to(self.states.get(client), device)
-                try:
-                    up, new = self.work.one(fn, client, down, state, t)
-                except Exception as e:  # a client may fail in any way; the round goes on without it
-                    yield failure([client], e)
-                    continue
-                if not evaluates(fn):
-                    self.states.put([client], trees.map(lambda x: x[None], new))
-                yield report(self.work, fn, client, up)
+                yield keep(self.states, fn, alone(self.work, fn, client, down, state, t))
 
     def describe(self) -> str:
         return f"sequential on {self.work.task.device}"

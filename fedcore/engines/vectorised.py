@@ -10,7 +10,6 @@ it is measured, once a (method, model, batches, device), and remembered on disk:
 from __future__ import annotations
 
 import logging
-import math
 import os
 import platform
 import time
@@ -22,17 +21,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
-from torch.func import vmap
+from torch import Tensor
 
 from fedcore import cache, trees
 from fedcore.engines import forks
-from fedcore.engines.base import Work, failure, one_thread, report
-from fedcore.method import evaluates
-from fedcore.recording import Recorder, recorded
+from fedcore.engines.base import Done, Work, failure, keep, one_thread
+from fedcore.engines.chunks import Chunks, pack, row
+from fedcore.recording import recorded
 from fedcore.run_client import run_client
 from fedcore.state import StateStore
-from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
+from fedcore.types import ClientFunction, Reports, Tree
 
 log = logging.getLogger("fedcore")
 
@@ -41,17 +39,8 @@ BUDGET = 1.0  # seconds of this thread after which no larger chunk is tried
 CLOSE = 1.1  # a larger chunk that takes no more than this times the least time is preferred: there are fewer to hand on
 STEPS = 2  # local steps in a trial
 HANDLING = 4e-4  # seconds that it takes to hand on a report, of however many clients, beside its arithmetic
-PADDING = 0.1  # of a round's local steps, at most, may be padding
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # of chunks of ragged clients: few, as each is recorded anew
 PIECE = 8  # clients that a process takes at once where they go one by one
 PROCESSES = "processes"  # beside the chunk sizes by function in what the engine chose
-
-
-class Done(NamedTuple):
-    """Clients that have done their work."""
-
-    reports: Reports
-    states: Tree  # new, stacked; nothing of those who failed
 
 
 class Forms(NamedTuple):
@@ -71,7 +60,7 @@ class Vectorised:
         self.work, self.states, self.chunk = work, states, chunk
         self.choices: dict[str, Any] = {}
         self.processes = torch.get_num_threads() if work.task.device.type == "cpu" and forks.possible() else 1
-        self._recorder: Recorder | None = None
+        self._one = Chunks(work)
         self._forms: dict[str, Forms] = {}  # by client function, as soon as a client succeeded in it
         self._forks: forks.Forks | None = None
         self._forked: dict[str, Forms] = {}  # what the forks know of them
@@ -80,9 +69,6 @@ class Vectorised:
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         if len(clients) == 0:
             return
-        if self._recorder is None and not self._noisy():
-            self._recorder = Recorder()
-            self.work.even = True
         with one_thread() if self.work.task.device.type == "cpu" else nullcontext():
             size = self._chunk(fn, clients.numpy(), down, t)
             pieces = self.chunks(fn, clients.numpy())
@@ -100,25 +86,18 @@ class Vectorised:
             piece = min(max(len(clients) // (4 * processes), 1), PIECE)
             return [clients[order[i : i + piece]].tolist() for i in range(0, len(order), piece)]
         chunks = processes * -(-len(clients) // (size * processes))  # everyone has as many
-        return _pack(clients[order].tolist(), steps[order].tolist(), -(-len(clients) // chunks))
-
-    def _noisy(self) -> list[nn.Module]:
-        """Layers that draw for each example: what they draw depends on shapes, so that these stay as `sequential` has them."""
-        return [m for m in self.work.task.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+        return pack(clients[order].tolist(), steps[order].tolist(), -(-len(clients) // chunks))
 
     def _here(self, fn: ClientFunction, piece: list[int], down: Tree, t: int, size: int) -> list[Done]:
         """A piece in this process."""
         states = self._states(piece)
-        done = self._run(fn, piece, down, states, t, size)
+        done = self._one.run(fn, piece, down, states, t, size)
         if self.processes > 1 and (some := next((d for d in done if len(d.reports.clients)), None)):
             self._forms[fn.__name__] = Forms(*map(pytree.tree_structure, (down, states, some.reports.up, some.states)))
         return done
 
     def _keep(self, fn: ClientFunction, done: list[Done]) -> Iterator[Reports]:
-        for reports, new in done:
-            if len(reports.clients) and not evaluates(fn):
-                self.states.put(reports.clients, new)
-            yield reports
+        return (keep(self.states, fn, d) for d in done)
 
     # On all cores
 
@@ -153,7 +132,7 @@ class Vectorised:
         name, piece, t, size = job
         fn, forms = getattr(self.work.method, name), self._forms[name]
         found, tensors = [], []
-        for reports, new in self._run(
+        for reports, new in self._one.run(
             fn, piece, pytree.tree_unflatten(down, forms.down), pytree.tree_unflatten(states, forms.state), t, size
         ):
             if not reports.failed and (pytree.tree_structure(reports.up), pytree.tree_structure(new)) != (forms.up, forms.new):
@@ -163,51 +142,8 @@ class Vectorised:
                 tensors += [reports.num_examples, *trees.leaves(reports.up), *trees.leaves(new)]
         return found, tensors
 
-    # Work of one process, on one thread
-
-    def _run(self, fn: ClientFunction, piece: list[int], down: Tree, states: Tree, t: int, size: int) -> list[Done]:
-        with recorded(self._recorder):
-            if size > 1 and len(piece) > 1:
-                try:
-                    with self.work.model_noise(fn, t, piece[0]):
-                        up, new = self._batched(fn, down, states, self.work.batches(fn, piece, t), t, piece)
-                    return [Done(Reports(torch.tensor(piece), up, self.work.num_examples(fn, piece)), new)]
-                except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
-                    log.debug("chunk %s failed, going through it one by one", piece, exc_info=True)
-            return [self._alone(fn, client, down, self._row(states, i), t) for i, client in enumerate(piece)]
-
-    def _alone(self, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> Done:
-        try:
-            up, new = self.work.one(fn, client, down, state, t)
-        except Exception as e:  # a client may fail in any way; the round goes on without it
-            return Done(failure([client], e), {})
-        return Done(report(self.work, fn, client, up), trees.map(lambda x: x[None], new))
-
-    def _batched(
-        self, fn: ClientFunction, down: Tree, states: Tree, batches: Batches | Tuning, t: int, chunk: list[int] | None = None
-    ) -> tuple[Tree, Tree]:
-        """(what arrives, new states) of the clients `chunk`; without it nothing is lost on the way, for a trial."""
-        n, work = len(trees.leaves(batches)[0]), self.work
-        now = work.now(t)
-        own_down = chunk is not None and bool(trees.leaves(down)) and not work.links.silent("downlink", fn)
-        if chunk is not None and own_down:  # each client receives a message of its own
-            down = trees.stack([work.links.carry(down, "downlink", fn, t, i) for i in chunk])
-
-        def client(down: Tree, state: Tree, batch: Batches | Tuning) -> tuple[Tree, Tree]:
-            return run_client(fn, work.task, now, down, state, batch)
-
-        in_dims = (0 if own_down else None, 0 if trees.leaves(states) else None, 0)
-        up, new = vmap(client, in_dims=in_dims, randomness="different")(down, states, batches)
-        assert all(len(x) == n for x in trees.leaves(up))
-        if chunk is not None and trees.leaves(up) and not work.arrives_as_is(fn):
-            up = trees.stack([work.send(trees.at(up, row), fn, t, i) for row, i in enumerate(chunk)])
-        return up, new
-
     def _states(self, clients: list[int]) -> Tree:
         return trees.to(self.states.gather(clients), self.work.task.device)
-
-    def _row(self, states: Tree, i: int) -> Tree:
-        return trees.at(states, i) if trees.leaves(states) else states
 
     # Calibration
 
@@ -253,7 +189,7 @@ class Vectorised:
         if len(ids) == 1:
             return 1, False
         ids = ids[np.argsort(-self.work.steps(fn, ids), kind="stable")]
-        if noisy := self._noisy():
+        if noisy := self._one.noisy:
             log.warning("%s draws for each client on its own: clients run one after another", type(noisy[0]).__name__)
             return 1, True
         try:
@@ -285,12 +221,12 @@ class Vectorised:
         times = []
         for _ in range(5):  # the first two record, and compare the recording with what it stands for
             begin = clock()
-            with recorded(self._recorder):
+            with recorded(self._one.recorder):
                 if batched:
-                    self._batched(fn, down, states, batches, t)
+                    self._one.batched(fn, down, states, batches, t)
                 else:
                     for i in range(len(chunk)):
-                        run_client(fn, self.work.task, self.work.now(t), down, self._row(states, i), trees.at(batches, i))
+                        run_client(fn, self.work.task, self.work.now(t), down, row(states, i), trees.at(batches, i))
             if self.work.task.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append((clock() - begin) / len(chunk))
@@ -306,41 +242,3 @@ class Vectorised:
         if self._forks is not None:
             self._forks.close()
             self._forks = None
-
-
-def _pack(ids: list[int], steps: list[int], most: int) -> list[list[int]]:
-    """Chunks of at most `most` clients, ascending ids in each; `steps` descend.
-
-    A chunk lasts as long as its longest client. As few steps as possible are done, with at most PADDING of them waiting.
-    """
-    if not ids or steps[0] == steps[-1]:
-        cuts = [most] * (len(ids) // most) + [len(ids) % most]
-    else:
-        weight = 0.25
-        while _waiting(steps, cuts := _cut(steps, [n for n in LENGTHS if n < most] + [most], weight)) > PADDING:
-            weight *= 1.5
-    ends = np.cumsum(cuts).tolist()
-    return [sorted(ids[end - n : end]) for n, end in zip(cuts, ends, strict=True) if n]
-
-
-def _cut(steps: list[int], lengths: list[int], weight: float) -> list[int]:
-    """Lengths of successive chunks, of those allowed: the least sum of what each lasts x (1 + weight x its clients)."""
-    count = len(steps)
-    cost, last = [0.0] + [math.inf] * count, [0] * (count + 1)
-    for i, longest in enumerate(steps):
-        for n in lengths:
-            if i + n > count:
-                break
-            if (found := cost[i] + longest * (1 + weight * n)) < cost[i + n]:
-                cost[i + n], last[i + n] = found, n
-    cuts = []
-    while count:
-        cuts.append(last[count])
-        count -= last[count]
-    return cuts[::-1]
-
-
-def _waiting(steps: list[int], cuts: list[int]) -> float:
-    """Share of the chunks' steps that are padding; `steps` descend."""
-    starts = np.cumsum([0, *cuts[:-1]])
-    return 1 - sum(steps) / max(int(np.array(steps)[starts] @ np.array(cuts)), 1)

@@ -1,0 +1,108 @@
+"""Clients as one batched computation under `torch.func.vmap`, their local steps run from recordings."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import vmap
+
+from fedcore import trees
+from fedcore.engines.base import Done, Work, alone
+from fedcore.recording import Recorder, recorded
+from fedcore.run_client import run_client
+from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
+
+log = logging.getLogger("fedcore")
+
+PADDING = 0.1  # of a round's local steps, at most, may be padding
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # of chunks of ragged clients: few, as each is recorded anew
+
+
+class Chunks:
+    """The work of one process, on one thread or one GPU."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.noisy = [m for m in work.task.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+        """Layers that draw for each example: what they draw depends on shapes, so that these stay as `sequential` has them."""
+        self.recorder = None if self.noisy else Recorder()
+        work.even = not self.noisy
+
+    def run(self, fn: ClientFunction, piece: list[int], down: Tree, states: Tree, t: int, size: int) -> list[Done]:
+        """Clients with their stacked states: one batch, or one after another where `size` is 1 or the batch fails."""
+        with recorded(self.recorder):
+            if size > 1 and len(piece) > 1:
+                try:
+                    with self.work.model_noise(fn, t, piece[0]):
+                        up, new = self.batched(fn, down, states, self.work.batches(fn, piece, t), t, piece)
+                    return [Done(Reports(torch.tensor(piece), up, self.work.num_examples(fn, piece)), new)]
+                except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
+                    log.debug("chunk %s failed, going through it one by one", piece, exc_info=True)
+            return [alone(self.work, fn, client, down, row(states, i), t) for i, client in enumerate(piece)]
+
+    def batched(
+        self, fn: ClientFunction, down: Tree, states: Tree, batches: Batches | Tuning, t: int, chunk: list[int] | None = None
+    ) -> tuple[Tree, Tree]:
+        """(what arrives, new states) of the clients `chunk`; without it nothing is lost on the way, for a trial."""
+        n, work = len(trees.leaves(batches)[0]), self.work
+        now = work.now(t)
+        own_down = chunk is not None and bool(trees.leaves(down)) and not work.links.silent("downlink", fn)
+        if chunk is not None and own_down:  # each client receives a message of its own
+            down = trees.stack([work.links.carry(down, "downlink", fn, t, i) for i in chunk])
+
+        def client(down: Tree, state: Tree, batch: Batches | Tuning) -> tuple[Tree, Tree]:
+            return run_client(fn, work.task, now, down, state, batch)
+
+        in_dims = (0 if own_down else None, 0 if trees.leaves(states) else None, 0)
+        up, new = vmap(client, in_dims=in_dims, randomness="different")(down, states, batches)
+        assert all(len(x) == n for x in trees.leaves(up))
+        if chunk is not None and trees.leaves(up) and not work.arrives_as_is(fn):
+            up = trees.stack([work.send(trees.at(up, row), fn, t, i) for row, i in enumerate(chunk)])
+        return up, new
+
+
+def row(states: Tree, i: int) -> Tree:
+    """Client i's of stacked states."""
+    return trees.at(states, i) if trees.leaves(states) else states
+
+
+def pack(ids: list[int], steps: list[int], most: int) -> list[list[int]]:
+    """Chunks of at most `most` clients, ascending ids in each; `steps` descend.
+
+    A chunk lasts as long as its longest client. As few steps as possible are done, with at most PADDING of them waiting.
+    """
+    if not ids or steps[0] == steps[-1]:
+        cuts = [most] * (len(ids) // most) + [len(ids) % most]
+    else:
+        weight = 0.25
+        while _waiting(steps, cuts := _cut(steps, [n for n in LENGTHS if n < most] + [most], weight)) > PADDING:
+            weight *= 1.5
+    ends = np.cumsum(cuts).tolist()
+    return [sorted(ids[end - n : end]) for n, end in zip(cuts, ends, strict=True) if n]
+
+
+def _cut(steps: list[int], lengths: list[int], weight: float) -> list[int]:
+    """Lengths of successive chunks, of those allowed: the least sum of what each lasts x (1 + weight x its clients)."""
+    count = len(steps)
+    cost, last = [0.0] + [math.inf] * count, [0] * (count + 1)
+    for i, longest in enumerate(steps):
+        for n in lengths:
+            if i + n > count:
+                break
+            if (found := cost[i] + longest * (1 + weight * n)) < cost[i + n]:
+                cost[i + n], last[i + n] = found, n
+    cuts = []
+    while count:
+        cuts.append(last[count])
+        count -= last[count]
+    return cuts[::-1]
+
+
+def _waiting(steps: list[int], cuts: list[int]) -> float:
+    """Share of the chunks' steps that are padding; `steps` descend."""
+    starts = np.cumsum([0, *cuts[:-1]])
+    return 1 - sum(steps) / max(int(np.array(steps)[starts] @ np.array(cuts)), 1)

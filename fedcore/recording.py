@@ -134,6 +134,9 @@ def _record(step: Step, inputs: Tree, leaves: list[Tensor], dims: Dims, owned: t
     graph = tape.finish(found)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     _simplify(graph)
+    clients = next((len(x) for x, d in zip(leaves, dims, strict=True) if d is not None), 1)
+    if clients > 1 and all(x.device.type == "cpu" for x in leaves):
+        _convolve_each(graph, clients)
     _pool_by_channels(graph)
     _fuse(graph, {node for node, mine in zip(placeholders, owned, strict=False) if mine})
     for node in graph.nodes:
@@ -195,9 +198,100 @@ def _simplify(graph: fx.Graph) -> None:
             node.replace_all_uses_with(source)
         elif node.target in _TRANSPOSING and source.target is node.target and source.args[1:] == node.args[1:]:
             node.replace_all_uses_with(source.args[0])
-        elif node.target is aten.detach.default or (node.target is aten.mul.Scalar and node.args[1] == 1):
+        elif node.target in _VIEWING and source.target is aten.clone.default:  # a copy that may not be needed any more
+            if source.kwargs.get("memory_format") is torch.contiguous_format:
+                node.target = aten.reshape.default
+                node.update_arg(0, source.args[0])
+        elif _does_nothing(node):
             node.replace_all_uses_with(source)
     graph.eliminate_dead_code()
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    if node.target in {aten.mul.Scalar, aten.permute.default}:
+        return bool(node.args[1] == (1 if node.target is aten.mul.Scalar else sorted(node.args[1])))  # type: ignore[arg-type]
+    return node.target is aten.detach.default
+
+
+def _convolve_each(graph: fx.Graph, clients: int) -> None:
+    """Convolutions with weights of their own for each client, which vmap makes one of as many groups: one client after another.
+
+    On a CPU, PyTorch's kernels for groups take about twice as long as a call for each.
+    """
+    for node in list(graph.nodes):
+        if node.target is aten.convolution.default:
+            x, w, bias, stride, padding, dilation, transposed, _, groups = node.args
+            if bias is None and not transposed and groups == clients:
+                with graph.inserting_before(node):
+                    inputs = [_by_client(graph, x, clients), _weights(graph, w, clients)]
+                    each = graph.call_function(convolutions, (*inputs, stride, padding, dilation))
+                    _instead(graph, node, each, clients)
+        elif node.target is aten.convolution_backward.default:
+            g, x, w, bias, stride, padding, dilation, transposed, _, groups, wanted = node.args
+            if bias is None and not transposed and groups == clients:
+                with graph.inserting_before(node):
+                    inputs = [_by_client(graph, g, clients), _by_client(graph, x, clients), _weights(graph, w, clients)]
+                    each = graph.call_function(convolutions_backward, (*inputs, stride, padding, dilation, wanted))
+                for user in list(node.users):
+                    with graph.inserting_before(user):
+                        found = graph.call_function(operator.getitem, (each, user.args[1]))
+                        if user.args[1] == 0:
+                            _instead(graph, user, found, clients)
+                        else:
+                            user.replace_all_uses_with(graph.call_function(aten.view.default, (found, list(_shape(user)))))
+    graph.eliminate_dead_code()
+
+
+_SWAP = [1, 0, 2, 3, 4]  # to and fro between clients first, as vmap has it, and examples first, as groups want it
+
+
+def _by_client(graph: fx.Graph, x: fx.Node, clients: int) -> fx.Node:
+    """[B, clients * C, H, W] as [clients, B, C, H, W]: what it was made of, if it was."""
+    source: Any = x
+    while source.target in _VIEWING | {aten.reshape.default, aten.clone.default}:
+        source = source.args[0]
+    if source.target is aten.permute.default and source.args[1] == _SWAP:
+        source = source.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+    b, channels, *size = _shape(x)
+    return graph.call_function(
+        aten.permute.default, (graph.call_function(aten.view.default, (x, [b, clients, channels // clients, *size])), _SWAP)
+    )
+
+
+def _weights(graph: fx.Graph, w: fx.Node, clients: int) -> fx.Node:
+    channels, *rest = _shape(w)
+    return graph.call_function(aten.view.default, (w, [clients, channels // clients, *rest]))
+
+
+def _instead(graph: fx.Graph, node: fx.Node, each: fx.Node, clients: int) -> None:
+    """`each` [clients, B, C, H, W] takes the place of `node` [B, clients * C, H, W]."""
+    swapped = graph.call_function(aten.permute.default, (each, _SWAP))
+    old = graph.call_function(aten.reshape.default, (swapped, list(_shape(node))))
+    for view in list(node.users):
+        for user in list(view.users):
+            if user.target is aten.permute.default and user.args[1] == _SWAP and _shape(user)[0] == clients:
+                each.meta = dict(user.meta)
+                user.replace_all_uses_with(each)
+    node.replace_all_uses_with(old, propagate_meta=True)
+
+
+def convolutions(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    """Of each client's x [n, B, C, H, W] with its w [n, D, C, k, k]: [n, B, D, h, w]."""
+    return torch.stack([torch.convolution(a, b, None, stride, padding, dilation, False, [0], 1) for a, b in zip(x, w, strict=True)])
+
+
+def convolutions_backward(
+    g: Tensor, x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `convolutions` with respect to (x, w), where they are wanted, from that of its result."""
+    found = [
+        aten.convolution_backward.default(*each, None, stride, padding, dilation, False, [0], 1, wanted)[:2]
+        for each in zip(g, x, w, strict=True)
+    ]
+    dx, dw = (torch.stack(each) if want else None for each, want in zip(zip(*found, strict=True), wanted, strict=False))
+    return dx, dw
 
 
 def _pool_by_channels(graph: fx.Graph) -> None:
@@ -217,7 +311,8 @@ def _pool_by_channels(graph: fx.Graph) -> None:
             found.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
 
 
-_SHAPING = {aten.view.default, aten._unsafe_view.default, aten.expand.default}
+_VIEWING = {aten.view.default, aten._unsafe_view.default}
+_SHAPING = _VIEWING | {aten.expand.default}
 _TRANSPOSING = {aten.transpose.int, aten.t.default}
 _SUMS: dict[Any, Any] = {  # of a product and what it is added to: (new, in place)
     aten.bmm.default: (aten.baddbmm.default, aten.baddbmm_.default),
@@ -267,9 +362,15 @@ def _last_use(y: Any, node: fx.Node) -> bool:
         reads = aliases & set(other.all_input_nodes)
         if reads and after:
             return False
-        if reads and other.target in _SHAPING | _TRANSPOSING:
+        if reads and _may_alias(other):
             aliases.add(other)
     return True
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether its result may lie in the memory of what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    return node.target is aten._unsafe_view.default or schema is None or any(r.alias_info is not None for r in schema.returns)
 
 
 def _shape(node: Any) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ log = logging.getLogger("fedcore")
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)  # chunks to try, after 1 = one client after another without vmap
 BUDGET = 1.0  # seconds of this thread after which no larger chunk is tried
-CLOSE = 1.1  # a larger chunk that takes no more than this times the least time is preferred: there are fewer to hand on
+WORTH = 0.95  # of the time of a smaller chunk, at most, for a larger one to be taken: it needs more memory
 STEPS = 2  # local steps in a trial
 HANDLING = 4e-4  # seconds that it takes to hand on a report, of however many clients, beside its arithmetic
 PIECE = 8  # clients that a process takes at once where they go one by one
@@ -204,8 +204,8 @@ class Vectorised:
                 reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
                 log.warning("%s cannot be batched over clients (%s); they run one after another", fn.__name__, reason)
                 return 1, False
-            if seconds < CLOSE * best_time:
-                best, best_time = size, min(seconds, best_time)
+            if seconds < WORTH * best_time:
+                best, best_time = size, seconds
             elif seconds > 1.3 * best_time or time.thread_time() - start > BUDGET:
                 break
         return best, True

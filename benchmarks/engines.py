@@ -3,10 +3,10 @@
     python -m benchmarks.engines [models] [cohorts] [ragged] [overhead] [registered] [start]     default: all of them
     python -m benchmarks.engines models --model mlp --without Flower pfl
 
-One process tree, the same model, data, cohort, batches and learning rate; the contenders take turns (Flower and pfl, which are
-processes of their own, come after), and what is printed are medians over the rounds after the first, and ratios of them. Also: what
-an engine itself costs a client (clients that do nothing), a round with 1 000 and with 100 000 registered clients, and the time to
-the end of the first round. Writes benchmarks/results.json, and with --picture a plot.
+One process tree, the same model, data, cohort, batches and learning rate; the contenders take turns (Ray, Flower and pfl, which
+have processes of their own, come after), and what is printed are medians over the rounds after the first, and ratios of them. Also:
+what an engine itself costs a client (clients that do nothing), a round with 1 000 and with 100 000 registered clients, and the time
+to the end of the first round. Writes benchmarks/results.json, and with --picture a plot.
 """
 
 from __future__ import annotations
@@ -222,8 +222,11 @@ def models(rounds: int, which: list[str], without: list[str]) -> dict[str, Any]:
         e = experiment(*EVEN, *MODELS[model])
         heavy = model not in ("logistic", "mlp")
         few = max(rounds // 3, 4) if heavy else rounds
-        ours = {"sequential": ["engine.name=sequential"], "vectorised": [], f"ray, {CORES} workers": ["engine.name=ray"]}
-        seconds = take_turns(e, few, {name: more for name, more in ours.items() if name.split(",")[0] not in without})
+        ours = {"sequential": ["engine.name=sequential"], "vectorised": []}
+        seconds = take_turns(e, few, {name: more for name, more in ours.items() if name not in without})
+        if "ray" not in without:  # after the others: its cluster's own processes are never idle
+            with engine(e, "engine.name=ray") as loop:
+                seconds[f"ray, {CORES} workers"] = [one_round(loop) for _ in range(few)]
         with tempfile.TemporaryDirectory() as folder:
             if model in OTHERS and "pfl" not in without:
                 for processes in dict.fromkeys((1, CORES)):

@@ -32,6 +32,8 @@ from fedcore.audit.observe import Observation, Public, Subject, Truth, aggregate
 from fedcore.audit.sme import SCALES, SME, Lane, SurrogateSettings, cosine, cosine_match, scales, surrogate
 from fedcore.config import Experiment
 from fedcore.data.sources import Pixels
+from fedcore.engines import forks
+from fedcore.errors import RunError
 from fedcore.task import cross_entropy
 from fedcore.tasks import build_task
 from fedcore.types import Params
@@ -589,6 +591,56 @@ def test_step_sizes_fall_at_three_five_and_seven_eighths() -> None:
     finally:
         torch.optim.Adam = whole  # type: ignore[misc]
     assert rates == pytest.approx([1.0] * 6 + [0.1] * 4 + [0.01] * 4 + [0.001] * 2)
+
+
+def towards(model: nn.Module) -> lanes.Objective:
+    return lambda v, fixed: ((v["x"] - fixed["to"]).square().sum(),) * 2
+
+
+def shared_out(processes: int, objective: Any, **more: Any) -> lanes.Trace:
+    torch.set_num_threads(processes)
+    try:
+        start, to = torch.zeros(5, 3), torch.arange(15.0).view(5, 3)
+        return lanes.optimise(objective, nn.Identity(), {"x": start}, {"to": to}, {"x": 0.5}, 16, lambda v: None, **more)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not forks.possible(), reason="no forks on this system")
+@pytest.mark.parametrize("batched", [True, False])
+def test_lanes_of_several_processes_are_those_of_one(batched: bool) -> None:
+    heard: dict[int, list[tuple[float, float]]] = {1: [], 3: []}
+
+    def progress(processes: int) -> Any:
+        return lambda done, match: heard[processes].append((done, match)) or True
+
+    one, three = (shared_out(n, towards, batched=batched, progress=progress(n)) for n in (1, 3))
+    assert_close(one.variables, three.variables, 1e-6, "variables")
+    assert torch.allclose(one.match, three.match)
+    assert one.curve == [pytest.approx(curve) for curve in three.curve]
+    assert one.iterations == three.iterations == 16
+    assert heard[1] == [pytest.approx(pair) for pair in heard[3]]
+    assert [done for done, _ in heard[3]] == [(i + 1) / 16 for i in range(16)]
+
+
+@pytest.mark.skipif(not forks.possible(), reason="no forks on this system")
+@pytest.mark.parametrize("processes", [1, 3])
+def test_lanes_stop_everywhere_when_they_are_told(processes: int) -> None:
+    trace = shared_out(processes, towards, progress=lambda done, match: done < 0.5)
+    assert trace.iterations == 8
+    assert trace.variables["x"].shape == (5, 3)
+
+
+@pytest.mark.skipif(not forks.possible(), reason="no forks on this system")
+def test_what_a_lane_raises_in_a_process_of_its_own_is_told() -> None:
+    def fails(model: nn.Module) -> lanes.Objective:
+        def objective(v: Any, fixed: Any) -> Any:
+            raise ZeroDivisionError("nothing to divide by")
+
+        return objective
+
+    with pytest.raises(RunError, match="ZeroDivisionError: nothing to divide by"):
+        shared_out(3, fails, batched=False)
 
 
 def test_secure_aggregation_is_attacked_with_the_dummies_of_all() -> None:

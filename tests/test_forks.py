@@ -116,6 +116,37 @@ def test_who_stops_listening_leaves_no_work_behind(pool: Forks) -> None:
     assert [what for (what, _), _ in pool.run(jobs(4), [torch.tensor(0.0)])] == [0, 1, 2, 3]
 
 
+def test_closing_does_not_wait_for_work_that_nobody_wants() -> None:
+    pool = Forks(2, call)
+    answers = pool.run([*jobs(1), *[("slow", [torch.zeros(1)])] * 20], [torch.tensor(0.0)])
+    next(answers)
+    begin = time.monotonic()
+    pool.close()
+    assert time.monotonic() - begin < 0.25  # less than a single slow job
+
+
+def test_what_a_job_raises_is_told_and_the_pool_goes_on() -> None:
+    def fails(what: Any, given: list[Tensor], own: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        if what == 3:
+            raise ValueError("three is too many")
+        return what, own
+
+    pool = Forks(2, fails)
+    with pytest.raises(RunError, match="ValueError: three is too many"):
+        list(pool.run(jobs(9), []))
+    assert [what for what, _ in pool.run(jobs(3), [])] == [0, 1, 2]
+    pool.close()
+
+
+def test_a_system_without_room_for_a_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", full)
+    with pytest.raises(RunError, match=r"no further process.*temporarily unavailable.*OMP_NUM_THREADS=1"):
+        Forks(1, call)
+
+
 def test_a_fork_that_is_killed_is_named_with_what_to_do(pool: Forks) -> None:
     with pytest.raises(RunError, match=r"exit status -9.*engine\.chunk.*--resume"):
         list(pool.run([*jobs(3), ("die", [torch.zeros(1)]), *jobs(3)], [torch.tensor(0.0)]))
@@ -254,6 +285,7 @@ def test_a_method_that_stops_listening_leaves_no_work_behind(three: None, tmp_pa
     reports = loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1)
     next(reports)
     reports.close()  # type: ignore[attr-defined]
-    assert not any(line.jobs for line in loop.engine._forks._lines)  # type: ignore[attr-defined]
+    again = list(loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1))
+    assert sorted(i for r in again for i in r.clients.tolist()) == list(range(12))
     assert torch.get_num_threads() == 3
     loop.close()

@@ -4,7 +4,7 @@ Adam works element by element, so lanes side by side are lanes one after another
 under `torch.func.vmap`, or one by one; both from recordings (`fedcore.recording`). Which is
 faster depends on model and machine, so it is measured and remembered, as the vectorised engine does. Convolutions with other
 weights in each lane are written as matrix products for vmap: PyTorch would make them grouped convolutions, which on a CPU are
-twenty times slower.
+twenty times slower. On a CPU the lanes are shared out among forks of this process, one for each core.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import copy
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +24,13 @@ from torch.nn import functional
 
 from fedcore import cache, trees
 from fedcore.audit.attack import Progress, silent
+from fedcore.engines import forks
 from fedcore.engines.base import one_thread
 from fedcore.recording import Recorder
 from fedcore.types import Tree
 
 AT_ONCE = 32  # lanes in one batch
+HEARD = 100  # times that an optimisation tells how far it is, and hears whether to go on
 CURVE = 50  # points kept of the objective along the way
 
 Variables = dict[str, Tensor]
@@ -67,12 +69,76 @@ def optimise(
     step. `milestones`: step sizes fall tenfold at 3/8, 5/8 and 7/8 of the way; `gamma`: by this factor each step. `signed`: the
     sign of the gradient of x instead of the gradient. `batched` = None: measure.
     """
+    lanes = _count(variables)
+    shares = min(torch.get_num_threads() if forks.possible() else 1, lanes)
+    pieces = [trees.at((variables, constants), slice(n[0], n[-1] + 1)) for n in np.array_split(np.arange(lanes), shares)]
+    with one_thread():  # of each fork; and operations this small are slower on several
+        some, fixed = pieces[0]
+        gradients = Gradients(objective, model, some, fixed, tuple(rates), batched)
+        work = [_lanes(gradients, v, c, rates, iterations, project, milestones, gamma, signed) for v, c in pieces]
+        traces = _here(work[0], progress) if shares == 1 else _shared_out(work, list(variables), progress)
+    joined = {name: torch.cat([trace.variables[name] for trace in traces]) for name in variables}
+    match = torch.cat([trace.match for trace in traces])
+    return Trace(joined, match, [row for trace in traces for row in trace.curve], traces[0].iterations)
+
+
+Work = Generator[tuple[float, Tensor], bool | None, Trace]
+"""An optimisation on its way: yields (how much is done, [lanes] the match), and takes whether to go on."""
+
+
+def _here(work: Work, progress: Progress) -> list[Trace]:
+    on = None
+    while True:
+        try:
+            done, match = work.send(on)
+        except StopIteration as end:
+            return [end.value]
+        on = progress(done, float(match.mean()))
+
+
+def _shared_out(work: list[Work], names: list[str], progress: Progress) -> list[Trace]:
+    """Each piece of work in a fork of its own."""
+
+    def go(job: tuple[int, bool | None], _: list[Tensor], __: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        number, on = job
+        try:
+            done, match = work[number].send(on)
+        except StopIteration as end:
+            trace: Trace = end.value
+            return (trace.curve, trace.iterations), [trace.match, *(trace.variables[name] for name in names)]
+        return done, [match]
+
+    pool, on = forks.Forks(len(work), go), None
+    try:
+        while True:
+            found = list(pool.run([((number, on), []) for number in range(len(work))], []))
+            if not isinstance(found[0][0], float):
+                break
+            on = progress(found[0][0], float(torch.cat([match for _, (match,) in found]).mean()))
+    finally:
+        pool.close()
+    return [
+        Trace({name: x.clone() for name, x in zip(names, values, strict=True)}, match.clone(), *rest)
+        for rest, (match, *values) in found
+    ]
+
+
+def _lanes(
+    gradients: Gradients,
+    variables: Variables,
+    constants: Tree,
+    rates: dict[str, float],
+    iterations: int,
+    project: Callable[[Variables], None],
+    milestones: bool,
+    gamma: float | None,
+    signed: bool,
+) -> Work:
     held = {name: value.clone() for name, value in variables.items()}
     optimiser = torch.optim.Adam([{"params": [held[name]], "lr": rate} for name, rate in rates.items()])
     marks = [part * iterations // 8 for part in (3, 5, 7)]
-    match = torch.zeros(len(next(iter(held.values()))))
+    match = torch.zeros(_count(held))
     curve: list[Tensor] = []
-    gradients = Gradients(objective, model, held, constants, tuple(rates), batched)
     for i in range(iterations):
         found, match = gradients(held, constants)
         for name in rates:
@@ -84,7 +150,7 @@ def optimise(
             group["lr"] *= gamma or (0.1 if milestones and i + 1 in marks else 1.0)
         if i % max(iterations // CURVE, 1) == 0:
             curve.append(match)
-        if not progress((i + 1) / iterations, float(match.mean())):
+        if (i + 1) % max(iterations // HEARD, 1) == 0 and not (yield (i + 1) / iterations, match):
             break
     _, match = gradients(held, constants)
     rows = torch.stack([*curve, match], 1).tolist()
@@ -103,19 +169,19 @@ class Gradients:
         names: tuple[str, ...],
         batched: bool | None = None,
     ) -> None:
-        self.names, self.lanes = names, len(next(iter(variables.values())))
+        self.names = names
         self._recorder = Recorder()
         self._alone = grad_and_value(objective(model), has_aux=True)
         self._batch = vmap(grad_and_value(objective(products(model)), has_aux=True))
         if batched is None:
-            batched = self.lanes > 1 and self._batching_pays(model, variables, constants)
+            batched = _count(variables) > 1 and self._batching_pays(model, variables, constants)
         self.batched = batched
 
     def __call__(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
         return self._batched(variables, constants) if self.batched else self._one_by_one(variables, constants)
 
     def _batched(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
-        starts = range(0, self.lanes, AT_ONCE)
+        starts = range(0, _count(variables), AT_ONCE)
         pieces = [trees.at((variables, constants), slice(start, start + AT_ONCE)) for start in starts]
         gradients, match = trees.map(
             lambda *xs: torch.cat(xs), *[self._recorded("batched", self._batch, *piece) for piece in pieces]
@@ -123,9 +189,8 @@ class Gradients:
         return gradients, match
 
     def _one_by_one(self, variables: Variables, constants: Tree) -> tuple[Variables, Tensor]:
-        with one_thread():  # operations this small are slower on several
-            lanes = range(self.lanes)
-            found = [self._recorded("alone", self._alone, trees.at(variables, i), trees.at(constants, i)) for i in lanes]
+        lanes = range(_count(variables))
+        found = [self._recorded("alone", self._alone, trees.at(variables, i), trees.at(constants, i)) for i in lanes]
         gradients, match = trees.stack(found)
         return gradients, match
 
@@ -161,6 +226,10 @@ class Gradients:
             way(variables, constants)
             times.append(time.perf_counter() - begin)
         return min(times)
+
+
+def _count(variables: Variables) -> int:
+    return len(next(iter(variables.values())))
 
 
 def products(model: nn.Module) -> nn.Module:

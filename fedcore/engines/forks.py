@@ -53,30 +53,28 @@ class Forks:
     def run(self, jobs: Iterable[tuple[Any, list[Tensor]]], given: list[Tensor]) -> Iterator[tuple[Any, list[Tensor]]]:
         """Answers in the order of the jobs, each (what to do, its tensors); `given` are the tensors that all of them get.
 
-        Raises RunError where a fork ends, which only the system or its own code can make it do.
+        Of no more jobs than forks, job i is always fork i's. Raises RunError where a job raises, or a fork is killed.
         """
+        while any(line.jobs for line in self._lines):  # who listened last has stopped before the end
+            self._receive({})
         self._give(given)
         waiting = enumerate(jobs)
         answers: dict[int, tuple[Any, list[Tensor]]] = {}
         begun = handed = 0
-        try:
-            while True:
-                while begun - handed < BEGUN * len(self._lines):
-                    line = min(self._lines, key=lambda line: len(line.jobs))
-                    if len(line.jobs) == AHEAD or (job := next(waiting, None)) is None:
-                        break
-                    line.jobs.append(job[0])
-                    line.send(*job[1])
-                    begun += 1
-                if begun == handed:
-                    return
-                if handed in answers:
-                    yield answers.pop(handed)
-                    handed += 1
-                else:
-                    self._receive(answers)
-        finally:
-            while any(line.jobs for line in self._lines):  # somebody stopped listening
+        while True:
+            while begun - handed < BEGUN * len(self._lines):
+                line = min(self._lines, key=lambda line: len(line.jobs))
+                if len(line.jobs) == AHEAD or (job := next(waiting, None)) is None:
+                    break
+                line.jobs.append(job[0])
+                line.send(*job[1])
+                begun += 1
+            if begun == handed:
+                return
+            if handed in answers:
+                yield answers.pop(handed)
+                handed += 1
+            else:
                 self._receive(answers)
 
     def _receive(self, answers: dict[int, tuple[Any, list[Tensor]]]) -> None:
@@ -85,6 +83,8 @@ class Forks:
             line = busy[pipe]  # type: ignore[index]
             answer = line.receive()
             answers[line.jobs.pop(0)] = answer
+            if isinstance(answer[0], Failed):
+                raise RunError(answer[0].reason)
 
     def _give(self, tensors: list[Tensor]) -> None:
         places, size = _layout(tensors)
@@ -100,6 +100,12 @@ class Forks:
     def close(self) -> None:
         for line in self._lines:
             line.close()
+
+
+class Failed(NamedTuple):
+    """The answer to a job that raised."""
+
+    reason: str
 
 
 class Place(NamedTuple):
@@ -233,13 +239,15 @@ class Line:
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]) if self.pid else 0
         self.pid = 0
         return RunError(
-            f"a process that trains clients ended (exit status {status}); most often the system killed it for its memory: "
-            "take a smaller engine.chunk, or fewer processes by OMP_NUM_THREADS, and go on with --resume"
+            f"a process that works for this one ended (exit status {status}); most often the system killed it for its memory: "
+            "take a smaller engine.chunk, or fewer processes by OMP_NUM_THREADS; a run goes on with --resume"
         )
 
     def close(self) -> None:
         self.pipe.close()
         if self.pid:
+            if self.jobs:  # nobody waits for them
+                os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.pid = 0
 
@@ -251,18 +259,17 @@ def _fork(call: Call, others: list[Connection]) -> Line:
     sys.stderr.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12 on: that a fork has one of our threads
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as e:
+            raise RunError(f"the system made no further process ({e}): OMP_NUM_THREADS=1 does with one") from e
     if pid == 0:
-        status = 1
         try:
             for pipe in (ours, *others):
                 pipe.close()  # as long as anybody holds our end, nobody sees that we are gone
             _serve(Line(theirs), call)
-            status = 0
-        except Exception:
-            traceback.print_exc()
         finally:
-            os._exit(status)
+            os._exit(0)
     theirs.close()
     return Line(ours, pid)
 
@@ -282,8 +289,12 @@ def _serve(line: Line, call: Call) -> None:
         if what is None:
             given = tensors
         else:
-            found = call(what, given, tensors)
-            del tensors
+            try:
+                found = call(what, given, tensors)
+            except Exception as e:
+                traceback.print_exc()
+                found = Failed(f"{type(e).__name__}: {e}"), []
+            del tensors  # the other end may use their memory again
             line.send(*found)
             del found
             sys.stdout.flush()

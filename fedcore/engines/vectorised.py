@@ -36,9 +36,9 @@ log = logging.getLogger("fedcore")
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)  # chunks to try, after 1 = one client after another without vmap
 BUDGET = 1.0  # seconds of this thread after which no larger chunk is tried
-WORTH = 0.95  # of the time of a smaller chunk, at most, for a larger one to be taken: it needs more memory
+WORTH = 0.97  # of the time of a smaller chunk, at most, for a larger one to be taken: it needs more memory
 STEPS = 2  # local steps in a trial
-HANDLING = 4e-4  # seconds that it takes to hand on a report, of however many clients, beside its arithmetic
+HANDLING = 1e-3  # seconds that it takes to send a report, of however many clients, and to hand it on
 PIECE = 8  # clients that a process takes at once where they go one by one
 PROCESSES = "processes"  # beside the chunk sizes by function in what the engine chose
 
@@ -193,10 +193,10 @@ class Vectorised:
             log.warning("%s draws for each client on its own: clients run one after another", type(noisy[0]).__name__)
             return 1, True
         try:
-            best, start = 1, time.thread_time()
-            best_time = self._trial(fn, ids[:2], down, t, batched=False)
+            best, best_time = 1, self._trial(fn, ids[:2], down, t, batched=False)
         except Exception:
             return 1, False
+        start = time.thread_time()  # without what PyTorch imports at its first gradient
         for size in (s for s in SIZES if s <= max(len(ids), SIZES[0])):
             try:
                 seconds = self._trial(fn, ids[:size], down, t, batched=True)
@@ -214,13 +214,13 @@ class Vectorised:
         """Seconds a client, the best of several tries."""
         chunk = ids.tolist()
         few = STEPS * self.work.passes(fn)
-        batches = trees.map(lambda x: x[:, :few], self.work.batches(fn, chunk, t))
         states = self._states(chunk)
         # On a CPU this thread's own time: what else runs on the machine does not choose for us.
         clock = time.thread_time if self.work.task.device.type == "cpu" else time.perf_counter
         times = []
         for _ in range(5):  # the first two record, and compare the recording with what it stands for
             begin = clock()
+            batches = trees.map(lambda x: x[:, :few], self.work.batches(fn, chunk, t))
             with recorded(self._one.recorder):
                 if batched:
                     self._one.batched(fn, down, states, batches, t)

@@ -30,7 +30,7 @@ from fedcore.recording import Recorder
 from fedcore.types import Tree
 
 AT_ONCE = 32  # lanes in one batch
-HEARD = 100  # times that an optimisation tells how far it is, and hears whether to go on
+HEARD = 20  # times that an optimisation tells how far it is, and hears whether to go on
 CURVE = 50  # points kept of the objective along the way
 
 Variables = dict[str, Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 
 __version__ = "0.1.0"  # as in pyproject.toml, where Flower wants to read it; inside a Flower app there is no installed version
 
-# Threads of PyTorch that wait for work would spin for milliseconds on cores that clients need. Heard only before PyTorch is imported.
+# PyTorch's threads would spin for milliseconds when they wait, on cores that clients need. Heard only before PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOME = {

@@ -30,7 +30,7 @@ from fedcore.recording import Recorder
 from fedcore.types import Tree
 
 AT_ONCE = 32  # lanes in one batch
-HEARD = 20  # times that an optimisation tells how far it is, and hears whether to go on
+HEARD = 20  # times that an optimisation in forks tells how far it is, and hears whether to go on; here, it does at every step
 CURVE = 50  # points kept of the objective along the way
 
 Variables = dict[str, Tensor]
@@ -75,7 +75,8 @@ def optimise(
     with one_thread():  # of each fork; and operations this small are slower on several
         some, fixed = pieces[0]
         gradients = Gradients(objective, model, some, fixed, tuple(rates), batched)
-        work = [_lanes(gradients, v, c, rates, iterations, project, milestones, gamma, signed) for v, c in pieces]
+        every = 1 if shares == 1 else max(iterations // HEARD, 1)
+        work = [_lanes(gradients, v, c, rates, iterations, project, milestones, gamma, signed, every) for v, c in pieces]
         traces = _here(work[0], progress) if shares == 1 else _shared_out(work, list(variables), progress)
     joined = {name: torch.cat([trace.variables[name] for trace in traces]) for name in variables}
     match = torch.cat([trace.match for trace in traces])
@@ -133,6 +134,7 @@ def _lanes(
     milestones: bool,
     gamma: float | None,
     signed: bool,
+    every: int,
 ) -> Work:
     held = {name: value.clone() for name, value in variables.items()}
     optimiser = torch.optim.Adam([{"params": [held[name]], "lr": rate} for name, rate in rates.items()])
@@ -150,7 +152,7 @@ def _lanes(
             group["lr"] *= gamma or (0.1 if milestones and i + 1 in marks else 1.0)
         if i % max(iterations // CURVE, 1) == 0:
             curve.append(match)
-        if (i + 1) % max(iterations // HEARD, 1) == 0 and not (yield (i + 1) / iterations, match):
+        if (i + 1) % every == 0 and not (yield (i + 1) / iterations, match):
             break
     _, match = gradients(held, constants)
     rows = torch.stack([*curve, match], 1).tolist()

@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -60,11 +61,15 @@ class Vectorised:
         self.work, self.states, self.chunk = work, states, chunk
         self.choices: dict[str, Any] = {}
         self.processes = torch.get_num_threads() if work.task.device.type == "cpu" and forks.possible() else 1
-        self._one = Chunks(work)
         self._forms: dict[str, Forms] = {}  # by client function, as soon as a client succeeded in it
         self._forks: forks.Forks | None = None
         self._forked: dict[str, Forms] = {}  # what the forks know of them
         self.late = 0
+
+    @cached_property
+    def _one(self) -> Chunks:
+        """Made at the first use, when the model is what it will be."""
+        return Chunks(self.work)
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         if len(clients) == 0:

@@ -136,7 +136,7 @@ class _Rates(_Settings):
         kappa = rng(seed, "rates").dirichlet(np.full(classes, self.alpha))
         shares = count / np.maximum(count.sum(1, keepdims=True), 1)
         # p_n = max(p_min, mean C sum_c kappa_c L_nc); clipped at 1, which the reference code forgets with many classes.
-        rates: np.ndarray = np.clip(self.mean * classes * shares @ kappa, self.floor, 1.0)
+        rates: np.ndarray = np.clip(self.mean * classes * np.einsum("nc,c->n", shares, kappa), self.floor, 1.0)
         return rates
 
 

@@ -68,7 +68,8 @@ def least_squares(e: Experiment) -> Task:
     draw = rng(e.seed, "least-squares")
     w = draw.standard_normal((1, d, 1)) + o.heterogeneity * draw.standard_normal((clients, d, 1))
     x = draw.standard_normal((clients, n, d), dtype=np.float32)
-    y = (x @ w.astype(np.float32) + o.noise * draw.standard_normal((clients, n, 1))).astype(np.float32)
+    # einsum, not @: its sums depend neither on the BLAS at hand nor on the floating-point flags that some of them leave behind.
+    y = (np.einsum("knd,kdo->kno", x, w.astype(np.float32)) + o.noise * draw.standard_normal((clients, n, 1))).astype(np.float32)
     examples = Examples(torch.from_numpy(x.reshape(-1, d)), torch.from_numpy(y.reshape(-1, 1)))
     offsets = np.arange(clients + 1) * n
     data = FederatedData(examples, examples, np.arange(clients * n), offsets, e.holdout, e.seed)
@@ -80,7 +81,9 @@ def least_squares(e: Experiment) -> Task:
     if e.proxy:  # examples of their own, of one client after another: the population's mixture
         own = rng(e.seed, "least-squares proxy")
         inputs = own.standard_normal((e.proxy, 1, d))
-        targets = inputs @ w[np.arange(e.proxy) % clients] + o.noise * own.standard_normal((e.proxy, 1, 1))
+        targets = np.einsum("knd,kdo->kno", inputs, w[np.arange(e.proxy) % clients]) + o.noise * own.standard_normal(
+            (e.proxy, 1, 1)
+        )
         proxy = Examples(torch.from_numpy(inputs[:, 0]).float(), torch.from_numpy(targets[:, 0]).float())
     return Task(model, data, loss=squared_error, metrics={}, proxy=proxy, optimum={"weight": optimum.T.float()})
 
@@ -125,7 +128,7 @@ def weighted_least_squares(e: Experiment) -> Task:
     mean, deviation = draw.uniform(-0.5, 0.5, clients), np.sqrt(draw.uniform(0.5, 1.5, clients))
     client = np.repeat(np.arange(clients), sizes)
     x = mean[client, None] + deviation[client, None] * draw.standard_normal((len(client), o.features))
-    y = x @ w + o.noise * draw.standard_normal(len(client))
+    y = np.einsum("nd,d->n", x, w) + o.noise * draw.standard_normal(len(client))
     examples = Examples(torch.from_numpy(x), torch.from_numpy(np.stack([y, np.full(len(y), o.noise**-2)], axis=1)))
     data = FederatedData(examples, examples, np.arange(len(client)), np.append(0, np.cumsum(sizes)), e.holdout, e.seed)
     model = nn.Linear(o.features, 1, bias=False).double()

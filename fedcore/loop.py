@@ -39,7 +39,7 @@ from fedcore.split import split
 from fedcore.state import StateStore
 from fedcore.task import Task
 from fedcore.tasks import build_task
-from fedcore.types import ClientFunction, Model, Params, Reports, Round, Tree
+from fedcore.types import Answers, ClientFunction, Model, Params, Reports, Round, Tree, Weight
 
 log = logging.getLogger("fedcore")
 
@@ -245,7 +245,7 @@ class Loop:
         def each(fn: ClientFunction, clients: Tensor, down: Tree) -> Iterator[Reports]:
             heard = bool(trees.leaves(down))  # who is sent nothing cannot miss it: it works on its own
             present = clients[[i not in absent for i in clients.tolist()]] if absent and heard else clients
-            return self._each(fn, present, down, t, tally)
+            return Answers(partial(self._each, fn, present, down, t, tally))
 
         r = Round(t, cohort, self.task.population, self.task, each, self.memory, e.seed, self.rates)
         try:
@@ -279,7 +279,9 @@ class Loop:
             row["evaluation_s"] = round(time.perf_counter() - now, 4)
         return {key: _jsonable(value) for key, value in row.items()}
 
-    def _each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int, tally: Tally) -> Iterator[Reports]:
+    def _each(
+        self, fn: ClientFunction, clients: Tensor, down: Tree, t: int, tally: Tally, weight: Weight | None
+    ) -> Iterator[Reports]:
         """What the engine brings back, less what no method should see: updates that are not finite."""
         if len(clients) == 0:
             return
@@ -288,11 +290,14 @@ class Loop:
         tally.bytes_down += len(clients) * trees.nbytes(down)
         if tally.silent and not evaluates(fn):
             tally.refuse_twice(fn, clients)
-        for r in self.engine.each(fn, clients, down, t):
+        answers = self.engine.each(fn, clients, down, t)
+        if weight is not None and isinstance(answers, Answers) and not self.captures.wanted:
+            answers.summed(weight)
+        for r in answers:
             self._heed_stop()
             tally.count(fn, r)
-            if len(r.clients):
-                tally.bytes_up += trees.nbytes(r.up)  # what was sent, whether it is of use or not
+            if len(r.clients):  # what was sent, whether it is of use or not
+                tally.bytes_up += trees.nbytes(r.up) if r.total is None else len(r.clients) * trees.nbytes(r.total)
             good = keep_finite(r)
             tally.add(good)
             self._note_failed(good.failed)
@@ -569,14 +574,16 @@ def without_use(row: dict[str, Any]) -> bool:
 
 
 def keep_finite(r: Reports) -> Reports:
-    """The reports whose update is finite; the others are in `failed`."""
-    ok = trees.finite_rows(r.up) if len(r.clients) else []
+    """The reports whose update is finite; the others are in `failed`. A total is there only where all are."""
+    ok = trees.finite_rows(r.up) if len(r.clients) and r.total is None else []
     if all(ok):
         return r
     good, clients = torch.tensor(ok), r.clients.tolist()
     bad = {i: "not finite: the update holds NaN or Inf" for i, fine in zip(clients, ok, strict=True) if not fine}
     rows = good.to(r.num_examples.device)
-    return Reports(r.clients[good], trees.at(r.up, rows), r.num_examples[rows], {**r.failed, **bad})
+    return r._replace(
+        clients=r.clients[good], up=trees.at(r.up, rows), num_examples=r.num_examples[rows], failed={**r.failed, **bad}
+    )
 
 
 def spread(values: Tensor, examples: Tensor) -> dict[str, float]:

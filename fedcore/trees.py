@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fedcore.errors import TooFewReports
-from fedcore.types import Reports, Tree
+from fedcore.types import Answers, Reports, Tree, Weight
 
 SEPARATOR = "/"
 T = TypeVar("T")
@@ -173,18 +173,31 @@ def add_weighted_(total: Tree, tree: Tree, weights: Tensor) -> Tree:
     return map(lambda t, x: t.add_(x), total, weighted_sum(tree, weights))
 
 
-def weighted_mean(reports: Iterable[Reports], weight: Callable[[Reports], Tensor] | None = None) -> Tree:
+def by_examples(r: Reports) -> Tensor:
+    return r.num_examples
+
+
+def equally(r: Reports) -> Tensor:
+    return torch.ones_like(r.num_examples)
+
+
+def weighted_mean(reports: Iterable[Reports], weight: Weight = by_examples) -> Tree:
     """The mean of `up` over all reports, by number of examples, or by `weight(reports)` -> [n].
 
     Holds one model, whatever the cohort. Raises TooFewReports when nobody reported, or all weights are zero.
     """
+    if isinstance(reports, Answers) and weight in (by_examples, equally):  # what other processes know, too
+        reports.summed(weight)
     total: Tree = None
     sum_of_weights: Tensor | float = 0.0
     for r in reports:
         if len(r.clients) == 0:
             continue
-        w = r.num_examples if weight is None else weight(r)
-        total = weighted_sum(r.up, w) if total is None else add_weighted_(total, r.up, w)
+        w = weight(r)
+        if r.total is not None:
+            total = r.total if total is None else map(torch.Tensor.add_, total, r.total)
+        else:
+            total = weighted_sum(r.up, w) if total is None else add_weighted_(total, r.up, w)
         sum_of_weights = sum_of_weights + w.sum()
     if total is None or not bool(torch.as_tensor(sum_of_weights) > 0):
         raise TooFewReports("nobody reported with an example to its name")
@@ -193,4 +206,4 @@ def weighted_mean(reports: Iterable[Reports], weight: Callable[[Reports], Tensor
 
 def uniform_mean(reports: Iterable[Reports]) -> Tree:
     """The mean of `up` over all reports, every client counting the same."""
-    return weighted_mean(reports, lambda r: torch.ones_like(r.num_examples))
+    return weighted_mean(reports, equally)

@@ -59,6 +59,7 @@ class Reports(NamedTuple):
     up: Tree  # [n, ...]
     num_examples: Tensor  # [n] float32, the examples that the work was done on
     failed: Mapping[int, str] = MappingProxyType({})  # clients that did not report, with the reason
+    total: Tree = None  # sum_i weight_i up_i, where nothing else was asked for: `up` then has the scalars, and is empty elsewhere
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -66,6 +67,28 @@ class Reports(NamedTuple):
         fields: dict[str, Any] = self.up._asdict() if hasattr(self.up, "_asdict") else {}
         found = {name: value for name, value in fields.items() if isinstance(value, Tensor) and value.ndim == 1}
         return found | dict(fields.get("metrics", {}))
+
+
+Weight = Callable[[Reports], Tensor]
+"""How much each client counts, [n], by the reports."""
+
+
+class Answers(Iterator[Reports]):
+    """What comes back from clients, who are asked when the first of it is: who needs their sum alone says so before that."""
+
+    def __init__(self, ask: Callable[[Weight | None], Iterator[Reports]]) -> None:
+        self._ask = ask
+        self._reports: Iterator[Reports] | None = None
+
+    def summed(self, weight: Weight) -> None:
+        """Reports of several clients may come with their `total`; too late, and without effect, once the first is there."""
+        if self._reports is None:
+            self._reports = self._ask(weight)
+
+    def __next__(self) -> Reports:
+        if self._reports is None:
+            self._reports = self._ask(None)
+        return next(self._reports)
 
 
 ClientFunction = Callable[..., tuple[Tree, Tree]]

@@ -51,6 +51,7 @@ def test_ray_in_chunks_is_close_to_sequential_and_has_the_same_bits_on_any_numbe
     for workers in (1, 2):
         e = small(name, **DIGITS, **NOISY, engine__name="ray", engine__workers=workers, engine__chunk=3)
         found.append(run(e, tmp_path / f"r{workers}"))
+        assert found[-1].bytes_up == expected.bytes_up
     assert found[0].params_sha256 == found[1].params_sha256
     assert_close(found[0].params, expected.params, 1e-4, name)
 

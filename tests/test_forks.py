@@ -16,10 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedcore import loop as loops
+from fedcore.audit.observe import captured
 from fedcore.engines import forks
 from fedcore.engines.forks import Forks
 from fedcore.errors import RunError
 from fedcore.loop import run
+from fedcore.types import Answers, Reports
 from tests.helpers import STRATEGIES, loop_of, small
 
 pytestmark = pytest.mark.skipif(not forks.possible(), reason="no forks on this system")
@@ -284,8 +287,53 @@ def test_a_method_that_stops_listening_leaves_no_work_behind(three: None, tmp_pa
     loop.round()
     reports = loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1)
     next(reports)
-    reports.close()  # type: ignore[attr-defined]
+    del reports
     again = list(loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1))
     assert sorted(i for r in again for i in r.clients.tolist()) == list(range(12))
     assert torch.get_num_threads() == 3
     loop.close()
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("name", ["fedavg", "pfedme", "tests.methods:Two", "tests.methods:BadWeather"])
+def test_sums_that_are_made_where_clients_run_change_no_bit(
+    name: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, totals = [], []
+    keep_finite = loops.keep_finite
+
+    def seen(r: Reports) -> Reports:
+        totals.append(r.total is not None)
+        return keep_finite(r)
+
+    monkeypatch.setattr(loops, "keep_finite", seen)
+    torch.set_num_threads(processes)
+    for folder in ("summed", "whole"):
+        totals.clear()
+        try:
+            e = small(name, engine__name="vectorised", engine__chunk=4, participation__cohort=12, rounds=3)
+            loop = loop_of(e, tmp_path / folder)
+            loop.engine.choices["processes"] = 3
+            if name.endswith("BadWeather"):  # one client that sends NaN
+                loop.task.data.x[loop.task.data.rows(2, "train")] = 667.0
+            result = loop.run()
+            facts = [{key: value for key, value in row.items() if not key.endswith(("seconds", "_s"))} for row in result.history]
+            found.append((result.params_sha256, facts))
+            assert any(totals) == (folder == "summed")
+        finally:
+            loop.close()
+            monkeypatch.setattr(Answers, "summed", lambda answers, weight: None)
+    torch.set_num_threads(1)
+    assert found[0] == found[1]
+    if name.endswith("BadWeather"):
+        assert found[0][1][0]["dropped"] == {"not finite": 1}
+
+
+def test_a_round_that_an_audit_captures_gives_whole_updates(three: None, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"engine__name": "vectorised", "engine__chunk": 4, "participation__cohort": 12, "rounds": 3}
+    plain = run(small("fedavg", **settings), tmp_path / "plain")
+    audited = run(small("fedavg", **settings, audit__capture=12, audit__rounds=[2]), tmp_path / "captured")
+    assert audited.params_sha256 == plain.params_sha256
+    exchanges = captured(tmp_path / "captured")
+    assert sorted(x.client for x in exchanges) == list(range(12))
+    assert all(x.delta["weight"].shape == (1, 5) for x in exchanges)

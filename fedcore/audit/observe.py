@@ -219,13 +219,18 @@ class Captures:
             chosen = sorted(cohort.tolist(), key=lambda client: rng(self.seed, "audit", client).random())[: self.n]
         self._clients = frozenset(chosen)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether updates of this round are kept."""
+        return bool(self._clients)
+
     def add(self, t: int, fn: ClientFunction, down: Tree, r: Reports) -> None:
-        if self._clients:
+        if self.wanted:
             self._found += exchanges(self.method, t, fn, down, r, self._clients)
 
     def end(self, t: int) -> str | None:
         """Write the round's file; what the user should know, where there is nothing to write."""
-        if not self._clients:
+        if not self.wanted:
             return None
         if not self._found:
             return f"round {t + 1}: nothing captured for an audit: the chosen clients sent no change of parameters"

@@ -14,7 +14,7 @@ from fedcore import trees
 from fedcore.engines.base import Done, Work, alone
 from fedcore.recording import Recorder, recorded
 from fedcore.run_client import run_client
-from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
+from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning, Weight
 
 log = logging.getLogger("fedcore")
 
@@ -32,14 +32,20 @@ class Chunks:
         self.recorder = None if self.noisy else Recorder()
         work.even = not self.noisy
 
-    def run(self, fn: ClientFunction, piece: list[int], down: Tree, states: Tree, t: int, size: int) -> list[Done]:
-        """Clients with their stacked states: one batch, or one after another where `size` is 1 or the batch fails."""
+    def run(
+        self, fn: ClientFunction, piece: list[int], down: Tree, states: Tree, t: int, size: int, weight: Weight | None = None
+    ) -> list[Done]:
+        """Clients with their stacked states: one batch, or one after another where `size` is 1 or the batch fails.
+
+        With `weight` nobody needs more of a batch than its sum.
+        """
         with recorded(self.recorder):
             if size > 1 and len(piece) > 1:
                 try:
                     with self.work.model_noise(fn, t, piece[0]):
                         up, new = self.batched(fn, down, states, self.work.batches(fn, piece, t), t, piece)
-                    return [Done(Reports(torch.tensor(piece), up, self.work.num_examples(fn, piece)), new)]
+                    found = Reports(torch.tensor(piece), up, self.work.num_examples(fn, piece))
+                    return [Done(found if weight is None else summed(found, weight), new)]
                 except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
                     log.debug("chunk %s failed, going through it one by one", piece, exc_info=True)
             return [alone(self.work, fn, client, down, row(states, i), t) for i, client in enumerate(piece)]
@@ -63,6 +69,14 @@ class Chunks:
         if chunk is not None and trees.leaves(up) and not work.arrives_as_is(fn):
             up = trees.stack([work.send(trees.at(up, row), fn, t, i) for row, i in enumerate(chunk)])
         return up, new
+
+
+def summed(r: Reports, weight: Weight) -> Reports:
+    """With `total` in place of all that is no scalar. As it was where that is not finite: the loop finds out by whose fault."""
+    total = trees.weighted_sum(r.up, weight(r))
+    if not bool(trees.finite(total)):
+        return r
+    return r._replace(up=trees.map(lambda x: x if x.ndim == 1 else x.new_empty(len(x), 0), r.up), total=total)
 
 
 def row(states: Tree, i: int) -> Tree:

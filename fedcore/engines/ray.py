@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from fedcore.engines.chunks import Chunks, pack, row
 from fedcore.errors import RunError
 from fedcore.method import evaluates
 from fedcore.state import StateStore
-from fedcore.types import ClientFunction, Reports, Tree
+from fedcore.types import Answers, ClientFunction, Reports, Tree, Weight
 
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings
@@ -45,7 +46,7 @@ class Worker:
         self.chunks = Chunks(self.work) if chunk > 1 else None
 
     def run(
-        self, name: str, units: list[list[int]], down: Tree, states: list[Tree], t: int
+        self, name: str, units: list[list[int]], down: Tree, states: list[Tree], t: int, weight: Weight | None
     ) -> tuple[list[list[Done]], list[float]]:
         """What is done of each unit, clients that are one batch, or a single one; and the seconds that each unit took."""
         fn, device = getattr(self.work.method, name), self.work.task.device
@@ -57,19 +58,19 @@ class Worker:
             state = trees.to(state, device)
             with one_thread() if device.type == "cpu" else nullcontext():
                 if self.chunks is not None:
-                    done = self.chunks.run(fn, unit, down, state, t, len(unit))
+                    done = self.chunks.run(fn, unit, down, state, t, len(unit), weight)
                 else:
                     done = [alone(self.work, fn, unit[0], down, row(state, 0), t)]
-            found.append([_sent(d, evaluates(fn)) for d in done])
+            cpu = torch.device("cpu")
+            found.append([Done(_to(d.reports, cpu), {} if evaluates(fn) else trees.to(d.states, cpu)) for d in done])
             seconds.append(time.perf_counter() - begin)
         return found, seconds
 
 
-def _sent(done: Done, evaluation: bool) -> Done:
-    """As it leaves a worker."""
-    cpu, r = torch.device("cpu"), done.reports
-    reports = Reports(r.clients, trees.to(r.up, cpu), r.num_examples.to(cpu), dict(r.failed))
-    return Done(reports, {} if evaluation else trees.to(done.states, cpu))
+def _to(r: Reports, device: torch.device) -> Reports:
+    """On another device, and ready to be sent."""
+    total = None if r.total is None else trees.to(r.total, device)
+    return Reports(r.clients, trees.to(r.up, device), r.num_examples.to(device), dict(r.failed), total)
 
 
 class Ray:
@@ -112,6 +113,9 @@ class Ray:
         return ray.remote(num_cpus=1, num_gpus=self.gpus)(Worker).remote([self._work], self.device.type, self.chunk)
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
+        return Answers(partial(self._each, fn, clients, down, t))
+
+    def _each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int, weight: Weight | None) -> Iterator[Reports]:
         if not self._actors:
             self._start()
         import ray
@@ -134,7 +138,8 @@ class Ray:
             if todo:
                 piece = todo.pop()
                 work = [units[i] for i in piece]
-                running[actor.run.remote(name, work, sent, [self.states.gather(unit) for unit in work], t)] = (actor, piece)
+                states = [self.states.gather(unit) for unit in work]
+                running[actor.run.remote(name, work, sent, states, t, weight)] = (actor, piece)
 
         for actor in self._actors:
             next_piece(actor)
@@ -159,8 +164,7 @@ class Ray:
                         found.update({i: [Done(failure(units[i], reason), {})] for i in piece})
                 next_piece(actor)
             for d in found.pop(number):
-                up, examples = trees.to((d.reports.up, d.reports.num_examples), self.work.task.device)
-                yield keep(self.states, fn, Done(d.reports._replace(up=up, num_examples=examples), d.states))
+                yield keep(self.states, fn, Done(_to(d.reports, self.work.task.device), d.states))
 
     def _expected(self, name: str, clients: Tensor, steps: np.ndarray) -> np.ndarray:
         """Seconds of each client's work, [n]: as measured, or in proportion to its steps; without any measurement its steps."""

@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from fedcore.engines.chunks import Chunks, pack, row
 from fedcore.recording import recorded
 from fedcore.run_client import run_client
 from fedcore.state import StateStore
-from fedcore.types import ClientFunction, Reports, Tree
+from fedcore.types import Answers, ClientFunction, Reports, Tree, Weight
 
 log = logging.getLogger("fedcore")
 
@@ -72,15 +72,18 @@ class Vectorised:
         return Chunks(self.work)
 
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
+        return Answers(partial(self._each, fn, clients, down, t))
+
+    def _each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int, weight: Weight | None) -> Iterator[Reports]:
         if len(clients) == 0:
             return
         with one_thread() if self.work.task.device.type == "cpu" else nullcontext():
             size = self._chunk(fn, clients.numpy(), down, t)
             pieces = self.chunks(fn, clients.numpy())
             while pieces and (self.processes == 1 or len(pieces) == 1 or not self._known(fn, down)):
-                yield from self._keep(fn, self._here(fn, pieces.pop(0), down, t, size))
+                yield from self._keep(fn, self._here(fn, pieces.pop(0), down, t, size, weight))
             if pieces:
-                yield from self._side_by_side(fn, pieces, down, t, size)
+                yield from self._side_by_side(fn, pieces, down, t, size, weight)
 
     def chunks(self, fn: ClientFunction, clients: np.ndarray) -> list[list[int]]:
         """How these clients are split, the longest first, once the size is known."""
@@ -93,10 +96,10 @@ class Vectorised:
         chunks = processes * -(-len(clients) // (size * processes))  # everyone has as many
         return pack(clients[order].tolist(), steps[order].tolist(), -(-len(clients) // chunks))
 
-    def _here(self, fn: ClientFunction, piece: list[int], down: Tree, t: int, size: int) -> list[Done]:
+    def _here(self, fn: ClientFunction, piece: list[int], down: Tree, t: int, size: int, weight: Weight | None) -> list[Done]:
         """A piece in this process."""
         states = self._states(piece)
-        done = self._one.run(fn, piece, down, states, t, size)
+        done = self._one.run(fn, piece, down, states, t, size, weight)
         if self.processes > 1 and (some := next((d for d in done if len(d.reports.clients)), None)):
             self._forms[fn.__name__] = Forms(*map(pytree.tree_structure, (down, states, some.reports.up, some.states)))
         return done
@@ -110,41 +113,47 @@ class Vectorised:
         forms = self._forms.get(fn.__name__)
         return forms is not None and forms.down == pytree.tree_structure(down)
 
-    def _side_by_side(self, fn: ClientFunction, pieces: list[list[int]], down: Tree, t: int, size: int) -> Iterator[Reports]:
+    def _side_by_side(
+        self, fn: ClientFunction, pieces: list[list[int]], down: Tree, t: int, size: int, weight: Weight | None
+    ) -> Iterator[Reports]:
         """Pieces on all processes; handed on in their order."""
         if self._forks is None or self._forked != self._forms:  # what a fork knows is what we knew then
             self.close()
             self._forked = dict(self._forms)
             self._forks = forks.Forks(self.processes, self._there)
         forms = self._forms[fn.__name__]
-        jobs = (((fn.__name__, piece, t, size), trees.leaves(self._states(piece))) for piece in pieces)
+        jobs = (((fn.__name__, piece, t, size, weight), trees.leaves(self._states(piece))) for piece in pieces)
         for piece, (found, tensors) in zip(pieces, self._forks.run(jobs, trees.leaves(down)), strict=True):
             if found is None:
-                yield from self._keep(fn, self._here(fn, piece, down, t, size))
+                yield from self._keep(fn, self._here(fn, piece, down, t, size, weight))
                 continue
             rest, done = iter(tensors), []
-            for clients, failed in found:
+            for clients, failed, is_summed in found:
                 if failed:
                     done.append(Done(failure([], "")._replace(failed=failed), {}))
                 else:
                     num_examples = next(rest)
-                    up, new = (pytree.tree_unflatten(islice(rest, form.num_leaves), form) for form in (forms.up, forms.new))
-                    done.append(Done(Reports(torch.tensor(clients), up, num_examples), new))
+                    sent = (forms.up, forms.new, *([forms.up] if is_summed else []))
+                    up, new, *total = (pytree.tree_unflatten(islice(rest, form.num_leaves), form) for form in sent)
+                    done.append(Done(Reports(torch.tensor(clients), up, num_examples, {}, *total), new))
             yield from self._keep(fn, done)
 
-    def _there(self, job: tuple[str, list[int], int, int], down: list[Tensor], states: list[Tensor]) -> tuple[Any, list[Tensor]]:
-        """A piece in a fork: (clients, failures) of everything done, and the leaves of it; None where they are not as known."""
-        name, piece, t, size = job
+    def _there(
+        self, job: tuple[str, list[int], int, int, Weight | None], down: list[Tensor], states: list[Tensor]
+    ) -> tuple[Any, list[Tensor]]:
+        """A piece in a fork: (clients, failures, whether summed) of all that is done, and its leaves; None where not as known."""
+        name, piece, t, size, weight = job
         fn, forms = getattr(self.work.method, name), self._forms[name]
         found, tensors = [], []
         for reports, new in self._one.run(
-            fn, piece, pytree.tree_unflatten(down, forms.down), pytree.tree_unflatten(states, forms.state), t, size
+            fn, piece, pytree.tree_unflatten(down, forms.down), pytree.tree_unflatten(states, forms.state), t, size, weight
         ):
             if not reports.failed and (pytree.tree_structure(reports.up), pytree.tree_structure(new)) != (forms.up, forms.new):
                 return None, []
-            found.append((reports.clients.tolist(), dict(reports.failed)))
+            found.append((reports.clients.tolist(), dict(reports.failed), reports.total is not None))
             if not reports.failed:
                 tensors += [reports.num_examples, *trees.leaves(reports.up), *trees.leaves(new)]
+                tensors += [] if reports.total is None else trees.leaves(reports.total)
         return found, tensors
 
     def _states(self, clients: list[int]) -> Tree:

@@ -32,6 +32,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedcore import trees
+from fedcore.kernels import averages, averages_backward, convolutions, convolutions_backward, patches, spread
 from fedcore.types import Tree
 
 Step = Callable[[Any], Tree]
@@ -135,8 +136,11 @@ def _record(step: Step, inputs: Tree, leaves: list[Tensor], dims: Dims, owned: t
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     _simplify(graph)
     clients = next((len(x) for x, d in zip(leaves, dims, strict=True) if d is not None), 1)
-    if clients > 1 and all(x.device.type == "cpu" for x in leaves):
-        _convolve_each(graph, clients)
+    if all(x.device.type == "cpu" for x in leaves):
+        for node in graph.nodes:
+            node.target = _quick(node) or node.target
+        if clients > 1:
+            _convolve_each(graph, clients)
     _pool_by_channels(graph)
     _fuse(graph, {node for node, mine in zip(placeholders, owned, strict=False) if mine})
     for node in graph.nodes:
@@ -277,21 +281,32 @@ def _instead(graph: fx.Graph, node: fx.Node, each: fx.Node, clients: int) -> Non
     node.replace_all_uses_with(old, propagate_meta=True)
 
 
-def convolutions(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
-    """Of each client's x [n, B, C, H, W] with its w [n, D, C, k, k]: [n, B, D, h, w]."""
-    return torch.stack([torch.convolution(a, b, None, stride, padding, dilation, False, [0], 1) for a, b in zip(x, w, strict=True)])
+def _quick(node: Any) -> Callable[..., Any] | None:
+    """A function of ours that does the same in less time on a CPU, for arguments like these."""
+    match node.target:
+        case aten.im2col.default if len(_shape(node.args[0])) == 4:
+            return patches
+        case aten.col2im.default if len(_shape(node.args[0])) == 3:
+            return spread
+        case aten.avg_pool2d.default if _tiles(*node.args):
+            return averages
+        case aten.avg_pool2d_backward.default if _tiles(*node.args[1:]):
+            return averages_backward
+    return None
 
 
-def convolutions_backward(
-    g: Tensor, x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], wanted: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `convolutions` with respect to (x, w), where they are wanted, from that of its result."""
-    found = [
-        aten.convolution_backward.default(*each, None, stride, padding, dilation, False, [0], 1, wanted)[:2]
-        for each in zip(g, x, w, strict=True)
-    ]
-    dx, dw = (torch.stack(each) if want else None for each, want in zip(zip(*found, strict=True), wanted, strict=False))
-    return dx, dw
+def _tiles(
+    x: Any,
+    kernel: list[int],
+    stride: list[int] | None = None,
+    padding: tuple[int, ...] = (),
+    ceil: bool = False,
+    padding_counts: bool = True,
+    divisor: int | None = None,
+) -> bool:
+    """Whether pooling with these arguments is over tiles that fill the images."""
+    whole = len(_shape(x)) == 4 and not any(size % k for size, k in zip(_shape(x)[2:], kernel, strict=True))
+    return whole and (stride or kernel) == kernel and min(kernel) > 1 and not any(padding) and divisor is None
 
 
 def _pool_by_channels(graph: fx.Graph) -> None:

@@ -99,7 +99,7 @@ def see(
 def lane(o: Observation, y: Tensor, rho: float = 1.0) -> Lane:
     dtype = next(iter(o.w0.values())).dtype
     D = {name: -x for name, x in o.delta.items()}
-    return Lane(o.w0, D, {}, torch.tensor(rho, dtype=dtype), y, torch.ones(len(y), dtype=dtype))
+    return Lane(o.w0, D, trees.dot(D, D), {}, torch.tensor(rho, dtype=dtype), y, torch.ones(len(y), dtype=dtype))
 
 
 def objective(o: Observation, x: Tensor, y: Tensor, alpha: float, tv: float = 0.0, rho: float = 1.0) -> Tensor:
@@ -174,8 +174,8 @@ def test_personal_layers_stay_where_they_were_published() -> None:
     assert list(w) == list(o.w0)
     assert equal({name: w[name] for name in list(w)[2:]}, {name: o.w0[name] for name in list(w)[2:]})
     g = gradient_of(o.public.model, {**o.w0, **part.wT}, x, y)
-    mine = {name: g[name] for name in part.delta}
-    assert objective(part, x, y, 0.0).item() == pytest.approx(1 - cosine(trees.scale(part.delta, -1.0), mine).item(), abs=1e-6)
+    mine, back = {name: g[name] for name in part.delta}, trees.scale(part.delta, -1.0)
+    assert objective(part, x, y, 0.0).item() == pytest.approx(1 - cosine(back, mine, trees.dot(back, back)).item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("factor", [0.1, 3.0])
@@ -233,15 +233,16 @@ def test_the_norm_is_one_over_all_layers() -> None:
 def test_the_cosine_is_that_of_one_long_vector() -> None:
     a, b = ({"u": torch.randn(3, 2), "v": torch.randn(4)} for _ in range(2))
     flat = [torch.cat([t.flatten() for t in tree.values()]) for tree in (a, b)]
-    assert cosine(a, b).item() == pytest.approx(functional.cosine_similarity(*flat, dim=0).item(), abs=1e-6)
+    assert cosine(a, b, trees.dot(a, a)).item() == pytest.approx(functional.cosine_similarity(*flat, dim=0).item(), abs=1e-6)
 
 
 def quadratic(curvature: Sequence[float], w0: Sequence[float], shrink: Sequence[float], alpha: float) -> float:
     """1 - cosine at w(alpha) where the loss is sum lambda_i w_i^2 / 2 and training shrank w_i by these factors."""
     start, kept, H = (torch.tensor(v, dtype=torch.float64) for v in (w0, shrink, curvature))
     D = {"w": start - kept * start}
-    w = surrogate(torch.tensor(alpha, dtype=torch.float64), Lane({"w": start}, D, {}, torch.tensor(1.0), D["w"], D["w"]))
-    return 1 - cosine(D, {"w": H * w["w"]}).item()
+    lane = Lane({"w": start}, D, trees.dot(D, D), {}, torch.tensor(1.0), D["w"], D["w"])
+    w = surrogate(torch.tensor(alpha, dtype=torch.float64), lane)
+    return 1 - cosine(D, {"w": H * w["w"]}, lane.square).item()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.nn import functional
 
 from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.engines.chunks import PADDING, pack
+from fedcore.kernels import patches, spread
 from fedcore.local import local_sgd
 from fedcore.loop import run
 from fedcore.models import Cnn, LeNet, Logistic, Mlp, ResNet, Vit
@@ -216,3 +218,37 @@ def test_batches_of_few_widths_hold_the_same_examples() -> None:
         assert torch.equal(even.x[0, 0, :size], plain.x[0, 0])
         assert even.mask.sum() == plain.mask.sum() == size
     assert widths == {1, 2, 3, 6, 12}
+
+
+SHAPES = [
+    ((2, 3, 9, 11), (3, 2), (1, 1), (0, 0), (1, 1)),
+    ((2, 1, 9, 11), (3, 3), (2, 1), (1, 2), (2, 3)),
+    ((1, 2, 8, 9), (2, 3), (1, 2), (0, 1), (2, 1)),
+    ((3, 4, 6, 5), (1, 1), (1, 1), (0, 0), (2, 2)),
+]
+
+
+@pytest.mark.parametrize(("shape", "kernel", "dilation", "padding", "stride"), SHAPES)
+def test_patches_and_their_adjoint_are_pytorchs(shape: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> None:
+    x = torch.randn(shape)
+    settings = [list(v) for v in (kernel, dilation, padding, stride)]
+    expected = functional.unfold(x, kernel, dilation, padding, stride)
+    assert torch.equal(patches(x, *settings), expected)
+    y = torch.randn_like(expected)
+    back = functional.fold(y, shape[2:], kernel, dilation, padding, stride)
+    torch.testing.assert_close(spread(y, list(shape[2:]), *settings), back)
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AvgPool2d((3, 2)), nn.AvgPool2d(2, 1), nn.AvgPool2d(4, ceil_mode=True)])
+@pytest.mark.parametrize("size", [(12, 12), (7, 6)])
+def test_recorded_averages_are_pytorchs(pool: nn.Module, size: tuple[int, int]) -> None:
+    x = torch.randn(5, 2, 3, *size)
+
+    def step(inputs: tuple[Tensor]) -> Tensor:
+        return grad(lambda x: pool(x).square().sum())(inputs[0])
+
+    recorder = Recorder()
+    for _ in range(3):
+        found = vmap(lambda x: recorder.run(step, "pool", (x,), ()))(x)
+        torch.testing.assert_close(found, vmap(lambda x: step((x,)))(x))
+    assert all(recording.code is not None for recording in recorder._known.values())

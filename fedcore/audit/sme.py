@@ -62,6 +62,7 @@ class Lane(NamedTuple):
 
     w0: Params
     D: Params  # w0 - wT, not normalised; the names that came up
+    square: Tensor  # <D, D>, 0-d
     keep: Params  # 1 where an entry came up, of a sparse update; else empty
     rho: Tensor  # 0-d
     y: Tensor  # [N]; unused where logits are optimised
@@ -70,7 +71,8 @@ class Lane(NamedTuple):
 
 def surrogate(alpha: Tensor, lane: Lane) -> Params:
     """w(alpha), by all names."""
-    return {name: w - (1 - alpha) * lane.rho * lane.D[name] if name in lane.D else w for name, w in lane.w0.items()}
+    back = (alpha - 1) * lane.rho
+    return {name: torch.addcmul(w, lane.D[name], back) if name in lane.D else w for name, w in lane.w0.items()}
 
 
 def cosine_match(known: Public, tv: float) -> Callable[[nn.Module], Objective]:
@@ -90,7 +92,7 @@ def cosine_match(known: Public, tv: float) -> Callable[[nn.Module], Objective]:
             g = grad(loss)({name: w[name] for name in lane.D}, w, v, lane)
             if lane.keep:
                 g = {name: x * lane.keep[name] for name, x in g.items()}
-            match = 1 - cosine(lane.D, g)
+            match = 1 - cosine(lane.D, g, lane.square)
             return match + tv * total_variation(v["x"], lane.mask), match
 
         return value
@@ -98,9 +100,9 @@ def cosine_match(known: Public, tv: float) -> Callable[[nn.Module], Objective]:
     return on
 
 
-def cosine(a: Params, b: Params) -> Tensor:
-    """Of two trees as one vector each: one norm over all tensors. 0-d."""
-    square = trees.dot(a, a) * trees.dot(b, b)
+def cosine(a: Params, b: Params, aa: Tensor) -> Tensor:
+    """Of two trees as one vector each: one norm over all tensors; `aa` is <a, a>. 0-d."""
+    square = aa * trees.dot(b, b)
     return trees.dot(a, b) / square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
 
 
@@ -184,7 +186,7 @@ def lane_of(o: Observation, y: Tensor | None, rho: float, size: int) -> Lane:
     keep = {name: (x != 0).to(dtype) for name, x in D.items()} if o.public.sparse else {}
     labels = torch.zeros(o.total, dtype=torch.int64) if y is None else y
     mask = torch.ones(o.total, dtype=dtype)
-    return Lane(o.w0, D, keep, torch.tensor(rho, dtype=dtype), _padded(labels, size), _padded(mask, size))
+    return Lane(o.w0, D, trees.dot(D, D), keep, torch.tensor(rho, dtype=dtype), _padded(labels, size), _padded(mask, size))
 
 
 def _padded(x: Tensor, size: int) -> Tensor:

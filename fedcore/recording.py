@@ -32,7 +32,16 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedcore import trees
-from fedcore.kernels import averages, averages_backward, convolutions, convolutions_backward, patches, spread
+from fedcore.kernels import (
+    averages,
+    averages_backward,
+    convolutions,
+    convolutions_backward,
+    log_softmax,
+    log_softmax_backward,
+    patches,
+    spread,
+)
 from fedcore.types import Tree
 
 Step = Callable[[Any], Tree]
@@ -292,7 +301,18 @@ def _quick(node: Any) -> Callable[..., Any] | None:
             return averages
         case aten.avg_pool2d_backward.default if _tiles(*node.args[1:]):
             return averages_backward
+        case aten._log_softmax.default if _few_classes(*node.args):
+            return log_softmax
+        case aten._log_softmax_backward_data.default if _few_classes(*node.args[1:3]):
+            return log_softmax_backward
     return None
+
+
+FEW = 16  # classes, for which PyTorch's softmax fills no vector registers
+
+
+def _few_classes(x: Any, dim: int, _: Any = None) -> bool:
+    return _shape(x)[-1] <= FEW and dim in (-1, len(_shape(x)) - 1) and x.meta["val"].dtype is torch.float32
 
 
 def _tiles(

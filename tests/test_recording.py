@@ -252,3 +252,17 @@ def test_recorded_averages_are_pytorchs(pool: nn.Module, size: tuple[int, int]) 
         found = vmap(lambda x: recorder.run(step, "pool", (x,), ()))(x)
         torch.testing.assert_close(found, vmap(lambda x: step((x,)))(x))
     assert all(recording.code is not None for recording in recorder._known.values())
+
+
+@pytest.mark.parametrize("classes", [2, 10, 40])
+def test_recorded_softmax_is_pytorchs(classes: int) -> None:
+    x, far = torch.randn(3, 6, classes), torch.tensor([1.0, 100.0, 1e4])[:, None, None]
+
+    def step(inputs: tuple[Tensor]) -> Tensor:
+        return grad(lambda x: functional.log_softmax(x, -1).square().mean())(inputs[0])
+
+    recorder = Recorder()
+    for scale in (1.0, far, far):
+        found = vmap(lambda x: recorder.run(step, "softmax", (x,), ()))(scale * x)
+        torch.testing.assert_close(found, vmap(lambda x: step((x,)))(scale * x))
+    assert all(recording.code is not None for recording in recorder._known.values())

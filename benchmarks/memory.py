@@ -1,4 +1,4 @@
-"""Resident memory of runs, as they go: `python -m benchmarks.memory [flat] [scalar] [rows]`; default: all.
+"""Resident memory of runs, forks included, as they go: `python -m benchmarks.memory [flat] [scalar] [rows]`; default: all.
 
 flat     FedAvg, MLP, cohort 100 of 1 000, 500 rounds: the slope over the last 400
 scalar   100 000 clients of which each keeps one number between rounds, 2 000 a round, until nearly all have taken part
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -49,12 +50,10 @@ class Counting(Method[Settings]):
         return server
 
 
-def resident() -> dict[str, float]:
-    """MB of this process, by kind: anonymous memory, and pages of mapped files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {
-        name: int(value.split()[0]) / 1e3 for name, value in (line.split(":") for line in lines) if name in ("RssAnon", "RssFile")
-    }
+def resident() -> float:
+    """MB of this process and its forks; a page that several have counts once (PSS)."""
+    me = psutil.Process()
+    return sum(process.memory_full_info().pss for process in (me, *me.children())) / 1e6
 
 
 def watch(e: Experiment, rounds: int, every: int, fit: int | None = None) -> None:
@@ -62,26 +61,24 @@ def watch(e: Experiment, rounds: int, every: int, fit: int | None = None) -> Non
     with tempfile.TemporaryDirectory() as folder:
         loop = Loop(e, Path(folder), Quiet(), None, False)
         start, points = resident(), []
-        print(f"{'round':>6}{'clients':>9}{'rows, GB':>10}{'resident, GB':>14}{'files, GB':>11}{'s':>7}")
+        print(f"{'round':>6}{'clients':>9}{'rows, GB':>10}{'resident, GB':>14}{'s':>7}")
         for t in range(rounds):
             row = loop.round()
             loop.history.append(row)
-            now = resident()
-            used = sum(now.values()) - sum(start.values())
+            used = resident() - start
             points.append((t + 1, used))
             if t % every == every - 1 or t == rounds - 1:
                 store = loop.stores["clients"]
                 size = len(store.row_of) * store.row_bytes / 1e9
                 print(
-                    f"{t + 1:>6}{len(store.row_of):>9,}{size:>10.2f}{used / 1e3:>14.2f}{now['RssFile'] / 1e3:>11.2f}"
-                    f"{row['seconds']:>7.2f}",
+                    f"{t + 1:>6}{len(store.row_of):>9,}{size:>10.2f}{used / 1e3:>14.2f}{row['seconds']:>7.2f}",
                     flush=True,
                 )
         if fit is not None:
             slope = np.polyfit(*np.array([p for p in points if p[0] > fit]).T, 1)[0]
             print(f"slope from round {fit} on: {1e3 * slope:.2f} kB a round")
         loop.save()
-        print(f"after the checkpoint: {(sum(resident().values()) - sum(start.values())) / 1e3:.2f} GB above the start\n")
+        print(f"after the checkpoint: {(resident() - start) / 1e3:.2f} GB above the start\n")
         loop.close()
 
 

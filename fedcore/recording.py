@@ -292,6 +292,9 @@ def _instead(graph: fx.Graph, node: fx.Node, each: fx.Node, clients: int) -> Non
 
 def _quick(node: Any) -> Callable[..., Any] | None:
     """A function of ours that does the same in less time on a CPU, for arguments like these."""
+    values = [x.meta.get("val") for x in (node, *node.all_input_nodes)]
+    if any(not isinstance(x, Tensor) or not x.is_contiguous() or x.dtype not in (torch.float32, torch.float64) for x in values):
+        return None  # among others, what is laid out by channels, which views after it rely on
     match node.target:
         case aten.im2col.default if len(_shape(node.args[0])) == 4:
             return patches
@@ -312,7 +315,7 @@ FEW = 16  # classes, for which PyTorch's softmax fills no vector registers
 
 
 def _few_classes(x: Any, dim: int, _: Any = None) -> bool:
-    return _shape(x)[-1] <= FEW and dim in (-1, len(_shape(x)) - 1) and x.meta["val"].dtype is torch.float32
+    return len(_shape(x)) > 0 and _shape(x)[-1] <= FEW and dim in (-1, len(_shape(x)) - 1)
 
 
 def _tiles(
@@ -324,8 +327,10 @@ def _tiles(
     padding_counts: bool = True,
     divisor: int | None = None,
 ) -> bool:
-    """Whether pooling with these arguments is over tiles that fill the images."""
-    whole = len(_shape(x)) == 4 and not any(size % k for size, k in zip(_shape(x)[2:], kernel, strict=True))
+    """Whether pooling with these arguments is over tiles that fill the images: then `ceil` and `padding_counts` change nothing."""
+    if len(_shape(x)) != 4 or len(kernel) != 2:
+        return False
+    whole = not any(size % k for size, k in zip(_shape(x)[2:], kernel, strict=True))
     return whole and (stride or kernel) == kernel and min(kernel) > 1 and not any(padding) and divisor is None
 
 

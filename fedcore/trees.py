@@ -195,7 +195,7 @@ def weighted_mean(reports: Iterable[Reports], weight: Weight = by_examples) -> T
             continue
         w = weight(r)
         if r.total is not None:
-            total = r.total if total is None else map(torch.Tensor.add_, total, r.total)
+            total = map(torch.clone, r.total) if total is None else map(torch.Tensor.add_, total, r.total)
         else:
             total = weighted_sum(r.up, w) if total is None else add_weighted_(total, r.up, w)
         sum_of_weights = sum_of_weights + w.sum()

@@ -53,7 +53,7 @@ class Metrics(NamedTuple):
 
 
 class Reports(NamedTuple):
-    """What came back from n clients; every tensor has a leading client axis."""
+    """What came back from n clients; every tensor but those of `total` has a leading client axis."""
 
     clients: Tensor  # [n] int64 logical ids, ascending
     up: Tree  # [n, ...]
@@ -81,7 +81,10 @@ class Answers(Iterator[Reports]):
         self._reports: Iterator[Reports] | None = None
 
     def summed(self, weight: Weight) -> None:
-        """Reports of several clients may come with their `total`; too late, and without effect, once the first is there."""
+        """Reports of several clients may come with their `total`; too late, and without effect, once the first is there.
+
+        `weight` is a function that other processes find by its name.
+        """
         if self._reports is None:
             self._reports = self._ask(weight)
 

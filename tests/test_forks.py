@@ -25,6 +25,8 @@ from fedcore.loop import run
 from fedcore.types import Answers, Reports
 from tests.helpers import STRATEGIES, loop_of, small
 
+IMAGES: dict[str, Any] = {"task": "digits", "options": {}, "model": {"name": "cnn", "channels": [3, 4], "hidden": 8, "kernel": 3}}
+
 pytestmark = pytest.mark.skipif(not forks.possible(), reason="no forks on this system")
 
 
@@ -200,6 +202,11 @@ def three() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def single() -> None:
+    assert torch.get_num_threads() == 1
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_processes_change_no_bit(name: str, tmp_path: Path) -> None:
     found = []
@@ -294,10 +301,10 @@ def test_a_method_that_stops_listening_leaves_no_work_behind(three: None, tmp_pa
     loop.close()
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize("name", ["fedavg", "pfedme", "tests.methods:Two", "tests.methods:BadWeather"])
+@pytest.mark.parametrize("threads", ["three", "single"])
+@pytest.mark.parametrize("name", ["fedavg", "pfedme", "tests.methods:Two", "tests.methods:BadWeather", "images"])
 def test_sums_that_are_made_where_clients_run_change_no_bit(
-    name: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, threads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     found, totals = [], []
     keep_finite = loops.keep_finite
@@ -307,11 +314,12 @@ def test_sums_that_are_made_where_clients_run_change_no_bit(
         return keep_finite(r)
 
     monkeypatch.setattr(loops, "keep_finite", seen)
-    torch.set_num_threads(processes)
+    request.getfixturevalue(threads)
     for folder in ("summed", "whole"):
         totals.clear()
         try:
-            e = small(name, engine__name="vectorised", engine__chunk=4, participation__cohort=12, rounds=3)
+            method, more = ("fedavg", IMAGES) if name == "images" else (name, {})
+            e = small(method, engine__name="vectorised", engine__chunk=4, participation__cohort=12, rounds=3, **more)
             loop = loop_of(e, tmp_path / folder)
             loop.engine.choices["processes"] = 3
             if name.endswith("BadWeather"):  # one client that sends NaN
@@ -322,8 +330,7 @@ def test_sums_that_are_made_where_clients_run_change_no_bit(
             assert any(totals) == (folder == "summed")
         finally:
             loop.close()
-            monkeypatch.setattr(Answers, "summed", lambda answers, weight: None)
-    torch.set_num_threads(1)
+        monkeypatch.setattr(Answers, "summed", lambda answers, weight: None)
     assert found[0] == found[1]
     if name.endswith("BadWeather"):
         assert found[0][1][0]["dropped"] == {"not finite": 1}

@@ -254,9 +254,34 @@ def test_recorded_averages_are_pytorchs(pool: nn.Module, size: tuple[int, int]) 
     assert all(recording.code is not None for recording in recorder._known.values())
 
 
+def by_channels(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous().tanh().permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("change", [by_channels, lambda x: x.transpose(2, 3).tanh()])
+def test_layouts_are_as_pytorch_has_them(change: Any) -> None:
+    layer, x = nn.Linear(3, 3), torch.randn(5, 2, 3, 4, 4)
+
+    def step(inputs: tuple[Tensor, Params]) -> Tree:
+        def loss(x: Tensor, w: Params) -> Tensor:
+            y = functional.linear(change(x).permute(0, 2, 3, 1), w["weight"], w["bias"]).permute(0, 3, 1, 2)
+            y = functional.unfold(functional.avg_pool2d(y, 2), 1).flatten(1)
+            return y.view(2, 4, 3).transpose(1, 2).log_softmax(-1).reshape(-1, 4)[:, 0].sum()
+
+        return grad(loss, argnums=(0, 1))(*inputs)
+
+    inputs = (x, trees.map(lambda p: p.detach().expand(5, *p.shape), dict(layer.named_parameters())))
+    recorder = Recorder()
+    for _ in range(3):
+        found = vmap(lambda *given: recorder.run(step, "layout", given, ()))(*inputs)
+        torch.testing.assert_close(found, vmap(lambda *given: step(given))(*inputs))
+    assert all(recording.code is not None for recording in recorder._known.values())
+
+
 @pytest.mark.parametrize("classes", [2, 10, 40])
 def test_recorded_softmax_is_pytorchs(classes: int) -> None:
-    x, far = torch.randn(3, 6, classes), torch.tensor([1.0, 100.0, 1e4])[:, None, None]
+    x, far = torch.randn(3, 6, classes), torch.tensor([1.0, 100.0, 1e7])[:, None, None]
+    x[:, 0] = 1.0
 
     def step(inputs: tuple[Tensor]) -> Tensor:
         return grad(lambda x: functional.log_softmax(x, -1).square().mean())(inputs[0])

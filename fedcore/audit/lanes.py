@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.nn import functional
 
-from fedcore import cache, trees
+from fedcore import __version__, cache, trees
 from fedcore.audit.attack import Progress, silent
 from fedcore.engines import forks
 from fedcore.engines.base import one_thread
@@ -209,7 +209,7 @@ class Gradients:
     def _batching_pays(self, model: nn.Module, variables: Variables, constants: Tree) -> bool:
         """Measured once a (model, shapes, machine), and remembered: two audits with one seed then compute the same bits."""
         shapes = [[name, list(x.shape)] for name, x in trees.flatten((variables, constants)).items()]
-        machine = [platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
+        machine = [platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__, __version__]
         key = cache.key_of("lanes", [str(model), shapes, machine])
         known = cache.load(key)
         if known is None:

@@ -43,7 +43,7 @@ class Engine(Protocol):
     def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         """Run `fn` for every client of `clients` (ascending ids) in round t; reports in any grouping, failures in `failed`.
 
-        Reports of nobody are a pause, in which the run may be stopped.
+        Reports of nobody are a pause, in which the run may be stopped. An engine that can sum where clients run returns `Answers`.
         """
         ...
 

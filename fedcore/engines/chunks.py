@@ -44,10 +44,12 @@ class Chunks:
                 try:
                     with self.work.model_noise(fn, t, piece[0]):
                         up, new = self.batched(fn, down, states, self.work.batches(fn, piece, t), t, piece)
-                    found = Reports(torch.tensor(piece), up, self.work.num_examples(fn, piece))
-                    return [Done(found if weight is None else summed(found, weight), new)]
                 except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
                     log.debug("chunk %s failed, going through it one by one", piece, exc_info=True)
+                else:
+                    up = trees.map(lambda x: x if x.stride(0) == 0 else x.contiguous(), up)  # sums must not depend on the layout
+                    found = Reports(torch.tensor(piece), up, self.work.num_examples(fn, piece))
+                    return [Done(found if weight is None else summed(found, weight), new)]
             return [alone(self.work, fn, client, down, row(states, i), t) for i, client in enumerate(piece)]
 
     def batched(

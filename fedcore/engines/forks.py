@@ -16,6 +16,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, NamedTuple
@@ -278,7 +279,9 @@ def _serve(line: Line, call: Call) -> None:
     """A fork's life: job after job, until the other end is closed, or gone with its process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends it to all of us; what becomes of the run is not ours to decide
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # to be sent work must not take the core from who is still sending
+    with suppress(OSError):  # some sandboxes forbid it
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # who is sent work takes no core from who is still sending
     gc.freeze()  # a collection would write to what is shared
     torch.set_num_threads(1)
     given: list[Tensor] = []

@@ -24,7 +24,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fedcore import cache, trees
+from fedcore import __version__, cache, trees
 from fedcore.engines import forks
 from fedcore.engines.base import Done, Work, failure, keep, one_thread
 from fedcore.engines.chunks import Chunks, pack, row
@@ -191,6 +191,7 @@ class Vectorised:
                 os.cpu_count(),
                 torch.get_num_threads(),
                 torch.__version__,
+                __version__,
             ],
         }
         return cache.key_of("chunk", facts)

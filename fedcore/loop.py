@@ -34,7 +34,7 @@ from fedcore.links import LinkSettings
 from fedcore.method import Method, evaluates
 from fedcore.participation import Process, UniformProcess, answering
 from fedcore.rng import rng
-from fedcore.rundir import PERCENTILES, ClientTable, make_run_dir, open_run_dir, read_history
+from fedcore.rundir import PERCENTILES, ClientTable, lock, make_run_dir, open_run_dir, read_history
 from fedcore.split import split
 from fedcore.state import StateStore
 from fedcore.task import Task
@@ -148,6 +148,7 @@ class Loop:
     ) -> None:
         self.e, self.folder, self.observer = e, folder, observer
         self.begin = time.perf_counter()
+        self._lock = lock(folder) if resume else None
         self.checkpoint = Checkpoint(folder / "checkpoint")
         facts = self.checkpoint.read() if resume and self.checkpoint.exists() else None
         if facts is not None and facts["round"] > e.rounds:
@@ -189,6 +190,7 @@ class Loop:
         if facts is not None:
             self._restore(facts)
         make_run_dir(folder, e)
+        self._lock = self._lock or lock(folder)
         # What was logged after the checkpoint goes, for those rounds are run again.
         self.history = read_history(folder, self.state.t)
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
@@ -200,6 +202,8 @@ class Loop:
 
     def close(self) -> None:
         self.engine.close()
+        if self._lock is not None:
+            self._lock.close()
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
     def run(self) -> Result:

@@ -1,7 +1,8 @@
-"""The run directory: config.toml, environment.json, metrics.jsonl, clients.parquet, checkpoint/, report.html."""
+"""The run directory: config.toml, environment.json, metrics.jsonl, clients.parquet, checkpoint/, report.html, lock."""
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import logging
@@ -13,7 +14,7 @@ import tomllib
 from array import array
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -51,6 +52,26 @@ def make_run_dir(folder: Path, e: Experiment) -> None:
         write_settings(folder, e)
     except OSError as error:
         raise SettingsError(f"--out {folder}: {error.strerror}; expected a directory that can be made and written to") from error
+
+
+def lock(folder: Path) -> IO[bytes]:
+    """What is held while this process writes to the run: until it is closed, or the process ends in any way.
+
+    A lock of the process and not of the file, so that forks which outlive a killed run for a moment do not hold it. Raises
+    SettingsError where another process has it. A file system without locks has nobody refused.
+    """
+    try:
+        file = (folder / "lock").open("wb")
+    except OSError as e:
+        raise SettingsError(f"{folder} cannot be written to: {e.strerror}") from e
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        file.close()
+        raise SettingsError(f"{folder} is being written by another process: wait until it ends, or stop it") from e
+    except OSError as e:
+        log.debug("%s cannot be locked: %s", folder, e)
+    return file
 
 
 def fresh(name: str) -> Path:

@@ -16,7 +16,8 @@ import pytest
 
 from fedcore import Experiment, run
 from fedcore.checkpoint import STATE
-from fedcore.rundir import fresh
+from fedcore.errors import SettingsError
+from fedcore.rundir import fresh, lock
 from tests.helpers import STRATEGIES, small
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -49,7 +50,7 @@ def test_run_prints_a_table_and_writes_the_run_directory(cli: Cli, tmp_path: Pat
     assert "test accuracy" in out
     assert str(tmp_path / "r" / "report.html") in out
     assert "round 2/2" in err
-    expected = {"config.toml", "environment.json", "metrics.jsonl", "clients.parquet", "checkpoint", "report.html"}
+    expected = {"config.toml", "environment.json", "metrics.jsonl", "clients.parquet", "checkpoint", "report.html", "lock"}
     assert {f.name for f in (tmp_path / "r").iterdir()} == expected
 
 
@@ -339,6 +340,26 @@ def test_kill_9_in_the_middle_of_a_round_costs_nothing(name: str, engine: str, r
     assert (done == 0) == (reads == 3)
     assert done < 8
     assert run(e, resume=tmp_path / "r").params_sha256 == whole.params_sha256
+
+
+def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    e = small("fedavg", rounds=4)
+    whole = run(e, tmp_path / "whole").params_sha256
+    run(small("fedavg", rounds=2), tmp_path / "r")
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        held = lock(tmp_path / "r")
+        os.write(writer, b"held" if held else b"")
+        signal.pause()
+    assert os.read(reader, 4) == b"held"
+    try:
+        with pytest.raises(SettingsError, match=r"being written by another process.*stop it"):
+            run(e, resume=tmp_path / "r")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert run(e, resume=tmp_path / "r").params_sha256 == whole
 
 
 @pytest.mark.slow

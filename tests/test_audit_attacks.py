@@ -26,6 +26,7 @@ from fedcore.audit.dlg import DLG
 from fedcore.audit.dlg import Settings as DLGSettings
 from fedcore.audit.examine import BUDGETS, IMAGE_ATTACKS
 from fedcore.audit.idlg import IDLG, label
+from fedcore.audit.inspection import inspect_model
 from fedcore.audit.inverting_gradients import IG
 from fedcore.audit.inverting_gradients import Settings as IGSettings
 from fedcore.audit.observe import Observation, Public, Subject, Truth, aggregate, simulate
@@ -1029,3 +1030,36 @@ def test_clipping_is_no_defence_and_noise_and_aggregation_are() -> None:
     (found,) = SME(SMALL).reconstruct([both.seen], [both.truth.y.sort().values], 0)
     mean = decibel([found], [both.truth], pixels)
     assert mean < none - 3, (none, mean)
+
+
+# Models made to leak
+
+
+def changed(o: Observation, name: str, value: Tensor) -> Observation:
+    return replace(o, w0={**o.w0, name: value})
+
+
+def test_a_model_that_nobody_changed_is_not_suspected() -> None:
+    x, y = data(3, 6)
+    assert inspect_model(see(cnn(), x, y)) == []
+    (line,) = inspect_model(see(mlp(), x, y))
+    assert "is linear on the raw input" in line
+
+
+def test_an_imprint_layer_is_found() -> None:
+    x, y = data(3, 6)
+    o = see(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5)), x, y)
+    planted = changed(changed(o, "1.weight", torch.ones(32, 64) / 64), "1.bias", torch.linspace(-1, 0, 32))
+    assert any('32 of 32 rows of "1.weight" are one direction' in line for line in inspect_model(planted))
+    equal_biases = changed(planted, "1.bias", torch.zeros(32))
+    assert not any("one direction" in line for line in inspect_model(equal_biases))
+
+
+@pytest.mark.parametrize(("name", "factor"), [("weight", 20.0), ("bias", 1e4)])
+def test_parameters_out_of_range_are_found(name: str, factor: float) -> None:
+    x, y = data(3, 6)
+    o = see(cnn(), x, y)
+    last = [key for key in o.w0 if key.endswith(name)][-1]
+    assert any(line.startswith(f'"{last}" is ') for line in inspect_model(changed(o, last, factor * o.w0[last])))
+    trained = see(cnn(), x, y, epochs=40, lr=0.1)
+    assert inspect_model(replace(trained, w0={n: w + trained.delta[n] for n, w in trained.w0.items()})) == []

@@ -545,7 +545,7 @@ def test_a_sign_turned_round_is_corrected_under_a_flag_alone(tmp_path: Path) -> 
 
     clean, wrong, corrected = of("clean", made), of("wrong", turned), of("corrected", turned, flip=True)
     assert timeless(clean) == timeless(corrected)
-    assert clean["warnings"] == []
+    assert [w for w in clean["warnings"] if "linear on the raw input" not in w] == []
     assert any("point against the gradient of public data" in w for w in wrong["warnings"])
     assert wrong["clients"][0]["labels"]["counts"] != clean["clients"][0]["labels"]["counts"]  # it was not turned back
 

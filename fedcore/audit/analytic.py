@@ -35,13 +35,19 @@ class Analytic(Attack[Settings]):
         return found
 
 
-def inputs(o: Observation, s: Settings) -> tuple[Tensor, int]:
-    """(up to N distinct inputs [n, ...], those that most rows agree on first; rows that were active). Raises ValueError."""
+def first_layer(o: Observation) -> tuple[str, str]:
+    """Names of weight and bias. Raises ValueError for a first layer that is not linear, with a bias, on the raw input."""
     names = list(o.w0)[:2]
     size = torch.Size(o.public.shape).numel()
     shapes = [tuple(o.w0[name].shape) for name in names]
     if len(names) < 2 or shapes[0][1:] != (size,) or shapes[1] != shapes[0][:1]:
         raise ValueError(f'the first layer ("{names[0]}", {shapes[0]}) is not a linear one with a bias on the raw input')
+    return names[0], names[1]
+
+
+def inputs(o: Observation, s: Settings) -> tuple[Tensor, int]:
+    """(up to N distinct inputs [n, ...], those that most rows agree on first; rows that were active). Raises ValueError."""
+    names = first_layer(o)
     if any(name not in o.delta for name in names):
         raise ValueError(f'the first layer\'s "{names[0]}" never left the client')
     W, b = (o.delta[name].double() for name in names)

@@ -33,6 +33,7 @@ from fedcore.audit.attack import Attack, Progress, Reconstruction, lacking, sett
 from fedcore.audit.dlfa import DLFA
 from fedcore.audit.dlg import DLG
 from fedcore.audit.idlg import IDLG
+from fedcore.audit.inspection import inspect_model
 from fedcore.audit.inverting_gradients import IG
 from fedcore.audit.labels import recover
 from fedcore.audit.observe import (
@@ -409,6 +410,7 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
     if plan.flip:
         subjects = [s._replace(seen=s.seen.flipped(), before=tuple(o.flipped() for o in s.before)) for s in subjects]
     warnings = _doubts([s.seen for s in subjects], task)
+    warnings += dict.fromkeys(line for s in subjects for line in inspect_model(s.seen))
     if plan.labels == "oracle":
         subjects = [s._replace(seen=replace(s.seen, labels=s.truth.y)) if s.truth is not None else s for s in subjects]
     if not plan.truth:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import logging
@@ -58,18 +57,20 @@ def lock(folder: Path) -> IO[bytes]:
     """What is held while this process writes to the run: until it is closed, or the process ends in any way.
 
     A lock of the process and not of the file, so that forks which outlive a killed run for a moment do not hold it. Raises
-    SettingsError where another process has it. A file system without locks has nobody refused.
+    SettingsError where another process has it. Where there are no locks, nobody is refused.
     """
     try:
         file = (folder / "lock").open("wb")
     except OSError as e:
         raise SettingsError(f"{folder} cannot be written to: {e.strerror}") from e
     try:
+        import fcntl  # not on Windows
+
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as e:
         file.close()
         raise SettingsError(f"{folder} is being written by another process: wait until it ends, or stop it") from e
-    except OSError as e:
+    except (ImportError, OSError) as e:
         log.debug("%s cannot be locked: %s", folder, e)
     return file
 

@@ -81,9 +81,8 @@ def least_squares(e: Experiment) -> Task:
     if e.proxy:  # examples of their own, of one client after another: the population's mixture
         own = rng(e.seed, "least-squares proxy")
         inputs = own.standard_normal((e.proxy, 1, d))
-        targets = np.einsum("knd,kdo->kno", inputs, w[np.arange(e.proxy) % clients]) + o.noise * own.standard_normal(
-            (e.proxy, 1, 1)
-        )
+        targets = np.einsum("knd,kdo->kno", inputs, w[np.arange(e.proxy) % clients])
+        targets += o.noise * own.standard_normal((e.proxy, 1, 1))
         proxy = Examples(torch.from_numpy(inputs[:, 0]).float(), torch.from_numpy(targets[:, 0]).float())
     return Task(model, data, loss=squared_error, metrics={}, proxy=proxy, optimum={"weight": optimum.T.float()})
 

@@ -174,10 +174,12 @@ def add_weighted_(total: Tree, tree: Tree, weights: Tensor) -> Tree:
 
 
 def by_examples(r: Reports) -> Tensor:
+    """Weights of a mean: the number of examples, [n]."""
     return r.num_examples
 
 
 def equally(r: Reports) -> Tensor:
+    """Weights of a mean in which every client counts the same, [n]."""
     return torch.ones_like(r.num_examples)
 
 

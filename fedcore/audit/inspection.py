@@ -1,7 +1,6 @@
 """Models made to leak: what a client can see in the parameters that it is sent, before it answers.
 
-An active server does not attack what training gives away; it changes the model so that an update holds single inputs. What this
-finds, and what such a server does, is told of the published architecture and of one message; the attacks themselves are not built.
+A server that attacks actively changes the model, so that an update holds single inputs. The attacks themselves are not built.
 
 Imprint layers   Fowl et al., ICLR 2022 (Robbing the Fed): rows of a linear layer are one direction, their biases are graded
 Large weights    Boenisch et al., EuroS&P 2023 (trap weights); Wen et al., ICML 2022 (fishing): out of the range of initialisers
@@ -25,7 +24,7 @@ SMALL = 0.1  # root mean square of a bias that training may reach from nothing
 
 
 def inspect_model(seen: Observation) -> list[str]:
-    """What is suspicious in the parameters that this client was sent, one line each; empty for a model that nobody changed.
+    """What is suspicious in the parameters that this client was sent, one line each.
 
     A first layer on the raw input is named, too: it gives inputs away without any change.
     """

@@ -1,6 +1,7 @@
 """Clients per second on a GPU, against a plain PyTorch loop on it: `python -m benchmarks.gpu`.
 
-The models of `benchmarks.engines`, cohorts of 100 and 1 000 of 1 000 even clients. Prints the device, and a table for each model.
+The models of `benchmarks.engines`, cohorts of 100 and 1 000 of 1 000 even clients, of ResNet-18 10 and 100. Prints the device, and
+a table for each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def main() -> None:
         raise SystemExit("PyTorch sees no CUDA device here; these tables need one. On CPUs: python -m benchmarks.engines")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     for model in a.model:
-        for cohort in (100, 1000):
+        for cohort in (10, 100) if model == "resnet" else (100, 1000):
             e = experiment(*EVEN, *MODELS[model], f"participation.cohort={cohort}", "engine.device=cuda")
             torch.cuda.reset_peak_memory_stats()
             rows = summary(take_turns(e, a.rounds, {"vectorised": []}, cores=1))

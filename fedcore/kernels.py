@@ -1,4 +1,4 @@
-"""What recordings call on a CPU, where PyTorch's own operations are slower: convolutions of many clients, unfolding, pooling,
+"""What recordings call where PyTorch's own operations are slower: convolutions of many clients, and on a CPU unfolding, pooling,
 log-softmax over few classes. All return contiguous tensors.
 """
 
@@ -33,33 +33,68 @@ def convolutions_backward(
     return dx, dw
 
 
+def products(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    """`convolutions`, as one matrix product a client."""
+    h, w_ = (_places(s, *rest) for s, *rest in zip(x.shape[3:], w.shape[3:], dilation, padding, stride, strict=True))
+    y = torch.bmm(w.flatten(2), unfolded(x, list(w.shape[3:]), dilation, padding, stride))
+    return y.view(len(x), w.shape[1], x.shape[1], h, w_).transpose(1, 2).contiguous()
+
+
+def products_backward(
+    g: Tensor, x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """`convolutions_backward`, as matrix products."""
+    g, kernel, dx, dw = g.transpose(1, 2).flatten(2), list(w.shape[3:]), None, None
+    if wanted[0]:
+        dx = folded(w.flatten(2).mT @ g, x.shape[1], list(x.shape[3:]), kernel, dilation, padding, stride)
+    if wanted[1]:
+        dw = torch.bmm(g, unfolded(x, kernel, dilation, padding, stride).mT).view(w.shape)
+    return dx, dw
+
+
 def patches(x: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> Tensor:
-    """`im2col`: of x [N, C, H, W] what a convolution sees, [N, C k k, h w], as one copy of a view, in a third of PyTorch's time."""
-    if any(padding):
-        x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    for axis, (k, d, step) in enumerate(zip(kernel, dilation, stride, strict=True)):
-        x = _windows(x, 2 + axis, k, d, step)
-    n, channels, *_, h, w = x.shape
-    return x.reshape(n, channels * math.prod(kernel), h * w).contiguous()
+    """`im2col`: of x [N, C, H, W] what a convolution sees, [N, C k k, h w]; in a third of PyTorch's time."""
+    return unfolded(x.unsqueeze(1), kernel, dilation, padding, stride)
 
 
 def spread(y: Tensor, size: list[int], kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> Tensor:
-    """`col2im`, the adjoint of `patches`: of y [N, C k k, h w] the sums [N, C, H, W], in half of PyTorch's time."""
-    x = y.new_zeros(len(y), y.shape[1] // math.prod(kernel), *(s + 2 * p for s, p in zip(size, padding, strict=True)))
-    windows: Tensor = x
-    for axis, (k, d, step) in enumerate(zip(kernel, dilation, stride, strict=True)):
-        windows = _windows(windows, 2 + axis, k, d, step)
-    pieces = y.reshape(windows.shape)
+    """`col2im`, the adjoint of `patches`: of y [N, C k k, h w] the sums [N, C, H, W]; in half of PyTorch's time."""
+    return folded(y, 1, size, kernel, dilation, padding, stride).squeeze(1)
+
+
+def unfolded(x: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> Tensor:
+    """What the convolutions of n clients see of x [n, B, C, H, W], as one copy of a view: [n, C k k, B h w]."""
+    if any(padding):
+        x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    windows = _windows(x, kernel, dilation, stride)
+    n, b, channels, *_, h, w = windows.shape
+    return windows.permute(0, 2, 3, 4, 1, 5, 6).reshape(n, channels * math.prod(kernel), b * h * w).contiguous()
+
+
+def folded(
+    y: Tensor, images: int, size: list[int], kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]
+) -> Tensor:
+    """The adjoint of `unfolded`: of y [n, C k k, B h w] of B `images` the sums [n, B, C, H, W]."""
+    padded = [s + 2 * p for s, p in zip(size, padding, strict=True)]
+    x = y.new_zeros(len(y), images, y.shape[1] // math.prod(kernel), *padded)
+    windows = _windows(x, kernel, dilation, stride)
+    pieces = y.view(len(y), x.shape[2], *kernel, images, *windows.shape[5:])
     for i, j in itertools.product(*map(range, kernel)):  # within one of them no two elements are the same
-        windows[:, :, i, j].add_(pieces[:, :, i, j])
-    return x[:, :, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]].contiguous()
+        windows[:, :, :, i, j].add_(pieces[:, :, i, j].transpose(1, 2))
+    return x[..., padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]].contiguous()
 
 
-def _windows(x: Tensor, axis: int, k: int, dilation: int, stride: int) -> Tensor:
-    """A view in which this axis is two: which element of the kernel, [k], and next to the last axes where it is put."""
-    places = (x.shape[axis] - dilation * (k - 1) - 1) // stride + 1
-    found = x.unfold(axis, (places - 1) * stride + 1, dilation)[..., ::stride]
-    return found.narrow(axis, 0, k)
+def _windows(x: Tensor, kernel: list[int], dilation: list[int], stride: list[int]) -> Tensor:
+    """A view of x [n, B, C, H, W] as [n, B, C, k, k, h, w]: element of the kernel, and where it is put."""
+    for axis, (k, d, step) in enumerate(zip(kernel, dilation, stride, strict=True), 3):
+        places = _places(x.shape[axis], k, d, 0, step)
+        x = x.unfold(axis, (places - 1) * step + 1, d)[..., ::step].narrow(axis, 0, k)
+    return x
+
+
+def _places(size: int, k: int, dilation: int, padding: int, stride: int) -> int:
+    """Where a kernel can be put along one axis."""
+    return (size + 2 * padding - dilation * (k - 1) - 1) // stride + 1
 
 
 def averages(x: Tensor, kernel: list[int], *_: Any) -> Tensor:

@@ -33,6 +33,7 @@ from fedcore.errors import RunError, SettingsError, TooFewReports
 from fedcore.links import LinkSettings
 from fedcore.method import Method, evaluates
 from fedcore.participation import Process, UniformProcess, answering
+from fedcore.readout import Readout, read
 from fedcore.rng import rng
 from fedcore.rundir import PERCENTILES, ClientTable, lock, make_run_dir, open_run_dir, read_history
 from fedcore.split import split
@@ -297,17 +298,19 @@ class Loop:
         answers = self.engine.each(fn, clients, down, t)
         if weight is not None and isinstance(answers, Answers) and not self.captures.wanted:
             answers.summed(weight)
-        for r in answers:
+        for r, seen in read(answers):
             self._heed_stop()
             tally.count(fn, r)
             if len(r.clients):  # what was sent, whether it is of use or not
                 tally.bytes_up += trees.nbytes(r.up) if r.total is None else len(r.clients) * trees.nbytes(r.total)
-            good = keep_finite(r)
-            tally.add(good)
+            good, seen = keep_finite(r, seen)
+            if tally.silent:
+                seen = seen._replace(metrics={})
+            tally.add(good, seen)
             self._note_failed(good.failed)
             self.observer.client_done(t, len(tally.reported), len(tally.asked))
             if len(good.clients):
-                self.clients.add(t + 1, fn.__name__, good._replace(up={}) if tally.silent else good)
+                self.clients.add(t + 1, fn.__name__, good.clients, seen)
                 self.captures.add(t, fn, down, good)
                 yield good
 
@@ -360,16 +363,16 @@ class Loop:
         """By metric: its value for each evaluated client with examples, and their number; who failed is added to `failed`."""
         values: dict[str, list[tuple[Tensor, Tensor]]] = {}
         t = self.state.t - 1
-        for r in self.engine.each(fn, self._evaluated, Model(self.state.server.params), t):
+        for r, seen in read(self.engine.each(fn, self._evaluated, Model(self.state.server.params), t)):
             self._heed_stop()
             self._note_failed(r.failed)
             failed.update(r.failed)
             if len(r.clients) == 0:
                 continue
-            self.clients.add(t + 1, fn.__name__, r)
-            some = r.num_examples > 0
-            for name, per_client in r.metrics.items():
-                values.setdefault(name, []).append((per_client[some].double().cpu(), r.num_examples[some].double().cpu()))
+            self.clients.add(t + 1, fn.__name__, r.clients, seen)
+            some = seen.num_examples > 0
+            for name, per_client in seen.metrics.items():
+                values.setdefault(name, []).append((per_client[some].double(), seen.num_examples[some].double()))
         columns = {name: tuple(torch.cat(column) for column in zip(*pieces, strict=True)) for name, pieces in values.items()}
         return {name: (per_client, examples) for name, (per_client, examples) in columns.items() if len(per_client)}
 
@@ -528,12 +531,12 @@ class Tally:
     silent: bool = False  # clients add noise, so that their scalars say nothing, and are not logged
     sent: dict[str, set[int]] = field(default_factory=dict)  # by client function, who sent a message
 
-    def add(self, r: Reports) -> None:
+    def add(self, r: Reports, seen: Readout) -> None:
         self.failed.update({client: reason.split(":")[0] for client, reason in r.failed.items()})
         if len(r.clients) and trees.leaves(r.up):  # who works on its own, without a message, reports nothing
             self.asked.update(r.clients.tolist())
             self.reported.update(r.clients.tolist())
-            for name, values in ({} if self.silent else r.metrics).items():
+            for name, values in seen.metrics.items():
                 total, n = self.sums.get(name, (0.0, 0))
                 self.sums[name] = total + float(values.sum()), n + len(values)
 
@@ -577,17 +580,17 @@ def without_use(row: dict[str, Any]) -> bool:
     return bool(dropped.get("server not finite") or (row["reports"] == 0 and row["cohort"] > dropped.get("dropout", 0)))
 
 
-def keep_finite(r: Reports) -> Reports:
+def keep_finite(r: Reports, seen: Readout) -> tuple[Reports, Readout]:
     """The reports whose update is finite; the others are in `failed`. A total is there only where all are."""
-    ok = trees.finite_rows(r.up) if len(r.clients) and r.total is None else []
-    if all(ok):
-        return r
-    good, clients = torch.tensor(ok), r.clients.tolist()
-    bad = {i: "not finite: the update holds NaN or Inf" for i, fine in zip(clients, ok, strict=True) if not fine}
+    if all(seen.finite):
+        return r, seen
+    good, clients = torch.tensor(seen.finite), r.clients.tolist()
+    bad = {i: "not finite: the update holds NaN or Inf" for i, fine in zip(clients, seen.finite, strict=True) if not fine}
     rows = good.to(r.num_examples.device)
-    return r._replace(
+    kept = r._replace(
         clients=r.clients[good], up=trees.at(r.up, rows), num_examples=r.num_examples[rows], failed={**r.failed, **bad}
     )
+    return kept, Readout([], seen.num_examples[good], trees.at(seen.metrics, good))
 
 
 def spread(values: Tensor, examples: Tensor) -> dict[str, float]:

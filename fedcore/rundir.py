@@ -17,12 +17,13 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedcore import __version__
 from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
-from fedcore.types import Reports
+from fedcore.readout import Readout
 
 log = logging.getLogger("fedcore")
 
@@ -173,10 +174,10 @@ class ClientTable:
         self._columns: dict[str, list[str] | array[float]] = {name: array("d") for name in ("round", "client", "num_examples")}
         self._columns["function"] = []
 
-    def add(self, number: int, function: str, r: Reports) -> None:
-        n = len(r.clients)
-        facts: dict[str, list[Any]] = {"round": [number] * n, "function": [function] * n, "client": r.clients.tolist()}
-        facts |= {"num_examples": r.num_examples.tolist(), **{name: values.tolist() for name, values in r.metrics.items()}}
+    def add(self, number: int, function: str, clients: Tensor, seen: Readout) -> None:
+        n = len(clients)
+        facts: dict[str, list[Any]] = {"round": [number] * n, "function": [function] * n, "client": clients.tolist()}
+        facts |= {"num_examples": seen.num_examples.tolist(), **{name: x.tolist() for name, x in seen.metrics.items()}}
         self._append(facts, n)
 
     def _append(self, columns: dict[str, list[Any]], n: int) -> None:

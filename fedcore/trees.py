@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -94,7 +93,25 @@ def at(tree: Tree, index: int | slice | Tensor) -> Tree:
 
 
 def to(tree: Tree, device: torch.device) -> Tree:
+    """On this device; from the CPU to a GPU through pinned memory, for else the copy would wait for all work of the GPU."""
+    if device.type == "cuda":
+        return map(lambda x: x.to(device, non_blocking=True) if x.is_cuda else x.pin_memory().to(device, non_blocking=True), tree)
     return map(lambda x: x.to(device), tree)
+
+
+def fetch(tree: T) -> Callable[[], T]:
+    """To the CPU: the copies begin now, after what the GPU has to do up to here, and what is returned waits for them alone."""
+    if not any(x.is_cuda for x in leaves(tree)):
+        return lambda: tree
+    found: T = map(lambda x: x.to("cpu", non_blocking=True), tree)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def wait() -> T:
+        copied.synchronize()
+        return found
+
+    return wait
 
 
 def nbytes(tree: Tree) -> int:
@@ -115,12 +132,12 @@ def _wide(x: Tensor) -> torch.dtype | None:
     return torch.float32 if x.element_size() < 4 else None
 
 
-def finite_rows(tree: Tree) -> list[bool]:
-    """`finite` for each row of the leading axis; empty where the tree has no floating-point leaf."""
+def row_sums(tree: Tree) -> Tensor:
+    """For each row of the leading axis a number that is finite where the row is, as in `finite`, [n]; [0] without such leaves."""
     values = [x for x in leaves(tree) if x.is_floating_point()]
     rows = [x[:1] if _same(x) else x for x in values]
     sums = [x.reshape(x.shape[0], -1).sum(1, dtype=_wide(x)) for x in rows]
-    return [math.isfinite(value) for value in functools.reduce(torch.add, sums).expand(len(values[0])).tolist()] if sums else []
+    return functools.reduce(torch.add, sums).expand(len(values[0])) if sums else torch.empty(0)
 
 
 def flatten(tree: Tree) -> dict[str, Tensor]:
@@ -155,9 +172,16 @@ def unravel(vector: Tensor, like: T) -> T:
 
 def weighted_sum(tree: Tree, weights: Tensor) -> Tree:
     """sum_i weights[i] * row i, over the leading axis."""
+    weights = _beside(weights, tree)
     if len(weights) == 1:  # one client at a time: no product with a matrix of one row
         return map(lambda x: x[0] * weights[0].to(x), tree)
     return map(lambda x: x[0] * weights.to(x).sum() if _same(x) else torch.tensordot(weights.to(x), x, 1), tree)
+
+
+def _beside(weights: Tensor, tree: Tree) -> Tensor:
+    """On the device of the tree."""
+    found: Tensor = to(weights, next(iter(leaves(tree)), weights).device)
+    return found
 
 
 def _same(rows: Tensor) -> bool:
@@ -168,7 +192,7 @@ def _same(rows: Tensor) -> bool:
 def add_weighted_(total: Tree, tree: Tree, weights: Tensor) -> Tree:
     """total + sum_i weights[i] * row i, in place: `total` must be the caller's own. Returns it."""
     if len(weights) == 1:
-        w = weights[0]
+        w = _beside(weights, tree)[0]
         return map(lambda t, x: t.addcmul_(x[0], w.to(t)), total, tree)
     return map(lambda t, x: t.add_(x), total, weighted_sum(tree, weights))
 

@@ -17,7 +17,7 @@ from fedcore.engines.base import failure
 from fedcore.engines.ray import _pieces
 from fedcore.errors import RunError
 from fedcore.loop import Interrupted, run
-from tests.helpers import NOISY, STRATEGIES, TOYS, VARIANTS, assert_close, loop_of, small
+from tests.helpers import NOISY, TOYS, assert_close, loop_of, small
 
 DIGITS = {
     "task": "digits",
@@ -263,25 +263,6 @@ def test_a_failure_says_what_and_why() -> None:
     r = failure([3, 4], ValueError("no"))
     assert dict(r.failed) == {3: "error: ValueError: no", 4: "error: ValueError: no"}
     assert len(r.clients) == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("engine", ["sequential", "vectorised", "ray"])
-def test_a_gpu_computes_what_the_cpu_computes(engine: str, tmp_path: Path) -> None:
-    cpu = run(small("fedavg", **DIGITS, engine__device="cpu"), tmp_path / "cpu")
-    gpu = run(small("fedavg", **DIGITS, engine__name=engine, engine__device="cuda"), tmp_path / "gpu")
-    assert gpu.final["test_loss"] == pytest.approx(cpu.final["test_loss"], abs=1e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
-@pytest.mark.parametrize("name", [*STRATEGIES, *VARIANTS])
-def test_every_method_runs_on_a_gpu(name: str, engine: str, tmp_path: Path) -> None:
-    cpu = run(small(name, engine__device="cpu"), tmp_path / "cpu")
-    gpu = run(small(name, engine__name=engine, engine__device="cuda"), tmp_path / "gpu")
-    assert gpu.final["test_loss"] == pytest.approx(cpu.final["test_loss"], rel=1e-3)
 
 
 @pytest.mark.slow

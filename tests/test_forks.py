@@ -22,6 +22,7 @@ from fedcore.engines import forks
 from fedcore.engines.forks import Forks
 from fedcore.errors import RunError
 from fedcore.loop import run
+from fedcore.readout import Readout
 from fedcore.types import Answers, Reports
 from tests.helpers import STRATEGIES, loop_of, small
 
@@ -309,9 +310,9 @@ def test_sums_that_are_made_where_clients_run_change_no_bit(
     found, totals = [], []
     keep_finite = loops.keep_finite
 
-    def seen(r: Reports) -> Reports:
+    def seen(r: Reports, readout: Readout) -> tuple[Reports, Readout]:
         totals.append(r.total is not None)
-        return keep_finite(r)
+        return keep_finite(r, readout)
 
     monkeypatch.setattr(loops, "keep_finite", seen)
     request.getfixturevalue(threads)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.engines.chunks import PADDING, pack
-from fedcore.kernels import patches, spread
+from fedcore.kernels import convolutions, convolutions_backward, patches, products, products_backward, spread
 from fedcore.local import local_sgd
 from fedcore.loop import run
 from fedcore.models import Cnn, LeNet, Logistic, Mlp, ResNet, Vit
@@ -237,6 +237,22 @@ def test_patches_and_their_adjoint_are_pytorchs(shape: Any, kernel: Any, dilatio
     y = torch.randn_like(expected)
     back = functional.fold(y, shape[2:], kernel, dilation, padding, stride)
     torch.testing.assert_close(spread(y, list(shape[2:]), *settings), back)
+
+
+@pytest.mark.parametrize(("shape", "kernel", "dilation", "padding", "stride"), SHAPES)
+def test_convolutions_as_products_are_pytorchs(shape: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> None:
+    clients, outputs = 3, 5
+    x = torch.randn(clients, *shape, dtype=torch.float64)
+    w = torch.randn(clients, outputs, shape[1], *kernel, dtype=torch.float64)
+    settings = [list(v) for v in (stride, padding, dilation)]
+    expected = convolutions(x, w, *settings)
+    torch.testing.assert_close(products(x, w, *settings), expected)
+    g = torch.randn_like(expected)
+    for wanted in ([True, True, False], [False, True, False], [True, False, False]):
+        back = convolutions_backward(g, x, w, *settings, wanted)
+        for found, right in zip(products_backward(g, x, w, *settings, wanted), back, strict=True):
+            assert (found is None) == (right is None)
+            torch.testing.assert_close(found, right)
 
 
 @pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AvgPool2d((3, 2)), nn.AvgPool2d(2, 1), nn.AvgPool2d(4, ceil_mode=True)])

@@ -10,7 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from fedcore.rng import rng
+from fedcore import trees
+from fedcore.rng import rng, streams
 from fedcore.types import Batches
 
 EVALUATION_BATCH = 64  # examples in one forward pass of one client's evaluation
@@ -113,20 +114,22 @@ class FederatedData:
         own = [self.rows(client, data) for client in clients.tolist()]
         longest = max(map(len, own), default=0)
         shape = len(clients), max(_steps(longest, data, local), 1), _width(longest, batch) if even else min(batch, max(longest, 1))
-        rows, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
-        for i, (client, mine) in enumerate(zip(clients.tolist(), own, strict=True)):
-            if len(mine) == 0:
-                continue
-            if data == "train":
-                fill_train(rows[i], mask[i], mine, local, batch, rng(seed, "batches", t, client, *[plan][: plan > 0]))
-            else:
-                fill(rows[i], mask[i], mine, 0, batch)
+        rows = np.full(shape, -1, dtype=np.int64)  # -1 is padding
+        if data == "train":
+            keys = [np.full(len(clients), t), clients, *[np.full(len(clients), plan)][: plan > 0]]
+            for steps, mine, draw in zip(rows, own, streams(seed, "batches", np.stack(keys, 1)), strict=True):
+                if len(mine):
+                    fill_train(steps, mine, local, batch, draw)
+        else:
+            for steps, mine in zip(rows, own, strict=True):
+                fill(steps, mine, 0, batch)
         # Step by step in memory, [K, n, B], so that a step of all clients is one block.
-        index, mask = np.ascontiguousarray(rows.swapaxes(0, 1)), np.ascontiguousarray(mask.swapaxes(0, 1))
-        flat = torch.from_numpy(index).to(self.x.device).flatten()
+        index = np.ascontiguousarray(rows.swapaxes(0, 1))
+        mask = (index >= 0).astype(np.float32)
+        flat, real = trees.to((torch.from_numpy(np.maximum(index, 0)).flatten(), torch.from_numpy(mask)), self.x.device)
         x = self.x.index_select(0, flat).view(*index.shape, *self.x.shape[1:])
         y = self.y.index_select(0, flat).view(*index.shape, *self.y.shape[1:])
-        return Batches(*(v.transpose(0, 1) for v in (x, y, torch.from_numpy(mask).to(self.x.device))))
+        return Batches(*(v.transpose(0, 1) for v in (x, y, real)))
 
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy arrays, which pickle protocol 5 moves out of band: workers on one machine share them instead of copying.
@@ -156,26 +159,22 @@ def _width(longest: int, batch: int) -> int:
     return batch
 
 
-def fill(rows: np.ndarray, mask: np.ndarray, own: np.ndarray, first: int, batch: int) -> int:
+def fill(rows: np.ndarray, own: np.ndarray, first: int, batch: int) -> int:
     """Write `own` into batches of `batch` from step `first` on; returns the next free step."""
     steps = -(-len(own) // batch)
-    for flat, value in ((rows, own), (mask, 1)):  # B is `batch`, or there is one step
-        flat[first : first + steps].reshape(-1)[: len(own)] = value
+    rows[first : first + steps].reshape(-1)[: len(own)] = own  # B is `batch`, or there is one step
     return first + steps
 
 
-def fill_train(
-    rows: np.ndarray, mask: np.ndarray, own: np.ndarray, local: LocalSettings, batch: int, draw: np.random.Generator
-) -> None:
+def fill_train(rows: np.ndarray, own: np.ndarray, local: LocalSettings, batch: int, draw: np.random.Generator) -> None:
     """Shuffled epochs, each cut into batches of its own; `local.steps` of them, or `local.epochs` epochs."""
-    if local.steps is None:
-        step = 0
-        for _ in range(local.epochs):
-            step = fill(rows, mask, draw.permutation(own), step, batch)
-        return
     step = 0
+    if local.steps is None:
+        for _ in range(local.epochs):
+            step = fill(rows, draw.permutation(own), step, batch)
+        return
     while step < local.steps:
-        step = fill(rows, mask, draw.permutation(own)[: (local.steps - step) * batch], step, batch)
+        step = fill(rows, draw.permutation(own)[: (local.steps - step) * batch], step, batch)
 
 
 def shared_tensor(array: np.ndarray) -> Tensor:

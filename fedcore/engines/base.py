@@ -101,12 +101,13 @@ class Work:
         """float32 [n]; of a fine-tuning, those that it is measured on."""
         kind = "test" if data_of(fn) == "tune" else data_of(fn)
         counts = self.task.data.num_examples(np.asarray(clients, dtype=np.int64), kind)
-        return torch.from_numpy(counts.astype(np.float32)).to(self.task.device)
+        found: Tensor = trees.to(torch.from_numpy(counts.astype(np.float32)), self.task.device)
+        return found
 
     def now(self, t: int) -> Tensor:
         """The round as a client function gets it: 0-d, on the task's device."""
         if self._now[0] != t:
-            self._now = (t, torch.tensor(float(t), device=self.task.device))
+            self._now = (t, torch.full((), float(t), device=self.task.device))
         return self._now[1]
 
     def one(self, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> tuple[Tree, Tree]:

@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import vmap
 
 from fedcore import trees
 from fedcore.engines.base import Done, Work, alone
+from fedcore.engines.graphs import Graphs
 from fedcore.recording import Recorder, recorded
 from fedcore.run_client import run_client
 from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning, Weight
@@ -30,6 +31,7 @@ class Chunks:
         self.noisy = [m for m in work.task.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
         """Layers that draw for each example: what they draw depends on shapes, so that these stay as `sequential` has them."""
         self.recorder = None if self.noisy else Recorder()
+        self.graphs = Graphs() if work.task.device.type == "cuda" and not self.noisy else None
         work.even = not self.noisy
 
     def run(
@@ -57,16 +59,23 @@ class Chunks:
     ) -> tuple[Tree, Tree]:
         """(what arrives, new states) of the clients `chunk`; without it nothing is lost on the way, for a trial."""
         n, work = len(trees.leaves(batches)[0]), self.work
-        now = work.now(t)
         own_down = chunk is not None and bool(trees.leaves(down)) and not work.links.silent("downlink", fn)
         if chunk is not None and own_down:  # each client receives a message of its own
             down = trees.stack([work.links.carry(down, "downlink", fn, t, i) for i in chunk])
+        in_dims = (None, 0 if own_down else None, 0 if trees.leaves(states) else None, 0)
 
-        def client(down: Tree, state: Tree, batch: Batches | Tuning) -> tuple[Tree, Tree]:
+        def client(now: Tensor, down: Tree, state: Tree, batch: Batches | Tuning) -> tuple[Tree, Tree]:
             return run_client(fn, work.task, now, down, state, batch)
 
-        in_dims = (0 if own_down else None, 0 if trees.leaves(states) else None, 0)
-        up, new = vmap(client, in_dims=in_dims, randomness="different")(down, states, batches)
+        def clients(inputs: Tree) -> tuple[Tree, Tree]:
+            found: tuple[Tree, Tree] = vmap(client, in_dims=in_dims, randomness="different")(*inputs)
+            return found
+
+        inputs = (work.now(t), down, states, batches)
+        if self.graphs is None:
+            up, new = clients(inputs)
+        else:
+            up, new = self.graphs.run((fn.__name__, in_dims, work.task.model.training), clients, inputs)
         assert all(len(x) == n for x in trees.leaves(up))
         if chunk is not None and trees.leaves(up) and not work.arrives_as_is(fn):
             up = trees.stack([work.send(trees.at(up, row), fn, t, i) for row, i in enumerate(chunk)])

@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cached_property, partial
 from itertools import islice
@@ -28,6 +28,7 @@ from fedcore import __version__, cache, trees
 from fedcore.engines import forks
 from fedcore.engines.base import Done, Work, failure, keep, one_thread
 from fedcore.engines.chunks import Chunks, pack, row
+from fedcore.method import evaluates
 from fedcore.recording import recorded
 from fedcore.run_client import run_client
 from fedcore.state import StateStore
@@ -80,6 +81,9 @@ class Vectorised:
         with one_thread() if self.work.task.device.type == "cpu" else nullcontext():
             size = self._chunk(fn, clients.numpy(), down, t)
             pieces = self.chunks(fn, clients.numpy())
+            if self.work.task.device.type == "cuda":
+                yield from self._on_gpu(fn, pieces, down, t, size)
+                return
             while pieces and (self.processes == 1 or len(pieces) == 1 or not self._known(fn, down)):
                 yield from self._keep(fn, self._here(fn, pieces.pop(0), down, t, size, weight))
             if pieces:
@@ -106,6 +110,22 @@ class Vectorised:
 
     def _keep(self, fn: ClientFunction, done: list[Done]) -> Iterator[Reports]:
         return (keep(self.states, fn, d) for d in done)
+
+    def _on_gpu(self, fn: ClientFunction, pieces: list[list[int]], down: Tree, t: int, size: int) -> Iterator[Reports]:
+        """Pieces one after another. The new states of one are stored when the next is on its way, so that nobody waits for them."""
+        behind: list[tuple[Done, Callable[[], Tree]]] = []
+        try:
+            for piece in pieces:
+                done = self._one.run(fn, piece, down, self._states(piece), t, size)
+                self._store(fn, behind)
+                behind = [] if evaluates(fn) else [(d, trees.fetch(d.states)) for d in done]
+                yield from (d.reports for d in done)
+        finally:
+            self._store(fn, behind)
+
+    def _store(self, fn: ClientFunction, behind: list[tuple[Done, Callable[[], Tree]]]) -> None:
+        for done, states in behind:
+            keep(self.states, fn, done._replace(states=states()))
 
     # On all cores
 
@@ -212,9 +232,14 @@ class Vectorised:
         except Exception:
             return 1, False
         start = time.thread_time()  # without what PyTorch imports at its first gradient
-        for size in (s for s in SIZES if s <= max(len(ids), SIZES[0])):
+        sizes = {s for s in SIZES if s <= max(len(ids), SIZES[0])}
+        if self.work.task.device.type == "cuda" and len(ids) <= SIZES[-1]:
+            sizes.add(len(ids))  # there is one process: the whole cohort may be a chunk
+        for size in sorted(sizes):
             try:
                 seconds = self._trial(fn, ids[:size], down, t, batched=True)
+            except torch.OutOfMemoryError:
+                break
             except Exception as e:
                 reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
                 log.warning("%s cannot be batched over clients (%s); they run one after another", fn.__name__, reason)
@@ -245,6 +270,8 @@ class Vectorised:
             if self.work.task.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append((clock() - begin) / len(chunk))
+        if self._one.graphs is not None:
+            self._one.graphs.clear()  # of a trial's few steps
         return min(times) + HANDLING / (len(chunk) if batched else 1)
 
     def describe(self) -> str:

@@ -1,0 +1,155 @@
+"""On a CUDA device: the numbers of the CPU, CUDA graphs, and no waiting inside a round. Skipped where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from fedcore import trees
+from fedcore.engines.graphs import EAGER, Graphs
+from fedcore.local import local_sgd
+from fedcore.loop import Loop, Tally, run
+from fedcore.method import on_client
+from fedcore.recording import Recorder, recorded
+from fedcore.types import Batches, Model, Stateless, Tree
+from strategies.fedavg import FedAvg, Up
+from tests.helpers import STRATEGIES, TOYS, VARIANTS, assert_close, loop_of, small
+from tests.test_engines import DIGITS
+from tests.test_recording import BUILDERS, CLIENTS, HOOKS, SHAPE, batches, task_of, train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA: dict[str, Any] = {"engine__device": "cuda", "engine__name": "vectorised"}
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorised", "ray"])
+def test_a_gpu_computes_what_the_cpu_computes(engine: str, tmp_path: Path) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray")
+    cpu = run(small("fedavg", **DIGITS, engine__device="cpu"), tmp_path / "cpu")
+    gpu = run(small("fedavg", **DIGITS, engine__name=engine, engine__device="cuda"), tmp_path / "gpu")
+    assert gpu.final["test_loss"] == pytest.approx(cpu.final["test_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+@pytest.mark.parametrize("name", [*STRATEGIES, *VARIANTS, *TOYS])
+def test_every_method_runs_on_a_gpu(name: str, engine: str, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"rounds": EAGER + 5, "engine__chunk": 5} if engine == "vectorised" else {}
+    cpu = run(small(name, engine__device="cpu", **({"rounds": EAGER + 5} if more else {})), tmp_path / "cpu")
+    gpu = run(small(name, engine__name=engine, engine__device="cuda", **more), tmp_path / "gpu")
+    assert gpu.final["test_loss"] == pytest.approx(cpu.final["test_loss"], rel=1e-3)
+    assert gpu.dropped == cpu.dropped
+
+
+@pytest.mark.parametrize(("settings", "hooks"), [(model, "plain") for model in BUILDERS] + [(BUILDERS[1], h) for h in HOOKS])
+def test_recordings_and_graphs_compute_what_the_cpu_does(settings: Any, hooks: str) -> None:
+    torch.manual_seed(0)
+    task = task_of(settings.build(SHAPE, 10).double())
+    expected = trees.stack([train(task, task.init_params(), trees.at(batches(), i), HOOKS[hooks]) for i in range(CLIENTS)])
+    task.to(torch.device("cuda"))
+    b, params = trees.to(batches(), torch.device("cuda")), task.init_params()
+    hook = trees.to(HOOKS[hooks]["lr"], torch.device("cuda")) if isinstance(HOOKS[hooks].get("lr"), Tensor) else None
+    with_hooks = HOOKS[hooks] | ({} if hook is None else {"lr": hook})
+
+    def client(params: Tree, b: Batches) -> Tree:
+        return train(task, params, b, with_hooks)
+
+    graphs = Graphs()
+    with recorded(Recorder()):
+        for i in range(EAGER + 3):
+            found = graphs.run("train", lambda inputs: vmap(client, in_dims=(None, 0))(*inputs), (params, b))
+            assert_close(trees.to(found, torch.device("cpu")), expected, 1e-9, f"use {i + 1}")
+    assert [graph is not None for graph in graphs._graphs.values()] == [True]
+
+
+def after_rounds(name: str, folder: Path, rounds: int = EAGER + 3, **settings: Any) -> Loop:
+    digits = {key: value for key, value in DIGITS.items() if key != "partition__alpha"} | {"partition__name": "iid"}
+    loop = loop_of(small(name, **digits, **CUDA, engine__chunk=4, **settings), folder)
+    for _ in range(rounds):
+        loop.round()
+    return loop
+
+
+@contextmanager
+def nobody_waits() -> Iterator[None]:
+    """Inside, an operation that waits for the device raises; to wait for an event is no such operation."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+def test_nothing_waits_for_the_device_inside_a_round(name: str, tmp_path: Path) -> None:
+    loop = after_rounds(name, tmp_path, participation__cohort=12)
+    fn, chunks = loop.method.train, 0  # type: ignore[attr-defined]
+    down = Model(loop.state.server.params) if name == "fedavg" else loop.state.server
+    with nobody_waits():
+        for r in loop._each(fn, torch.arange(12), down, 9, Tally(set()), None):
+            trees.weighted_sum(r.up, r.num_examples)
+            chunks += 1
+    assert chunks == 3
+    loop.close()
+
+
+def test_a_chunk_is_read_while_the_next_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = after_rounds("fedavg", tmp_path, participation__cohort=12)
+    order: list[str] = []
+    one, add = loop.engine._one, loop.clients.add  # type: ignore[attr-defined]
+    whole = one.run
+    monkeypatch.setattr(one, "run", lambda *args: (order.append("computed"), whole(*args))[1])
+    monkeypatch.setattr(loop.clients, "add", lambda *args: (order.append("read"), add(*args))[1])
+    loop.round()
+    loop.close()
+    assert order == ["computed", "computed", "read", "computed", "read", "read"]
+
+
+def test_a_plain_methods_work_becomes_a_graph(tmp_path: Path) -> None:
+    loop = after_rounds("fedavg", tmp_path, participation__cohort=8)
+    graphs = loop.engine._one.graphs._graphs  # type: ignore[attr-defined]
+    assert [graph is not None for graph in graphs.values()] == [True]
+    loop.close()
+
+
+class Copies(FedAvg):
+    """Makes a constant on the device in its client function, for which the host waits: no graph can hold that."""
+
+    @on_client
+    def train(self, task: Any, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+        lr = torch.tensor([0.05]).to(task.device)[0]
+        w, _, loss = local_sgd(task.loss, down.params, batches, lr)
+        return Up(trees.sub(w, down.params), loss), state
+
+
+def test_what_no_graph_can_hold_runs_as_it_is_written(tmp_path: Path) -> None:
+    plain = after_rounds("fedavg", tmp_path / "plain", method__local_lr=0.05)
+    copies = after_rounds("tests.test_gpu:Copies", tmp_path / "copies", method__local_lr=0.05)
+    assert list(copies.engine._one.graphs._graphs.values()) == [None]  # type: ignore[attr-defined]
+    assert_close(copies.state.server.params, plain.state.server.params, 1e-5, "parameters")
+    plain.close()
+    copies.close()
+
+
+def test_a_graph_that_finds_no_room_gives_way(tmp_path: Path) -> None:
+    graphs, x = Graphs(), torch.ones(4, device="cuda")
+    for _ in range(EAGER + 2):
+        graphs.run("double", lambda x: 2 * x, x)
+    assert len(graphs._graphs) == 1
+    tries: list[int] = []
+
+    def work(x: Tensor) -> Tensor:
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return 3 * x
+
+    assert graphs.run("triple", work, x).tolist() == [3.0] * 4
+    assert graphs._graphs == {}
+    assert graphs.most == 0

@@ -139,24 +139,28 @@ def _record(step: Step, inputs: Tree, leaves: list[Tensor], dims: Dims, owned: t
     try:
         with tape:
             found = written(*leaves)
+        graph = tape.finish(found)
+        _rewrite(graph, next((len(x) for x, d in zip(leaves, dims, strict=True) if d is not None), 1), owned)
+        return Recording(fx.GraphModule(tape.constants, graph).forward, out[0])
     except Unrecordable as e:
         log.debug("a step runs unrecorded: it needs %s", e)
         written(*leaves)
         return Recording(None, out[0])
-    graph = tape.finish(found)
+    finally:
+        tape.forget()
+
+
+def _rewrite(graph: fx.Graph, clients: int, owned: tuple[bool, ...]) -> None:
+    """For speed; `owned` says which inputs may be overwritten."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     _simplify(graph)
-    clients = next((len(x) for x, d in zip(leaves, dims, strict=True) if d is not None), 1)
-    if all(x.device.type == "cpu" for x in leaves):
+    if all(node.meta["val"].device.type == "cpu" for node in placeholders):
         for node in graph.nodes:
             node.target = _quick(node) or node.target
     if clients > 1:
         _convolve_each(graph, clients)
     _pool_by_channels(graph)
     _fuse(graph, {node for node, mine in zip(placeholders, owned, strict=False) if mine})
-    for node in graph.nodes:
-        node.meta.clear()  # the values of the first step
-    return Recording(fx.GraphModule(tape.constants, graph).forward, out[0])
 
 
 _UNRECORDABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
@@ -201,6 +205,12 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def finish(self, found: list[Tensor]) -> fx.Graph:
         self.graph.output([self._node(x) for x in found])
         return self.graph
+
+    def forget(self) -> None:
+        """The values of the first step, which would stay for as long as nobody looks for cycles."""
+        self._nodes.clear()
+        for node in self.graph.nodes:
+            node.meta.clear()
 
 
 def _simplify(graph: fx.Graph) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from fedcore import cache, trees
 from fedcore.engines.base import failure
+from fedcore.engines.chunks import Chunks
 from fedcore.engines.ray import _pieces
 from fedcore.errors import RunError
 from fedcore.loop import Interrupted, run
@@ -257,6 +258,28 @@ def test_a_finished_run_gives_its_memory_back_at_once(name: str, tmp_path: Path)
         assert data() is None
     finally:
         gc.enable()
+
+
+def test_a_chunk_for_which_there_is_no_room_is_cut_into_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    e = small("scaffold", engine__name="vectorised", engine__chunk=12, participation__cohort=12, evaluation__every=100)
+    expected, loop = loop_of(e, tmp_path / "whole"), loop_of(e, tmp_path / "cut")
+    sizes, batched = [], Chunks.batched
+
+    def small_gpu(self: Chunks, fn: Any, down: Any, states: Any, batches: Any, t: int, chunk: Any = None) -> Any:
+        sizes.append(len(batches.mask))
+        if len(batches.mask) > 6:
+            raise torch.OutOfMemoryError("no room")
+        return batched(self, fn, down, states, batches, t, chunk)
+
+    for _ in range(2):
+        expected.round()
+    monkeypatch.setattr(Chunks, "batched", small_gpu)
+    for _ in range(2):
+        assert loop.round()["dropped"] == {}
+    assert sizes == [12, 6, 6, 6, 6]  # what is too much is tried once
+    assert_close(loop.state.server, expected.state.server, 1e-6, "server")
+    loop.close()
+    expected.close()
 
 
 def test_a_failure_says_what_and_why() -> None:

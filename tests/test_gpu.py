@@ -70,10 +70,17 @@ def test_recordings_and_graphs_compute_what_the_cpu_does(settings: Any, hooks: s
 
 def after_rounds(name: str, folder: Path, rounds: int = EAGER + 3, **settings: Any) -> Loop:
     digits = {key: value for key, value in DIGITS.items() if key != "partition__alpha"} | {"partition__name": "iid"}
-    loop = loop_of(small(name, **digits, **CUDA, engine__chunk=4, **settings), folder)
+    more = {**digits, **CUDA, "engine__chunk": 4, "evaluation__every": 100, "participation__cohort": 8, **settings}
+    loop = loop_of(small(name, **more), folder)
     for _ in range(rounds):
         loop.round()
     return loop
+
+
+def has_graphs(loop: Loop) -> dict[str, bool]:
+    """By client function, where a graph was tried."""
+    graphs = loop.engine._one.graphs._graphs  # type: ignore[attr-defined]
+    return {key[0][0]: graph is not None for key, graph in graphs.items()}
 
 
 @contextmanager
@@ -112,9 +119,8 @@ def test_a_chunk_is_read_while_the_next_is_computed(tmp_path: Path, monkeypatch:
 
 
 def test_a_plain_methods_work_becomes_a_graph(tmp_path: Path) -> None:
-    loop = after_rounds("fedavg", tmp_path, participation__cohort=8)
-    graphs = loop.engine._one.graphs._graphs  # type: ignore[attr-defined]
-    assert [graph is not None for graph in graphs.values()] == [True]
+    loop = after_rounds("fedavg", tmp_path)
+    assert has_graphs(loop) == {"train": True}
     loop.close()
 
 
@@ -131,25 +137,37 @@ class Copies(FedAvg):
 def test_what_no_graph_can_hold_runs_as_it_is_written(tmp_path: Path) -> None:
     plain = after_rounds("fedavg", tmp_path / "plain", method__local_lr=0.05)
     copies = after_rounds("tests.test_gpu:Copies", tmp_path / "copies", method__local_lr=0.05)
-    assert list(copies.engine._one.graphs._graphs.values()) == [None]  # type: ignore[attr-defined]
+    assert has_graphs(copies) == {"train": False}
     assert_close(copies.state.server.params, plain.state.server.params, 1e-5, "parameters")
     plain.close()
     copies.close()
 
 
-def test_a_graph_that_finds_no_room_gives_way(tmp_path: Path) -> None:
+def test_graphs_can_be_dropped_and_made_again() -> None:
     graphs, x = Graphs(), torch.ones(4, device="cuda")
-    for _ in range(EAGER + 2):
-        graphs.run("double", lambda x: 2 * x, x)
-    assert len(graphs._graphs) == 1
-    tries: list[int] = []
+    for _ in range(2):
+        for i in range(EAGER + 3):
+            assert graphs.run("double", lambda x: 2 * x, i * x).tolist() == [2.0 * i] * 4
+        assert [graph is not None for graph in graphs._graphs.values()] == [True]
+        graphs.clear()
 
-    def work(x: Tensor) -> Tensor:
-        tries.append(1)
-        if len(tries) == 1:
-            raise torch.OutOfMemoryError("no room")
-        return 3 * x
 
-    assert graphs.run("triple", work, x).tolist() == [3.0] * 4
-    assert graphs._graphs == {}
-    assert graphs.most == 0
+def test_a_chunk_too_large_for_the_gpu_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    expected = after_rounds("fedavg", tmp_path / "whole", 2, engine__chunk=8)
+    loop = loop_of(expected.e, tmp_path / "cut")
+    one, held = loop.engine._one, []  # type: ignore[attr-defined]
+    batched = one.batched
+
+    def hungry(fn: Any, down: Tree, states: Tree, b: Tree, t: int, chunk: Any = None) -> Any:
+        held.append(torch.empty(free // 3 * len(b.mask), dtype=torch.uint8, device="cuda"))  # more than there is, for three
+        held.clear()
+        return batched(fn, down, states, b, t, chunk)
+
+    monkeypatch.setattr(one, "batched", hungry)
+    loop.round()
+    loop.round()
+    assert one._room == {"train": 2}
+    assert_close(loop.state.server.params, expected.state.server.params, 1e-5, "parameters")
+    loop.close()
+    expected.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 
@@ -32,6 +33,7 @@ class Chunks:
         """Layers that draw for each example: what they draw depends on shapes, so that these stay as `sequential` has them."""
         self.recorder = None if self.noisy else Recorder()
         self.graphs = Graphs() if work.task.device.type == "cuda" and not self.noisy else None
+        self._room: dict[str, int] = {}  # clients, by function, that were no more than the GPU can hold
         work.even = not self.noisy
 
     def run(
@@ -39,20 +41,41 @@ class Chunks:
     ) -> list[Done]:
         """Clients with their stacked states: one batch, or one after another where `size` is 1 or the batch fails.
 
-        With `weight` nobody needs more of a batch than its sum.
+        With `weight` nobody needs more of a batch than its sum. A batch for which a GPU has no room is cut into halves.
         """
         with recorded(self.recorder):
-            if size > 1 and len(piece) > 1:
+            if size == 1 or len(piece) == 1:
+                return self._one_by_one(fn, piece, down, states, t)
+            if len(piece) <= self._room.get(fn.__name__, len(piece)):
                 try:
-                    with self.work.model_noise(fn, t, piece[0]):
-                        up, new = self.batched(fn, down, states, self.work.batches(fn, piece, t), t, piece)
+                    return [self._batch(fn, piece, down, states, t, weight)]
+                except torch.OutOfMemoryError:
+                    pass  # what it still holds is freed when this block is left
                 except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
                     log.debug("chunk %s failed, going through it one by one", piece, exc_info=True)
-                else:
-                    up = trees.map(lambda x: x if x.stride(0) == 0 else x.contiguous(), up)  # sums must not depend on the layout
-                    found = Reports(torch.tensor(piece), up, self.work.num_examples(fn, piece))
-                    return [Done(found if weight is None else summed(found, weight), new)]
-            return [alone(self.work, fn, client, down, row(states, i), t) for i, client in enumerate(piece)]
+                    return self._one_by_one(fn, piece, down, states, t)
+                self._make_room(fn, len(piece) // 2)
+            half = len(piece) // 2
+            parts = [(piece[rows], trees.at(states, rows)) for rows in (slice(half), slice(half, None))]
+            return [done for part, own in parts for done in self.run(fn, part, down, own, t, size, weight)]
+
+    def _one_by_one(self, fn: ClientFunction, piece: list[int], down: Tree, states: Tree, t: int) -> list[Done]:
+        return [alone(self.work, fn, client, down, row(states, i), t) for i, client in enumerate(piece)]
+
+    def _batch(self, fn: ClientFunction, piece: list[int], down: Tree, states: Tree, t: int, weight: Weight | None) -> Done:
+        with self.work.model_noise(fn, t, piece[0]):
+            up, new = self.batched(fn, down, states, self.work.batches(fn, piece, t), t, piece)
+        up = trees.map(lambda x: x if x.stride(0) == 0 else x.contiguous(), up)  # sums must not depend on the layout
+        found = Reports(torch.tensor(piece), up, self.work.num_examples(fn, piece))
+        return Done(found if weight is None else summed(found, weight), new)
+
+    def _make_room(self, fn: ClientFunction, clients: int) -> None:
+        self._room[fn.__name__] = clients
+        log.warning("%s: no room on the GPU for more than about %d clients at once", fn.__name__, clients)
+        if self.graphs is not None:
+            self.graphs.clear()
+        gc.collect()  # what failed may hold tensors in cycles
+        torch.cuda.empty_cache()
 
     def batched(
         self, fn: ClientFunction, down: Tree, states: Tree, batches: Batches | Tuning, t: int, chunk: list[int] | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.types import Tree
 
-MOST = 4  # graphs at once: each holds its inputs and outputs
+MOST = 4  # graphs at once: each holds all memory that its work needs
 EAGER = 2  # uses before, in which local steps are recorded and the recordings compared
 
 log = logging.getLogger("fedcore")
@@ -34,10 +34,8 @@ class Graphs:
     """Of one process and one GPU, by function and shapes."""
 
     def __init__(self) -> None:
-        self.most = MOST
         self._uses: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Graph | None] = {}  # None: cannot be captured
-        self._pool: Any = None
 
     def run(self, kind: Hashable, work: Callable[[Tree], Tree], inputs: Tree) -> Tree:
         """`work(inputs)`. `kind` is all that it depends on but the values and shapes of its inputs."""
@@ -46,15 +44,8 @@ class Graphs:
         if (graph := self._graphs.get(key)) is not None:
             return _replay(graph, leaves)
         self._uses[key] += 1
-        try:
-            found = work(inputs)
-        except torch.OutOfMemoryError:
-            if not self._graphs:
-                raise
-            self.clear()
-            self.most = 0  # there is no room for graphs
-            return work(inputs)
-        if self._uses[key] > EAGER and key not in self._graphs and len(self._graphs) < self.most:
+        found = work(inputs)
+        if self._uses[key] > EAGER and key not in self._graphs and len(self._graphs) < MOST:
             self._graphs[key] = self._captured(work, inputs, found)
         return found
 
@@ -64,7 +55,7 @@ class Graphs:
 
     def _captured(self, work: Callable[[Tree], Tree], inputs: Tree, expected: Tree) -> _Graph | None:
         try:
-            graph = self._capture(work, inputs)
+            graph = _capture(work, inputs)
             found = _replay(graph, trees.leaves(inputs))
         except Exception as e:
             log.debug("a client function runs without a CUDA graph: %s", e)
@@ -75,13 +66,12 @@ class Graphs:
         log.debug("a client function runs without a CUDA graph: replayed, it computes something else")
         return None
 
-    def _capture(self, work: Callable[[Tree], Tree], inputs: Tree) -> _Graph:
-        if self._pool is None:  # one for all: no two graphs run at once, and what one wrote is copied before the next runs
-            self._pool = torch.cuda.graph_pool_handle()
-        own, graph = trees.map(torch.clone, inputs), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = work(own)
-        return _Graph(graph, trees.leaves(own), outputs)
+
+def _capture(work: Callable[[Tree], Tree], inputs: Tree) -> _Graph:
+    own, graph = trees.map(torch.clone, inputs), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = work(own)
+    return _Graph(graph, trees.leaves(own), outputs)
 
 
 def _replay(g: _Graph, inputs: list[Tensor]) -> Tree:

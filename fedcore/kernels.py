@@ -78,7 +78,7 @@ def folded(
     padded = [s + 2 * p for s, p in zip(size, padding, strict=True)]
     x = y.new_zeros(len(y), images, y.shape[1] // math.prod(kernel), *padded)
     windows = _windows(x, kernel, dilation, stride)
-    pieces = y.view(len(y), x.shape[2], *kernel, images, *windows.shape[5:])
+    pieces = y.reshape(len(y), x.shape[2], *kernel, images, *windows.shape[5:])
     for i, j in itertools.product(*map(range, kernel)):  # within one of them no two elements are the same
         windows[:, :, :, i, j].add_(pieces[:, :, i, j].transpose(1, 2))
     return x[..., padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]].contiguous()

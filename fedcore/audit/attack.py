@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
@@ -62,6 +62,9 @@ class Reconstruction:
     curve: list[float] = field(default_factory=list)  # the objective along the way
     others: tuple[Tensor, ...] = ()  # images of the other restarts, for self-consistency
 
+    def cpu(self) -> Reconstruction:
+        return replace(self, x=self.x.cpu(), y=None if self.y is None else self.y.cpu(), others=tuple(x.cpu() for x in self.others))
+
 
 S = TypeVar("S", bound=AttackSettings)
 
@@ -77,7 +80,7 @@ class Attack(Generic[S]):
     def reconstruct(
         self, seen: Sequence[Observation], labels: Sequence[Tensor | None], seed: int, progress: Progress = silent
     ) -> list[Reconstruction]:
-        """The clients' inputs. `labels` are those given or recovered, int64 [M N] each; None: unknown.
+        """The clients' inputs, on the device of the observations. `labels` are given or recovered, int64 [M N]; None: unknown.
 
         Raises ValueError where an observation does not allow the attack.
         """
@@ -123,7 +126,7 @@ def noise(seen: Observation, seed: int, restart: int, shape: tuple[int, ...]) ->
     """N(0, 1) as a start, from the key of this client, round and restart."""
     draw = torch.Generator().manual_seed(seed_of(seed, "audit start", seen.round, seen.client, restart))
     like = next(iter(seen.w0.values()))
-    return torch.randn(shape, generator=draw, dtype=like.dtype)
+    return torch.randn(shape, generator=draw, dtype=like.dtype).to(like.device)
 
 
 def total_variation(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -139,7 +142,7 @@ def total_variation(x: Tensor, mask: Tensor | None = None) -> Tensor:
 def box(seen: Observation) -> tuple[Tensor, Tensor]:
     """(least, greatest) value of an input whose pixels are in [0, 1], by channel [C, 1, 1]."""
     assert seen.public.pixels is not None
-    channels = seen.public.shape[0]
-    ends = (seen.public.pixels.inputs(torch.full((channels, 1, 1), end)) for end in (0.0, 1.0))
+    sides, device = (seen.public.shape[0], 1, 1), next(iter(seen.w0.values())).device
+    ends = (seen.public.pixels.inputs(torch.full(sides, end, device=device)) for end in (0.0, 1.0))
     least, greatest = ends
     return least, greatest

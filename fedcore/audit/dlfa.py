@@ -71,12 +71,12 @@ class DLFA(Attack[Settings]):
         assert known.epochs is not None
         batches = math.ceil(n / known.batch_size)
         mixed = rng(seed, "audit labels", o.round, o.client).permutation(n)  # which is in which batch, nobody knows
-        y = y[torch.from_numpy(mixed)]
+        y = y[torch.from_numpy(mixed)].to(next(iter(o.w0.values())).device)
         target = trees.scale(gradient_like(o), 1 / (known.lr * batches))
         least, greatest = box(o)
         x = noise(o, seed, 0, (1, known.epochs, n, *known.shape))
         # f, as a variable that Adam does not move, so that it can change from step to step.
-        variables = {"x": x, "f": torch.ones(1, dtype=x.dtype)}
+        variables = {"x": x, "f": x.new_ones(1)}
         rise = 2.0 ** (2 / self.s.iterations)
 
         def project(v: Variables) -> None:
@@ -146,6 +146,6 @@ def averaged(x: Tensor) -> Tensor:
     total = x[0].clone()
     for other in x[1:]:
         cost = torch.cdist(first, other.flatten(1)).square().nan_to_num(torch.finfo(first.dtype).max)  # NaN where it ran away
-        _, order = linear_sum_assignment(cost.numpy())
+        _, order = linear_sum_assignment(cost.cpu().numpy())
         total += other[torch.from_numpy(order)]
     return total / len(x)

@@ -108,6 +108,7 @@ PANEL = (
     'method.name=fedsim method.personal=["input"]',
     'method.name=fedsim method.personal=["output"]',
 )
+CPU = torch.device("cpu")
 PICTURED = 4  # clients of a cell whose images are shown
 SHOWN = 8  # images of a client that are shown
 PROBES = 1000  # public examples for the sign of an update
@@ -160,6 +161,7 @@ class Prepared(NamedTuple):
     client_accuracy: float | None = None  # mean over clients, of the model that each uses
     personal: bool = False  # whether clients have models of their own
     privacy: dict[str, Any] | None = None  # what an accountant says of the run
+    device: torch.device = CPU  # where attacks run
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def sweep(e: Experiment, plan: Plan, epochs: Sequence[int], batches: Sequence[in
 
         def prepare(observer: Observer, e: Experiment = changed, N: int = N) -> Prepared:
             task = build_task(e)
-            return Prepared(simulate(e, task, plan.clients, N), task)
+            return Prepared(simulate(e, task, plan.clients, N), task, device=_device(e))
 
         factors = {"epochs": E, "batch_size": B, "examples": N, "local_steps": E * math.ceil(N / B)}
         cells.append(
@@ -240,7 +242,12 @@ def _captured(e: Experiment, run_dir: Path, plan: Plan, t: int, together: int) -
     privacy = next((row["privacy"] for row in reversed(rows) if row.get("privacy") is not None), None)
     accuracy = next((row["test_accuracy"] for row in reversed(rows) if row.get("test_accuracy") is not None), None)
     own = next((row["client_accuracy"]["mean"] for row in reversed(rows) if row.get("client_accuracy")), None)
-    return Prepared(subjects, task, accuracy, own, method.personalises(), privacy)
+    return Prepared(subjects, task, accuracy, own, method.personalises(), privacy, _device(e))
+
+
+def _device(e: Experiment) -> torch.device:
+    """A run that was trained on a GPU can be audited without one."""
+    return torch.device("cuda" if e.engine.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _rounds_done(run_dir: Path) -> int:
@@ -426,6 +433,7 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
             unknown[i] = str(error)
     if unknown:
         warnings.append(f"labels are not recovered, and optimised with the images: {next(iter(unknown.values()))}")
+    there = _moved(seen, prepared.device)
     found: dict[str, list[Reconstruction]] = {}
     failed: dict[str, str] = {}
     seconds: dict[str, float] = {}
@@ -440,7 +448,8 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
             continue
         started = time.perf_counter()
         try:
-            found[name] = attack.reconstruct(seen, known, plan.seed, _watch(observer, stop, name, number, len(wanted)))
+            watch = _watch(observer, stop, name, number, len(wanted))
+            found[name] = [r.cpu() for r in attack.reconstruct(there, known, plan.seed, watch)]
         except ValueError as error:
             failed[name] = str(error)
         seconds[name] = round(time.perf_counter() - started, 2)
@@ -462,6 +471,12 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
         "seconds": round(time.perf_counter() - begin, 2),
     }
     return result
+
+
+def _moved(seen: Sequence[Observation], device: torch.device) -> list[Observation]:
+    """On the device where attacks run; those of one federation still have one model."""
+    known = {o.public: o.public.to(device) for o in seen}
+    return [o.to(device, known[o.public]) for o in seen]
 
 
 def _doubts(seen: Sequence[Observation], task: Task) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fedcore.audit.attack import Attack, Progress, Reconstruction, noise, part, silent
@@ -29,9 +28,9 @@ class IDLG(Attack[Settings]):
         for i, o in enumerate(seen):
             if o.total != 1:
                 raise ValueError(f"is for one example; client {o.client} has {o.total}")
-            z = torch.zeros(1, o.public.outputs)
-            z[0, label(o)] = SURE
             x = noise(o, seed, 0, (1, *o.public.shape))
+            z = x.new_zeros(1, o.public.outputs)
+            z[0, label(o)] = SURE
             found.append(match_gradient(o, x, z, self.s, part(progress, i, len(seen)), fixed=True))
         return found
 

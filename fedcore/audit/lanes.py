@@ -4,7 +4,8 @@ Adam works element by element, so lanes side by side are lanes one after another
 under `torch.func.vmap`, or one by one; both from recordings (`fedcore.recording`). Which is
 faster depends on model and machine, so it is measured and remembered, as the vectorised engine does. Convolutions with other
 weights in each lane are written as matrix products for vmap: PyTorch would make them grouped convolutions, which on a CPU are
-twenty times slower. On a CPU the lanes are shared out among forks of this process, one for each core.
+twenty times slower. On a CPU the lanes are shared out among forks of this process, one for each core; on a GPU they stay together,
+and their gradients become CUDA graphs.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from fedcore import __version__, cache, trees
 from fedcore.audit.attack import Progress, silent
 from fedcore.engines import forks
 from fedcore.engines.base import one_thread
+from fedcore.engines.graphs import EAGER, Graphs
 from fedcore.recording import Recorder
 from fedcore.types import Tree
 
 AT_ONCE = 32  # lanes in one batch
-HEARD = 20  # times that an optimisation in forks tells how far it is, and hears whether to go on; here, it does at every step
+HEARD = 20  # times that an optimisation in forks or on a GPU tells how far it is, and hears whether to go on; else at every step
 CURVE = 50  # points kept of the objective along the way
 
 Variables = dict[str, Tensor]
@@ -69,13 +71,13 @@ def optimise(
     step. `milestones`: step sizes fall tenfold at 3/8, 5/8 and 7/8 of the way; `gamma`: by this factor each step. `signed`: the
     sign of the gradient of x instead of the gradient. `batched` = None: measure.
     """
-    lanes = _count(variables)
-    shares = min(torch.get_num_threads() if forks.possible() else 1, lanes)
+    lanes, on_cpu = _count(variables), _device(variables).type == "cpu"
+    shares = min(torch.get_num_threads() if on_cpu and forks.possible() else 1, lanes)
     pieces = [trees.at((variables, constants), slice(n[0], n[-1] + 1)) for n in np.array_split(np.arange(lanes), shares)]
     with one_thread():  # of each fork; and operations this small are slower on several
         some, fixed = pieces[0]
         gradients = Gradients(objective, model, some, fixed, tuple(rates), batched)
-        every = 1 if shares == 1 else max(iterations // HEARD, 1)
+        every = 1 if on_cpu and shares == 1 else max(iterations // HEARD, 1)
         work = [_lanes(gradients, v, c, rates, iterations, project, milestones, gamma, signed, every) for v, c in pieces]
         traces = _here(work[0], progress) if shares == 1 else _shared_out(work, list(variables), progress)
     joined = {name: torch.cat([trace.variables[name] for trace in traces]) for name in variables}
@@ -173,6 +175,7 @@ class Gradients:
     ) -> None:
         self.names = names
         self._recorder = Recorder()
+        self._graphs = Graphs() if _device(variables).type == "cuda" else None
         self._alone = grad_and_value(objective(model), has_aux=True)
         self._batch = vmap(grad_and_value(objective(products(model)), has_aux=True))
         if batched is None:
@@ -203,13 +206,18 @@ class Gradients:
             gradient, (_, match) = way(*inputs)
             return gradient, match.detach()
 
-        found: tuple[Variables, Tensor] = self._recorder.run(step, kind, (variables, constants), ())
+        def recorded(inputs: Tree) -> Tree:
+            return self._recorder.run(step, kind, inputs, ())
+
+        inputs = (variables, constants)
+        found: tuple[Variables, Tensor] = self._graphs.run(kind, recorded, inputs) if self._graphs else recorded(inputs)
         return found
 
     def _batching_pays(self, model: nn.Module, variables: Variables, constants: Tree) -> bool:
         """Measured once a (model, shapes, machine), and remembered: two audits with one seed then compute the same bits."""
         shapes = [[name, list(x.shape)] for name, x in trees.flatten((variables, constants)).items()]
-        machine = [platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__, __version__]
+        device = str(_device(variables))
+        machine = [device, platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__, __version__]
         key = cache.key_of("lanes", [str(model), shapes, machine])
         known = cache.load(key)
         if known is None:
@@ -223,11 +231,17 @@ class Gradients:
 
     def _time(self, way: Callable[[Variables, Tree], object], variables: Variables, constants: Tree) -> float:
         times = []
-        for _ in range(3):
+        for _ in range(EAGER + 3):  # the first ones record
             begin = time.perf_counter()
             way(variables, constants)
+            if self._graphs is not None:
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
         return min(times)
+
+
+def _device(variables: Variables) -> torch.device:
+    return next(iter(variables.values())).device
 
 
 def _count(variables: Variables) -> int:

@@ -65,6 +65,9 @@ class Public:
         outputs: Tensor = functional_call(self.model, params, (x,))
         return outputs
 
+    def to(self, device: torch.device) -> Public:
+        return replace(self, model=copy.deepcopy(self.model).to(device))
+
     def local_steps(self, num_examples: int) -> int | None:
         """T, the local steps of a client with so many examples; None where nobody knows."""
         if self.steps is not None:
@@ -98,6 +101,11 @@ class Observation:
     def total(self) -> int:
         """Examples to look for, of all M clients."""
         return self.num_examples if self.together is None else self.together
+
+    def to(self, device: torch.device, known: Public) -> Observation:
+        """On this device, where the model of `known` is, which is `public` otherwise."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, public=known, w0=trees.to(self.w0, device), delta=trees.to(self.delta, device), labels=labels)
 
     def flipped(self) -> Observation:
         """The same, where what came up turns out to be global minus local."""

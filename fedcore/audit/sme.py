@@ -136,12 +136,12 @@ def _together(
     starts = [Start(i, restart, rho) for i, o in enumerate(seen) for restart in range(s.restarts) for rho in scales(o, s)]
     lanes = trees.stack([lane_of(seen[i], labels[i], rho, most) for i, _, rho in starts])
     x = torch.stack([_padded(noise(seen[i], seed, restart, (seen[i].total, *known.shape)), most) for i, restart, _ in starts])
-    variables = {"x": x.clamp(least, greatest), "alpha": torch.full((len(starts),), s.alpha, dtype=x.dtype)}
+    variables = {"x": x.clamp(least, greatest), "alpha": x.new_full((len(starts),), s.alpha)}
     rates = {"x": s.lr}
     if s.learn_alpha:
         rates["alpha"] = s.alpha_lr or 1 / s.iterations
     if labels[0] is None:
-        variables["logits"], rates["logits"] = torch.zeros((len(starts), most, known.outputs), dtype=x.dtype), s.lr
+        variables["logits"], rates["logits"] = x.new_zeros((len(starts), most, known.outputs)), s.lr
 
     def project(v: Variables) -> None:
         v["x"].clamp_(least, greatest)
@@ -182,11 +182,11 @@ def scales(o: Observation, s: SurrogateSettings) -> tuple[float, ...]:
 def lane_of(o: Observation, y: Tensor | None, rho: float, size: int) -> Lane:
     """One lane, with room for `size` dummies."""
     D = gradient_like(o)
-    dtype = next(iter(D.values())).dtype
-    keep = {name: (x != 0).to(dtype) for name, x in D.items()} if o.public.sparse else {}
-    labels = torch.zeros(o.total, dtype=torch.int64) if y is None else y
-    mask = torch.ones(o.total, dtype=dtype)
-    return Lane(o.w0, D, trees.dot(D, D), keep, torch.tensor(rho, dtype=dtype), _padded(labels, size), _padded(mask, size))
+    like = next(iter(D.values()))
+    keep = {name: (x != 0).to(like.dtype) for name, x in D.items()} if o.public.sparse else {}
+    labels = like.new_zeros(o.total, dtype=torch.int64) if y is None else y.to(like.device)
+    mask = like.new_ones(o.total)
+    return Lane(o.w0, D, trees.dot(D, D), keep, like.new_tensor(rho), _padded(labels, size), _padded(mask, size))
 
 
 def _padded(x: Tensor, size: int) -> Tensor:

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from benchmarks.fedlaw import table
 from fedcore import Experiment
 from fedcore.audit import examine, labels, metrics
-from fedcore.audit.observe import Subject, aggregate, simulate
+from fedcore.audit.observe import Subject, aggregate, moved, simulate
 from fedcore.audit.sme import SME, SurrogateSettings
 from fedcore.loop import Quiet
 from fedcore.report import STYLE, svg
@@ -184,6 +184,7 @@ def together(a: argparse.Namespace) -> None:
         e = experiment(0, model=model, local={"batch_size": 4, "epochs": 5})
         seen = [s.seen for s in simulate(e, build_task(e), 8, 8)]
         known = [labels.recover(o) for o in seen]
+        seen = moved(seen, torch.device(a.device))
         s = SurrogateSettings(iterations=a.iterations)
         times: dict[str, list[float]] = {"batch": [], "one": []}
         for _ in range(a.repeats):
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--dlfa-iterations", type=int, default=400)
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of `together`")
     a = parser.parse_args()
     torch.manual_seed(0)
     studies[a.study](a)

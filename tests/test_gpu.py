@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,19 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedcore import trees
+from fedcore.audit import examine
+from fedcore.audit.analytic import Analytic
+from fedcore.audit.analytic import Settings as AnalyticSettings
+from fedcore.audit.attack import Attack
+from fedcore.audit.dlfa import DLFA
+from fedcore.audit.dlfa import Settings as DLFASettings
+from fedcore.audit.dlg import DLG
+from fedcore.audit.dlg import Settings as DLGSettings
+from fedcore.audit.idlg import IDLG
+from fedcore.audit.inverting_gradients import IG
+from fedcore.audit.inverting_gradients import Settings as IGSettings
+from fedcore.audit.observe import moved
+from fedcore.audit.sme import SME, SurrogateSettings
 from fedcore.engines.graphs import EAGER, Graphs
 from fedcore.local import local_sgd
 from fedcore.loop import Loop, Tally, run
@@ -21,6 +35,8 @@ from fedcore.recording import Recorder, recorded
 from fedcore.types import Batches, Model, Stateless, Tree
 from strategies.fedavg import FedAvg, Up
 from tests.helpers import STRATEGIES, TOYS, VARIANTS, assert_close, loop_of, small
+from tests.test_audit_attacks import cnn, data, mlp, see
+from tests.test_audit_observe import Silent, digits, plan
 from tests.test_engines import DIGITS
 from tests.test_recording import BUILDERS, CLIENTS, HOOKS, SHAPE, batches, task_of, train
 
@@ -171,3 +187,49 @@ def test_a_chunk_too_large_for_the_gpu_is_cut(tmp_path: Path, monkeypatch: pytes
     assert_close(loop.state.server.params, expected.state.server.params, 1e-5, "parameters")
     loop.close()
     expected.close()
+
+
+ATTACKS: dict[str, Attack[Any]] = {
+    "sme": SME(SurrogateSettings(iterations=EAGER + 8, lr=0.1, restarts=2)),
+    "soft": SME(SurrogateSettings(iterations=EAGER + 8, lr=0.1)),  # labels optimised with the images
+    "ig": IG(IGSettings(iterations=EAGER + 8)),
+    "dlfa": DLFA(DLFASettings(iterations=EAGER + 8)),
+    "dlg": DLG(DLGSettings(iterations=4, lr=0.1)),
+    "idlg": IDLG(DLGSettings(iterations=4, lr=0.1)),
+    "analytic": Analytic(AnalyticSettings()),
+}
+
+
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_attacks_find_on_a_gpu_what_they_find_on_the_cpu(name: str) -> None:
+    torch.manual_seed(1)
+    model = (mlp() if name == "analytic" else cnn()).double()
+    n = 1 if name == "idlg" else 4
+    examples = [data(n, i, dtype=torch.float64) for i in range(3)]
+    seen = [see(model, x, y, epochs=1 if "dlg" in name else 2, batch=2, client=i) for i, (x, y) in enumerate(examples)]
+    seen = [replace(o, public=seen[0].public) for o in seen]
+    y = [None if name == "soft" else y for _, y in examples]
+    cpu = ATTACKS[name].reconstruct(seen, y, 0)
+    gpu = ATTACKS[name].reconstruct(moved(seen, torch.device("cuda")), y, 0)
+    for a, b in zip(gpu, cpu, strict=True):
+        assert a.x.is_cuda
+        assert_close(a.cpu().x, b.x, 1e-6, "inputs")
+        assert a.objective == pytest.approx(b.objective, rel=1e-6)
+
+
+def test_an_audit_uses_the_gpu_that_the_settings_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[str] = []
+    reconstruct = SME.reconstruct
+
+    def watched(self: SME, seen: Any, *more: Any) -> Any:
+        where.append(next(iter(seen[0].w0.values())).device.type)
+        return reconstruct(self, seen, *more)
+
+    monkeypatch.setattr(SME, "reconstruct", watched)
+    found = []
+    for device in ("auto", "cpu"):
+        e = digits(engine__device=device)
+        cells = examine.sweep(e, plan("sme", "labels"), [1], [3], [6])
+        found.append(examine.examine("sweep", e, cells, plan("sme", "labels"), tmp_path / device, Silent()).cells[0])
+    assert where == ["cuda", "cpu"]
+    assert found[0]["clients"][0]["labels"] == found[1]["clients"][0]["labels"]

@@ -43,6 +43,7 @@ from fedcore.audit.observe import (
     aggregate,
     alignment,
     captured,
+    moved,
     observation,
     public,
     simulate,
@@ -433,7 +434,7 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
             unknown[i] = str(error)
     if unknown:
         warnings.append(f"labels are not recovered, and optimised with the images: {next(iter(unknown.values()))}")
-    there = _moved(seen, prepared.device)
+    there = moved(seen, prepared.device)
     found: dict[str, list[Reconstruction]] = {}
     failed: dict[str, str] = {}
     seconds: dict[str, float] = {}
@@ -471,12 +472,6 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
         "seconds": round(time.perf_counter() - begin, 2),
     }
     return result
-
-
-def _moved(seen: Sequence[Observation], device: torch.device) -> list[Observation]:
-    """On the device where attacks run; those of one federation still have one model."""
-    known = {o.public: o.public.to(device) for o in seen}
-    return [o.to(device, known[o.public]) for o in seen]
 
 
 def _doubts(seen: Sequence[Observation], task: Task) -> list[str]:

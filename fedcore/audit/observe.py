@@ -112,6 +112,12 @@ class Observation:
         return replace(self, delta={name: -change for name, change in self.delta.items()})
 
 
+def moved(seen: Sequence[Observation], device: torch.device) -> list[Observation]:
+    """On this device, where an attack on them then runs; those of one federation still have one model."""
+    known = {o.public: o.public.to(device) for o in seen}
+    return [o.to(device, known[o.public]) for o in seen]
+
+
 class Truth(NamedTuple):
     """A client's real examples, for scoring alone."""
 

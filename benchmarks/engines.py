@@ -62,6 +62,7 @@ TITLES = {
     "resnet": "ResNet-18-GN, 11 M parameters, cohort 4",
     "vit": "small ViT, cohort 10",
 }
+NOTHING = {"60k": ["model.hidden=[76]"], "11M": ["model.name=resnet"]}  # models for clients that do nothing, by parameters
 OTHERS = {"logistic", "mlp", "lenet", "cnn"}  # models with which Flower and pfl are run
 
 
@@ -293,9 +294,8 @@ def _padding(loop: Loop) -> float:
 def overhead(rounds: int, without: list[str]) -> dict[str, Any]:
     """Clients that do nothing: milliseconds a client, and seconds of a large cohort."""
     noop = "method.name=benchmarks.engines:Noop"
-    sizes = {"60k": ["model.hidden=[76]"], "11M": ["model.name=resnet"]}
-    found: dict[str, Any] = {size: {} for size in sizes}
-    for size, settings in sizes.items():
+    found: dict[str, Any] = {size: {} for size in NOTHING}
+    for size, settings in NOTHING.items():
         e = experiment(noop, *EVEN, *settings)
         for name in ("sequential", "vectorised"):
             with engine(e, f"engine.name={name}") as loop:

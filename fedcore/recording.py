@@ -95,14 +95,14 @@ class Recorder:
         recording = self._known.get(key)
         if recording is None:
             recording = self._known[key] = _record(step, inputs, leaves, dims, mine)
-        recording.uses += 1
         with torch.no_grad():
             if recording.code is None:
                 found = _flat(step, inputs, dims)[0](*leaves)
-            elif recording.uses == 2:
+            elif recording.uses == 1:
                 found = _compared(recording, _flat(step, inputs, dims)[0], leaves)
             else:
                 found = recording.code(*leaves)
+        recording.uses += 1
         return trees.map(lambda place: found[place], recording.out)
 
 
@@ -241,8 +241,8 @@ def _share(graph: fx.Graph) -> None:
         return
     known: dict[Any, fx.Node] = {}
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
+        if node.op != "call_function" or any(user.op == "output" for user in node.users):
+            continue  # the caller may write to what it gets
         first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         if first is not node:
             node.replace_all_uses_with(first)

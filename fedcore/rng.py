@@ -24,8 +24,10 @@ def rng(seed: int, purpose: str, *ids: int) -> np.random.Generator:
 def streams(seed: int, purpose: str, ids: np.ndarray) -> Iterator[np.random.Generator]:
     """`rng(seed, purpose, *row)` for each row of `ids` [n, k], in a third of the time: NumPy's own seeding, for all rows at once.
 
-    A generator is good until the next one is asked for. `ids` int64, non-negative and less than 2^32.
+    A generator is good until the next one is asked for. Raises ValueError for ids that are negative, or have more than 32 bits.
     """
+    if (ids >> 32).any():
+        raise ValueError(f"ids of generators are from 0 to 2^32 - 1; found {ids.min()} to {ids.max()}")
     head = [int(word) for n in (seed, zlib.crc32(purpose.encode())) for word in _words(n)]
     entropy = [np.full(len(ids), word, dtype=np.uint32) for word in head] + [column.astype(np.uint32) for column in ids.T]
     bits = np.random.PCG64()

@@ -95,8 +95,12 @@ def at(tree: Tree, index: int | slice | Tensor) -> Tree:
 def to(tree: Tree, device: torch.device) -> Tree:
     """On this device; from the CPU to a GPU through pinned memory, for else the copy would wait for all work of the GPU."""
     if device.type == "cuda":
-        return map(lambda x: x.to(device, non_blocking=True) if x.is_cuda else x.pin_memory().to(device, non_blocking=True), tree)
+        return map(lambda x: (x if x.is_cuda else _pinned(x)).to(device, non_blocking=True), tree)
     return map(lambda x: x.to(device), tree)
+
+
+def _pinned(x: Tensor) -> Tensor:
+    return (x.contiguous() if 0 in x.stride() else x).pin_memory()  # what is one row for all has no memory of its own to write to
 
 
 def fetch(tree: T) -> Callable[[], T]:

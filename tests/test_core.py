@@ -122,6 +122,12 @@ def test_many_generators_at_once_draw_what_each_draws_alone(seed: int, ids: list
             assert draw.random() == alone.random()
 
 
+@pytest.mark.parametrize("bad", [-1, 2**32])
+def test_ids_that_many_generators_cannot_have_are_refused(bad: int) -> None:
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        next(streams(0, "batches", np.array([[0, bad]])))
+
+
 def test_torch_seed_puts_the_global_generator_back() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -16,6 +16,7 @@ from fedcore import cache, trees
 from fedcore.engines.base import failure
 from fedcore.engines.chunks import Chunks
 from fedcore.engines.ray import _pieces
+from fedcore.engines.vectorised import Vectorised
 from fedcore.errors import RunError
 from fedcore.loop import Interrupted, run
 from tests.helpers import NOISY, TOYS, assert_close, loop_of, small
@@ -280,6 +281,23 @@ def test_a_chunk_for_which_there_is_no_room_is_cut_into_halves(tmp_path: Path, m
     assert_close(loop.state.server, expected.state.server, 1e-6, "server")
     loop.close()
     expected.close()
+
+
+@pytest.mark.parametrize(("chunk", "heard"), [(1, 1), (4, 1), (4, 3)])
+def test_what_clients_keep_is_stored_once_even_if_the_method_stops_listening(chunk: int, heard: int, tmp_path: Path) -> None:
+    loop = loop_of(small("scaffold", engine__name="vectorised", engine__chunk=chunk), tmp_path)
+    engine, fn = loop.engine, loop.method.train  # type: ignore[attr-defined]
+    assert isinstance(engine, Vectorised)
+    put, stored = engine.states.put, list[int]()  # type: ignore[union-attr]
+    engine.states.put = lambda clients, rows: (stored.extend(clients.tolist()), put(clients, rows))[1]  # type: ignore[method-assign,union-attr]
+    reports = engine._on_gpu(fn, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]], loop.state.server, 0, chunk)
+    told = [i for _ in range(heard) for i in next(reports).clients.tolist()]
+    if chunk == 1:
+        assert stored[: len(told)] == told  # before anybody hears of them
+    reports.close()
+    assert set(told) <= set(stored)
+    assert len(stored) == len(set(stored))
+    loop.close()
 
 
 def test_a_failure_says_what_and_why() -> None:

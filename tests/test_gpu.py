@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,8 @@ from fedcore.audit.inverting_gradients import IG
 from fedcore.audit.inverting_gradients import Settings as IGSettings
 from fedcore.audit.observe import moved
 from fedcore.audit.sme import SME, SurrogateSettings
-from fedcore.engines.graphs import EAGER, Graphs
+from fedcore.checkpoint import Checkpoint
+from fedcore.engines.graphs import EAGER, Graphs, _nobody_waits
 from fedcore.local import local_sgd
 from fedcore.loop import Loop, Tally, run
 from fedcore.method import on_client
@@ -62,6 +60,9 @@ def test_every_method_runs_on_a_gpu(name: str, engine: str, tmp_path: Path) -> N
     gpu = run(small(name, engine__name=engine, engine__device="cuda", **more), tmp_path / "gpu")
     assert gpu.final["test_loss"] == pytest.approx(cpu.final["test_loss"], rel=1e-3)
     assert gpu.dropped == cpu.dropped
+    rows = [checkpoint_rows(tmp_path / device) for device in ("gpu", "cpu")]
+    assert name != "scaffold" or rows[0]
+    assert_close(*rows, 1e-3, "what clients keep")
 
 
 @pytest.mark.parametrize(("settings", "hooks"), [(model, "plain") for model in BUILDERS] + [(BUILDERS[1], h) for h in HOOKS])
@@ -82,7 +83,15 @@ def test_recordings_and_graphs_compute_what_the_cpu_does(settings: Any, hooks: s
         for i in range(EAGER + 3):
             found = graphs.run("train", lambda inputs: vmap(client, in_dims=(None, 0))(*inputs), (params, b))
             assert_close(trees.to(found, torch.device("cpu")), expected, 1e-9, f"use {i + 1}")
-    assert [graph is not None for graph in graphs._graphs.values()] == [True]
+    assert len(graphs._graphs) == 1
+
+
+def checkpoint_rows(run_dir: Path) -> Tree:
+    """What each client keeps, after the last round, by its number; of a population that fits one block."""
+    checkpoint = Checkpoint(run_dir / "checkpoint")
+    ids: list[int] = checkpoint.read().get("clients", [])
+    block = checkpoint.part("clients-0") if ids else {}
+    return {str(i): trees.at(block, row) for row, i in enumerate(ids) if i >= 0}
 
 
 def after_rounds(name: str, folder: Path, rounds: int = EAGER + 3, **settings: Any) -> Loop:
@@ -95,21 +104,10 @@ def after_rounds(name: str, folder: Path, rounds: int = EAGER + 3, **settings: A
 
 
 def has_graphs(loop: Loop) -> dict[str, bool]:
-    """By client function, where a graph was tried."""
-    graphs = loop.engine._one.graphs._graphs  # type: ignore[attr-defined]
-    return {key[0][0]: graph is not None for key, graph in graphs.items()}
-
-
-@contextmanager
-def nobody_waits() -> Iterator[None]:
-    """Inside, an operation that waits for the device raises; to wait for an event is no such operation."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    """By client function, whether all shapes that came often have one."""
+    graphs = loop.engine._one.graphs  # type: ignore[attr-defined]
+    tried = {key[0][0]: True for key in graphs._graphs}
+    return tried | {key[0][0]: False for key in graphs._refused}
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
@@ -117,7 +115,7 @@ def test_nothing_waits_for_the_device_inside_a_round(name: str, tmp_path: Path) 
     loop = after_rounds(name, tmp_path, participation__cohort=12)
     fn, chunks = loop.method.train, 0  # type: ignore[attr-defined]
     down = Model(loop.state.server.params) if name == "fedavg" else loop.state.server
-    with nobody_waits():
+    with _nobody_waits():  # to wait for an event is allowed
         for r in loop._each(fn, torch.arange(12), down, 9, Tally(set()), None):
             trees.weighted_sum(r.up, r.num_examples)
             chunks += 1
@@ -167,8 +165,27 @@ def test_graphs_can_be_dropped_and_made_again() -> None:
     for _ in range(2):
         for i in range(EAGER + 3):
             assert graphs.run("double", lambda x: 2 * x, i * x).tolist() == [2.0 * i] * 4
-        assert [graph is not None for graph in graphs._graphs.values()] == [True]
+        assert len(graphs._graphs) == 1
         graphs.clear()
+
+
+@pytest.mark.parametrize("waits", [lambda x: x * x.sum().item(), lambda x: torch.linalg.eigvalsh(x[:, None] * x)])
+def test_work_that_waits_is_refused_before_it_spoils_the_stream(waits: Any) -> None:
+    graphs, x = Graphs(), torch.ones(4, device="cuda")
+    for _ in range(EAGER + 2):
+        assert_close(graphs.run("waits", waits, x), waits(x), 1e-6, "what it computes")
+    assert graphs._graphs == {}
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
+
+
+def test_functions_of_other_structure_have_graphs_of_their_own() -> None:
+    graphs, x = Graphs(), torch.ones(4, device="cuda")
+    for _ in range(EAGER + 2):
+        for name, expected in (("a", 2.0), ("b", 3.0)):
+            found = graphs.run("f", lambda inputs: inputs["a"] * 2 if "a" in inputs else inputs["b"] * 3, {name: x})
+            assert found.tolist() == [expected] * 4
+    assert len(graphs._graphs) == 2
 
 
 def test_a_chunk_too_large_for_the_gpu_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

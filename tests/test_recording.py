@@ -239,6 +239,18 @@ def test_patches_and_their_adjoint_are_pytorchs(shape: Any, kernel: Any, dilatio
     torch.testing.assert_close(spread(y, list(shape[2:]), *settings), back)
 
 
+def test_two_results_that_are_equal_are_two_tensors() -> None:
+    x, recorder = torch.randn(3), Recorder()
+    for _ in range(3):
+        a, b, c = recorder.run(lambda x: (x * 2, x * 2, (x * 2).sin() + (x * 2).sin()), "twice", x, ())
+        a.add_(1)
+        torch.testing.assert_close(b, 2 * x)
+        torch.testing.assert_close(c, 2 * (2 * x).sin())
+    (recording,) = recorder._known.values()
+    names = [str(node.target) for node in recording.code.__self__.graph.nodes]  # type: ignore[union-attr]
+    assert names.count("aten.sin.default") == 1  # what is computed twice is computed once
+
+
 @pytest.mark.parametrize(("shape", "kernel", "dilation", "padding", "stride"), SHAPES)
 def test_convolutions_as_products_are_pytorchs(shape: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> None:
     clients, outputs = 3, 5

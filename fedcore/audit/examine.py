@@ -453,6 +453,8 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
             found[name] = [r.cpu() for r in attack.reconstruct(there, known, plan.seed, watch)]
         except ValueError as error:
             failed[name] = str(error)
+        except torch.OutOfMemoryError:
+            failed[name] = "the GPU has too little memory for it; audit fewer clients at once, or set engine.device to cpu"
         seconds[name] = round(time.perf_counter() - started, 2)
     scored = _Scoring(plan, task, subjects, known, unknown, found, failed)
     clients = [scored.client(i) for i in range(len(subjects))]

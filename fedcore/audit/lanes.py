@@ -231,7 +231,7 @@ class Gradients:
 
     def _time(self, way: Callable[[Variables, Tree], object], variables: Variables, constants: Tree) -> float:
         times = []
-        for _ in range(EAGER + 3):  # the first ones record
+        for _ in range(3 if self._graphs is None else EAGER + 3):  # the first ones record
             begin = time.perf_counter()
             way(variables, constants)
             if self._graphs is not None:

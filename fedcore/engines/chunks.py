@@ -33,7 +33,7 @@ class Chunks:
         """Layers that draw for each example: what they draw depends on shapes, so that these stay as `sequential` has them."""
         self.recorder = None if self.noisy else Recorder()
         self.graphs = Graphs() if work.task.device.type == "cuda" and not self.noisy else None
-        self._room: dict[str, int] = {}  # clients, by function, that were no more than the GPU can hold
+        self._room: dict[str, int] = {}  # clients at most, by function, since the GPU had no room for twice as many
         work.even = not self.noisy
 
     def run(
@@ -54,7 +54,7 @@ class Chunks:
                 except Exception:  # one client of the chunk, or vmap itself: the loop finds out which, and saves the others
                     log.debug("chunk %s failed, going through it one by one", piece, exc_info=True)
                     return self._one_by_one(fn, piece, down, states, t)
-                self._make_room(fn, len(piece) // 2)
+                self.make_room(fn, len(piece) // 2)
             half = len(piece) // 2
             parts = [(piece[rows], trees.at(states, rows)) for rows in (slice(half), slice(half, None))]
             return [done for part, own in parts for done in self.run(fn, part, down, own, t, size, weight)]
@@ -69,7 +69,7 @@ class Chunks:
         found = Reports(torch.tensor(piece), up, self.work.num_examples(fn, piece))
         return Done(found if weight is None else summed(found, weight), new)
 
-    def _make_room(self, fn: ClientFunction, clients: int) -> None:
+    def make_room(self, fn: ClientFunction, clients: int) -> None:
         self._room[fn.__name__] = clients
         log.warning("%s: no room on the GPU for more than about %d clients at once", fn.__name__, clients)
         if self.graphs is not None:

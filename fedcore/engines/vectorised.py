@@ -115,13 +115,31 @@ class Vectorised:
         """Pieces one after another. The new states of one are stored when the next is on its way, so that nobody waits for them."""
         behind: list[tuple[Done, Callable[[], Tree]]] = []
         try:
-            for piece in pieces:
-                done = self._one.run(fn, piece, down, self._states(piece), t, size)
+            while pieces:
+                piece = pieces.pop(0)
+                if (states := self._states_if_room(piece)) is None:
+                    self._store(fn, behind)
+                    behind, half = [], len(piece) // 2
+                    self._one.make_room(fn, half)
+                    pieces[:0] = [piece[:half], piece[half:]]
+                    continue
+                done = self._one.run(fn, piece, down, states, t, size)
                 self._store(fn, behind)
                 behind = [] if evaluates(fn) else [(d, trees.fetch(d.states)) for d in done]
+                if len(done) > 1:  # of single clients: each is stored before anybody hears of it
+                    self._store(fn, behind)
+                    behind = []
                 yield from (d.reports for d in done)
         finally:
             self._store(fn, behind)
+
+    def _states_if_room(self, piece: list[int]) -> Tree | None:
+        try:
+            return self._states(piece)
+        except torch.OutOfMemoryError:
+            if len(piece) == 1:
+                raise
+        return None
 
     def _store(self, fn: ClientFunction, behind: list[tuple[Done, Callable[[], Tree]]]) -> None:
         for done, states in behind:
@@ -189,7 +207,11 @@ class Vectorised:
             key = self._key(fn, ids, down)
             known = cache.load(key)
             if known is None:
-                size, measured = self._measure(fn, ids, down, t)
+                try:
+                    size, measured = self._measure(fn, ids, down, t)
+                finally:
+                    if self._one.graphs is not None:
+                        self._one.graphs.clear()  # of trials, which have fewer steps
                 if measured:
                     cache.save(key, chunk=np.array(size))
                     known = cache.load(key)  # of two runs that measured at once, both take what was written last
@@ -270,8 +292,6 @@ class Vectorised:
             if self.work.task.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append((clock() - begin) / len(chunk))
-        if self._one.graphs is not None:
-            self._one.graphs.clear()  # of a trial's few steps
         return min(times) + HANDLING / (len(chunk) if batched else 1)
 
     def describe(self) -> str:

@@ -33,6 +33,7 @@ from fedcore.types import Tree
 
 AT_ONCE = 32  # lanes in one batch
 HEARD = 20  # times that an optimisation in forks or on a GPU tells how far it is, and hears whether to go on; else at every step
+TRIALS = EAGER + 4  # of each way, of which the fastest counts: the first ones record
 CURVE = 50  # points kept of the objective along the way
 
 Variables = dict[str, Tensor]
@@ -231,7 +232,7 @@ class Gradients:
 
     def _time(self, way: Callable[[Variables, Tree], object], variables: Variables, constants: Tree) -> float:
         times = []
-        for _ in range(3 if self._graphs is None else EAGER + 3):  # the first ones record
+        for _ in range(TRIALS):
             begin = time.perf_counter()
             way(variables, constants)
             if self._graphs is not None:

@@ -178,6 +178,7 @@ def audit(
     set_: Set = None,
     engine: Annotated[str | None, typer.Option(metavar="NAME", help="of the runs that defences are switched on in")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="of everything that is drawn")] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="what clients sent is global minus local; never guessed")] = False,
     no_truth: Annotated[bool, typer.Option("--no-truth", help="do not compare with the clients' data: nothing is scored")] = False,
     images: Annotated[str, typer.Option(metavar="NAME", help="in the report: thumbnails or none")] = "thumbnails",
     fail_above: Annotated[
@@ -223,6 +224,7 @@ def audit(
         budget=cast("examine.Budget", budget),
         labels=cast('Literal["recovered", "oracle", "soft"]', labels),
         truth=not no_truth,
+        flip=flip,
         images=images != "none",
         clients=clients,
         seed=experiment.seed if seed is None else seed,

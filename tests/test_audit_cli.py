@@ -177,6 +177,16 @@ def test_without_truth_the_attacks_find_the_same_and_nothing_is_scored(cli: Cli,
     assert not pixels_in(page)
 
 
+def test_a_sign_is_turned_round_where_the_user_says_so_alone(cli: Cli, tmp_path: Path) -> None:
+    warnings = []
+    for name, flag in (("plain", []), ("flipped", ["--flip"])):
+        status, out, _ = cli(*("audit", *QUICK), "--attack", "labels", *flag, "--json", "--out", tmp_path / name)
+        assert status == 0
+        warnings.append([line for line in json.loads(out)["cells"][0]["warnings"] if "against the gradient" in line])
+    assert warnings[0] == []
+    assert "--flip turns it round" in warnings[1][0]  # as these were right
+
+
 def test_without_out_it_makes_a_new_directory(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     status, out, _ = cli("audit", *QUICK, "--attack", "labels")

@@ -486,7 +486,7 @@ def _doubts(seen: Sequence[Observation], task: Task) -> list[str]:
     return [
         f"the updates of {len(against)} of {len(seen)} clients point against the gradient of public data (client {client}: "
         f"cosine {cosine:.2f}): did they send global minus local, or noise, or is their data unlike the public one? "
-        "They were attacked as they came"
+        "The sign is never guessed; --flip turns it round"
     ]
 
 

@@ -62,7 +62,8 @@ def on_client(*, data: Data) -> Callable[[F], F]: ...
 def on_client(fn: Any = None, *, data: Data = "train") -> Any:
     """Mark a function that runs on a client and nowhere else; engines refuse to run any other.
 
-    What it computes follows from its arguments and the method's settings: engines record it, and replay it with other values. Its annotations `down`, and the first of the returned pair, are the wire schema.
+    What it computes follows from its arguments and the method's settings: engines record it, and replay it with other values.
+    Its annotations `down`, and the first of the returned pair, are the wire schema.
     """
 
     def mark(fn: F) -> F:

@@ -1,4 +1,4 @@
-"""What recordings call where PyTorch's own operations are slower: convolutions of many clients, and on a CPU unfolding, pooling,
+"""What recordings call where PyTorch's own operations are slower: convolutions of many clients, unfolding; and on a CPU pooling,
 log-softmax over few classes. All return contiguous tensors.
 """
 

@@ -243,7 +243,7 @@ def test_an_audit_uses_the_gpu_that_the_settings_name(tmp_path: Path, monkeypatc
     reconstruct = SME.reconstruct
 
     def watched(self: SME, seen: Any, *more: Any) -> Any:
-        where.append(next(iter(seen[0].w0.values())).device.type)
+        where.append(seen[0].device.type)
         return reconstruct(self, seen, *more)
 
     monkeypatch.setattr(SME, "reconstruct", watched)

@@ -126,7 +126,7 @@ def noise(seen: Observation, seed: int, restart: int, shape: tuple[int, ...]) ->
     """N(0, 1) as a start, from the key of this client, round and restart."""
     draw = torch.Generator().manual_seed(seed_of(seed, "audit start", seen.round, seen.client, restart))
     like = next(iter(seen.w0.values()))
-    return torch.randn(shape, generator=draw, dtype=like.dtype).to(like.device)
+    return torch.randn(shape, generator=draw, dtype=like.dtype).to(seen.device)
 
 
 def total_variation(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -142,7 +142,7 @@ def total_variation(x: Tensor, mask: Tensor | None = None) -> Tensor:
 def box(seen: Observation) -> tuple[Tensor, Tensor]:
     """(least, greatest) value of an input whose pixels are in [0, 1], by channel [C, 1, 1]."""
     assert seen.public.pixels is not None
-    sides, device = (seen.public.shape[0], 1, 1), next(iter(seen.w0.values())).device
-    ends = (seen.public.pixels.inputs(torch.full(sides, end, device=device)) for end in (0.0, 1.0))
+    sides = seen.public.shape[0], 1, 1
+    ends = (seen.public.pixels.inputs(torch.full(sides, end, device=seen.device)) for end in (0.0, 1.0))
     least, greatest = ends
     return least, greatest

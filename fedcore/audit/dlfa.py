@@ -71,7 +71,7 @@ class DLFA(Attack[Settings]):
         assert known.epochs is not None
         batches = math.ceil(n / known.batch_size)
         mixed = rng(seed, "audit labels", o.round, o.client).permutation(n)  # which is in which batch, nobody knows
-        y = y[torch.from_numpy(mixed)].to(next(iter(o.w0.values())).device)
+        y = y[torch.from_numpy(mixed)].to(o.device)
         target = trees.scale(gradient_like(o), 1 / (known.lr * batches))
         least, greatest = box(o)
         x = noise(o, seed, 0, (1, known.epochs, n, *known.shape))

@@ -98,6 +98,11 @@ class Observation:
         return {name: w + self.delta[name] if name in self.delta else w for name, w in self.w0.items()}
 
     @property
+    def device(self) -> torch.device:
+        """Where its tensors are, and an attack on it runs."""
+        return next(iter(self.w0.values())).device
+
+    @property
     def total(self) -> int:
         """Examples to look for, of all M clients."""
         return self.num_examples if self.together is None else self.together

@@ -112,7 +112,10 @@ class Vectorised:
         return (keep(self.states, fn, d) for d in done)
 
     def _on_gpu(self, fn: ClientFunction, pieces: list[list[int]], down: Tree, t: int, size: int) -> Iterator[Reports]:
-        """Pieces one after another. The new states of one are stored when the next is on its way, so that nobody waits for them."""
+        """Pieces one after another. The new states of one are stored when the next is on its way, so that nobody waits for them.
+
+        Always whole updates: who sums them does so here and on the same GPU.
+        """
         behind: list[tuple[Done, Callable[[], Tree]]] = []
         try:
             while pieces:

@@ -28,23 +28,33 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fedcore import Experiment
-from fedcore.compare import Run, compare
-from fedcore.loop import run
-from fedcore.progress import Terminal
-from fedcore.report import SERIES, STYLE, svg
+from fedcore.rounds.loop import run
 from fedcore.task import Task
 from fedcore.tasks import TASKS, build_task
+from fedcore.views.compare import Run, compare
+from fedcore.views.run_report import SERIES, STYLE, svg
+from fedcore.views.terminal import Terminal
 
 LOW, HIGH = 6.25e-4, 1e-2
 GRID = (0.0, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2)  # noise powers of figures 4.8 and 4.9
 PAPER: dict[str, Any] = {"population": 100}
-SMALL: dict[str, Any] = {"population": 6, "options": {"examples": [4, 5], "features": 6, "noise": 0.1}}
+SMALL: dict[str, Any] = {
+    "population": 6,
+    "options": {"examples": [4, 5], "features": 6, "noise": 0.1},
+}
 
 Measured = dict[str, list[Run]]
 
 
 def experiment(
-    method: str, scheduled: int, rounds: int, down: float, up: float, base: dict[str, Any] = PAPER, every: int = 5, **settings: Any
+    method: str,
+    scheduled: int,
+    rounds: int,
+    down: float,
+    up: float,
+    base: dict[str, Any] = PAPER,
+    every: int = 5,
+    **settings: Any,
 ) -> Experiment:
     values = {
         "task": "weighted-least-squares",
@@ -61,7 +71,12 @@ def experiment(
 
 def nmsd(runs: list[Run], first: float, last: float) -> float:
     """Mean over seeds and the rounds in (first, last], in dB."""
-    values = [row["client_nmsd"]["mean"] for r in runs for row in r.rows if "client_nmsd" in row and first < row["round"] <= last]
+    values = [
+        row["client_nmsd"]["mean"]
+        for r in runs
+        for row in r.rows
+        if "client_nmsd" in row and first < row["round"] <= last
+    ]
     return 10 * math.log10(np.mean(values))
 
 
@@ -77,13 +92,21 @@ def floor(e: Experiment, seeds: int) -> float:
         task = build_task(e.model_copy(update={"seed": seed}))
         assert task.optimum is not None
         best = task.optimum["weight"].numpy()
-        levels.append(e.links.downlink.variance * (best.size - task.data.kept.mean()) / (best**2).sum())
+        levels.append(
+            e.links.downlink.variance
+            * (best.size - task.data.kept.mean())
+            / (best**2).sum()
+        )
     return 10 * math.log10(np.mean(levels))
 
 
 def predicted(e: Experiment, seeds: int) -> float:
     """Mean over the last quarter of the rounds of the NMSD that second moments give for RERCE-Fed, in dB."""
-    return 10 * math.log10(np.mean([_predicted(e.model_copy(update={"seed": seed})) for seed in range(seeds)]))
+    return 10 * math.log10(
+        np.mean(
+            [_predicted(e.model_copy(update={"seed": seed})) for seed in range(seeds)]
+        )
+    )
 
 
 def _predicted(e: Experiment) -> float:
@@ -91,7 +114,10 @@ def _predicted(e: Experiment) -> float:
     assert task.optimum is not None
     best, K = task.optimum["weight"].numpy()[0], task.population
     L, C = len(best), int(e.model_dump()["participation"]["cohort"])
-    A, error = np.zeros((K, L, L)), np.zeros((K + 2, L))  # rho N_k; errors of w_1 .. w_K, w_n, w_{n-1}
+    A, error = (
+        np.zeros((K, L, L)),
+        np.zeros((K + 2, L)),
+    )  # rho N_k; errors of w_1 .. w_K, w_n, w_{n-1}
     for k in range(K):
         rows = task.data.rows(k, "train")
         x, (y, weight) = task.data.x[rows].numpy(), task.data.y[rows].numpy().T
@@ -101,16 +127,27 @@ def _predicted(e: Experiment) -> float:
     error[K:] = -best  # w_0 = w_{-1} = 0
     identity, steps = np.eye(L), []
     for chosen in itertools.combinations(range(K), C):
-        F, G = np.zeros((K + 2, L, K + 2, L)), np.zeros((K + 2, L, 2, K, L))  # error' = F error + G (zeta, eta)
+        F, G = (
+            np.zeros((K + 2, L, K + 2, L)),
+            np.zeros((K + 2, L, 2, K, L)),
+        )  # error' = F error + G (zeta, eta)
         for k in range(K):
             F[k, :, k] = identity
         for k in chosen:
-            F[k, :, k], F[k, :, K], F[k, :, K + 1], G[k, :, 0, k] = identity - A[k], 2 * A[k], -A[k], A[k]
+            F[k, :, k], F[k, :, K], F[k, :, K + 1], G[k, :, 0, k] = (
+                identity - A[k],
+                2 * A[k],
+                -A[k],
+                A[k],
+            )
             G[K, :, 1, k] = identity / C
         F[K], F[K + 1, :, K] = sum(F[k] for k in chosen) / C, identity
         G[K, :, 0] = sum(G[k, :, 0] for k in chosen) / C
         noise = G.reshape((K + 2) * L, 2, K * L)
-        spread = e.links.downlink.variance * noise[:, 0] @ noise[:, 0].T + e.links.uplink.variance * noise[:, 1] @ noise[:, 1].T
+        spread = (
+            e.links.downlink.variance * noise[:, 0] @ noise[:, 0].T
+            + e.links.uplink.variance * noise[:, 1] @ noise[:, 1].T
+        )
         steps.append((F.reshape((K + 2) * L, (K + 2) * L), spread))
     P, values = np.outer(error, error), []
     for n in range(1, e.rounds + 1):
@@ -127,13 +164,25 @@ def table(head: list[str], rows: list[list[str]]) -> None:
     print(flush=True)
 
 
-def draw(file: Path, curves: dict[str, tuple[list[float], list[float]]], xlabel: str, log: bool = False) -> None:
+def draw(
+    file: Path,
+    curves: dict[str, tuple[list[float], list[float]]],
+    xlabel: str,
+    log: bool = False,
+) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
         for number, (label, (x, y)) in enumerate(curves.items()):
             mark = "--" if "predicted" in label else "-"
-            axes.plot(x, y, mark, color=SERIES[number], label=label, marker="o" if len(x) < 20 else "")
+            axes.plot(
+                x,
+                y,
+                mark,
+                color=SERIES[number],
+                label=label,
+                marker="o" if len(x) < 20 else "",
+            )
         axes.set(xlabel=xlabel, ylabel="NMSD, dB", xscale="log" if log else "linear")
         figure.legend(loc="outside right upper")
         file.write_text(svg(figure, transparent=False, facecolor="white"))
@@ -144,7 +193,13 @@ def by_round(found: Measured) -> dict[str, tuple[list[float], list[float]]]:
     curves = {}
     for label, runs in found.items():
         rounds = [row["round"] for row in runs[0].rows if "client_nmsd" in row]
-        values = np.mean([[row["client_nmsd"]["mean"] for row in r.rows if "client_nmsd" in row] for r in runs], axis=0)
+        values = np.mean(
+            [
+                [row["client_nmsd"]["mean"] for row in r.rows if "client_nmsd" in row]
+                for r in runs
+            ],
+            axis=0,
+        )
         curves[label] = (rounds, list(10 * np.log10(values)))
     return curves
 
@@ -171,27 +226,46 @@ def figure_1(out: Path, seeds: int) -> None:
 
 
 def figure_2(out: Path, seeds: int) -> None:
-    experiments = [(f"absent: {absent}", experiment("admm", 4, 250, LOW, LOW, absent=absent)) for absent in ("zero", "last")]
+    experiments = [
+        (f"absent: {absent}", experiment("admm", 4, 250, LOW, LOW, absent=absent))
+        for absent in ("zero", "last")
+    ]
     found = compare(experiments, seeds, out, Terminal()).runs
-    rows = [[label, f"{nmsd(runs, 95, 100):.1f}", f"{nmsd(runs, 245, 250):.1f}"] for label, runs in found.items()]
-    table(["two variables, 4 of 100", "round 100", "round 250"], [*rows, ["thesis", "-4.5", "-5.3"]])
+    rows = [
+        [label, f"{nmsd(runs, 95, 100):.1f}", f"{nmsd(runs, 245, 250):.1f}"]
+        for label, runs in found.items()
+    ]
+    table(
+        ["two variables, 4 of 100", "round 100", "round 250"],
+        [*rows, ["thesis", "-4.5", "-5.3"]],
+    )
     draw(out / "figure.svg", by_round(found), "round")
 
 
 def figure_3(out: Path, seeds: int) -> None:
-    experiments = [(f"C = {C}", experiment("rerce", C, rounds, LOW, LOW)) for C, rounds in ((4, 500), (10, 250), (25, 100))]
+    experiments = [
+        (f"C = {C}", experiment("rerce", C, rounds, LOW, LOW))
+        for C, rounds in ((4, 500), (10, 250), (25, 100))
+    ]
     found = compare(experiments, seeds, out, Terminal()).runs
     rows = []
     for label, runs in found.items():
         level = settled(runs)
         rounds, curve = by_round({label: runs})[label]
-        flat = next(t for t, value in zip(rounds, curve, strict=True) if value < level + 0.5)
+        flat = next(
+            t for t, value in zip(rounds, curve, strict=True) if value < level + 0.5
+        )
         rows.append([label, f"{level:.1f}", f"{flat:.0f}"])
-    table(["RERCE-Fed, noise 6.25e-4", "settled at", "within 0.5 dB of it from round"], rows)
+    table(
+        ["RERCE-Fed, noise 6.25e-4", "settled at", "within 0.5 dB of it from round"],
+        rows,
+    )
     draw(out / "figure.svg", by_round(found), "round")
 
 
-def figure_456(scheduled: int, thesis: tuple[str, str, str, str]) -> Callable[[Path, int], None]:
+def figure_456(
+    scheduled: int, thesis: tuple[str, str, str, str]
+) -> Callable[[Path, int], None]:
     def figure(out: Path, seeds: int) -> None:
         rounds = {4: 500, 10: 300, 25: 150}[scheduled]
         experiments = [
@@ -222,31 +296,57 @@ def one_data_set(e: Experiment) -> Task:
 
 def figure_7(out: Path, seeds: int) -> None:
     base = {**SMALL, "task": "benchmarks.admm:one_data_set"}
-    noisy, silent = (experiment("rerce", 3, 200, noise, noise, base, every=10**6) for noise in (1e-4, 0.0))
+    noisy, silent = (
+        experiment("rerce", 3, 200, noise, noise, base, every=10**6)
+        for noise in (1e-4, 0.0)
+    )
     best, found = build_task(noisy).optimum, []
     assert best is not None
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
             pair = [
-                run(e.model_copy(update={"seed": seed}), Path(folder) / f"{seed}-{i}").params["weight"].numpy()[0]
+                run(e.model_copy(update={"seed": seed}), Path(folder) / f"{seed}-{i}")
+                .params["weight"]
+                .numpy()[0]
                 for i, e in enumerate((noisy, silent))  # on the same schedule
             ]
             found.append((pair[0] - best["weight"].numpy()[0], pair[0] - pair[1]))
-    scale, counts = float(best["weight"].square().sum()), [m for m in (10, 30, 100, 300, 1000, 3000, 10000) if m <= seeds]
+    scale, counts = (
+        float(best["weight"].square().sum()),
+        [m for m in (10, 30, 100, 300, 1000, 3000, 10000) if m <= seeds],
+    )
     rows, curves = [], {}
-    for label, errors in zip(("w_n - w*", "w_n - w_n without noise"), np.array(found).swapaxes(0, 1), strict=True):
-        bias = [10 * math.log10((errors[:m].mean(0) ** 2).sum() / scale) for m in counts]
-        single = [10 * math.log10((errors[:m] ** 2).sum(1).mean() / m / scale) for m in counts]
-        rows += [[f"mean of {label}, squared, dB", *(f"{v:.1f}" for v in bias)], ["if unbiased", *(f"{v:.1f}" for v in single)]]
-        curves |= {label: ([*counts], bias), f"{label}, if unbiased": ([*counts], single)}
+    for label, errors in zip(
+        ("w_n - w*", "w_n - w_n without noise"),
+        np.array(found).swapaxes(0, 1),
+        strict=True,
+    ):
+        bias = [
+            10 * math.log10((errors[:m].mean(0) ** 2).sum() / scale) for m in counts
+        ]
+        single = [
+            10 * math.log10((errors[:m] ** 2).sum(1).mean() / m / scale) for m in counts
+        ]
+        rows += [
+            [f"mean of {label}, squared, dB", *(f"{v:.1f}" for v in bias)],
+            ["if unbiased", *(f"{v:.1f}" for v in single)],
+        ]
+        curves |= {
+            label: ([*counts], bias),
+            f"{label}, if unbiased": ([*counts], single),
+        }
     table(["runs M", *map(str, counts)], rows)
     out.mkdir(parents=True, exist_ok=True)
     draw(out / "figure.svg", curves, "runs", log=True)
 
 
-def steady(out: Path, seeds: int, cases: dict[str, list[tuple[float, Experiment]]], xlabel: str) -> None:
+def steady(
+    out: Path, seeds: int, cases: dict[str, list[tuple[float, Experiment]]], xlabel: str
+) -> None:
     """A curve a case, simulated and predicted."""
-    experiments = [(f"{label}, {x:g}", e) for label, points in cases.items() for x, e in points]
+    experiments = [
+        (f"{label}, {x:g}", e) for label, points in cases.items() for x, e in points
+    ]
     found = compare(experiments, seeds, out, Terminal()).runs
     curves: dict[str, tuple[list[float], list[float]]] = {}
     rows = []
@@ -255,43 +355,82 @@ def steady(out: Path, seeds: int, cases: dict[str, list[tuple[float, Experiment]
         measured = [settled(found[f"{label}, {value:g}"]) for value in x]
         expected = [predicted(e, seeds) for _, e in points]
         curves[label], curves[f"{label}, predicted"] = (x, measured), (x, expected)
-        rows += [[label, *(f"{v:.1f}" for v in measured)], ["predicted", *(f"{v:.1f}" for v in expected)]]
+        rows += [
+            [label, *(f"{v:.1f}" for v in measured)],
+            ["predicted", *(f"{v:.1f}" for v in expected)],
+        ]
     table([xlabel, *(f"{value:g}" for value, _ in next(iter(cases.values())))], rows)
     draw(out / "figure.svg", curves, xlabel)
 
 
 def figure_8(out: Path, seeds: int) -> None:
-    cases = {f"downlink {down:g}": [(up, experiment("rerce", 3, 400, down, up, SMALL)) for up in GRID] for down in (0.0, HIGH)}
+    cases = {
+        f"downlink {down:g}": [
+            (up, experiment("rerce", 3, 400, down, up, SMALL)) for up in GRID
+        ]
+        for down in (0.0, HIGH)
+    }
     steady(out, seeds, cases, "uplink noise power")
 
 
 def figure_9(out: Path, seeds: int) -> None:
-    cases = {f"uplink {up:g}": [(down, experiment("rerce", 3, 400, down, up, SMALL)) for down in GRID] for up in (0.0, HIGH)}
+    cases = {
+        f"uplink {up:g}": [
+            (down, experiment("rerce", 3, 400, down, up, SMALL)) for down in GRID
+        ]
+        for up in (0.0, HIGH)
+    }
     steady(out, seeds, cases, "downlink noise power")
 
 
 def figure_10(out: Path, seeds: int) -> None:
     cases = {
-        f"noise {noise:g}": [(C, experiment("rerce", C, 400, noise, noise, SMALL)) for C in range(2, 7)] for noise in (LOW, HIGH)
+        f"noise {noise:g}": [
+            (C, experiment("rerce", C, 400, noise, noise, SMALL)) for C in range(2, 7)
+        ]
+        for noise in (LOW, HIGH)
     }
     steady(out, seeds, cases, "clients scheduled of 6")
 
 
 def walk(out: Path, seeds: int) -> None:
-    base: dict[str, Any] = {"population": 10, "options": {"examples": [12, 22], "features": 4, "noise": 1.0}}
+    base: dict[str, Any] = {
+        "population": 10,
+        "options": {"examples": [12, 22], "features": 4, "noise": 1.0},
+    }
     task = build_task(experiment("rerce", 10, 1, 0, 0, base))
-    H = [2 * x.T @ x for x in (task.data.x[task.data.rows(k, "train")].numpy() for k in range(10))]
+    H = [
+        2 * x.T @ x
+        for x in (task.data.x[task.data.rows(k, "train")].numpy() for k in range(10))
+    ]
     rho = float(np.mean([np.trace(h) / 4 for h in H]))
     found: Measured = {}
-    for label, value in (("rho = mean eigenvalue of H_k", rho), ("rho 100 times smaller", rho / 100)):
+    for label, value in (
+        ("rho = mean eigenvalue of H_k", rho),
+        ("rho 100 times smaller", rho / 100),
+    ):
         experiments = [
-            (f"{name}, {label}", experiment(method, 10, 10_000, 1e-2, 1e-2, base, every=50, rho=round(value, 6)))
+            (
+                f"{name}, {label}",
+                experiment(
+                    method, 10, 10_000, 1e-2, 1e-2, base, every=50, rho=round(value, 6)
+                ),
+            )
             for name, method in (("two variables", "admm"), ("dual-free", "rerce"))
         ]
         found |= compare(experiments, seeds, out / f"{value:.3g}", Terminal()).runs
     marks = (100, 1000, 10_000)
-    rows = [[label, *(f"{nmsd(runs, 0.5 * n, n):.1f}" for n in marks)] for label, runs in found.items()]
-    table(["10 clients, 4 features, noise 1e-2, all scheduled", *(f"rounds {n // 2} to {n}" for n in marks)], rows)
+    rows = [
+        [label, *(f"{nmsd(runs, 0.5 * n, n):.1f}" for n in marks)]
+        for label, runs in found.items()
+    ]
+    table(
+        [
+            "10 clients, 4 features, noise 1e-2, all scheduled",
+            *(f"rounds {n // 2} to {n}" for n in marks),
+        ],
+        rows,
+    )
     draw(out / "figure.svg", by_round(found), "round", log=True)
 
 
@@ -311,7 +450,9 @@ FIGURES: dict[str, Callable[[Path, int], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("figure", choices=FIGURES)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int)

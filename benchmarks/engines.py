@@ -34,8 +34,8 @@ from benchmarks.pfl_simulation import pfl
 from fedcore import Experiment
 from fedcore.engines.base import Work
 from fedcore.engines.vectorised import Vectorised
-from fedcore.loop import Loop, Quiet
 from fedcore.method import Method, MethodSettings, on_client
+from fedcore.rounds.loop import Loop, Quiet
 from fedcore.task import Task
 from fedcore.trees import add, scale, uniform_mean
 from fedcore.types import Batches, Model, Params, Round, Stateless
@@ -62,7 +62,10 @@ TITLES = {
     "resnet": "ResNet-18-GN, 11 M parameters, cohort 4",
     "vit": "small ViT, cohort 10",
 }
-NOTHING = {"60k": ["model.hidden=[76]"], "11M": ["model.name=resnet"]}  # models for clients that do nothing, by parameters
+NOTHING = {
+    "60k": ["model.hidden=[76]"],
+    "11M": ["model.name=resnet"],
+}  # models for clients that do nothing, by parameters
 OTHERS = {"logistic", "mlp", "lenet", "cnn"}  # models with which Flower and pfl are run
 
 
@@ -78,19 +81,33 @@ class Noop(Method[Settings]):
     """Clients that send the model back as it came: what is left is the engine."""
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
         return Up(down.params), state
 
     def round(self, server: Model, r: Round) -> Model:
-        return Model(scale(add(server.params, uniform_mean(r.each(self.train, r.cohort, server)).delta), 0.5))
+        return Model(
+            scale(
+                add(
+                    server.params,
+                    uniform_mean(r.each(self.train, r.cohort, server)).delta,
+                ),
+                0.5,
+            )
+        )
 
 
 def experiment(*settings: str) -> Experiment:
-    return Experiment.load(ROOT / "fashion.toml", ["evaluation.every=100000", "rounds=100000", *settings])
+    return Experiment.load(
+        ROOT / "fashion.toml", ["evaluation.every=100000", "rounds=100000", *settings]
+    )
 
 
 def loop_for(e: Experiment) -> Loop:
-    return Loop(e, Path(tempfile.mkdtemp(prefix="fedcore-bench-")), Quiet(), None, False)
+    return Loop(
+        e, Path(tempfile.mkdtemp(prefix="fedcore-bench-")), Quiet(), None, False
+    )
 
 
 def one_round(loop: Loop) -> float:
@@ -112,13 +129,23 @@ class Plain:
 
     def __init__(self, e: Experiment, processes: int = 1) -> None:
         self.loop = loop_for(e)
-        self.server = {name: p.detach().clone().share_memory_() for name, p in self.loop.task.model.named_parameters()}
+        self.server = {
+            name: p.detach().clone().share_memory_()
+            for name, p in self.loop.task.model.named_parameters()
+        }
         self.t, self.pipes, self.totals = 0, [], []
         context = torch.multiprocessing.get_context("spawn")
         for _ in range(processes if processes > 1 else 0):
             ours, theirs = context.Pipe()
-            total = {name: torch.zeros_like(p).share_memory_() for name, p in self.server.items()}
-            context.Process(target=_serve, args=(e.model_dump_json(), theirs, self.server, total), daemon=True).start()
+            total = {
+                name: torch.zeros_like(p).share_memory_()
+                for name, p in self.server.items()
+            }
+            context.Process(
+                target=_serve,
+                args=(e.model_dump_json(), theirs, self.server, total),
+                daemon=True,
+            ).start()
             self.pipes.append(ours)
             self.totals.append(total)
 
@@ -135,7 +162,10 @@ class Plain:
         else:
             torch.set_num_threads(1)
             total = {name: torch.zeros_like(p) for name, p in self.server.items()}
-            weight, totals = _share(self.loop, self.server, total, clients, self.t), [total]
+            weight, totals = (
+                _share(self.loop, self.server, total, clients, self.t),
+                [total],
+            )
             torch.set_num_threads(CORES)
         for name, value in self.server.items():
             value += sum(total[name] for total in totals) / weight
@@ -149,10 +179,15 @@ class Plain:
             pipe.send(None)
 
 
-def _share(loop: Loop, server: Params, total: Params, clients: list[int], t: int) -> int:
+def _share(
+    loop: Loop, server: Params, total: Params, clients: list[int], t: int
+) -> int:
     """Train these clients one after another; the weighted sum of their changes goes into `total`, its weight is returned."""
     model: nn.Module = loop.task.model
-    work, lr = Work(loop.task, loop.method, loop.e.local, loop.e.seed), loop.e.method.local_lr  # type: ignore[attr-defined]
+    work, lr = (
+        Work(loop.task, loop.method, loop.e.local, loop.e.seed),
+        loop.e.method.local_lr,
+    )  # type: ignore[attr-defined]
     weight = 0
     for client in clients:
         batches = work.batches(loop.method.train, [client], t)  # type: ignore[attr-defined]
@@ -188,28 +223,62 @@ def _serve(settings: str, pipe: Any, server: Params, total: Params) -> None:
 def flower(e: Experiment, rounds: int, folder: Path) -> list[float]:
     """Seconds of each round of Flower's own simulation: its Ray backend, one message a client, FedAvg over NumPy arrays."""
     (folder / "settings.json").write_text(e.model_dump_json())
-    command = [sys.executable, "-m", "benchmarks.flower_simulation", str(folder / "settings.json"), str(rounds)]
-    environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_DEDUP_LOGS": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT.parent, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.flower_simulation",
+        str(folder / "settings.json"),
+        str(rounds),
+    ]
+    environment = {
+        **os.environ,
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_DEDUP_LOGS": "0",
+    }
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT.parent,
+        check=False,
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("SECONDS ")]
     if done.returncode or not lines:
-        raise SystemExit(f"Flower's simulation failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"Flower's simulation failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        )
     seconds: list[float] = json.loads(lines[-1].removeprefix("SECONDS "))
     return seconds
 
 
-def take_turns(e: Experiment, rounds: int, engines: dict[str, list[str]], cores: int = CORES) -> Seconds:
+def take_turns(
+    e: Experiment, rounds: int, engines: dict[str, list[str]], cores: int = CORES
+) -> Seconds:
     """Our engines and the plain loops, in alternating order."""
-    loops = {name: loop_for(Experiment.parse(e.model_dump(mode="json"), more)) for name, more in engines.items()}
-    plain = {f"plain loop, {n} core{'s' * (n > 1)}": Plain(e, n) for n in dict.fromkeys((1, cores))}
-    contenders: dict[str, Callable[[], float]] = {name: p.round for name, p in plain.items()}
-    contenders |= {name: lambda loop=loop: one_round(loop) for name, loop in loops.items()}  # type: ignore[misc]
+    loops = {
+        name: loop_for(Experiment.parse(e.model_dump(mode="json"), more))
+        for name, more in engines.items()
+    }
+    plain = {
+        f"plain loop, {n} core{'s' * (n > 1)}": Plain(e, n)
+        for n in dict.fromkeys((1, cores))
+    }
+    contenders: dict[str, Callable[[], float]] = {
+        name: p.round for name, p in plain.items()
+    }
+    contenders |= {
+        name: lambda loop=loop: one_round(loop) for name, loop in loops.items()
+    }  # type: ignore[misc]
     seconds: Seconds = {name: [] for name in contenders}
     for run in contenders.values():
         run()  # warms up, and measures chunks
     for i in range(max(rounds // 2, 1)):
         for name in sorted(contenders, reverse=bool(i % 2)):
-            contenders[name]()  # untimed: caches and threads are as the one before left them
+            contenders[
+                name
+            ]()  # untimed: caches and threads are as the one before left them
             seconds[name] += [contenders[name]() for _ in range(2)]
     for closing in (*loops.values(), *plain.values()):
         closing.close()
@@ -224,8 +293,12 @@ def models(rounds: int, which: list[str], without: list[str]) -> dict[str, Any]:
         heavy = model not in ("logistic", "mlp")
         few = max(rounds // 3, 4) if heavy else rounds
         ours = {"sequential": ["engine.name=sequential"], "vectorised": []}
-        seconds = take_turns(e, few, {name: more for name, more in ours.items() if name not in without})
-        if "ray" not in without:  # after the others: its cluster's own processes are never idle
+        seconds = take_turns(
+            e, few, {name: more for name, more in ours.items() if name not in without}
+        )
+        if (
+            "ray" not in without
+        ):  # after the others: its cluster's own processes are never idle
             with engine(e, "engine.name=ray") as loop:
                 seconds[f"ray, {CORES} workers"] = [one_round(loop) for _ in range(few)]
         with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +307,9 @@ def models(rounds: int, which: list[str], without: list[str]) -> dict[str, Any]:
                     name = f"pfl 0.6.0, {processes} process{'es' * (processes > 1)}"
                     seconds[name] = pfl(e, few + 1, Path(folder), processes)[1:]
             if model in OTHERS and "Flower" not in without:
-                seconds["Flower 1.39, Ray"] = flower(e, 4, Path(folder))[1:]  # the first starts the actors
+                seconds["Flower 1.39, Ray"] = flower(e, 4, Path(folder))[
+                    1:
+                ]  # the first starts the actors
         found[model] = {"cohort": e.participation.cohort, "rounds": summary(seconds)}  # type: ignore[attr-defined]
         show(TITLES[model], found[model]["rounds"], found[model]["cohort"])
     return found
@@ -242,17 +317,28 @@ def models(rounds: int, which: list[str], without: list[str]) -> dict[str, Any]:
 
 def summary(seconds: Seconds) -> dict[str, dict[str, float]]:
     return {
-        name: {"median_s": statistics.median(v), "min_s": min(v), "max_s": max(v), "rounds": len(v)} for name, v in seconds.items()
+        name: {
+            "median_s": statistics.median(v),
+            "min_s": min(v),
+            "max_s": max(v),
+            "rounds": len(v),
+        }
+        for name, v in seconds.items()
     }
 
 
 def show(title: str, rows: dict[str, dict[str, float]], cohort: int) -> None:
     """A table, with the ratio of every contender's median to that of `vectorised`."""
     ours = rows["vectorised"]["median_s"]
-    print(f"\n{title}\n| | s a round, median (min to max) | clients/s | times `vectorised` |\n|---|---|---|---|")
+    print(
+        f"\n{title}\n| | s a round, median (min to max) | clients/s | times `vectorised` |\n|---|---|---|---|"
+    )
     for name, row in rows.items():
         spread = f"{row['median_s']:.3f} ({row['min_s']:.3f} to {row['max_s']:.3f})"
-        print(f"| {name} | {spread} | {cohort / row['median_s']:,.0f} | {row['median_s'] / ours:.2f} |", flush=True)
+        print(
+            f"| {name} | {spread} | {cohort / row['median_s']:,.0f} | {row['median_s'] / ours:.2f} |",
+            flush=True,
+        )
 
 
 def cohorts(rounds: int) -> dict[str, Any]:
@@ -260,7 +346,11 @@ def cohorts(rounds: int) -> dict[str, Any]:
     found = {}
     for cohort in (10, 100, 1000):
         e = experiment(*EVEN, f"participation.cohort={cohort}")
-        found[str(cohort)] = summary(take_turns(e, max(rounds // (3 if cohort > 100 else 1), 4), {"vectorised": []}))
+        found[str(cohort)] = summary(
+            take_turns(
+                e, max(rounds // (3 if cohort > 100 else 1), 4), {"vectorised": []}
+            )
+        )
         show(f"MLP, cohort {cohort}", found[str(cohort)], cohort)
     return found
 
@@ -274,7 +364,11 @@ def ragged(rounds: int) -> dict[str, Any]:
         with engine(e) as loop:
             padding = _padding(loop)
         found[model] = {"rounds": rows, "padding": padding}
-        show(f"{model}, log-normal sizes; {padding:.1%} of the steps of `vectorised` are padding", rows, 100)
+        show(
+            f"{model}, log-normal sizes; {padding:.1%} of the steps of `vectorised` are padding",
+            rows,
+            100,
+        )
     return found
 
 
@@ -287,7 +381,10 @@ def _padding(loop: Loop) -> float:
         cohort, _ = loop.process.sample(t, {})
         for chunk in vectorised.chunks(train, cohort.numpy()):
             steps = vectorised.work.steps(train, np.array(chunk))
-            done, needed = done + int(steps.max()) * len(chunk), needed + int(steps.sum())
+            done, needed = (
+                done + int(steps.max()) * len(chunk),
+                needed + int(steps.sum()),
+            )
     return 1 - needed / done
 
 
@@ -299,15 +396,35 @@ def overhead(rounds: int, without: list[str]) -> dict[str, Any]:
         e = experiment(noop, *EVEN, *settings)
         for name in ("sequential", "vectorised"):
             with engine(e, f"engine.name={name}") as loop:
-                found[size][name] = statistics.median(one_round(loop) for _ in range(rounds)) / 100 * 1e3
+                found[size][name] = (
+                    statistics.median(one_round(loop) for _ in range(rounds))
+                    / 100
+                    * 1e3
+                )
         if "Flower" not in without:
             with tempfile.TemporaryDirectory() as folder:
-                found[size]["Flower 1.39, Ray"] = statistics.median(flower(e, 3, Path(folder))[1:]) / 100 * 1e3
-        print(f"\nclients that do nothing, {size} parameters, ms a client:", {k: round(v, 3) for k, v in found[size].items()})
-    large = experiment(noop, *EVEN, "model.hidden=[76]", "population=10000", "participation.cohort=1000")
+                found[size]["Flower 1.39, Ray"] = (
+                    statistics.median(flower(e, 3, Path(folder))[1:]) / 100 * 1e3
+                )
+        print(
+            f"\nclients that do nothing, {size} parameters, ms a client:",
+            {k: round(v, 3) for k, v in found[size].items()},
+        )
+    large = experiment(
+        noop,
+        *EVEN,
+        "model.hidden=[76]",
+        "population=10000",
+        "participation.cohort=1000",
+    )
     with engine(large) as loop:
-        found["cohort 1000 of 10000, s"] = statistics.median(one_round(loop) for _ in range(rounds))
-    print(f"cohort 1 000 of 10 000, clients that do nothing: {found['cohort 1000 of 10000, s']:.3f} s a round", flush=True)
+        found["cohort 1000 of 10000, s"] = statistics.median(
+            one_round(loop) for _ in range(rounds)
+        )
+    print(
+        f"cohort 1 000 of 10 000, clients that do nothing: {found['cohort 1000 of 10000, s']:.3f} s a round",
+        flush=True,
+    )
     return found
 
 
@@ -318,7 +435,11 @@ def registered(rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"1000": [], "100000": []}
     for population in (1_000, 100_000):
         begin = time.perf_counter()
-        loops[population] = loop_for(experiment("task=least-squares", f"population={population}", "method.local_lr=0.01"))
+        loops[population] = loop_for(
+            experiment(
+                "task=least-squares", f"population={population}", "method.local_lr=0.01"
+            )
+        )
         one_round(loops[population])
         start[str(population)] = time.perf_counter() - begin
     for i in range(2 * rounds):
@@ -326,7 +447,10 @@ def registered(rounds: int) -> dict[str, Any]:
             seconds[str(population)].append(one_round(loops[population]))
     medians = {population: statistics.median(v) for population, v in seconds.items()}
     ratio = medians["100000"] / medians["1000"]
-    print(f"\na round with 100 000 registered clients: {ratio:.2f} x one with 1 000; start-up {start['100000']:.1f} s", flush=True)
+    print(
+        f"\na round with 100 000 registered clients: {ratio:.2f} x one with 1 000; start-up {start['100000']:.1f} s",
+        flush=True,
+    )
     return {"round_s": medians, "ratio": ratio, "start_s": start}
 
 
@@ -348,7 +472,11 @@ def start() -> dict[str, float]:
                 check=True,
             )
             found[name] = float(done.stdout.split()[-1])
-    print("\nMLP, to the end of the first round, s:", {k: round(v, 2) for k, v in found.items()}, flush=True)
+    print(
+        "\nMLP, to the end of the first round, s:",
+        {k: round(v, 2) for k, v in found.items()},
+        flush=True,
+    )
     return found
 
 
@@ -357,36 +485,67 @@ def draw(found: dict[str, Any], file: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from fedcore.report import SERIES, STYLE, svg
-    from fedcore.report_page import THEME
+    from fedcore.views.page import THEME
+    from fedcore.views.run_report import SERIES, STYLE, svg
 
-    names = list(dict.fromkeys(name for model in found.values() for name in model["rounds"]))
+    names = list(
+        dict.fromkeys(name for model in found.values() for name in model["rounds"])
+    )
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         axes = figure.subplots()
         for number, name in enumerate(names):
-            at = [i + (number - len(names) / 2) * 0.1 for i, model in enumerate(found.values()) if name in model["rounds"]]
-            speeds = [m["cohort"] / m["rounds"][name]["median_s"] for m in found.values() if name in m["rounds"]]
+            at = [
+                i + (number - len(names) / 2) * 0.1
+                for i, model in enumerate(found.values())
+                if name in model["rounds"]
+            ]
+            speeds = [
+                m["cohort"] / m["rounds"][name]["median_s"]
+                for m in found.values()
+                if name in m["rounds"]
+            ]
             axes.bar(at, speeds, 0.09, color=SERIES[number % len(SERIES)], label=name)
-        axes.set(yscale="log", ylabel="clients per second", xticks=range(len(found)), xticklabels=list(found))
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4)
+        axes.set(
+            yscale="log",
+            ylabel="clients per second",
+            xticks=range(len(found)),
+            xticklabels=list(found),
+        )
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside upper left", ncols=4
+        )
         file.write_text(svg(figure, transparent=False, facecolor=THEME["card"][0]))
 
 
 def main() -> None:
     parts = ["models", "cohorts", "ragged", "overhead", "registered", "start"]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts) + "; default: all")
-    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--without", nargs="+", default=[], help="Flower, pfl, sequential, ray")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=", ".join(parts) + "; default: all"
+    )
+    parser.add_argument(
+        "--model", nargs="+", choices=list(MODELS), default=list(MODELS)
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], help="Flower, pfl, sequential, ray"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--picture", type=Path)
     a = parser.parse_args()
     if unknown := set(a.parts) - set(parts):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; expected some of {', '.join(parts)}")
+        parser.error(
+            f"no such part: {', '.join(sorted(unknown))}; expected some of {', '.join(parts)}"
+        )
     file = ROOT / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    results["machine"] = {"cpus": CORES, "cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    results["machine"] = {
+        "cpus": CORES,
+        "cpu": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
     print(results["machine"])
     runs: dict[str, Callable[[], Any]] = {
         "models": lambda: models(a.rounds, a.model, a.without),

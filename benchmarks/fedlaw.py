@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 from fedcore import Experiment, trees
-from fedcore.compare import Run, compare
 from fedcore.data import sources
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.partition import Dirichlet, Partition, carve
 from fedcore.local import local_sgd
-from fedcore.progress import Terminal
 from fedcore.rng import rng
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Round
+from fedcore.views.compare import Run, compare
+from fedcore.views.terminal import Terminal
 from strategies import fedlaw
 
 
@@ -44,9 +44,21 @@ class OnTheServerToo(fedlaw.FedLAW):
         w = trees.add(server.params, mean.delta)
         (x, y), B, s = r.task.proxy, self.s.server_batch, self.s
         for epoch in range(s.server_epochs):
-            for rows in torch.from_numpy(rng(r.seed, "proxy", r.t, epoch).permutation(len(x))).split(B):
-                one = Batches(x[rows][None], y[rows][None], torch.ones(1, len(rows), device=x.device))
-                w, _, _ = local_sgd(r.task.loss, w, one, s.local_lr * s.lr_decay**r.t, weight_decay=s.weight_decay)
+            for rows in torch.from_numpy(
+                rng(r.seed, "proxy", r.t, epoch).permutation(len(x))
+            ).split(B):
+                one = Batches(
+                    x[rows][None],
+                    y[rows][None],
+                    torch.ones(1, len(rows), device=x.device),
+                )
+                w, _, _ = local_sgd(
+                    r.task.loss,
+                    w,
+                    one,
+                    s.local_lr * s.lr_decay**r.t,
+                    weight_decay=s.weight_decay,
+                )
         return fedlaw.Server(w, server.gamma_product)
 
 
@@ -67,33 +79,54 @@ def small(e: Experiment) -> Task:
     of the rows each. noisy: Dirichlet(100), and the labels of the first four clients are random.
     """
     source = sources.load(e.options["source"], e.data_folder)
-    labels, x, test = source.y_train.clone(), source.x_train, Examples(source.x_test, source.y_test)
+    labels, x, test = (
+        source.y_train.clone(),
+        source.x_train,
+        Examples(source.x_test, source.y_test),
+    )
     servers, pool = carve(labels.numpy(), e.proxy, e.seed)
     rows = rng(e.seed, "rows").permutation(pool)[:2000]
     proxy = Examples(x[servers], labels[servers])
     kind = e.options.get("kind", "plain")
 
     def spread(rows: np.ndarray, alpha: float, clients: int, seed: int) -> Partition:
-        part = Dirichlet(alpha=alpha, min_size=10).split(labels[rows].numpy(), None, clients, seed)
+        part = Dirichlet(alpha=alpha, min_size=10).split(
+            labels[rows].numpy(), None, clients, seed
+        )
         return Partition(rows[part.order], part.offsets)
 
     if kind == "hybrid":
         halves = [
-            spread(half, alpha, CLIENTS // 2, e.seed) for half, alpha in zip(np.array_split(rows, 2), (100.0, 0.1), strict=True)
+            spread(half, alpha, CLIENTS // 2, e.seed)
+            for half, alpha in zip(np.array_split(rows, 2), (100.0, 0.1), strict=True)
         ]
         order = np.concatenate([half.order for half in halves])
-        offsets = np.append(halves[0].offsets, halves[0].offsets[-1] + halves[1].offsets[1:])
+        offsets = np.append(
+            halves[0].offsets, halves[0].offsets[-1] + halves[1].offsets[1:]
+        )
     else:
         assert isinstance(e.partition, Dirichlet)
-        order, offsets = spread(rows, e.partition.alpha if kind == "plain" else 100.0, CLIENTS, e.seed)
+        order, offsets = spread(
+            rows, e.partition.alpha if kind == "plain" else 100.0, CLIENTS, e.seed
+        )
     if kind == "noisy":
         mislabelled = order[: offsets[4]]
-        labels[mislabelled] = labels.new_tensor(rng(e.seed, "labels").integers(0, source.num_classes, len(mislabelled)))
+        labels[mislabelled] = labels.new_tensor(
+            rng(e.seed, "labels").integers(0, source.num_classes, len(mislabelled))
+        )
     data = FederatedData(Examples(x, labels), test, order, offsets, e.holdout, e.seed)
-    return Task(e.model.build(tuple(x.shape[1:]), source.num_classes), data, proxy=proxy)
+    return Task(
+        e.model.build(tuple(x.shape[1:]), source.num_classes), data, proxy=proxy
+    )
 
 
-def experiment(source: str, epochs: int, method: dict[str, Any], alpha: float = 100.0, kind: str = "plain") -> Experiment:
+def experiment(
+    source: str,
+    epochs: int,
+    method: dict[str, Any],
+    alpha: float = 100.0,
+    kind: str = "plain",
+) -> Experiment:
     values: dict[str, Any] = {
         "method": {"name": "fedlaw", "local_lr": 0.05, **method},
         "task": "benchmarks.fedlaw:small",
@@ -117,7 +150,10 @@ def late(runs: list[Run], value: Callable[[dict[str, Any]], float]) -> str:
 
 
 def percent(runs: list[Run]) -> str:
-    means = [100 * statistics.fmean(row["test_accuracy"] for row in run.rows[-LAST:]) for run in runs]
+    means = [
+        100 * statistics.fmean(row["test_accuracy"] for row in run.rows[-LAST:])
+        for run in runs
+    ]
     return f"{statistics.fmean(means):.1f} ± {statistics.stdev(means) if len(means) > 1 else 0:.1f}"
 
 
@@ -131,37 +167,72 @@ def table(head: list[str], rows: dict[str, list[str]]) -> None:
 def accuracy(out: Path, seeds: int) -> None:
     for source in ("fashion-mnist", "digits"):
         judged = METHODS | {"FedAvg, then SGD on the proxy set": TUNED}
-        rows: dict[str, list[str]] = {label: [] for label in [*judged, "gamma of adaptive GWS", "gamma of FedLAW"]}
+        rows: dict[str, list[str]] = {
+            label: [] for label in [*judged, "gamma of adaptive GWS", "gamma of FedLAW"]
+        }
         alphas = (0.1, 1.0, 100.0)
         for alpha in alphas:
-            experiments = [(label, experiment(source, 3, method, alpha)) for label, method in judged.items()]
-            found = compare(experiments, seeds, out / f"{source}-{alpha}", Terminal()).runs
+            experiments = [
+                (label, experiment(source, 3, method, alpha))
+                for label, method in judged.items()
+            ]
+            found = compare(
+                experiments, seeds, out / f"{source}-{alpha}", Terminal()
+            ).runs
             for label in judged:
                 rows[label].append(percent(found[label]))
             for label in ("adaptive GWS", "FedLAW"):
-                rows[f"gamma of {label}"].append(late(found[label], lambda row: row["server_gamma"]))
-        table([f"{source}, test accuracy, %", *(f"Dirichlet {alpha:g}" for alpha in alphas)], rows)
+                rows[f"gamma of {label}"].append(
+                    late(found[label], lambda row: row["server_gamma"])
+                )
+        table(
+            [
+                f"{source}, test accuracy, %",
+                *(f"Dirichlet {alpha:g}" for alpha in alphas),
+            ],
+            rows,
+        )
 
 
 def gamma(out: Path, seeds: int) -> None:
     epochs, rows = (1, 2, 5, 10), {}
     for alpha in (100.0, 1.0):
-        experiments = [(f"E = {n}", experiment("fashion-mnist", n, METHODS["adaptive GWS"], alpha)) for n in epochs]
+        experiments = [
+            (f"E = {n}", experiment("fashion-mnist", n, METHODS["adaptive GWS"], alpha))
+            for n in epochs
+        ]
         found = compare(experiments, seeds, out / f"gamma-{alpha}", Terminal()).runs
-        rows[f"Dirichlet {alpha:g}"] = [late(runs, lambda row: row["server_gamma"]) for runs in found.values()]
+        rows[f"Dirichlet {alpha:g}"] = [
+            late(runs, lambda row: row["server_gamma"]) for runs in found.values()
+        ]
     table(["learned gamma", *(f"E = {n}" for n in epochs)], rows)
 
 
 def fixed(out: Path, seeds: int) -> None:
     gammas = (1.0, 0.99, 0.97, 0.95, 0.93, 0.9)
-    experiments = [(f"gamma {g}", experiment("fashion-mnist", 3, {**METHODS["FedAvg"], "gamma": g}, 100.0)) for g in gammas]
+    experiments = [
+        (
+            f"gamma {g}",
+            experiment("fashion-mnist", 3, {**METHODS["FedAvg"], "gamma": g}, 100.0),
+        )
+        for g in gammas
+    ]
     found = compare(experiments, seeds, out / "fixed", Terminal()).runs
-    table(["fixed gamma", *map(str, gammas)], {"test accuracy, %": [percent(runs) for runs in found.values()]})
+    table(
+        ["fixed gamma", *map(str, gammas)],
+        {"test accuracy, %": [percent(runs) for runs in found.values()]},
+    )
 
 
 def weights(out: Path, seeds: int) -> None:
-    for kind, those, first in (("hybrid", "the balanced half", 5), ("noisy", "the four with random labels", 4)):
-        experiments = [(label, experiment("fashion-mnist", 3, method, kind=kind)) for label, method in METHODS.items()]
+    for kind, those, first in (
+        ("hybrid", "the balanced half", 5),
+        ("noisy", "the four with random labels", 4),
+    ):
+        experiments = [
+            (label, experiment("fashion-mnist", 3, method, kind=kind))
+            for label, method in METHODS.items()
+        ]
         found = compare(experiments, seeds, out / kind, Terminal()).runs
         rows = {label: [percent(runs)] for label, runs in found.items()}
 
@@ -173,13 +244,19 @@ def weights(out: Path, seeds: int) -> None:
             rows[label] += [share(found[label], t) for t in (1, 5, 30)]
         for label in ("FedAvg", "adaptive GWS"):
             rows[label] += ["", "", ""]
-        head = [f"{kind}", "test accuracy, %", *(f"weight of {those}, round {t}" for t in (1, 5, 30))]
+        head = [
+            f"{kind}",
+            "test accuracy, %",
+            *(f"weight of {those}, round {t}" for t in (1, 5, 30)),
+        ]
         table(head, rows)
 
 
 def main() -> None:
     studies = {"accuracy": accuracy, "gamma": gamma, "fixed": fixed, "weights": weights}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("study", choices=studies)
     parser.add_argument("--out", type=Path, default=Path("runs") / "fedlaw")
     parser.add_argument("--seeds", type=int, default=5)

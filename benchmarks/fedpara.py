@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.personal import table
 from fedcore import Experiment
-from fedcore.compare import Run, compare, curve
 from fedcore.errors import RunError
-from fedcore.limits import size_text
-from fedcore.progress import Terminal
-from fedcore.report import SERIES, STYLE, svg
-from fedcore.report_page import THEME
+from fedcore.storage.memory import size_text
+from fedcore.views.compare import Run, compare, curve
+from fedcore.views.page import THEME
+from fedcore.views.run_report import SERIES, STYLE, svg
+from fedcore.views.terminal import Terminal
 
 Values = dict[str, Any]
 KEEP = ["input", "output"]  # one channel cannot be factored, ten classes need not be
@@ -40,7 +40,10 @@ RATES = {
     "FedPara, gamma 0": 0.2,
     "low rank, same size": 0.025,
 }  # the best of `rates`; 0.05 makes the last one diverge
-SPREADS: dict[str, Values] = {"IID": {"name": "iid"}, "Dirichlet 0.5": {"name": "dirichlet", "alpha": 0.5, "min_size": 10}}
+SPREADS: dict[str, Values] = {
+    "IID": {"name": "iid"},
+    "Dirichlet 0.5": {"name": "dirichlet", "alpha": 0.5, "min_size": 10},
+}
 STEPS = (0.0125, 0.025, 0.05, 0.1, 0.2)  # what `rates` tries
 TARGETS = (0.75, 0.80)
 
@@ -74,13 +77,34 @@ def study(out: Path, seeds: int, picture: Path | None) -> None:
     found: dict[str, dict[str, list[Run]]] = {}
     for spread in SPREADS:
         experiments = [(form, experiment(form, spread, RATES[form])) for form in FORMS]
-        found[spread] = compare(experiments, seeds, out / spread.lower().replace(" ", "-"), Terminal()).runs
+        found[spread] = compare(
+            experiments, seeds, out / spread.lower().replace(" ", "-"), Terminal()
+        ).runs
         for form, runs in found[spread].items():
             last = [100 * run.rows[-1]["test_accuracy"] for run in runs]
             accuracy = f"{statistics.fmean(last):.1f} ± {statistics.stdev(last) if len(last) > 1 else 0:.1f}"
-            total = size_text(sum(row["bytes_down"] + row["bytes_up"] for row in runs[0].rows))
-            rows.append([spread, form, accuracy, *(to_target(runs, target) for target in TARGETS), total])
-    table(["", "", "test accuracy, %", *(f"sent to {target:.0%}" for target in TARGETS), "sent in all"], rows)
+            total = size_text(
+                sum(row["bytes_down"] + row["bytes_up"] for row in runs[0].rows)
+            )
+            rows.append(
+                [
+                    spread,
+                    form,
+                    accuracy,
+                    *(to_target(runs, target) for target in TARGETS),
+                    total,
+                ]
+            )
+    table(
+        [
+            "",
+            "",
+            "test accuracy, %",
+            *(f"sent to {target:.0%}" for target in TARGETS),
+            "sent in all",
+        ],
+        rows,
+    )
     if picture:
         draw(found, picture)
 
@@ -89,16 +113,29 @@ def draw(found: dict[str, dict[str, list[Run]]], file: Path) -> None:
     """Accuracy against bytes sent, on a logarithmic axis: mean over seeds, lowest to highest."""
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        for axes, (spread, forms) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
+        for axes, (spread, forms) in zip(
+            figure.subplots(1, len(found), sharey=True), found.items(), strict=True
+        ):
             for number, (form, runs) in enumerate(forms.items()):
                 _, sent, values = curve(runs, "test_accuracy")
-                axes.plot(sent / 1e6, 100 * values.mean(0), color=SERIES[number], label=form)
+                axes.plot(
+                    sent / 1e6, 100 * values.mean(0), color=SERIES[number], label=form
+                )
                 axes.fill_between(
-                    sent / 1e6, 100 * values.min(0), 100 * values.max(0), color=SERIES[number], alpha=0.18, linewidth=0
+                    sent / 1e6,
+                    100 * values.min(0),
+                    100 * values.max(0),
+                    color=SERIES[number],
+                    alpha=0.18,
+                    linewidth=0,
                 )
             axes.set(xscale="log", xlabel="MB sent", title=spread, ylim=(60, 92))
         figure.axes[0].set_ylabel("test accuracy, %")
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(),
+            loc="outside upper left",
+            ncols=3,
+        )
         file.write_text(svg(figure, transparent=False, facecolor=THEME["card"][0]))
 
 
@@ -110,7 +147,10 @@ def rates(out: Path) -> None:
         for lr in STEPS:
             try:
                 (run,) = compare(
-                    [(f"{form} {lr}", experiment(form, "Dirichlet 0.5", lr, seed=100))], 1, out / "rates", Terminal()
+                    [(f"{form} {lr}", experiment(form, "Dirichlet 0.5", lr, seed=100))],
+                    1,
+                    out / "rates",
+                    Terminal(),
                 ).runs.popitem()[1]
             except RunError:
                 cells.append("diverges")
@@ -121,7 +161,9 @@ def rates(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("what", nargs="?", choices=["study", "rates"], default="study")
     parser.add_argument("--out", type=Path, default=Path("runs/fedpara"))
     parser.add_argument("--seeds", type=int, default=3)

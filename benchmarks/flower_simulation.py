@@ -30,7 +30,9 @@ client_app, server_app = ClientApp(), ServerApp()
 
 @functools.cache
 def work() -> Work:
-    e = Experiment.model_validate_json(Path(os.environ["FEDCORE_BENCH_SETTINGS"]).read_text())
+    e = Experiment.model_validate_json(
+        Path(os.environ["FEDCORE_BENCH_SETTINGS"]).read_text()
+    )
     return Work(build_task(e), e.build_method(), e.local, e.seed, e.links, e.defence)
 
 
@@ -43,19 +45,26 @@ def train(message: Message, context: Context) -> Message:
     optimizer = torch.optim.SGD(model.parameters(), lr=w.method.s.local_lr)
     batches = w.batches(w.method.train, [int(context.node_config["partition-id"])], t)
     if type(w.method).__name__ == "Noop":
-        batches = batches._replace(x=batches.x[:, :0], y=batches.y[:, :0], mask=batches.mask[:, :0])
+        batches = batches._replace(
+            x=batches.x[:, :0], y=batches.y[:, :0], mask=batches.mask[:, :0]
+        )
     for x, y, mask in zip(batches.x[0], batches.y[0], batches.mask[0], strict=True):
         n = int(mask.sum())
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x[:n]), y[:n]).backward()
         optimizer.step()
     about = ConfigRecord({"num-examples": max(int(batches.mask.sum()), 1)})
-    return Message(RecordDict({"model": ArrayRecord(model.state_dict()), "about": about}), reply_to=message)
+    return Message(
+        RecordDict({"model": ArrayRecord(model.state_dict()), "about": about}),
+        reply_to=message,
+    )
 
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    e = Experiment.model_validate_json(Path(os.environ["FEDCORE_BENCH_SETTINGS"]).read_text())
+    e = Experiment.model_validate_json(
+        Path(os.environ["FEDCORE_BENCH_SETTINGS"]).read_text()
+    )
     while len(nodes := sorted(grid.get_node_ids())) < e.population:
         time.sleep(0.1)
     params = ArrayRecord(work().task.model.state_dict())
@@ -64,7 +73,9 @@ def main(grid: Grid, context: Context) -> None:
         begin = time.perf_counter()
         cohort = rng(e.seed, "bench", t).choice(len(nodes), 100, replace=False)
         content = RecordDict({"model": params, "config": ConfigRecord({"t": t})})
-        messages = [Message(content, dst_node_id=nodes[i], message_type="train") for i in cohort]
+        messages = [
+            Message(content, dst_node_id=nodes[i], message_type="train") for i in cohort
+        ]
         total: dict[str, torch.Tensor] = {}
         weight = 0
         for reply in grid.send_and_receive(messages):
@@ -90,7 +101,9 @@ def simulate() -> None:
 
 if __name__ == "__main__":
     # Ray's workers find the app by its module's name and its settings in the environment.
-    os.environ["FEDCORE_BENCH_SETTINGS"], os.environ["FEDCORE_BENCH_ROUNDS"] = sys.argv[1:]
+    os.environ["FEDCORE_BENCH_SETTINGS"], os.environ["FEDCORE_BENCH_ROUNDS"] = sys.argv[
+        1:
+    ]
     from benchmarks import flower_simulation  # noqa: PLW0406
 
     flower_simulation.simulate()

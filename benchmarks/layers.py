@@ -16,13 +16,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fedcore.models.lowrank import FactoredConv2d, FactoredLinear, LowRank, rank_of, size_of
+from fedcore.models.lowrank import (
+    FactoredConv2d,
+    FactoredLinear,
+    LowRank,
+    rank_of,
+    size_of,
+)
 
 CASES: list[tuple[str, nn.Linear | nn.Conv2d, tuple[int, ...]]] = [
     ("linear 256 -> 256", nn.Linear(256, 256), (256,)),
     ("linear 3136 -> 512", nn.Linear(3136, 512), (3136,)),
-    ("convolution 64 -> 64, 3x3, on 14x14", nn.Conv2d(64, 64, 3, padding=1), (64, 14, 14)),
-    ("convolution 256 -> 256, 3x3, on 8x8", nn.Conv2d(256, 256, 3, padding=1), (256, 8, 8)),
+    (
+        "convolution 64 -> 64, 3x3, on 14x14",
+        nn.Conv2d(64, 64, 3, padding=1),
+        (64, 14, 14),
+    ),
+    (
+        "convolution 256 -> 256, 3x3, on 8x8",
+        nn.Conv2d(256, 256, 3, padding=1),
+        (256, 8, 8),
+    ),
 ]
 
 
@@ -38,9 +52,15 @@ class Twice(nn.Module):
         return found
 
 
-def factored(dense: nn.Linear | nn.Conv2d, rank: int) -> FactoredLinear | FactoredConv2d:
+def factored(
+    dense: nn.Linear | nn.Conv2d, rank: int
+) -> FactoredLinear | FactoredConv2d:
     s = LowRank(form="fedpara")
-    return FactoredLinear(dense, rank, s) if isinstance(dense, nn.Linear) else FactoredConv2d(dense, rank, s)
+    return (
+        FactoredLinear(dense, rank, s)
+        if isinstance(dense, nn.Linear)
+        else FactoredConv2d(dense, rank, s)
+    )
 
 
 def passes(layer: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -64,18 +84,29 @@ def medians(contenders: dict[str, Callable[[], None]], turns: int) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--turns", type=int, default=100)
     turns = parser.parse_args().turns
     torch.set_num_threads(1)
-    print(f"\n{'forward and backward, batch 20':<38}{'R':>4}{'size':>8}{'dense ms':>10}{'FedPara':>9}{'x dense':>9}{'twice':>8}")
+    print(
+        f"\n{'forward and backward, batch 20':<38}{'R':>4}{'size':>8}{'dense ms':>10}{'FedPara':>9}{'x dense':>9}{'twice':>8}"
+    )
     for name, dense, shape in CASES:
         x = torch.randn(20, *shape)
         for gamma in (0.0, 0.5):
             weight = tuple(dense.weight.shape)
             rank = rank_of(weight, gamma)
             layer = factored(dense, rank)
-            found = medians({"dense": passes(dense, x), "once": passes(layer, x), "twice": passes(Twice(layer), x)}, turns)
+            found = medians(
+                {
+                    "dense": passes(dense, x),
+                    "once": passes(layer, x),
+                    "twice": passes(Twice(layer), x),
+                },
+                turns,
+            )
             share = size_of(weight, rank, "fedpara") / dense.weight.numel()
             once, base = found["once"], found["dense"]
             numbers = f"{rank:>4}{share:>8.1%}{base:>10.2f}{once:>9.2f}{once / base:>9.2f}{found['twice'] / base:>8.2f}"

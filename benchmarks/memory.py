@@ -20,8 +20,8 @@ from torch import Tensor
 
 from benchmarks.engines import EVEN, experiment
 from fedcore import Experiment
-from fedcore.loop import Loop, Quiet
 from fedcore.method import Method, MethodSettings, on_client
+from fedcore.rounds.loop import Loop, Quiet
 from fedcore.task import Task
 from fedcore.trees import uniform_mean
 from fedcore.types import Batches, Model, Params, Round
@@ -42,7 +42,9 @@ class Counting(Method[Settings]):
         return Visits(torch.zeros(()))
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Visits, batches: Batches) -> tuple[Visits, Visits]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Visits, batches: Batches
+    ) -> tuple[Visits, Visits]:
         return Visits(state.n + 1), Visits(state.n + 1)
 
     def round(self, server: Model, r: Round) -> Model:
@@ -78,7 +80,9 @@ def watch(e: Experiment, rounds: int, every: int, fit: int | None = None) -> Non
             slope = np.polyfit(*np.array([p for p in points if p[0] > fit]).T, 1)[0]
             print(f"slope from round {fit} on: {1e3 * slope:.2f} kB a round")
         loop.save()
-        print(f"after the checkpoint: {(resident() - start) / 1e3:.2f} GB above the start\n")
+        print(
+            f"after the checkpoint: {(resident() - start) / 1e3:.2f} GB above the start\n"
+        )
         loop.close()
 
 
@@ -97,7 +101,12 @@ RUNS: dict[str, tuple[dict[str, Any], int, int, int | None]] = {
         50,
     ),
     "rows": (
-        {"method.name": "scaffold", "population": 10_000, "participation.cohort": 500, "checkpoint.state_ram_gb": 2.0},
+        {
+            "method.name": "scaffold",
+            "population": 10_000,
+            "participation.cohort": 500,
+            "checkpoint.state_ram_gb": 2.0,
+        },
         60,
         10,
         20,
@@ -106,11 +115,15 @@ RUNS: dict[str, tuple[dict[str, Any], int, int, int | None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("runs", nargs="*", metavar="RUN", help=", ".join(RUNS))
     a = parser.parse_args()
     if unknown := set(a.runs) - set(RUNS):
-        parser.error(f"no such run: {', '.join(sorted(unknown))}; expected some of {', '.join(RUNS)}")
+        parser.error(
+            f"no such run: {', '.join(sorted(unknown))}; expected some of {', '.join(RUNS)}"
+        )
     for name in a.runs or RUNS:
         settings, rounds, every, fit = RUNS[name]
         print(name)

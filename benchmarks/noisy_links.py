@@ -21,10 +21,10 @@ from typing import Any
 
 from fedcore import Experiment
 from fedcore import method as methods
-from fedcore.compare import Run, compare
 from fedcore.config import read_preset
 from fedcore.errors import RunError
-from fedcore.progress import Terminal
+from fedcore.views.compare import Run, compare
+from fedcore.views.terminal import Terminal
 
 CHANNELS: dict[str, dict[str, float]] = {
     "no noise": {},
@@ -32,7 +32,11 @@ CHANNELS: dict[str, dict[str, float]] = {
     "variance 1e-2": {"variance": 1e-2},
     "SNR 10 dB": {"snr_db": 10.0},
 }
-ADMM = {"admm": 1.0, "rerce": 4.0, "clu": 0.01}  # rho, of 0.01, 0.03, 0.1, 0.3, 1, 2 and 4
+ADMM = {
+    "admm": 1.0,
+    "rerce": 4.0,
+    "clu": 0.01,
+}  # rho, of 0.01, 0.03, 0.1, 0.3, 1, 2 and 4
 
 
 def experiment(name: str, channel: dict[str, float], **changed: Any) -> Experiment:
@@ -63,27 +67,45 @@ def client_accuracy(row: dict[str, Any]) -> float:
     return float(row["client_accuracy"]["mean"])
 
 
-def score(runs: list[Run], accuracy: Callable[[dict[str, Any]], float], until: int = 150, evaluations: int = 5) -> str:
+def score(
+    runs: list[Run],
+    accuracy: Callable[[dict[str, Any]], float],
+    until: int = 150,
+    evaluations: int = 5,
+) -> str:
     """Mean over the last evaluations until that round."""
     values = []
     for run in runs:
-        rows = [row for row in run.rows[:until] if "test_accuracy" in row][-evaluations:]
+        rows = [row for row in run.rows[:until] if "test_accuracy" in row][
+            -evaluations:
+        ]
         values.append(100 * statistics.fmean(map(accuracy, rows)))
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 def every_method(out: Path, seeds: int, some: list[str]) -> None:
     own = [name for name in some if experiment(name, {}).build_method().personalises()]
-    for measure, names in ((test_accuracy, [n for n in some if n not in own]), (client_accuracy, [*own, "fedavg"] if own else [])):
+    for measure, names in (
+        (test_accuracy, [n for n in some if n not in own]),
+        (client_accuracy, [*own, "fedavg"] if own else []),
+    ):
         if not names:
             continue
         what = "test accuracy" if measure is test_accuracy else "accuracy of clients"
-        print(f"| {what}, % | {' | '.join(CHANNELS)} |\n|---|{'---|' * len(CHANNELS)}", flush=True)
+        print(
+            f"| {what}, % | {' | '.join(CHANNELS)} |\n|---|{'---|' * len(CHANNELS)}",
+            flush=True,
+        )
         for name in names:
             cells = []
             for label, channel in CHANNELS.items():
                 try:
-                    found = compare([(name, experiment(name, channel))], seeds, out / label.replace(" ", "-"), Terminal())
+                    found = compare(
+                        [(name, experiment(name, channel))],
+                        seeds,
+                        out / label.replace(" ", "-"),
+                        Terminal(),
+                    )
                     cells.append(score(found.runs[name], measure))
                 except RunError:  # three rounds without a finite update
                     cells.append("diverges")
@@ -93,24 +115,42 @@ def every_method(out: Path, seeds: int, some: list[str]) -> None:
 
 def by_round(out: Path, seeds: int, some: list[str]) -> None:
     marks = (10, 50, 150)
-    head = [*(f"variance 1e-3, round {t}" for t in marks), f"no noise, round {marks[-1]}"]
+    head = [
+        *(f"variance 1e-3, round {t}" for t in marks),
+        f"no noise, round {marks[-1]}",
+    ]
     for cohort in (10, 5):
-        print(f"| {cohort} of 10 clients, test accuracy, % | {' | '.join(head)} |\n|---|{'---|' * len(head)}", flush=True)
+        print(
+            f"| {cohort} of 10 clients, test accuracy, % | {' | '.join(head)} |\n|---|{'---|' * len(head)}",
+            flush=True,
+        )
         for name in (name for name in ("fedavg", *ADMM) if name in some):
             for rho in (0.1, 1.0) if name in ADMM else (None,):
-                changed = {"population": 10, "participation.cohort": cohort} | ({} if rho is None else {"method.rho": rho})
+                changed = {"population": 10, "participation.cohort": cohort} | (
+                    {} if rho is None else {"method.rho": rho}
+                )
                 label, cells = name if rho is None else f"{name}, rho {rho:g}", []
                 for noise in ("variance 1e-3", "no noise"):
                     e = experiment(name, CHANNELS[noise], **changed)
-                    runs = compare([(label, e)], seeds, out / f"{cohort}-of-10" / noise.replace(" ", "-"), Terminal()).runs[label]
-                    cells += [score(runs, test_accuracy, t, 1) for t in (marks if noise != "no noise" else marks[-1:])]
+                    runs = compare(
+                        [(label, e)],
+                        seeds,
+                        out / f"{cohort}-of-10" / noise.replace(" ", "-"),
+                        Terminal(),
+                    ).runs[label]
+                    cells += [
+                        score(runs, test_accuracy, t, 1)
+                        for t in (marks if noise != "no noise" else marks[-1:])
+                    ]
                 print(f"| {label} | {' | '.join(cells)} |", flush=True)
         print()
 
 
 def main() -> None:
     studies = {"methods": every_method, "rounds": by_round}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("study", nargs="?", choices=studies, default="methods")
     parser.add_argument("--out", type=Path, default=Path("runs") / "noisy-links")
     parser.add_argument("--seeds", type=int, default=3)

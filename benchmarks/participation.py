@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from fedcore import Experiment
-from fedcore.compare import Comparison, compare, curve
 from fedcore.data.federated import Examples, FederatedData
-from fedcore.progress import Terminal
-from fedcore.report import SERIES, STYLE, svg
 from fedcore.rng import rng
 from fedcore.task import Task, squared_error
+from fedcore.views.compare import Comparison, compare, curve
+from fedcore.views.run_report import SERIES, STYLE, svg
+from fedcore.views.terminal import Terminal
 
 PROCESSES = ("bernoulli", "markov", "cyclic")
 QUADRATIC_RATES = (0.9, 0.1)  # of the first and the second half of the clients
@@ -39,11 +39,18 @@ def quadratic(e: Experiment) -> Task:
     w = w[np.argsort(w[:, 0, 0])]
     x = draw.standard_normal((clients, n, d))
     y = x @ w
-    examples = Examples(*(torch.from_numpy(v.reshape(clients * n, -1).astype(np.float32)) for v in (x, y)))
+    examples = Examples(
+        *(
+            torch.from_numpy(v.reshape(clients * n, -1).astype(np.float32))
+            for v in (x, y)
+        )
+    )
     model = nn.Linear(d, 1, bias=False)
     nn.init.zeros_(model.weight)
     best = torch.linalg.lstsq(examples.x.double(), examples.y.double()).solution.T
-    data = FederatedData(examples, examples, np.arange(clients * n), np.arange(clients + 1) * n)
+    data = FederatedData(
+        examples, examples, np.arange(clients * n), np.arange(clients + 1) * n
+    )
     return Task(model, data, loss=squared_error, metrics={}, optimum={"weight": best})
 
 
@@ -51,7 +58,11 @@ def methods(average_all_lr: float) -> dict[str, dict[str, Any]]:
     """Settings of each method by label. The mean over all clients is slower by the mean rate, and gets that much more step."""
     return {
         "average participating": {"name": "fedavg", "weighting": "participating"},
-        "average all": {"name": "fedavg", "weighting": "all", "server_lr": average_all_lr},
+        "average all": {
+            "name": "fedavg",
+            "weighting": "all",
+            "server_lr": average_all_lr,
+        },
         "known rates": {"name": "fedavg", "weighting": "known"},
         "FedAU": {"name": "fedau"},
         "FedAU, K = 50": {"name": "fedau", "cutoff": 50},
@@ -63,33 +74,62 @@ def methods(average_all_lr: float) -> dict[str, dict[str, Any]]:
 
 
 def experiments(study: str, process: str, rounds: int) -> list[tuple[str, Experiment]]:
-    base: dict[str, Any] = {"rounds": rounds, "min_reports": 0, "holdout": 0.0, "evaluation": {"every": 20, "clients": 0}}
+    base: dict[str, Any] = {
+        "rounds": rounds,
+        "min_reports": 0,
+        "holdout": 0.0,
+        "evaluation": {"every": 20, "clients": 0},
+    }
     if study == "quadratic":
         population = 50
         rates = tuple(QUADRATIC_RATES[i >= population // 2] for i in range(population))
-        base |= {"task": "benchmarks.participation:quadratic", "population": population, "local": {"steps": 1, "batch_size": 20}}
+        base |= {
+            "task": "benchmarks.participation:quadratic",
+            "population": population,
+            "local": {"steps": 1, "batch_size": 20},
+        }
         base |= {"participation": {"name": process, "p": rates}}
         lr, average_all_lr = 0.02, 1 / statistics.mean(rates)
     else:
-        base |= {"task": "fashion-mnist", "population": 250, "partition": {"name": "dirichlet", "alpha": 0.1}}
-        base |= {"model": {"name": "mlp", "hidden": [64]}, "local": {"steps": 5, "batch_size": 16}}
-        base |= {"participation": {"name": process, "mean": 0.1, "alpha": 0.1, "floor": 0.02}}
+        base |= {
+            "task": "fashion-mnist",
+            "population": 250,
+            "partition": {"name": "dirichlet", "alpha": 0.1},
+        }
+        base |= {
+            "model": {"name": "mlp", "hidden": [64]},
+            "local": {"steps": 5, "batch_size": 16},
+        }
+        base |= {
+            "participation": {"name": process, "mean": 0.1, "alpha": 0.1, "floor": 0.02}
+        }
         lr, average_all_lr = 0.05, 10.0
     settings = methods(average_all_lr).items()
-    return [(label, Experiment.parse({**base, "method": {"local_lr": lr, **method}})) for label, method in settings]
+    return [
+        (label, Experiment.parse({**base, "method": {"local_lr": lr, **method}}))
+        for label, method in settings
+    ]
 
 
 def late(c: Comparison, label: str, key: str) -> tuple[float, float]:
     """Mean and standard deviation over seeds of a metric's mean over the last quarter of the run."""
     values = []
     for run in c.runs[label]:
-        last = [row[key] for row in run.rows if key in row and row["round"] > 0.75 * len(run.rows)]
+        last = [
+            row[key]
+            for row in run.rows
+            if key in row and row["round"] > 0.75 * len(run.rows)
+        ]
         values.append(statistics.fmean(last))
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), statistics.stdev(values) if len(
+        values
+    ) > 1 else 0.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("study", choices=("quadratic", "fashion"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int)
@@ -99,14 +139,23 @@ def main() -> None:
     out = a.out or Path("runs") / f"participation-{a.study}"
     seeds, rounds = a.seeds or (3 if a.study == "quadratic" else 5), a.rounds or 1000
     found = {
-        process: compare(experiments(a.study, process, rounds), seeds, out / process, Terminal())
+        process: compare(
+            experiments(a.study, process, rounds), seeds, out / process, Terminal()
+        )
         for process in a.process or PROCESSES
     }
     key = "test_distance" if a.study == "quadratic" else "test_accuracy"
-    print(f"| {key.replace('_', ' ')} | {' | '.join(found)} |\n|---|{'---|' * len(found)}")
+    print(
+        f"| {key.replace('_', ' ')} | {' | '.join(found)} |\n|---|{'---|' * len(found)}"
+    )
     for label in methods(1.0):
         cells = [late(c, label, key) for c in found.values()]
-        texts = [f"{mean:.3f} ± {std:.3f}" if a.study == "quadratic" else f"{mean:.2%} ± {std:.2%}" for mean, std in cells]
+        texts = [
+            f"{mean:.3f} ± {std:.3f}"
+            if a.study == "quadratic"
+            else f"{mean:.2%} ± {std:.2%}"
+            for mean, std in cells
+        ]
         print(f"| {label} | {' | '.join(texts)} |")
     with rc_context(STYLE):
         figure = Figure(figsize=(3.4 * len(found), 3.9), layout="constrained")
@@ -114,13 +163,21 @@ def main() -> None:
         for axes, (process, c) in zip(panels, found.items(), strict=True):
             for number, (label, runs) in enumerate(c.runs.items()):
                 x, _, values = curve(runs, key)
-                axes.plot(x, values.mean(0), label=label, color=SERIES[number], linewidth=1.3)
+                axes.plot(
+                    x, values.mean(0), label=label, color=SERIES[number], linewidth=1.3
+                )
             axes.set(xlabel="round", title=process)
             if a.study == "quadratic":
                 axes.set_yscale("log")
-        panels[0].set_ylabel("distance to the optimum" if a.study == "quadratic" else "test accuracy")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        (out / "curves.svg").write_text(svg(figure, transparent=False, facecolor="white"))
+        panels[0].set_ylabel(
+            "distance to the optimum" if a.study == "quadratic" else "test accuracy"
+        )
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
+        )
+        (out / "curves.svg").write_text(
+            svg(figure, transparent=False, facecolor="white")
+        )
     print(f"\n{out / 'curves.svg'}")
 
 

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = ROOT / ".venv-pfl"
-PACKAGES = ["pfl[pytorch]==0.6.0", "pydantic"]  # the latter for models that are classes of fedcore's
+PACKAGES = [
+    "pfl[pytorch]==0.6.0",
+    "pydantic",
+]  # the latter for models that are classes of fedcore's
 MODELS = ["logistic", "mlp", "lenet", "cnn"]
 
 
@@ -41,11 +44,23 @@ def environment() -> Path:
     """The directory of the programs of pfl's environment, made if it is not there; torch is the version that we run."""
     ready = ENVIRONMENT / ".ready"
     if not ready.exists():
-        print(f"making {ENVIRONMENT} with {PACKAGES[0]} ...", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
-        install = [str(ENVIRONMENT / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+        print(
+            f"making {ENVIRONMENT} with {PACKAGES[0]} ...", file=sys.stderr, flush=True
+        )
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True
+        )
+        install = [
+            str(ENVIRONMENT / "bin" / "pip"),
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
         install += ["-c", str(ROOT / "constraints.txt")]
-        for packages in (["torch"], PACKAGES):  # torch first: then its CPU build is taken, if one is offered
+        for packages in (
+            ["torch"],
+            PACKAGES,
+        ):  # torch first: then its CPU build is taken, if one is offered
             subprocess.run([*install, *packages], check=True)
         ready.touch()
     return ENVIRONMENT / "bin"
@@ -54,10 +69,12 @@ def environment() -> Path:
 def prepare(e: Experiment, rounds: int, folder: Path) -> None:
     """Write what pfl needs: model.pt, and work.npz with examples by client and round, one after the other."""
     from fedcore import SettingsError
-    from fedcore.loop import Loop, Quiet
+    from fedcore.rounds.loop import Loop, Quiet
 
     if (e.local.epochs, e.local.steps) != (1, None):
-        raise SettingsError("pfl shuffles a client's examples once a round: compare with local.epochs = 1")
+        raise SettingsError(
+            "pfl shuffles a client's examples once a round: compare with local.epochs = 1"
+        )
     with TemporaryDirectory() as unused:
         loop = Loop(e, Path(unused), Quiet(), None, False)
         work, method = loop.engine.work, loop.method  # type: ignore[attr-defined]
@@ -65,14 +82,18 @@ def prepare(e: Experiment, rounds: int, folder: Path) -> None:
         for t in range(rounds):
             cohort = loop.process.sample(t, {})[0].numpy()
             # pfl deals users out to its processes in turn: by size, each gets as much work.
-            for client in cohort[np.argsort(-loop.task.data.num_examples(cohort, "train"), kind="stable")].tolist():
+            for client in cohort[
+                np.argsort(-loop.task.data.num_examples(cohort, "train"), kind="stable")
+            ].tolist():
                 batches = work.batches(method.train, [client], t)  # type: ignore[attr-defined]
                 real = batches.mask > 0
                 x.append(batches.x[real].numpy())
                 y.append(batches.y[real].numpy())
                 sizes.append(len(y[-1]))
         if len(sizes) != rounds * len(cohort):
-            raise SettingsError("pfl's cohorts are of one size: compare with participation.name = uniform")
+            raise SettingsError(
+                "pfl's cohorts are of one size: compare with participation.name = uniform"
+            )
         loop.close()
     np.savez(folder / "work.npz", x=np.concatenate(x), y=np.concatenate(y), sizes=sizes)
     model = copy.deepcopy(loop.task.model).train()
@@ -89,7 +110,9 @@ def prepare(e: Experiment, rounds: int, folder: Path) -> None:
     (folder / "settings.json").write_text(json.dumps(settings))
 
 
-def pfl(e: Experiment, rounds: int, folder: Path, processes: int, threads: int = 1) -> list[float]:
+def pfl(
+    e: Experiment, rounds: int, folder: Path, processes: int, threads: int = 1
+) -> list[float]:
     """Seconds of each round of FedAvg with pfl, in so many processes of so many threads; the first warms up.
 
     `folder` has what it reads and what it writes: params.pt, the parameters after the last round.
@@ -98,13 +121,27 @@ def pfl(e: Experiment, rounds: int, folder: Path, processes: int, threads: int =
         prepare(e, rounds, folder)
     cohort = json.loads((folder / "settings.json").read_text())["cohort"]
     if cohort % processes:
-        raise SystemExit(f"a cohort of {cohort} in {processes} processes: pfl's would no longer agree on who is next")
+        raise SystemExit(
+            f"a cohort of {cohort} in {processes} processes: pfl's would no longer agree on who is next"
+        )
     program = [str(environment() / "python"), "-m"]
     if processes > 1:
-        program += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        program += [
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            "-m",
+        ]
     command = [*program, "benchmarks.pfl_simulation", "--folder", str(folder)]
-    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PFL_PYTORCH_DEVICE": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT, check=False)
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": str(ROOT),
+        "PFL_PYTORCH_DEVICE": "cpu",
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=variables, cwd=ROOT, check=False
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("SECONDS ")]
     if done.returncode or not lines:
         raise SystemExit(f"pfl failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -130,10 +167,17 @@ def simulate(folder: Path) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     s = json.loads((folder / "settings.json").read_text())
     work = np.load(folder / "work.npz")
-    x, y, sizes = torch.from_numpy(work["x"]), torch.from_numpy(work["y"]), work["sizes"].tolist()
+    x, y, sizes = (
+        torch.from_numpy(work["x"]),
+        torch.from_numpy(work["y"]),
+        work["sizes"].tolist(),
+    )
     rounds, cohort = s["rounds"], s["cohort"]
     # A user is a client in a round, whose batches no other round has; they come in this order.
-    users = {i: Dataset(data, user_id=str(i)) for i, data in enumerate(zip(x.split(sizes), y.split(sizes), strict=True))}
+    users = {
+        i: Dataset(data, user_id=str(i))
+        for i, data in enumerate(zip(x.split(sizes), y.split(sizes), strict=True))
+    }
 
     class WithLoss(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -154,41 +198,63 @@ def simulate(folder: Path) -> None:
             self.times.append(time.perf_counter())
             return Metrics()
 
-        def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> Any:
+        def after_central_iteration(
+            self, aggregate_metrics: Any, model: Any, *, central_iteration: int
+        ) -> Any:
             self.times.append(time.perf_counter())
             return False, Metrics()
 
     net = WithLoss(torch.load(folder / "model.pt", weights_only=False))
-    model = PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), s["server_lr"]))
+    model = PyTorchModel(
+        net, torch.optim.SGD, torch.optim.SGD(net.parameters(), s["server_lr"])
+    )
     # Told how large users are, pfl would deal them out itself, in a process of its own that first draws 10 000 of them.
     data = FederatedDataset(users.__getitem__, MinimizeReuseUserSampler(list(users)))
     clock = Clock()
     FederatedAveraging().run(
         algorithm_params=NNAlgorithmParams(
-            central_num_iterations=rounds, evaluation_frequency=rounds + 1, train_cohort_size=cohort, val_cohort_size=None
+            central_num_iterations=rounds,
+            evaluation_frequency=rounds + 1,
+            train_cohort_size=cohort,
+            val_cohort_size=None,
         ),
-        backend=SimulatedBackend(training_data=data, val_data=data, postprocessors=[WeightByDatapoints()]),
+        backend=SimulatedBackend(
+            training_data=data, val_data=data, postprocessors=[WeightByDatapoints()]
+        ),
         model=model,
         model_train_params=NNTrainHyperParams(
-            local_learning_rate=s["local_lr"], local_num_epochs=1, local_batch_size=s["batch_size"]
+            local_learning_rate=s["local_lr"],
+            local_num_epochs=1,
+            local_batch_size=s["batch_size"],
         ),
         callbacks=[clock],
         send_metrics_to_platform=False,
     )
     if distributed.global_rank == 0:
-        torch.save({name: p.detach() for name, p in net.model.named_parameters()}, folder / "params.pt")
+        torch.save(
+            {name: p.detach() for name, p in net.model.named_parameters()},
+            folder / "params.pt",
+        )
         print("SECONDS", json.dumps(np.diff(clock.times).round(4).tolist()), flush=True)
     if distributed.world_size > 1:
-        os._exit(0)  # everything is written; an orderly end sometimes aborts in gloo's threads
+        os._exit(
+            0
+        )  # everything is written; an orderly end sometimes aborts in gloo's threads
 
 
 def ours(e: Experiment, rounds: int) -> tuple[list[float], dict[str, Tensor]]:
     """Seconds of each round of our `sequential` engine, and its parameters after the last."""
     from fedcore import Experiment
-    from fedcore.loop import Loop, Quiet
+    from fedcore.rounds.loop import Loop, Quiet
 
     with TemporaryDirectory() as unused:
-        loop = Loop(Experiment.parse(e.model_dump(mode="json"), ["engine.name=sequential"]), Path(unused), Quiet(), None, False)
+        loop = Loop(
+            Experiment.parse(e.model_dump(mode="json"), ["engine.name=sequential"]),
+            Path(unused),
+            Quiet(),
+            None,
+            False,
+        )
         seconds = [float(loop.round()["seconds"]) for _ in range(rounds)]
         loop.close()
     return seconds, loop.state.server.params
@@ -197,27 +263,40 @@ def ours(e: Experiment, rounds: int) -> tuple[list[float], dict[str, Tensor]]:
 def main() -> None:
     from fedcore import Experiment
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="KEY=VALUE"
+    )
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder is not None:
         simulate(arguments.folder)
         return
     rounds = arguments.rounds
-    print(f"{'':<10}{'processes':>10}{'s a round':>11}{'first':>8}{'min':>8}{'max':>8}{'away from sequential':>22}")
+    print(
+        f"{'':<10}{'processes':>10}{'s a round':>11}{'first':>8}{'min':>8}{'max':>8}{'away from sequential':>22}"
+    )
     for name in arguments.models:
-        settings = [f"model.name={name}", "evaluation.every=100000", f"rounds={rounds + 1}", *arguments.settings]
+        settings = [
+            f"model.name={name}",
+            "evaluation.every=100000",
+            f"rounds={rounds + 1}",
+            *arguments.settings,
+        ]
         e = Experiment.load(ROOT / "benchmarks" / "fashion.toml", settings)
         _, params = ours(e, rounds)
         with TemporaryDirectory() as folder:
             for processes in arguments.processes:
                 first, *seconds = pfl(e, rounds, Path(folder), processes)
                 theirs = torch.load(Path(folder) / "params.pt")
-                away = max((theirs[key] - params[key]).abs().max().item() for key in params)
+                away = max(
+                    (theirs[key] - params[key]).abs().max().item() for key in params
+                )
                 median = statistics.median(seconds)
                 print(
                     f"{name:<10}{processes:>10}{median:>11.3f}{first:>8.3f}{min(seconds):>8.3f}{max(seconds):>8.3f}{away:>22.1e}",

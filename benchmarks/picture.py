@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from fedcore.report import STYLE, svg
+from fedcore.views.run_report import STYLE, svg
 
 
 def main() -> None:
@@ -18,10 +18,15 @@ def main() -> None:
         axes = figure.add_subplot()
         for argument in sys.argv[1:]:
             label, _, folder = argument.partition("=")
-            rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+            rows = [
+                json.loads(line)
+                for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
+            ]
             rows = [row for row in rows if "test_accuracy" in row]
             x = [row["round"] for row in rows]
-            (line,) = axes.plot(x, [row["test_accuracy"] for row in rows], label=f"{label}, test set")
+            (line,) = axes.plot(
+                x, [row["test_accuracy"] for row in rows], label=f"{label}, test set"
+            )
             spread = [row["client_accuracy"] for row in rows]
             axes.fill_between(
                 x,

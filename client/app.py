@@ -16,14 +16,19 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.store import Moment, Store
-from fedcore import __version__, trees, wire
+from fedcore import __version__, trees
 from fedcore.config import Experiment
 from fedcore.engines.base import Work, device_for, failure, one_thread
 from fedcore.errors import RunError, SettingsError
+from fedcore.messages import wire
 from fedcore.method import evaluates
 from fedcore.tasks import build_task
 
-OWN = ("data_folder", "options", "engine.device")  # settings that a device may have its own way
+OWN = (
+    "data_folder",
+    "options",
+    "engine.device",
+)  # settings that a device may have its own way
 
 app = ClientApp()
 
@@ -32,7 +37,14 @@ app = ClientApp()
 def work_of(preset: str, overrides: str) -> Work:
     """Task and method, built once a process."""
     e = Experiment.load(preset, overrides.splitlines())
-    return Work(build_task(e).to(device_for(e.engine)), e.build_method(), e.local, e.seed, e.links, e.defence)
+    return Work(
+        build_task(e).to(device_for(e.engine)),
+        e.build_method(),
+        e.local,
+        e.seed,
+        e.links,
+        e.defence,
+    )
 
 
 def own_settings(data: str, set_: str) -> list[str]:
@@ -44,14 +56,20 @@ def own_settings(data: str, set_: str) -> list[str]:
     for text in given:
         key = text.partition("=")[0]
         if not any(key == own or key.startswith(f"{own}.") for own in OWN):
-            raise SettingsError(f"--set {text}: a client may set {', '.join(OWN)} alone; everything else comes from the server")
+            raise SettingsError(
+                f"--set {text}: a client may set {', '.join(OWN)} alone; everything else comes from the server"
+            )
     return given
 
 
 @app.query()
 def whoami(message: Message, context: Context) -> Message:
     """Which clients this node hosts, and which fedcore runs them."""
-    me: dict[str, Any] = {key: context.node_config[key] for key in ("partition-id", "num-partitions") if key in context.node_config}
+    me: dict[str, Any] = {
+        key: context.node_config[key]
+        for key in ("partition-id", "num-partitions")
+        if key in context.node_config
+    }
     me["fedcore"] = __version__
     return Message(RecordDict({"node": ConfigRecord(me)}), reply_to=message)
 
@@ -64,23 +82,35 @@ def run(message: Message, context: Context) -> Message:
     content, counts, failed = RecordDict(), dict[int, int](), dict[int, str]()
     try:
         node = context.node_config
-        overrides = [*str(context.run_config["set"]).split(), *own_settings(str(node.get("data", "")), str(node.get("set", "")))]
+        overrides = [
+            *str(context.run_config["set"]).split(),
+            *own_settings(str(node.get("data", "")), str(node.get("set", ""))),
+        ]
         work = work_of(str(context.run_config["preset"]), "\n".join(overrides))
         fn: Any = getattr(work.method, str(ask["function"]), None)
         if not hasattr(fn, "client_data"):
-            raise RunError(f'{type(work.method).__module__} has no client function "{ask["function"]}"')
-        down = trees.to(wire.decode(_arrays(message.content, "down"), wire.schemas(fn)[0]), work.task.device)
+            raise RunError(
+                f'{type(work.method).__module__} has no client function "{ask["function"]}"'
+            )
+        down = trees.to(
+            wire.decode(_arrays(message.content, "down"), wire.schemas(fn)[0]),
+            work.task.device,
+        )
         initial = work.method.init_client(work.task.init_params())
         store = _store(context, ask) if trees.leaves(initial) else None
         now, safe = Moment(t, int(ask.get("k", 0))), int(ask.get("safe", t))
-    except Exception as e:  # answered, not raised: Flower would send a traceback instead of the reason
+    except (
+        Exception
+    ) as e:  # answered, not raised: Flower would send a traceback instead of the reason
         failed.update(failure(clients, e).failed)
         clients = []
     for client in clients:
         try:
             state = store.load(client, now, initial) if store else initial
             with one_thread():
-                up, state = work.one(fn, client, down, trees.to(state, work.task.device), t)
+                up, state = work.one(
+                    fn, client, down, trees.to(state, work.task.device), t
+                )
             content[f"up-{client}"] = wire.encode(up)
             if store and not evaluates(fn):
                 store.save(client, now, state, safe)
@@ -102,7 +132,9 @@ def _store(context: Context, ask: Any) -> Store:
     """Where the clients of this node keep their state: in the directory of this device, or in the server's, if that is here."""
     node = context.node_config
     if own := str(node.get("state", "")):
-        return Store(Path(own), str(node.get("federation", "")), str(ask.get("series", "")))
+        return Store(
+            Path(own), str(node.get("federation", "")), str(ask.get("series", ""))
+        )
     if not (folder := str(ask.get("state", ""))) or not Path(folder).is_dir():
         raise RunError(
             'this method keeps state on clients, and this node has no directory for it: add state="DIR" to --node-config'

@@ -16,7 +16,8 @@ from flwr.proto import fleet_pb2
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from client.supernode import Connection, host_and_port, speaks_tls, tls_fault
-from fedcore import __version__, certs
+from fedcore import __version__
+from fedcore.deploy import certs
 
 FLOWER = "1.39"  # the last release line whose SuperNodes speak gRPC
 CLOCK = 4.0  # seconds that a clock may be ahead of the server's: Flower takes 5
@@ -46,9 +47,15 @@ def examine(folder: Path | None, server: str | None) -> list[Check]:
 
 
 def _versions() -> list[Check]:
-    python = None if sys.version_info >= (3, 11) else "fedcore needs Python 3.11 or newer"
+    python = (
+        None if sys.version_info >= (3, 11) else "fedcore needs Python 3.11 or newer"
+    )
     flower = importlib.metadata.version("flwr")
-    old = None if flower.startswith(f"{FLOWER}.") else f'expected {FLOWER}: pip install "flwr[simulation]=={FLOWER}.*"'
+    old = (
+        None
+        if flower.startswith(f"{FLOWER}.")
+        else f'expected {FLOWER}: pip install "flwr[simulation]=={FLOWER}.*"'
+    )
     return [
         (f"Python {platform.python_version()}", python),
         (f"Flower {flower}", old),
@@ -81,7 +88,11 @@ def _way_to(server: str, folder: Path | None, device: bool) -> list[Check]:
                 return tls_fault(host, port, ca)
             except OSError as e:
                 return f"the connection ended in the middle of it ({e}): is it the fleet port of a fedcore server, with TLS?"
-        return "the server speaks TLS: give this client its directory with --certs" if speaks_tls(host, port) else None
+        return (
+            "the server speaks TLS: give this client its directory with --certs"
+            if speaks_tls(host, port)
+            else None
+        )
 
     steps: list[tuple[str, Callable[[], str | None]]] = [
         (f"the name {host}", name),
@@ -93,18 +104,25 @@ def _way_to(server: str, folder: Path | None, device: bool) -> list[Check]:
         checks.append((what, step()))
         if checks[-1][1]:
             return checks
-    return checks + (_as_client(server, ca, folder) if device and folder is not None else [])
+    return checks + (
+        _as_client(server, ca, folder) if device and folder is not None else []
+    )
 
 
 def _as_client(server: str, ca: bytes | None, folder: Path) -> list[Check]:
     """Ask the server as this client would, for nothing: it says its time and version whether it takes the question or not."""
-    connection = Connection(server, ca, certs.load_private(folder / "client.key"), threading.Event())
+    connection = Connection(
+        server, ca, certs.load_private(folder / "client.key"), threading.Event()
+    )
     told: dict[str, str] = {}
     try:
         # As a node with another key: refused for that, after signature and time were found good, so nothing changes there.
         other = ec.generate_private_key(ec.SECP384R1()).public_key()
         connection.once(
-            "ActivateNode", fleet_pb2.ActivateNodeRequest(public_key=public_key_to_bytes(other), heartbeat_interval=10.0)
+            "ActivateNode",
+            fleet_pb2.ActivateNodeRequest(
+                public_key=public_key_to_bytes(other), heartbeat_interval=10.0
+            ),
         )
         refusal = ""
     except grpc.RpcError as e:
@@ -118,7 +136,18 @@ def _as_client(server: str, ca: bytes | None, folder: Path) -> list[Check]:
         where = "behind" if away > 0 else "ahead of"
         clock = f"it is {abs(away):.0f} s {where} the server's: set it (NTP), signatures with such times are refused"
     version = told.get("fedcore-version")
-    other_version = None if version == __version__ else f"the server runs {version or 'another program'}: install the same on both"
-    signature = None if "wants to be the node of another" in refusal or clock else f"the server does not take it: {refusal}"
-    checks: list[Check] = [(f"clock, {away:+.1f} s to the server's", clock), ("the server's fedcore", other_version)]
+    other_version = (
+        None
+        if version == __version__
+        else f"the server runs {version or 'another program'}: install the same on both"
+    )
+    signature = (
+        None
+        if "wants to be the node of another" in refusal or clock
+        else f"the server does not take it: {refusal}"
+    )
+    checks: list[Check] = [
+        (f"clock, {away:+.1f} s to the server's", clock),
+        ("the server's fedcore", other_version),
+    ]
     return [*checks, ("this client's signature", signature)]

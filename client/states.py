@@ -11,12 +11,14 @@ from typing import Any
 
 from client import store
 from fedcore.errors import SettingsError
-from fedcore.limits import size_text
+from fedcore.storage.memory import size_text
 
 DAY = 86400.0  # seconds
 
 
-def tidy(folder: Path, forget: Sequence[str] = (), older_than: float | None = None) -> dict[str, Any]:
+def tidy(
+    folder: Path, forget: Sequence[str] = (), older_than: float | None = None
+) -> dict[str, Any]:
     """{"kept": [{"run", "clients", "round", "bytes", "used"}], "deleted": [the same]}, the last used first.
 
     Deletes the runs of `forget`, and those that were last used more than `older_than` days ago. Raises SettingsError for a
@@ -24,18 +26,29 @@ def tidy(folder: Path, forget: Sequence[str] = (), older_than: float | None = No
     """
     runs = store.kept(folder) if folder.is_dir() else []
     if not runs and not (folder / "device.json").exists():
-        raise SettingsError(f"{folder}: no client has its states there; expected the --state directory of fedcore client")
+        raise SettingsError(
+            f"{folder}: no client has its states there; expected the --state directory of fedcore client"
+        )
     for name in forget:
         if name not in {run.run for run in runs}:
             known = ", ".join(run.run for run in runs) or "none"
-            raise SettingsError(f"--forget {name}: {folder} has no states of that run; it has those of: {known}")
+            raise SettingsError(
+                f"--forget {name}: {folder} has no states of that run; it has those of: {known}"
+            )
     end = None if older_than is None else time.time() - older_than * DAY
-    deleted = [run for run in runs if run.run in forget or (end is not None and run.used < end)]
+    deleted = [
+        run for run in runs if run.run in forget or (end is not None and run.used < end)
+    ]
     if deleted and deleted[0] is runs[0] and _in_use(folder):
-        raise SettingsError(f"{folder}: a client is running on run {runs[0].run}: end it before its states are deleted")
+        raise SettingsError(
+            f"{folder}: a client is running on run {runs[0].run}: end it before its states are deleted"
+        )
     for run in deleted:
         store.forget(folder, run.run)
-    return {"kept": [run._asdict() for run in runs if run not in deleted], "deleted": [run._asdict() for run in deleted]}
+    return {
+        "kept": [run._asdict() for run in runs if run not in deleted],
+        "deleted": [run._asdict() for run in deleted],
+    }
 
 
 def _in_use(folder: Path) -> bool:
@@ -52,6 +65,10 @@ def text(found: dict[str, Any]) -> str:
     lines = []
     for title in ("kept", "deleted"):
         for run in found[title]:
-            used = datetime.fromtimestamp(run["used"], UTC).strftime("%Y-%m-%d %H:%M UTC")
-            lines.append(f"{title:<8} run {run['run']}  last used {used} in round {run['round']}  {size_text(run['bytes'])}")
+            used = datetime.fromtimestamp(run["used"], UTC).strftime(
+                "%Y-%m-%d %H:%M UTC"
+            )
+            lines.append(
+                f"{title:<8} run {run['run']}  last used {used} in round {run['round']}  {size_text(run['bytes'])}"
+            )
     return "\n".join(lines) or "nothing is kept here"

@@ -23,8 +23,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.checkpoint import sync_folder, write_atomically
 from fedcore.errors import FedcoreError
+from fedcore.storage.checkpoint import sync_folder, write_atomically
 from fedcore.types import Tree
 
 
@@ -45,12 +45,19 @@ class Moment(NamedTuple):
 class Store:
     """States by run series, client and moment."""
 
-    def __init__(self, folder: Path, federation: str, series: str, sync: bool = True) -> None:
+    def __init__(
+        self, folder: Path, federation: str, series: str, sync: bool = True
+    ) -> None:
         """`series` names a run from its start to its end, however often its server was started again.
 
         Without `sync` states outlive this process, and not a loss of power.
         """
-        self.folder, self.federation, self.series, self.sync = folder / (series or "run"), federation, series, sync
+        self.folder, self.federation, self.series, self.sync = (
+            folder / (series or "run"),
+            federation,
+            series,
+            sync,
+        )
 
     def load(self, client: int, before: Moment, initial: Tree) -> Tree:
         """The client's state before this work; `initial` where it has not worked yet.
@@ -83,8 +90,15 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             for parent in (folder.parent, folder.parent.parent):
                 self._sync(parent)
-        flat = {path or ".": x.detach().cpu().contiguous().clone() for path, x in trees.flatten(state).items()}
-        facts = {**self._owner(client), "before": str(earlier[-1]) if earlier else "initial", "sha256": _digest(flat)}
+        flat = {
+            path or ".": x.detach().cpu().contiguous().clone()
+            for path, x in trees.flatten(state).items()
+        }
+        facts = {
+            **self._owner(client),
+            "before": str(earlier[-1]) if earlier else "initial",
+            "sha256": _digest(flat),
+        }
         write_atomically(self._file(client, at), save(flat, facts), self.sync)
         self._sync(folder)
         needed = [moment for moment in earlier if moment < Moment(safe, 0)][-1:]
@@ -93,7 +107,10 @@ class Store:
                 self._file(client, moment).unlink(missing_ok=True)
 
     def _moments(self, client: int) -> list[Moment]:
-        return sorted(Moment(*map(int, file.stem.split("-"))) for file in self._folder(client).glob("*.safetensors"))
+        return sorted(
+            Moment(*map(int, file.stem.split("-")))
+            for file in self._folder(client).glob("*.safetensors")
+        )
 
     def _folder(self, client: int) -> Path:
         return self.folder / f"client-{client}"
@@ -102,7 +119,11 @@ class Store:
         return self._folder(client) / f"{at.t:06d}-{at.k:02d}.safetensors"
 
     def _owner(self, client: int) -> dict[str, str]:
-        return {"federation": self.federation, "series": self.series, "client": str(client)}
+        return {
+            "federation": self.federation,
+            "series": self.series,
+            "client": str(client),
+        }
 
     def _sync(self, folder: Path) -> None:
         if self.sync:
@@ -115,7 +136,9 @@ class Store:
                 facts = content.metadata() or {}
                 flat = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  not a dict
         except Exception as e:
-            raise StateError(f"{file} is damaged ({e}): restore it from a copy, or delete {file.parent} to start anew") from e
+            raise StateError(
+                f"{file} is damaged ({e}): restore it from a copy, or delete {file.parent} to start anew"
+            ) from e
         for key, wanted in self._owner(client).items():
             if facts.get(key) != wanted:
                 raise StateError(
@@ -127,9 +150,15 @@ class Store:
                 f"{file} is damaged (its SHA-256 differs): restore it from a copy, or delete {file.parent} to start anew"
             )
         expected = {path or ".": x for path, x in trees.flatten(like).items()}
-        if {name: (x.shape, x.dtype) for name, x in flat.items()} != {name: (x.shape, x.dtype) for name, x in expected.items()}:
-            raise StateError(f"{file} does not fit this method and model: is the server's run another one?")
-        return trees.unflatten({"" if name == "." else name: x for name, x in flat.items()}, like), facts.get("before", "")
+        if {name: (x.shape, x.dtype) for name, x in flat.items()} != {
+            name: (x.shape, x.dtype) for name, x in expected.items()
+        }:
+            raise StateError(
+                f"{file} does not fit this method and model: is the server's run another one?"
+            )
+        return trees.unflatten(
+            {"" if name == "." else name: x for name, x in flat.items()}, like
+        ), facts.get("before", "")
 
 
 class Kept(NamedTuple):
@@ -149,8 +178,19 @@ def kept(folder: Path) -> list[Kept]:
         files = [(file, file.stat()) for file in series.glob("client-*/*.safetensors")]
         if files:
             last = max(files, key=lambda each: each[1].st_mtime)
-            rounds, clients = int(last[0].stem.split("-")[0]) + 1, len({file.parent for file, _ in files})
-            found.append(Kept(series.name, clients, rounds, sum(facts.st_size for _, facts in files), last[1].st_mtime))
+            rounds, clients = (
+                int(last[0].stem.split("-")[0]) + 1,
+                len({file.parent for file, _ in files}),
+            )
+            found.append(
+                Kept(
+                    series.name,
+                    clients,
+                    rounds,
+                    sum(facts.st_size for _, facts in files),
+                    last[1].st_mtime,
+                )
+            )
     return sorted(found, key=lambda run: -run.used)
 
 
@@ -166,6 +206,8 @@ def forget(folder: Path, run: str) -> None:
 def _digest(flat: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(flat):
-        digest.update(json.dumps([name, str(flat[name].dtype), list(flat[name].shape)]).encode())
+        digest.update(
+            json.dumps([name, str(flat[name].dtype), list(flat[name].shape)]).encode()
+        )
         digest.update(save({name: flat[name]}))
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from fedcore import deploy
+from fedcore.deploy import commands as deploy
 from fedcore.errors import FedcoreError, SettingsError
 
 if TYPE_CHECKING:
@@ -28,31 +28,62 @@ app = typer.Typer(
     help="Federated learning that is simulated, deployed and audited with the same method file.",
 )
 
-Preset = Annotated[str, typer.Argument(metavar="PRESET", help="a TOML file, or the name of a method")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting, e.g. rounds=5; repeatable")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else on stdout")]
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="the run directory; default: a new one in runs/")]
+Preset = Annotated[
+    str, typer.Argument(metavar="PRESET", help="a TOML file, or the name of a method")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. rounds=5; repeatable",
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="print one JSON object and nothing else on stdout"),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="the run directory; default: a new one in runs/"),
+]
 
 
 @app.command()
 def run(
-    preset: Annotated[str | None, typer.Argument(metavar="PRESET", help="a TOML file, or the name of a method")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Argument(metavar="PRESET", help="a TOML file, or the name of a method"),
+    ] = None,
     set_: Set = None,
-    engine: Annotated[str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="of everything that is drawn")] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="of everything that is drawn")
+    ] = None,
     out: Out = None,
-    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="go on with the run in this directory")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="go on with the run in this directory"),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Train, and write a run directory with a report. With --resume, PRESET may be left out."""
-    from fedcore import loop
-    from fedcore.progress import Terminal, show_result
+    from fedcore.rounds import loop
+    from fedcore.views.terminal import Terminal, show_result
 
     if resume is not None and out is not None:
-        raise SettingsError(f"--out {out} and --resume {resume}: a resumed run stays in its directory; give one of the two")
+        raise SettingsError(
+            f"--out {out} and --resume {resume}: a resumed run stays in its directory; give one of the two"
+        )
     with _interruptible(), Terminal() as terminal:
-        result = loop.run(_experiment(preset, set_, engine, seed, resume), out, resume, terminal)
-    from fedcore.report import write_or_note  # with its plots half a second: not before the first round
+        result = loop.run(
+            _experiment(preset, set_, engine, seed, resume), out, resume, terminal
+        )
+    from fedcore.views.run_report import (
+        write_or_note,  # with its plots half a second: not before the first round
+    )
 
     report_file = write_or_note(result.run_dir)
     if json_:
@@ -63,23 +94,42 @@ def run(
 
 @app.command()
 def compare(
-    presets: Annotated[list[str], typer.Argument(metavar="PRESET...", help="TOML files, or names of methods")],
-    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="runs of each, with seeds s, s+1, ...")] = 3,
+    presets: Annotated[
+        list[str],
+        typer.Argument(metavar="PRESET...", help="TOML files, or names of methods"),
+    ],
+    seeds: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="runs of each, with seeds s, s+1, ..."),
+    ] = 3,
     set_: Set = None,
-    engine: Annotated[str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="default: a new one in runs/; an old one is gone on with")] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="default: a new one in runs/; an old one is gone on with",
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Run several presets with the same settings and seeds: a table with mean and standard deviation, and a plot."""
-    from fedcore.rundir import fresh
+    from fedcore.rounds.rundir import fresh
 
-    experiments = [(Path(preset).stem, _experiment(preset, set_, engine, None, None)) for preset in presets]
+    experiments = [
+        (Path(preset).stem, _experiment(preset, set_, engine, None, None))
+        for preset in presets
+    ]
     _compared(experiments, seeds, out or fresh("compare"), json_)
 
 
-def _compared(experiments: Sequence[tuple[str, Experiment]], seeds: int, out: Path, json_: bool) -> None:
-    from fedcore import compare as comparing
-    from fedcore.progress import Terminal
+def _compared(
+    experiments: Sequence[tuple[str, Experiment]], seeds: int, out: Path, json_: bool
+) -> None:
+    from fedcore.views import compare as comparing
+    from fedcore.views.terminal import Terminal
 
     with _interruptible(), Terminal() as terminal:
         comparison = comparing.compare(experiments, seeds, out, terminal)
@@ -94,23 +144,39 @@ def _compared(experiments: Sequence[tuple[str, Experiment]], seeds: int, out: Pa
 @app.command()
 def sensitivity(
     preset: Preset,
-    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="runs of each, with seeds s, s+1, ...")] = 3,
+    seeds: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="runs of each, with seeds s, s+1, ..."),
+    ] = 3,
     set_: Set = None,
-    engine: Annotated[str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="default: a new one in runs/; an old one is gone on with")] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="default: a new one in runs/; an old one is gone on with",
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Which kind of layer to personalise: FedSim with each kind personal, on the preset's task and model."""
-    from fedcore import anatomy
-    from fedcore.rundir import fresh
+    from fedcore.rounds.rundir import fresh
+    from fedcore.views import model_summary as anatomy
 
-    _compared(anatomy.sensitivity(_experiment(preset, set_, engine, None, None)), seeds, out or fresh("sensitivity"), json_)
+    _compared(
+        anatomy.sensitivity(_experiment(preset, set_, engine, None, None)),
+        seeds,
+        out or fresh("sensitivity"),
+        json_,
+    )
 
 
 @app.command()
 def model(preset: Preset, set_: Set = None, json_: Json = False) -> None:
     """The preset's model: parameters of every layer, dense and factored; what is sent, and what stays on the client."""
-    from fedcore import anatomy
+    from fedcore.views import model_summary as anatomy
 
     found = anatomy.anatomy(_experiment(preset, set_, None, None, None))
     if json_:
@@ -127,8 +193,15 @@ def methods() -> None:
     folder = Path(__file__).parent.parent / "strategies"
     files = sorted(f for f in folder.glob("*.py") if not f.name.startswith("_"))
     # Read, not imported: the list comes at once.
-    lines = {f.stem: (ast.get_docstring(ast.parse(f.read_text())) or "").partition("\n")[0] for f in files}
-    presets = {f.stem: f.read_text().splitlines()[1].lstrip("# ") for f in sorted(folder.glob("*.toml")) if f.stem not in lines}
+    lines = {
+        f.stem: (ast.get_docstring(ast.parse(f.read_text())) or "").partition("\n")[0]
+        for f in files
+    }
+    presets = {
+        f.stem: f.read_text().splitlines()[1].lstrip("# ")
+        for f in sorted(folder.glob("*.toml"))
+        if f.stem not in lines
+    }
     width = max(map(len, [*lines, *presets]))
     for name, line in lines.items():
         print(f"{name:<{width}}  {line}")
@@ -141,15 +214,23 @@ def methods() -> None:
 def show(preset: Preset, set_: Set = None, json_: Json = False) -> None:
     """Print the resolved settings of a preset, every default included."""
     experiment = _experiment(preset, set_, None, None, None)
-    print(json.dumps(experiment.model_dump(mode="json")) if json_ else experiment.to_toml(), end="" if not json_ else "\n")
+    print(
+        json.dumps(experiment.model_dump(mode="json"))
+        if json_
+        else experiment.to_toml(),
+        end="" if not json_ else "\n",
+    )
 
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a directory that `fedcore run` wrote")],
+    run_dir: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_DIR", help="a directory that `fedcore run` wrote"),
+    ],
 ) -> None:
     """Write report.html of a run, finished or not, and print its path."""
-    from fedcore.report import write_report
+    from fedcore.views.run_report import write_report
 
     print(write_report(run_dir))
 
@@ -157,35 +238,94 @@ def report(
 @app.command()
 def audit(
     target: Annotated[
-        str, typer.Argument(metavar="PRESET|RUN_DIR", help="settings to audit, or a run that kept updates (audit.capture)")
+        str,
+        typer.Argument(
+            metavar="PRESET|RUN_DIR",
+            help="settings to audit, or a run that kept updates (audit.capture)",
+        ),
     ],
-    attack: Annotated[str | None, typer.Option(metavar="A,B", help="default: sme,ig,analytic,labels,membership")] = None,
+    attack: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="default: sme,ig,analytic,labels,membership"),
+    ] = None,
     defence: Annotated[
         list[str] | None,
-        typer.Option(metavar="SETTINGS", help='e.g. "clip=1 noise_multiplier=0.01", none, or panel for a range; repeatable'),
+        typer.Option(
+            metavar="SETTINGS",
+            help='e.g. "clip=1 noise_multiplier=0.01", none, or panel for a range; repeatable',
+        ),
     ] = None,
-    epochs: Annotated[str | None, typer.Option(metavar="E,F", help="of the sweep; default: 1,5,20")] = None,
-    batch_size: Annotated[str | None, typer.Option(metavar="B,C", help="of the sweep; default: the preset's")] = None,
-    examples: Annotated[str | None, typer.Option(metavar="N,M", help="of each client of the sweep; default: 8")] = None,
-    budget: Annotated[str, typer.Option(metavar="NAME", help="quick, standard, thorough or paper")] = "quick",
+    epochs: Annotated[
+        str | None, typer.Option(metavar="E,F", help="of the sweep; default: 1,5,20")
+    ] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(metavar="B,C", help="of the sweep; default: the preset's"),
+    ] = None,
+    examples: Annotated[
+        str | None,
+        typer.Option(metavar="N,M", help="of each client of the sweep; default: 8"),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(metavar="NAME", help="quick, standard, thorough or paper")
+    ] = "quick",
     labels: Annotated[
-        str, typer.Option(metavar="NAME", help="recovered, oracle (the attacks are told) or soft (optimised)")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="recovered, oracle (the attacks are told) or soft (optimised)",
+        ),
     ] = "recovered",
-    clients: Annotated[int, typer.Option(metavar="N", min=1, help="attacked in each cell")] = 4,
+    clients: Annotated[
+        int, typer.Option(metavar="N", min=1, help="attacked in each cell")
+    ] = 4,
     option: Annotated[
-        list[str] | None, typer.Option(metavar="ATTACK.KEY=VALUE", help="e.g. sme.iterations=500; repeatable")
+        list[str] | None,
+        typer.Option(
+            metavar="ATTACK.KEY=VALUE", help="e.g. sme.iterations=500; repeatable"
+        ),
     ] = None,
     set_: Set = None,
-    engine: Annotated[str | None, typer.Option(metavar="NAME", help="of the runs that defences are switched on in")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="of everything that is drawn")] = None,
-    flip: Annotated[bool, typer.Option("--flip", help="what clients sent is global minus local; never guessed")] = False,
-    no_truth: Annotated[bool, typer.Option("--no-truth", help="do not compare with the clients' data: nothing is scored")] = False,
-    images: Annotated[str, typer.Option(metavar="NAME", help="in the report: thumbnails or none")] = "thumbnails",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="of the runs that defences are switched on in"
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="of everything that is drawn")
+    ] = None,
+    flip: Annotated[
+        bool,
+        typer.Option(
+            "--flip", help="what clients sent is global minus local; never guessed"
+        ),
+    ] = False,
+    no_truth: Annotated[
+        bool,
+        typer.Option(
+            "--no-truth",
+            help="do not compare with the clients' data: nothing is scored",
+        ),
+    ] = False,
+    images: Annotated[
+        str, typer.Option(metavar="NAME", help="in the report: thumbnails or none")
+    ] = "thumbnails",
     fail_above: Annotated[
-        float | None, typer.Option(metavar="SCORE", min=0, max=100, help="exit with 1 if a client's input leakage is higher")
+        float | None,
+        typer.Option(
+            metavar="SCORE",
+            min=0,
+            max=100,
+            help="exit with 1 if a client's input leakage is higher",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="default: RUN_DIR/audit, or a new one in runs/; an old one is gone on with")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="default: RUN_DIR/audit, or a new one in runs/; an old one is gone on with",
+        ),
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -198,19 +338,27 @@ def audit(
     if captured:
         training = {"--defence": defence, "--set": set_, "--engine": engine}
         _refuse(
-            sweep | training, f"{target} is a run, whose updates are audited as they were sent: give a PRESET to change settings"
+            sweep | training,
+            f"{target} is a run, whose updates are audited as they were sent: give a PRESET to change settings",
         )
     elif defence:
-        _refuse(sweep, "with --defence clients are those of a run: set local.epochs and local.batch_size with --set or --defence")
+        _refuse(
+            sweep,
+            "with --defence clients are those of a run: set local.epochs and local.batch_size with --set or --defence",
+        )
     if no_truth and labels == "oracle":
-        raise SettingsError("--labels oracle tells the attacks the true labels, which --no-truth withholds: give one of the two")
+        raise SettingsError(
+            "--labels oracle tells the attacks the true labels, which --no-truth withholds: give one of the two"
+        )
     if no_truth and fail_above is not None:
-        raise SettingsError("--fail-above needs scores, and with --no-truth nothing is scored: give one of the two")
+        raise SettingsError(
+            "--fail-above needs scores, and with --no-truth nothing is scored: give one of the two"
+        )
 
     from fedcore.audit import examine
     from fedcore.config import Experiment
-    from fedcore.progress import AuditTerminal
-    from fedcore.rundir import fresh, stored
+    from fedcore.rounds.rundir import fresh, stored
+    from fedcore.views.terminal import AuditTerminal
 
     _one_of("--budget", budget, examine.BUDGETS)
     _one_of("--labels", labels, ("recovered", "oracle", "soft"))
@@ -219,7 +367,9 @@ def audit(
     else:
         experiment = _experiment(target, set_, engine, seed, None)
     plan = examine.Plan(
-        attacks=tuple(attack.split(",")) if attack is not None else examine.DEFAULT_ATTACKS,
+        attacks=tuple(attack.split(","))
+        if attack is not None
+        else examine.DEFAULT_ATTACKS,
         options=_attack_options(option or []),
         budget=cast("examine.Budget", budget),
         labels=cast('Literal["recovered", "oracle", "soft"]', labels),
@@ -230,7 +380,10 @@ def audit(
         seed=experiment.seed if seed is None else seed,
     )
     plan.check()
-    given = {"--epochs": epochs or "1,5,20", "--batch-size": batch_size or str(experiment.local.batch_size)}
+    given = {
+        "--epochs": epochs or "1,5,20",
+        "--batch-size": batch_size or str(experiment.local.batch_size),
+    }
     given |= {"--examples": examples or "8"}
     hint = "interrupted, and no report written; cells that are done are kept: the same command with --out DIR goes on"
     name = f"audit-{experiment.method.name}-{experiment.task.replace(':', '-')}"
@@ -240,15 +393,25 @@ def audit(
             if captured:
                 mode, cells = "captured", examine.rounds_of(Path(target), plan)[1]
             elif defence:
-                mode, cells = "defences", examine.defences(experiment, plan, defence, folder)
+                mode, cells = (
+                    "defences",
+                    examine.defences(experiment, plan, defence, folder),
+                )
             else:
-                mode, cells = "sweep", examine.sweep(experiment, plan, *map(_numbers, given.keys(), given.values()))
+                mode, cells = (
+                    "sweep",
+                    examine.sweep(
+                        experiment, plan, *map(_numbers, given.keys(), given.values())
+                    ),
+                )
             found = examine.examine(mode, experiment, cells, plan, folder, terminal)
         except FedcoreError:
             with suppress(OSError):
                 folder.rmdir()  # made for this audit, and still empty
             raise
-    from fedcore.audit import report  # with its plots half a second: not before the first cell
+    from fedcore.audit import (
+        report,  # with its plots half a second: not before the first cell
+    )
 
     with _owner_only():
         file = report.write(found, folder, ["fedcore", *sys.argv[1:]])
@@ -257,9 +420,14 @@ def audit(
     else:
         report.show(found, file)
     if found.interrupted:
-        _say(f"interrupted: {file} holds what is done; the same command with --out {folder} goes on")
+        _say(
+            f"interrupted: {file} holds what is done; the same command with --out {folder} goes on"
+        )
         sys.exit(130)
-    if fail_above is not None and (why := report.too_high(found, fail_above)) is not None:
+    if (
+        fail_above is not None
+        and (why := report.too_high(found, fail_above)) is not None
+    ):
         _say(why)
         sys.exit(1)
     if found.failed:
@@ -279,7 +447,9 @@ def _refuse(given: dict[str, Any], why: str) -> None:
 def _numbers(flag: str, text: str) -> list[int]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise SettingsError(f"{flag} {text}: expected numbers from 1 on, separated by commas, e.g. {flag} 1,5,20")
+        raise SettingsError(
+            f"{flag} {text}: expected numbers from 1 on, separated by commas, e.g. {flag} 1,5,20"
+        )
     return list(dict.fromkeys(map(int, words)))
 
 
@@ -292,11 +462,17 @@ def _attack_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
         key, equals, value = text.partition("=")
         attack, dot, name = key.strip().partition(".")
         if not (equals and dot and attack and name):
-            raise SettingsError(f'--option "{text}": expected ATTACK.KEY=VALUE, e.g. --option sme.iterations=500')
+            raise SettingsError(
+                f'--option "{text}": expected ATTACK.KEY=VALUE, e.g. --option sme.iterations=500'
+            )
         try:
-            found.setdefault(attack, {})[name] = tomllib.loads(f"value = {value.strip()}")["value"]
+            found.setdefault(attack, {})[name] = tomllib.loads(
+                f"value = {value.strip()}"
+            )["value"]
         except tomllib.TOMLDecodeError:
-            found.setdefault(attack, {})[name] = value.strip()  # a bare word is a string
+            found.setdefault(attack, {})[name] = (
+                value.strip()
+            )  # a bare word is a string
     return found
 
 
@@ -330,10 +506,14 @@ def _interruptible(
 
 
 def _experiment(
-    preset: str | None, set_: list[str] | None, engine: str | None, seed: int | None, resume: Path | None
+    preset: str | None,
+    set_: list[str] | None,
+    engine: str | None,
+    seed: int | None,
+    resume: Path | None,
 ) -> Experiment:
     from fedcore.config import Experiment
-    from fedcore.rundir import stored
+    from fedcore.rounds.rundir import stored
 
     overrides = list(set_ or [])
     overrides += [f'engine.name="{engine}"'] if engine is not None else []
@@ -341,14 +521,20 @@ def _experiment(
     if preset is not None:
         return Experiment.load(preset, overrides)
     if resume is None:
-        raise SettingsError("expected a PRESET, e.g. fedcore run strategies/fedavg.toml, or --resume DIR")
-    return Experiment.parse(stored(resume), overrides, source=str(resume / "config.toml"))
+        raise SettingsError(
+            "expected a PRESET, e.g. fedcore run strategies/fedavg.toml, or --resume DIR"
+        )
+    return Experiment.parse(
+        stored(resume), overrides, source=str(resume / "config.toml")
+    )
 
 
 def main() -> None:
     """Entry point: a user's mistake is one message, never a traceback."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    sys.path.insert(0, os.getcwd())  # a user's own task or method lies where the command is given
+    sys.path.insert(
+        0, os.getcwd()
+    )  # a user's own task or method lies where the command is given
     try:
         app()
     except FedcoreError as e:

@@ -23,10 +23,15 @@ class Intervals(NamedTuple):
 
 def start(population: int) -> Intervals:
     """Before the first round."""
-    return Intervals(torch.zeros(population, dtype=torch.int64), torch.zeros(population, dtype=torch.int64))
+    return Intervals(
+        torch.zeros(population, dtype=torch.int64),
+        torch.zeros(population, dtype=torch.int64),
+    )
 
 
-def _tiles(x: Intervals, clients: Tensor, t: int, cutoff: int | None) -> tuple[Tensor, Tensor]:
+def _tiles(
+    x: Intervals, clients: Tensor, t: int, cutoff: int | None
+) -> tuple[Tensor, Tensor]:
     """(M, s) at the start of round t: closed intervals and rounds in the open one."""
     gap = t - x.seen[clients]
     assert bool((gap >= 0).all()), "a client was seen in a round that is yet to come"
@@ -41,11 +46,16 @@ def omega(x: Intervals, clients: Tensor, t: int, cutoff: int | None = None) -> T
     return torch.where(m > 0, (t - s).double() / m.clamp(min=1), 1.0)
 
 
-def after(x: Intervals, arrived: list[Tensor], t: int, cutoff: int | None = None) -> Intervals:
+def after(
+    x: Intervals, arrived: list[Tensor], t: int, cutoff: int | None = None
+) -> Intervals:
     """The intervals after round t, in which the updates of these clients arrived; `x` stays as it is."""
     if not arrived:
         return x
     clients = torch.cat(arrived)
     m, _ = _tiles(x, clients, t, cutoff)
     where = (clients.to(x.closed.device),)
-    return Intervals(x.closed.index_put(where, m + 1), x.seen.index_put(where, torch.full_like(m, t + 1)))
+    return Intervals(
+        x.closed.index_put(where, m + 1),
+        x.seen.index_put(where, torch.full_like(m, t + 1)),
+    )

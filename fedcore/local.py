@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from fedcore import recording, trees
+from fedcore import trees
+from fedcore.speed import recording
 from fedcore.task import Task
 from fedcore.types import Batches, Params, Tree
 
@@ -45,17 +46,32 @@ def local_sgd(
     model that stay. A batch that is all padding moves nothing, whatever the hooks: ragged clients train side by side.
     """
     y, dtype = params, wide(params)
-    center, v = params if center is None else center, trees.zeros_like(params) if momentum else {}
+    center, v = (
+        params if center is None else center,
+        trees.zeros_like(params) if momentum else {},
+    )
     tensor = lr if isinstance(lr, Tensor) else ()
-    number = tuple(lr.items()) if isinstance(lr, dict) else None if isinstance(lr, Tensor) else lr
+    number = (
+        tuple(lr.items())
+        if isinstance(lr, dict)
+        else None
+        if isinstance(lr, Tensor)
+        else lr
+    )
     # What a recording of the step depends on. A loss that is not the task's own may hold tensors that change: never recorded.
     task = getattr(loss, "__self__", None)
     names = tuple(params), tuple(fixed or ()), bool(correction)
-    kind = (prox, momentum, weight_decay, number, task.model.training, names) if isinstance(task, Task) else None
+    kind = (
+        (prox, momentum, weight_decay, number, task.model.training, names)
+        if isinstance(task, Task)
+        else None
+    )
 
     def step(i: _Inputs) -> _Outputs:
         real = (i.mask.sum() > 0).to(dtype)
-        g, value = grad_and_value(lambda y: loss({**i.fixed, **y}, i.x, i.target, i.mask))(i.y)
+        g, value = grad_and_value(
+            lambda y: loss({**i.fixed, **y}, i.x, i.target, i.mask)
+        )(i.y)
         if i.correction:
             g = trees.add(g, i.correction)
         if prox:
@@ -66,20 +82,37 @@ def local_sgd(
         if momentum:
             g = v = trees.axpy(real, g, trees.scale(v, 1 - real * (1 - momentum)))
         if isinstance(lr, dict):
-            y = {name: torch.addcmul(value, g[name], -lr[name] * real) for name, value in i.y.items()}
+            y = {
+                name: torch.addcmul(value, g[name], -lr[name] * real)
+                for name, value in i.y.items()
+            }
         else:
             y = trees.axpy(-(i.lr if isinstance(i.lr, Tensor) else lr) * real, g, i.y)
         return _Outputs(y, v, real, value)
 
     steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
     own: Params = {}
-    for x, target, mask in zip(batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True):
-        inputs = _Inputs(y, v, fixed or {}, correction or {}, center if prox else {}, x, target, mask, tensor)
+    for x, target, mask in zip(
+        batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True
+    ):
+        inputs = _Inputs(
+            y,
+            v,
+            fixed or {},
+            correction or {},
+            center if prox else {},
+            x,
+            target,
+            mask,
+            tensor,
+        )
         y, v, real, value = recording.run(step, kind, inputs, own)
         own = y
         steps, total = steps + real, total + real * value
     if not len(batches.mask):
-        y = trees.map(torch.clone, y)  # the caller's own, also where there was nothing to do
+        y = trees.map(
+            torch.clone, y
+        )  # the caller's own, also where there was nothing to do
     return LocalWork(y, steps, total / steps.clamp(min=1))
 
 
@@ -104,12 +137,19 @@ class _Outputs(NamedTuple):
     value: Tensor  # 0-d, the loss before the update
 
 
-def full_gradient(loss: Loss, params: Params, batches: Batches) -> tuple[Params, Tensor]:
+def full_gradient(
+    loss: Loss, params: Params, batches: Batches
+) -> tuple[Params, Tensor]:
     """Gradient and value of the mean loss over all real examples of `batches`."""
     dtype = wide(params)
     total = batches.mask.sum().clamp(min=1).to(dtype)
-    gradient, value = trees.zeros_like(params), torch.zeros((), dtype=dtype, device=batches.mask.device)
-    for x, y, mask in zip(batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True):
+    gradient, value = (
+        trees.zeros_like(params),
+        torch.zeros((), dtype=dtype, device=batches.mask.device),
+    )
+    for x, y, mask in zip(
+        batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True
+    ):
         share = mask.sum() / total
         g, v = grad_and_value(loss)(params, x, y, mask)
         gradient, value = trees.axpy(share, g, gradient), value + share * v

@@ -17,11 +17,20 @@ from fedcore.errors import SettingsError
 from fedcore.local import local_sgd
 from fedcore.split import Parts, split
 from fedcore.task import Task
-from fedcore.types import Batches, Metrics, Model, Params, Round, Stateless, Tree, Tuning
+from fedcore.types import (
+    Batches,
+    Metrics,
+    Model,
+    Params,
+    Round,
+    Stateless,
+    Tree,
+    Tuning,
+)
 
 if TYPE_CHECKING:
-    from fedcore.participation import Process
     from fedcore.privacy import Mechanism
+    from fedcore.rounds.participation import Process
 
 PACKAGE = "strategies"
 
@@ -35,12 +44,22 @@ class FinetuneSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    epochs: int = Field(0, ge=0, description="passes over the client's training examples; 0 = no fine-tuning")
+    epochs: int = Field(
+        0,
+        ge=0,
+        description="passes over the client's training examples; 0 = no fine-tuning",
+    )
     lr: float = Field(0.05, gt=0, description="step size")
     parts: Parts = Field(
-        ("all",), min_length=1, description="what is trained: parts of the model by name, or patterns of parameter names"
+        ("all",),
+        min_length=1,
+        description="what is trained: parts of the model by name, or patterns of parameter names",
     )
-    penalty: float = Field(0.0, ge=0, description="lambda of |v - v_start|^2, without 1/2; with parts = all, Ditto after the fact")
+    penalty: float = Field(
+        0.0,
+        ge=0,
+        description="lambda of |v - v_start|^2, without 1/2; with parts = all, Ditto after the fact",
+    )
 
 
 class MethodSettings(BaseModel):
@@ -77,7 +96,9 @@ def data_of(fn: Callable[..., Any]) -> Data:
     """Which of the client's examples `fn` reads. Raises TypeError for a function without @on_client."""
     data: Data | None = getattr(fn, "client_data", None)
     if data is None:
-        raise TypeError(f"{getattr(fn, '__qualname__', fn)} does not run on clients: mark it with @on_client")
+        raise TypeError(
+            f"{getattr(fn, '__qualname__', fn)} does not run on clients: mark it with @on_client"
+        )
     return data
 
 
@@ -143,16 +164,22 @@ class Method(Generic[S]):
         return None
 
     @on_client(data="test")
-    def evaluate(self, task: Task, t: Tensor, down: Model, state: Tree, batches: Batches) -> tuple[Metrics, Tree]:
+    def evaluate(
+        self, task: Task, t: Tensor, down: Model, state: Tree, batches: Batches
+    ) -> tuple[Metrics, Tree]:
         """The client's own metrics on its held-out examples, with the model that it would use."""
         return Metrics(task.evaluate(self.model_for(down, state), batches)), state
 
     @on_client(data="tune")
-    def finetune(self, task: Task, t: Tensor, down: Model, state: Tree, batches: Tuning) -> tuple[Metrics, Tree]:
+    def finetune(
+        self, task: Task, t: Tensor, down: Model, state: Tree, batches: Tuning
+    ) -> tuple[Metrics, Tree]:
         """`evaluate` after fine-tuning the model that the client would use; what it learns is measured and forgotten."""
         params, s = self.model_for(down, state), self.finetuning
         fixed, start = split(params, s.parts)
-        v = local_sgd(task.loss, start, batches.train, s.lr, prox=2 * s.penalty, fixed=fixed).params
+        v = local_sgd(
+            task.loss, start, batches.train, s.lr, prox=2 * s.penalty, fixed=fixed
+        ).params
         task.model.eval()
         return Metrics(task.evaluate({**fixed, **v}, batches.test)), state
 
@@ -171,24 +198,36 @@ def load(name: str) -> type[Method[Any]]:
 
     Raises SettingsError when there is none.
     """
-    module_name, colon, class_name = name.partition(":") if ":" in name else (f"{PACKAGE}.{name}", "", "")
+    module_name, colon, class_name = (
+        name.partition(":") if ":" in name else (f"{PACKAGE}.{name}", "", "")
+    )
     if colon and not (class_name and module_name and not module_name.startswith(".")):
         raise SettingsError(f'method.name = "{name}": expected "package.module:Class"')
-    if not class_name and (not name.isidentifier() or importlib.util.find_spec(module_name) is None):
+    if not class_name and (
+        not name.isidentifier() or importlib.util.find_spec(module_name) is None
+    ):
         near = difflib.get_close_matches(name, names(), 1)
         hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(names())}"
         raise SettingsError(f'method.name = "{name}": there is no such method; {hint}')
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as e:
-        raise SettingsError(f'method.name = "{name}": cannot import {module_name}: {e}') from e
+        raise SettingsError(
+            f'method.name = "{name}": cannot import {module_name}: {e}'
+        ) from e
     if class_name:
         found = [vars(module)[class_name]] if class_name in vars(module) else []
     else:
-        found = [c for c in vars(module).values() if getattr(c, "__module__", None) == module_name]
+        found = [
+            c
+            for c in vars(module).values()
+            if getattr(c, "__module__", None) == module_name
+        ]
     found = [c for c in found if inspect.isclass(c) and issubclass(c, Method)]
     if len(found) != 1:
-        raise SettingsError(f'method.name = "{name}": expected one subclass of Method in {module_name}, found {len(found)}')
+        raise SettingsError(
+            f'method.name = "{name}": expected one subclass of Method in {module_name}, found {len(found)}'
+        )
     method: type[Method[Any]] = found[0]
     return method
 
@@ -205,4 +244,6 @@ def settings_of(method: type[Method[Any]]) -> type[MethodSettings]:
         for argument in get_args(base):
             if inspect.isclass(argument) and issubclass(argument, MethodSettings):
                 return argument
-    raise TypeError(f"{method.__name__} names no settings: write class {method.__name__}(Method[Settings])")
+    raise TypeError(
+        f"{method.__name__} names no settings: write class {method.__name__}(Method[Settings])"
+    )

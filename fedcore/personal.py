@@ -63,7 +63,9 @@ class Partial(Method[S], Generic[S]):
 
 def initial(task: Task, params: Params) -> Params:
     """The parameters of these names as the model was built: v0."""
-    return {name: p.detach() for name, p in task.model.named_parameters() if name in params}
+    return {
+        name: p.detach() for name, p in task.model.named_parameters() if name in params
+    }
 
 
 class Own(NamedTuple):
@@ -79,7 +81,9 @@ class Own(NamedTuple):
     def after(self, v: Params, steps: Tensor) -> Own:
         """After training with so many steps; without any, nothing has changed."""
         trained = steps > 0
-        return Own(trees.where(trained, v, self.v), torch.where(trained, 1.0, self.seen))
+        return Own(
+            trees.where(trained, v, self.v), torch.where(trained, 1.0, self.seen)
+        )
 
 
 def used(state: Own, w: Params) -> Params:

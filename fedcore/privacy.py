@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedcore.defence import DefenceSettings
+from fedcore.messages.defence import DefenceSettings
 
-PRV_POINTS = 4_000_000  # of the discretised loss; more takes longer than an epsilon is worth
+PRV_POINTS = (
+    4_000_000  # of the discretised loss; more takes longer than an epsilon is worth
+)
 PRV_REACH = 700.0  # exp of it is still a float64
 PRV_ERROR = 0.01  # in epsilon
 
@@ -63,7 +65,10 @@ class Guarantee(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON, which has no infinity: "inf" stands for it."""
-        return {key: "inf" if value == math.inf else value for key, value in self._asdict().items()}
+        return {
+            key: "inf" if value == math.inf else value
+            for key, value in self._asdict().items()
+        }
 
 
 def local(s: DefenceSettings) -> Mechanism:
@@ -79,8 +84,18 @@ def local(s: DefenceSettings) -> Mechanism:
 
 def central(noise_multiplier: float, sample_rate: float) -> Mechanism:
     """Noise on the sum of the clipped updates of clients that each take part with probability `sample_rate`."""
-    sampling = "every client in every round" if sample_rate == 1 else f"Poisson, rate {sample_rate:g}"
-    return Mechanism(noise_multiplier, sample_rate, "global_model", "with or without one client", sampling)
+    sampling = (
+        "every client in every round"
+        if sample_rate == 1
+        else f"Poisson, rate {sample_rate:g}"
+    )
+    return Mechanism(
+        noise_multiplier,
+        sample_rate,
+        "global_model",
+        "with or without one client",
+        sampling,
+    )
 
 
 def default_delta(population: int) -> float:
@@ -91,8 +106,21 @@ def default_delta(population: int) -> float:
 def guarantee(m: Mechanism, steps: int, delta: float, prv: bool = True) -> Guarantee:
     """What `steps` steps of `m` spend. `prv = False` leaves the slower accountant out."""
     epsilon = epsilon_rdp(m.noise_multiplier, m.sample_rate, steps, delta)
-    found, failed = epsilon_prv(m.noise_multiplier, m.sample_rate, steps, delta) if prv else (None, "computed after the last round")
-    facts = (delta, m.noise_multiplier, m.sample_rate, steps, "client", m.neighbours, m.sampling, m.view)
+    found, failed = (
+        epsilon_prv(m.noise_multiplier, m.sample_rate, steps, delta)
+        if prv
+        else (None, "computed after the last round")
+    )
+    facts = (
+        delta,
+        m.noise_multiplier,
+        m.sample_rate,
+        steps,
+        "client",
+        m.neighbours,
+        m.sampling,
+        m.view,
+    )
     return Guarantee(epsilon, found, failed, *facts)
 
 
@@ -104,8 +132,12 @@ def epsilon_rdp(z: float, q: float, steps: int, delta: float) -> float:
     if steps == 0 or z == 0:
         return math.inf if steps else 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the best order is the largest or smallest: still an upper bound
-        epsilon, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=steps * _rdp(z, q), delta=delta)
+        warnings.simplefilter(
+            "ignore"
+        )  # that the best order is the largest or smallest: still an upper bound
+        epsilon, _ = get_privacy_spent(
+            orders=RDPAccountant.DEFAULT_ALPHAS, rdp=steps * _rdp(z, q), delta=delta
+        )
     return max(float(epsilon), 0.0)
 
 
@@ -116,11 +148,17 @@ def _rdp(z: float, q: float) -> np.ndarray:
     from opacus.accountants.analysis.rdp import compute_rdp
 
     with np.errstate(all="ignore"):
-        rdp: np.ndarray = np.asarray(compute_rdp(q=q, noise_multiplier=z, steps=1, orders=RDPAccountant.DEFAULT_ALPHAS))
+        rdp: np.ndarray = np.asarray(
+            compute_rdp(
+                q=q, noise_multiplier=z, steps=1, orders=RDPAccountant.DEFAULT_ALPHAS
+            )
+        )
     return rdp
 
 
-def epsilon_prv(z: float, q: float, steps: int, delta: float) -> tuple[float | None, str | None]:
+def epsilon_prv(
+    z: float, q: float, steps: int, delta: float
+) -> tuple[float | None, str | None]:
     """(epsilon by the PRV accountant, None), or (None, why there is none): it fails on extreme parameters."""
     from opacus.accountants import PRVAccountant
 
@@ -128,16 +166,23 @@ def epsilon_prv(z: float, q: float, steps: int, delta: float) -> tuple[float | N
         return (math.inf if steps else 0.0), None
     error = delta / 1000
     # Its grid, as it will choose it: asked here, for it would fill the memory, or overflow without a word.
-    reach = 3 + max(epsilon_rdp(z, q, steps, error / 4), epsilon_rdp(z, q, 1, error / (8 * steps)))
+    reach = 3 + max(
+        epsilon_rdp(z, q, steps, error / 4), epsilon_rdp(z, q, 1, error / (8 * steps))
+    )
     points = 2 * reach / PRV_ERROR * math.sqrt(steps * math.log(12 / error) / 2)
     if reach > PRV_REACH or points > PRV_POINTS:
-        return None, f"epsilon is too large for it: its grid would reach to {reach:.3g} in {points:.2g} points"
+        return (
+            None,
+            f"epsilon is too large for it: its grid would reach to {reach:.3g} in {points:.2g} points",
+        )
     accountant = PRVAccountant()
     accountant.history = [(z, q, steps)]
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            epsilon = float(accountant.get_epsilon(delta, eps_error=PRV_ERROR, delta_error=error))
+            epsilon = float(
+                accountant.get_epsilon(delta, eps_error=PRV_ERROR, delta_error=error)
+            )
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as e:
         return None, f"{type(e).__name__}: {e}"
     return (epsilon, None) if math.isfinite(epsilon) else (None, f"it found {epsilon}")

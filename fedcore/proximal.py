@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev
 
-from fedcore import limits, trees
+from fedcore import trees
 from fedcore.errors import SettingsError
 from fedcore.local import Loss
+from fedcore.storage import memory as limits
 from fedcore.task import Task
 from fedcore.types import Batches, Params
 
@@ -38,8 +39,12 @@ class Quadratic(NamedTuple):
 
     def least_squares(self, like: Params) -> Params:
         """The minimiser of J of least norm, H^+ b."""
-        zero = self.h[-1] * len(self.h) * torch.finfo(self.h.dtype).eps  # what rounding makes of an eigenvalue 0
-        return trees.unravel(self._scaled(torch.where(self.h > zero, 1 / self.h, 0.0), self.b), like)
+        zero = (
+            self.h[-1] * len(self.h) * torch.finfo(self.h.dtype).eps
+        )  # what rounding makes of an eigenvalue 0
+        return trees.unravel(
+            self._scaled(torch.where(self.h > zero, 1 / self.h, 0.0), self.b), like
+        )
 
     def _scaled(self, by: Tensor, v: Tensor) -> Tensor:
         # A client that could not look at its data has Q = 0: what it computes is not finite, and left out.
@@ -73,7 +78,9 @@ def require_hessian(task: Task) -> None:
     params = trees.ravel(task.init_params())
     what = f"method.solver = exact takes the Hessian of {len(params):,} parameters for each of {task.population:,} clients"
     if len(params) > LARGEST:
-        raise SettingsError(f'{what}: expected at most {LARGEST:,} parameters, as in least squares; use method.solver = "sgd"')
+        raise SettingsError(
+            f'{what}: expected at most {LARGEST:,} parameters, as in least squares; use method.solver = "sgd"'
+        )
     # Q of every client; H, Q and what making the two takes, of a chunk of clients side by side
     need = (task.population + 4 * CHUNK) * len(params) ** 2 * params.element_size()
     limits.require(need, task.device, what)

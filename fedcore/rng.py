@@ -27,9 +27,15 @@ def streams(seed: int, purpose: str, ids: np.ndarray) -> Iterator[np.random.Gene
     A generator is good until the next one is asked for. Raises ValueError for ids that are negative, or have more than 32 bits.
     """
     if (ids >> 32).any():
-        raise ValueError(f"ids of generators are from 0 to 2^32 - 1; found {ids.min()} to {ids.max()}")
-    head = [int(word) for n in (seed, zlib.crc32(purpose.encode())) for word in _words(n)]
-    entropy = [np.full(len(ids), word, dtype=np.uint32) for word in head] + [column.astype(np.uint32) for column in ids.T]
+        raise ValueError(
+            f"ids of generators are from 0 to 2^32 - 1; found {ids.min()} to {ids.max()}"
+        )
+    head = [
+        int(word) for n in (seed, zlib.crc32(purpose.encode())) for word in _words(n)
+    ]
+    entropy = [np.full(len(ids), word, dtype=np.uint32) for word in head] + [
+        column.astype(np.uint32) for column in ids.T
+    ]
     bits = np.random.PCG64()
     generator, mask = np.random.Generator(bits), (1 << 128) - 1
     for a, b, c, d in zip(*(word.tolist() for word in _state(entropy)), strict=True):
@@ -45,7 +51,14 @@ def streams(seed: int, purpose: str, ids: np.ndarray) -> Iterator[np.random.Gene
 
 _PCG = 0x2360ED051FC65DA44385DF649FCCF645  # the multiplier of PCG64 (O'Neill 2014)
 _POOL = 4  # words of NumPy's SeedSequence, whose constants follow (O'Neill's seed_seq, 2015)
-_INIT_A, _MULT_A, _INIT_B, _MULT_B, _LEFT, _RIGHT = 0x43B0D7E5, 0x931E8875, 0x8B51F9DD, 0x58F38DED, 0xCA01F9DD, 0x4973F715
+_INIT_A, _MULT_A, _INIT_B, _MULT_B, _LEFT, _RIGHT = (
+    0x43B0D7E5,
+    0x931E8875,
+    0x8B51F9DD,
+    0x58F38DED,
+    0xCA01F9DD,
+    0x4973F715,
+)
 
 
 def _words(n: int) -> list[int]:
@@ -85,12 +98,17 @@ def _state(entropy: list[Words]) -> list[npt.NDArray[np.uint64]]:
         key = key * _MULT_B & 0xFFFFFFFF
         x = x * np.uint32(key)
         words.append((x ^ x >> np.uint32(16)).astype(np.uint64))
-    return [low | high << np.uint64(32) for low, high in zip(words[::2], words[1::2], strict=True)]
+    return [
+        low | high << np.uint64(32)
+        for low, high in zip(words[::2], words[1::2], strict=True)
+    ]
 
 
 def seed_of(seed: int, purpose: str, *ids: int) -> int:
     """A 63-bit seed for libraries that take an integer, from the same key as `rng`."""
-    return int(_sequence(seed, purpose, ids).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        _sequence(seed, purpose, ids).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
 
 
 @contextmanager

@@ -59,13 +59,20 @@ def adam(lr: float, beta1: float, beta2: float, tau: float) -> ServerOptimizer:
 
 def yogi(lr: float, beta1: float, beta2: float, tau: float) -> ServerOptimizer:
     """v <- v - (1 - beta2) Delta^2 sign(v - Delta^2)."""
-    return _adaptive(lr, beta1, tau, lambda v, d: v - (1 - beta2) * d * d * torch.sign(v - d * d))
+    return _adaptive(
+        lr, beta1, tau, lambda v, d: v - (1 - beta2) * d * d * torch.sign(v - d * d)
+    )
 
 
-def _adaptive(lr: float, beta1: float, tau: float, second: Callable[[Tensor, Tensor], Tensor]) -> ServerOptimizer:
+def _adaptive(
+    lr: float, beta1: float, tau: float, second: Callable[[Tensor, Tensor], Tensor]
+) -> ServerOptimizer:
     def init(params: Params) -> Moments:
         # v_{-1} = tau^2, the smallest start that Algorithm 2 allows.
-        return Moments(trees.zeros_like(params), trees.map(lambda p: torch.full_like(p, tau**2), params))
+        return Moments(
+            trees.zeros_like(params),
+            trees.map(lambda p: torch.full_like(p, tau**2), params),
+        )
 
     def update(delta: Params, state: Moments) -> tuple[Params, Moments]:
         m = trees.map(lambda m, d: beta1 * m + (1 - beta1) * d, state.m, delta)

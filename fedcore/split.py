@@ -17,11 +17,17 @@ def _patterns(parts: tuple[str, ...]) -> tuple[str, ...]:
         try:
             re.compile(part)
         except re.error as e:
-            raise ValueError(f'"{part}" is no regular expression ({e}); expected {", ".join(PARTS)}, or a pattern') from e
+            raise ValueError(
+                f'"{part}" is no regular expression ({e}); expected {", ".join(PARTS)}, or a pattern'
+            ) from e
     return parts
 
 
-Parts = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), AfterValidator(_patterns)]
+Parts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda v: (v,) if isinstance(v, str) else v),
+    AfterValidator(_patterns),
+]
 """Names of `PARTS`, or regular expressions that match whole parameter names."""
 
 
@@ -32,9 +38,17 @@ def split(params: Params, parts: Iterable[str]) -> tuple[Params, Params]:
     """
     personal: set[str] = set()
     for part in parts:
-        found = PARTS[part](params) if part in PARTS else {name for name in params if re.fullmatch(part, name)}
+        found = (
+            PARTS[part](params)
+            if part in PARTS
+            else {name for name in params if re.fullmatch(part, name)}
+        )
         if not found:
-            some = list(params) if len(params) <= 12 else [*list(params)[:6], "...", *list(params)[-5:]]
+            some = (
+                list(params)
+                if len(params) <= 12
+                else [*list(params)[:6], "...", *list(params)[-5:]]
+            )
             raise SettingsError(
                 f'the part "{part}": no parameter of the model belongs to it; expected {", ".join(PARTS)}, or a regular expression '
                 f"for whole names such as {', '.join(some)}"
@@ -53,7 +67,11 @@ def _input(params: Params) -> set[str]:
     same module: the norm of a transformer's first block belongs to that block."""
     modules = list(dict.fromkeys(_module(name) for name in params if _module(name)))
     first = {"", *modules[:1]}
-    if len(modules) > 1 and modules[1] in _norms(params) and _module(modules[0]) == _module(modules[1]):
+    if (
+        len(modules) > 1
+        and modules[1] in _norms(params)
+        and _module(modules[0]) == _module(modules[1])
+    ):
         first.add(modules[1])
     return {name for name in params if _module(name) in first}
 
@@ -65,7 +83,11 @@ def _output(params: Params) -> set[str]:
 
 def _norms(params: Params) -> set[str]:
     """Modules whose weight is a vector: normalisation layers."""
-    return {_module(name) for name, value in params.items() if name.endswith(".weight") and value.ndim == 1}
+    return {
+        _module(name)
+        for name, value in params.items()
+        if name.endswith(".weight") and value.ndim == 1
+    }
 
 
 def _norm(params: Params) -> set[str]:
@@ -75,7 +97,11 @@ def _norm(params: Params) -> set[str]:
 def _adapter(params: Params) -> set[str]:
     """Bottlenecks, and the norms beside them; the shortcuts' norms stay shared."""
     adapters = _named(r"(.*\.)?adapter\d?\..+")(params)
-    return adapters | {name for name in _norm(params) if "shortcut" not in name} if adapters else set()
+    return (
+        adapters | {name for name in _norm(params) if "shortcut" not in name}
+        if adapters
+        else set()
+    )
 
 
 def _named(pattern: str) -> Callable[[Params], set[str]]:

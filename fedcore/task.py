@@ -20,7 +20,9 @@ PerExample = Callable[[Tensor, Tensor], Tensor]
 
 def cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
     """Negative log-likelihood of each example in nats, [B]."""
-    if outputs.ndim == 2 and y.ndim == 1:  # the same with half the operations, once it is differentiated and batched
+    if (
+        outputs.ndim == 2 and y.ndim == 1
+    ):  # the same with half the operations, once it is differentiated and batched
         return -outputs.log_softmax(1).gather(1, y[:, None]).squeeze(1)
     return nn.functional.cross_entropy(outputs, y, reduction="none")
 
@@ -57,9 +59,14 @@ class Task:
         `metrics` are reported beside the loss; default: accuracy. `pixels` says that inputs are images, and how they were scaled:
         an audit shows and compares pixels.
         """
-        for name, meaning in (("loss", "what is trained on"), ("nmsd", "the deviation from a known optimum")):
+        for name, meaning in (
+            ("loss", "what is trained on"),
+            ("nmsd", "the deviation from a known optimum"),
+        ):
             if metrics is not None and name in metrics:
-                raise SettingsError(f'metrics holds "{name}", which is the name of {meaning}: give it another name')
+                raise SettingsError(
+                    f'metrics holds "{name}", which is the name of {meaning}: give it another name'
+                )
         for name, module in model.named_modules():
             if getattr(module, "track_running_stats", False):
                 raise SettingsError(
@@ -69,10 +76,17 @@ class Task:
         self.model = model
         self.data = data
         self.proxy = proxy
-        self.optimum = optimum  # the minimiser of the population's objective, where it is known
+        self.optimum = (
+            optimum  # the minimiser of the population's objective, where it is known
+        )
         self.pixels = pixels
-        self.penalty: Callable[[Callable[[Params], Tensor], Params], Tensor] | None = None  # on the mean loss, at its parameters
-        self.metrics = {"loss": loss, **({"accuracy": accuracy} if metrics is None else metrics)}
+        self.penalty: Callable[[Callable[[Params], Tensor], Params], Tensor] | None = (
+            None  # on the mean loss, at its parameters
+        )
+        self.metrics = {
+            "loss": loss,
+            **({"accuracy": accuracy} if metrics is None else metrics),
+        }
 
     @torch.no_grad()
     def check(self) -> None:
@@ -87,16 +101,22 @@ class Task:
         try:
             outputs = self.predict(self.init_params(), x)
         except Exception as e:
-            raise SettingsError(f"the model cannot take {what} of shape {tuple(x.shape[1:])}: {type(e).__name__}: {e}") from e
+            raise SettingsError(
+                f"the model cannot take {what} of shape {tuple(x.shape[1:])}: {type(e).__name__}: {e}"
+            ) from e
         for name, metric in self.metrics.items():
             try:
                 values = metric(outputs, y)
             except Exception as e:
                 facts = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(y.shape)}"
-                raise SettingsError(f'the metric "{name}" cannot take {facts}: {type(e).__name__}: {e}') from e
+                raise SettingsError(
+                    f'the metric "{name}" cannot take {facts}: {type(e).__name__}: {e}'
+                ) from e
             if values.shape != (len(x),):
                 found = f"gives shape {tuple(values.shape)} for {len(x)} examples"
-                raise SettingsError(f'the metric "{name}" {found}, expected one value an example: ({len(x)},)')
+                raise SettingsError(
+                    f'the metric "{name}" {found}, expected one value an example: ({len(x)},)'
+                )
 
     @property
     def population(self) -> int:
@@ -110,13 +130,25 @@ class Task:
         """Move model and data; in place."""
         self.model.to(device)
         self.data.to(device)
-        self.proxy = None if self.proxy is None else Examples(*(v.to(device) for v in self.proxy))
-        self.optimum = None if self.optimum is None else {name: best.to(device) for name, best in self.optimum.items()}
+        self.proxy = (
+            None
+            if self.proxy is None
+            else Examples(*(v.to(device) for v in self.proxy))
+        )
+        self.optimum = (
+            None
+            if self.optimum is None
+            else {name: best.to(device) for name, best in self.optimum.items()}
+        )
         return self
 
     def init_params(self) -> Params:
         """The model's trainable parameters as it was built. Copies."""
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            name: p.detach().clone()
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        }
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Outputs of the model with these parameters, [B, ...]."""
@@ -127,28 +159,51 @@ class Task:
         """Mean loss over the examples where mask [B] is 1, and the penalty that the model has; 0 where there is none. 0-d."""
 
         def mean(params: Params) -> Tensor:
-            value: Tensor = (self.metrics["loss"](self.predict(params, x), y) * mask).sum() / mask.sum().clamp(min=1)
+            value: Tensor = (
+                self.metrics["loss"](self.predict(params, x), y) * mask
+            ).sum() / mask.sum().clamp(min=1)
             return value
 
-        return mean(params) if self.penalty is None else mean(params) + self.penalty(mean, params)
+        return (
+            mean(params)
+            if self.penalty is None
+            else mean(params) + self.penalty(mean, params)
+        )
 
     @torch.no_grad()
     def evaluate(self, params: Params, batches: Batches) -> dict[str, Tensor]:
         """The mean of every metric over all real examples of `batches`, each 0-d; and `nmsd`, where the optimum is known."""
         sums = dict.fromkeys(self.metrics, torch.zeros((), device=batches.mask.device))
-        for x, y, mask in zip(batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True):
+        for x, y, mask in zip(
+            batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True
+        ):
             outputs = self.predict(params, x)
-            sums = {name: total + (self.metrics[name](outputs, y) * mask).sum() for name, total in sums.items()}
-        means = {name: total / batches.mask.sum().clamp(min=1) for name, total in sums.items()}
-        if self.optimum is not None:  # normalised square deviation |w - w*|^2 / |w*|^2; its mean over clients is the NMSD
-            means["nmsd"] = self._deviation(params) / trees.dot(trees.double(self.optimum), trees.double(self.optimum))
+            sums = {
+                name: total + (self.metrics[name](outputs, y) * mask).sum()
+                for name, total in sums.items()
+            }
+        means = {
+            name: total / batches.mask.sum().clamp(min=1)
+            for name, total in sums.items()
+        }
+        if (
+            self.optimum is not None
+        ):  # normalised square deviation |w - w*|^2 / |w*|^2; its mean over clients is the NMSD
+            means["nmsd"] = self._deviation(params) / trees.dot(
+                trees.double(self.optimum), trees.double(self.optimum)
+            )
         return means
 
     def _deviation(self, params: Params) -> Tensor:
         """Squared distance to the optimum, float64 0-d."""
         assert self.optimum is not None
-        own = dict(self.model.named_parameters())  # what `params` lacks is personal, and as it was initialised
-        away = [(params.get(name, own[name]).double() - best.double()).square().sum() for name, best in self.optimum.items()]
+        own = dict(
+            self.model.named_parameters()
+        )  # what `params` lacks is personal, and as it was initialised
+        away = [
+            (params.get(name, own[name]).double() - best.double()).square().sum()
+            for name, best in self.optimum.items()
+        ]
         return torch.stack(away).sum()
 
     @torch.no_grad()
@@ -162,7 +217,10 @@ class Task:
             rows = slice(start, start + batch_size)
             batch = Batches(x[rows][None], y[rows][None], ones[rows][None])
             for name, mean in self.evaluate(params, batch).items():
-                sums[name] = sums.get(name, torch.zeros((), device=x.device)) + mean * batch.mask.sum()
+                sums[name] = (
+                    sums.get(name, torch.zeros((), device=x.device))
+                    + mean * batch.mask.sum()
+                )
         sums.pop("nmsd", None)  # the distance says the same
         found = {name: (total / max(len(x), 1)).item() for name, total in sums.items()}
         if self.optimum is not None:

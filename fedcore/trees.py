@@ -20,7 +20,9 @@ T = TypeVar("T")
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """`fn` on corresponding leaves. A third of the time of `pytree.tree_map`, which every client pays several times."""
     if isinstance(tree, dict):
-        return {key: map(fn, value, *[r[key] for r in rest]) for key, value in tree.items()}
+        return {
+            key: map(fn, value, *[r[key] for r in rest]) for key, value in tree.items()
+        }
     if isinstance(tree, tuple | list):
         values = [map(fn, *xs) for xs in zip(tree, *rest, strict=True)]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
@@ -29,7 +31,11 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 def leaves(tree: Tree) -> list[Tensor]:
     if isinstance(tree, dict | tuple | list):
-        return [leaf for inner in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(inner)]
+        return [
+            leaf
+            for inner in (tree.values() if isinstance(tree, dict) else tree)
+            for leaf in leaves(inner)
+        ]
     return [tree]
 
 
@@ -79,7 +85,9 @@ def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
 
 def dot(a: Tree, b: Tree) -> Tensor:
     """Inner product over all leaves. 0-d."""
-    return torch.stack([(x * y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]).sum()
+    return torch.stack(
+        [(x * y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]
+    ).sum()
 
 
 def stack(trees: list[Tree]) -> Tree:
@@ -95,12 +103,17 @@ def at(tree: Tree, index: int | slice | Tensor) -> Tree:
 def to(tree: Tree, device: torch.device) -> Tree:
     """On this device; from the CPU to a GPU through pinned memory, for else the copy would wait for all work of the GPU."""
     if device.type == "cuda":
-        return map(lambda x: (x if x.is_cuda else _pinned(x)).to(device, non_blocking=True), tree)
+        return map(
+            lambda x: (x if x.is_cuda else _pinned(x)).to(device, non_blocking=True),
+            tree,
+        )
     return map(lambda x: x.to(device), tree)
 
 
 def _pinned(x: Tensor) -> Tensor:
-    return (x.contiguous() if 0 in x.stride() else x).pin_memory()  # what is one row for all has no memory of its own to write to
+    return (
+        x.contiguous() if 0 in x.stride() else x
+    ).pin_memory()  # what is one row for all has no memory of its own to write to
 
 
 def fetch(tree: T) -> Callable[[], T]:
@@ -141,25 +154,35 @@ def row_sums(tree: Tree) -> Tensor:
     values = [x for x in leaves(tree) if x.is_floating_point()]
     rows = [x[:1] if _same(x) else x for x in values]
     sums = [x.reshape(x.shape[0], -1).sum(1, dtype=_wide(x)) for x in rows]
-    return functools.reduce(torch.add, sums).expand(len(values[0])) if sums else torch.empty(0)
+    return (
+        functools.reduce(torch.add, sums).expand(len(values[0]))
+        if sums
+        else torch.empty(0)
+    )
 
 
 def flatten(tree: Tree) -> dict[str, Tensor]:
     """Leaves by path: `{"params/0.weight": ..., "c/0.weight": ...}`; a bare tensor has the path ""."""
     paths, _ = pytree.tree_flatten_with_path(tree)
-    return {SEPARATOR.join(str(_name(key)) for key in path): leaf for path, leaf in paths}
+    return {
+        SEPARATOR.join(str(_name(key)) for key in path): leaf for path, leaf in paths
+    }
 
 
 def unflatten(flat: dict[str, Tensor], like: Tree) -> Tree:
     """The inverse of `flatten`, in the shape of `like`. Raises KeyError on a missing path."""
-    return pytree.tree_unflatten([flat[path] for path in flatten(like)], pytree.tree_structure(like))
+    return pytree.tree_unflatten(
+        [flat[path] for path in flatten(like)], pytree.tree_structure(like)
+    )
 
 
 def _name(key: Any) -> Any:
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return getattr(key, attribute)
-    raise TypeError(f"a tree of tensors is made of NamedTuples, dicts, lists and tuples, not of {key!r}")
+    raise TypeError(
+        f"a tree of tensors is made of NamedTuples, dicts, lists and tuples, not of {key!r}"
+    )
 
 
 def ravel(tree: Tree) -> Tensor:
@@ -179,7 +202,14 @@ def weighted_sum(tree: Tree, weights: Tensor) -> Tree:
     weights = _beside(weights, tree)
     if len(weights) == 1:  # one client at a time: no product with a matrix of one row
         return map(lambda x: x[0] * weights[0].to(x), tree)
-    return map(lambda x: x[0] * weights.to(x).sum() if _same(x) else torch.tensordot(weights.to(x), x, 1), tree)
+    return map(
+        lambda x: (
+            x[0] * weights.to(x).sum()
+            if _same(x)
+            else torch.tensordot(weights.to(x), x, 1)
+        ),
+        tree,
+    )
 
 
 def _beside(weights: Tensor, tree: Tree) -> Tensor:
@@ -216,7 +246,10 @@ def weighted_mean(reports: Iterable[Reports], weight: Weight = by_examples) -> T
 
     Holds one model, whatever the cohort. Raises TooFewReports when nobody reported, or all weights are zero.
     """
-    if isinstance(reports, Answers) and weight in (by_examples, equally):  # what other processes know, too
+    if isinstance(reports, Answers) and weight in (
+        by_examples,
+        equally,
+    ):  # what other processes know, too
         reports.summed(weight)
     total: Tree = None
     sum_of_weights: Tensor | float = 0.0
@@ -225,9 +258,17 @@ def weighted_mean(reports: Iterable[Reports], weight: Weight = by_examples) -> T
             continue
         w = weight(r)
         if r.total is not None:
-            total = map(torch.clone, r.total) if total is None else map(torch.Tensor.add_, total, r.total)
+            total = (
+                map(torch.clone, r.total)
+                if total is None
+                else map(torch.Tensor.add_, total, r.total)
+            )
         else:
-            total = weighted_sum(r.up, w) if total is None else add_weighted_(total, r.up, w)
+            total = (
+                weighted_sum(r.up, w)
+                if total is None
+                else add_weighted_(total, r.up, w)
+            )
         sum_of_weights = sum_of_weights + w.sum()
     if total is None or not bool(torch.as_tensor(sum_of_weights) > 0):
         raise TooFewReports("nobody reported with an example to its name")

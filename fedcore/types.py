@@ -58,14 +58,22 @@ class Reports(NamedTuple):
     clients: Tensor  # [n] int64 logical ids, ascending
     up: Tree  # [n, ...]
     num_examples: Tensor  # [n] float32, the examples that the work was done on
-    failed: Mapping[int, str] = MappingProxyType({})  # clients that did not report, with the reason
+    failed: Mapping[int, str] = MappingProxyType(
+        {}
+    )  # clients that did not report, with the reason
     total: Tree = None  # sum_i weight_i up_i, where nothing else was asked for: `up` then has the scalars, and is empty elsewhere
 
     @property
     def metrics(self) -> dict[str, Tensor]:
         """The scalars among what the clients sent, by field name, each [n]; the loop logs them."""
-        fields: dict[str, Any] = self.up._asdict() if hasattr(self.up, "_asdict") else {}
-        found = {name: value for name, value in fields.items() if isinstance(value, Tensor) and value.ndim == 1}
+        fields: dict[str, Any] = (
+            self.up._asdict() if hasattr(self.up, "_asdict") else {}
+        )
+        found = {
+            name: value
+            for name, value in fields.items()
+            if isinstance(value, Tensor) and value.ndim == 1
+        }
         return found | dict(fields.get("metrics", {}))
 
 
@@ -121,13 +129,17 @@ class Round:
     """What a method is told of a round."""
 
     t: int
-    cohort: Tensor  # [m] int64, ascending: who was asked. Who answered is in the reports.
+    cohort: (
+        Tensor  # [m] int64, ascending: who was asked. Who answered is in the reports.
+    )
     population: int
     task: Task
     each: Each
     memory: Memory
     seed: int  # for what the method draws itself: rng(r.seed, "purpose", r.t, ...)
-    rates: Tensor | None = None  # p_i, [population] float64: how often the update of client i arrives, where that is known
+    rates: Tensor | None = (
+        None  # p_i, [population] float64: how often the update of client i arrives, where that is known
+    )
     log: dict[str, Any] = field(
         default_factory=dict
     )  # for this round's line in metrics.jsonl, as server_<name>: a number, or a list
@@ -135,5 +147,7 @@ class Round:
     def known_rates(self) -> Tensor:
         """p_i of every client, float64 [population], for methods that are told. Raises SettingsError where nobody knows them."""
         if self.rates is None:
-            raise SettingsError("this participation process has no rates p_i, which the method's settings ask for: use another")
+            raise SettingsError(
+                "this participation process has no rates p_i, which the method's settings ask for: use another"
+            )
         return self.rates

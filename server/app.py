@@ -19,13 +19,13 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedcore import loop
-from fedcore.checkpoint import STATE, write_atomically
 from fedcore.config import Experiment
 from fedcore.errors import FedcoreError, RunError, SettingsError
-from fedcore.progress import Terminal, show_result
-from fedcore.report import write_or_note
-from fedcore.rundir import open_run_dir, stored
+from fedcore.rounds import loop
+from fedcore.rounds.rundir import open_run_dir, stored
+from fedcore.storage.checkpoint import STATE, write_atomically
+from fedcore.views.run_report import write_or_note
+from fedcore.views.terminal import Terminal, show_result
 from server.grid import GridEngine
 
 RUN_DIR = "FEDCORE_RUN_DIR"  # set by `fedcore server`
@@ -56,7 +56,12 @@ def _simulate(grid: Grid, context: Context) -> None:
     folder = open_run_dir(e, None, None)
     state = folder / "state" / "clients"  # the loop clears the first away
     with Terminal() as terminal:
-        result = loop.run(e, folder, observer=terminal, engine=lambda work: _engine(grid, work, e, state=state))
+        result = loop.run(
+            e,
+            folder,
+            observer=terminal,
+            engine=lambda work: _engine(grid, work, e, state=state),
+        )
     report = write_or_note(result.run_dir)
     # In full, for the working directory is the SuperLink's.
     show_result(result, report and report.resolve())
@@ -64,7 +69,11 @@ def _simulate(grid: Grid, context: Context) -> None:
 
 def _deploy(grid: Grid, folder: Path) -> None:
     """Go on with the run of this directory, and write how it ended; nothing is written by a process that is killed."""
-    outcome: dict[str, Any] = {"exit_status": 1, "error": "the server's program failed; its traceback is above", "result": None}
+    outcome: dict[str, Any] = {
+        "exit_status": 1,
+        "error": "the server's program failed; its traceback is above",
+        "result": None,
+    }
     try:
         with _alone(folder), Terminal() as terminal:
             e = Experiment.parse(stored(folder), source=str(folder / "config.toml"))
@@ -73,18 +82,30 @@ def _deploy(grid: Grid, folder: Path) -> None:
                 "safe": lambda: _checkpointed(folder),
                 "watch": folder / WATCH,
             }
-            result = loop.run(e, resume=folder, observer=terminal, engine=lambda work: _engine(grid, work, e, **facts))
+            result = loop.run(
+                e,
+                resume=folder,
+                observer=terminal,
+                engine=lambda work: _engine(grid, work, e, **facts),
+            )
         write_or_note(result.run_dir)
         outcome = {"exit_status": 0, "error": None, "result": result.to_dict()}
     except FedcoreError as error:
-        outcome |= {"exit_status": error.exit_status, "error": str(error)}  # which `fedcore server` says, and ends with
+        outcome |= {
+            "exit_status": error.exit_status,
+            "error": str(error),
+        }  # which `fedcore server` says, and ends with
     finally:
         write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
 
 
 def _engine(grid: Grid, work: Any, e: Experiment, **facts: Any) -> GridEngine:
     s = e.engine
-    limits: dict[str, Any] = {"min_clients": s.min_clients, "report_goal": s.report_goal, "rejoin": s.rejoin_timeout}
+    limits: dict[str, Any] = {
+        "min_clients": s.min_clients,
+        "report_goal": s.report_goal,
+        "rejoin": s.rejoin_timeout,
+    }
     limits["limit"] = s.message_limit_mb * 1e6
     return GridEngine(grid, work, s.round_timeout, **limits, **facts)
 
@@ -108,6 +129,8 @@ def _alone(folder: Path, patience: float = 30.0) -> Iterator[None]:
                 break
             except OSError:
                 if time.monotonic() > end:
-                    raise SettingsError(f"{folder} is in use by another process: end that one first") from None
+                    raise SettingsError(
+                        f"{folder} is in use by another process: end that one first"
+                    ) from None
                 time.sleep(0.1)
         yield

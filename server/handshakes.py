@@ -10,7 +10,10 @@ import re
 import time
 from urllib.parse import unquote
 
-TRACE = {"GRPC_TRACE": "handshaker", "GRPC_VERBOSITY": "INFO"}  # environment of the SuperLink
+TRACE = {
+    "GRPC_TRACE": "handshaker",
+    "GRPC_VERBOSITY": "INFO",
+}  # environment of the SuperLink
 REPEAT = 60.0  # seconds in which an address is named once
 MOST = 10  # addresses named in that time, for a scan of ports comes from many
 
@@ -24,7 +27,9 @@ _WHY = {
     b"ALERT_CERTIFICATE_UNKNOWN": _DISTRUST,
 }
 
-_FIRST = re.compile(rb"[IW]\d{4} \S+ +\d+ (handshaker\.cc|channel_trace\.h|ssl_transport_security\.cc|trace\.cc|log\.cc):")
+_FIRST = re.compile(
+    rb"[IW]\d{4} \S+ +\d+ (handshaker\.cc|channel_trace\.h|ssl_transport_security\.cc|trace\.cc|log\.cc):"
+)
 _MORE = re.compile(rb"=== Source Location Trace|src/core/| shutdown=|\s*$")
 _PEER = re.compile(rb"endpoint_peer_address=[a-z0-9]+:([^,}\s]+)")
 
@@ -41,7 +46,9 @@ class Handshakes:
         if first := _FIRST.match(line):
             self._inside, self._why = True, ""
             if first[1] == b"handshaker.cc" and b"handshake failed" in line:
-                self._why = next((text for mark, text in _WHY.items() if mark in line), "")
+                self._why = next(
+                    (text for mark, text in _WHY.items() if mark in line), ""
+                )
             return True, None
         self._inside = self._inside and bool(_MORE.match(line))
         if self._inside and self._why and (peer := _PEER.search(line)):
@@ -54,5 +61,9 @@ class Handshakes:
         if host in self._said or len(self._said) >= MOST:
             return None
         self._said[host] = now
-        more = f"; this is the {MOST}th in {REPEAT:.0f} s, and no more are named for a while" if len(self._said) == MOST else ""
+        more = (
+            f"; this is the {MOST}th in {REPEAT:.0f} s, and no more are named for a while"
+            if len(self._said) == MOST
+            else ""
+        )
         return f"refused {self._why} (from {peer}){more}"

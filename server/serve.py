@@ -37,12 +37,13 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.runtime import RuntimeHttpClient
 
 import fedcore
-from fedcore import __version__, certs
-from fedcore.checkpoint import write_atomically
+from fedcore import __version__
 from fedcore.config import Experiment
+from fedcore.deploy import certs
 from fedcore.errors import RunError, SettingsError
-from fedcore.loop import Interrupted
-from fedcore.rundir import fresh, make_run_dir, open_run_dir
+from fedcore.rounds.loop import Interrupted
+from fedcore.rounds.rundir import fresh, make_run_dir, open_run_dir
+from fedcore.storage.checkpoint import write_atomically
 from server.app import OUTCOME, RUN_DIR, SERIES, WATCH
 from server.handshakes import TRACE, Handshakes
 
@@ -75,7 +76,9 @@ set = ""
 """
 
 
-def serve(e: Experiment, listen: str, folder: Path | None, out: Path | None) -> dict[str, Any]:
+def serve(
+    e: Experiment, listen: str, folder: Path | None, out: Path | None
+) -> dict[str, Any]:
     """Run the experiment to its end with clients that connect to `listen` (HOST:PORT); what `fedcore run --json` prints.
 
     `folder` holds the server's certificate and the clients' keys, None for no TLS and no authentication. `out` is the run
@@ -96,7 +99,9 @@ def _run_dir(e: Experiment, out: Path | None) -> Path:
         open_run_dir(e, out, None)
     make_run_dir(out, e)
     if not (out / SERIES).exists():
-        write_atomically(out / SERIES, json.dumps({"series": secrets.token_hex(8)}).encode())
+        write_atomically(
+            out / SERIES, json.dumps({"series": secrets.token_hex(8)}).encode()
+        )
     return out
 
 
@@ -106,14 +111,18 @@ def _alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SettingsError(f"{out}: another server runs in it; end that one, or choose another --out") from None
+            raise SettingsError(
+                f"{out}: another server runs in it; end that one, or choose another --out"
+            ) from None
         yield
 
 
 class Server:
     """The processes of one run, watched."""
 
-    def __init__(self, e: Experiment, listen: str, folder: Path | None, out: Path) -> None:
+    def __init__(
+        self, e: Experiment, listen: str, folder: Path | None, out: Path
+    ) -> None:
         self.e, self.listen, self.folder, self.out = e, listen, folder, out
         self.keys = None if folder is None else folder / "clients"
         self.port = _free_port()  # of the Runtime and Control APIs
@@ -121,14 +130,19 @@ class Server:
         self.app: subprocess.Popen[bytes] | None = None
         self.control: ControlHttpClient
         self.runtime: RuntimeHttpClient
-        self.registered: dict[bytes, tuple[int, str]] = {}  # node and name by public key
+        self.registered: dict[
+            bytes, tuple[int, str]
+        ] = {}  # node and name by public key
         self.run_id = 0
         self._crashes, self._rounds = 0, -1
         self._stop = threading.Event()
 
     def run(self) -> dict[str, Any]:
         (self.out / OUTCOME).unlink(missing_ok=True)
-        before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            n: signal.signal(n, self._on_signal)
+            for n in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             while True:
                 if self.link is None or self.link.poll() is not None:
@@ -155,7 +169,9 @@ class Server:
         assert self.app is not None
         if self._stop.is_set():
             self._stop_app()
-            raise Interrupted(f"interrupted; go on with the same command and --out {self.out}")
+            raise Interrupted(
+                f"interrupted; go on with the same command and --out {self.out}"
+            )
         if self.link.poll() is not None:
             self._crashed("the SuperLink", self.link.returncode)
             self._kill_app()
@@ -166,7 +182,9 @@ class Server:
                 if outcome["exit_status"] == 0:
                     result: dict[str, Any] = outcome["result"]
                     return result
-                raise {2: SettingsError, 130: Interrupted}.get(outcome["exit_status"], RunError)(outcome["error"])
+                raise {2: SettingsError, 130: Interrupted}.get(
+                    outcome["exit_status"], RunError
+                )(outcome["error"])
             self._crashed("the ServerApp", status)
             self.app = None
             with suppress(httpx.HTTPError):
@@ -175,7 +193,10 @@ class Server:
 
     def _crashed(self, what: str, status: int) -> None:
         done = _rounds(self.out)
-        self._crashes, self._rounds = (self._crashes + 1 if done == self._rounds else 1), done
+        self._crashes, self._rounds = (
+            (self._crashes + 1 if done == self._rounds else 1),
+            done,
+        )
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         if self._crashes >= CRASHES:
             raise RunError(
@@ -186,25 +207,64 @@ class Server:
     # The SuperLink
 
     def _start_link(self) -> None:
-        limit = int(self.e.engine.message_limit_mb * 1e6 * 1.01) + 1_000_000  # and what is around the arrays
+        limit = (
+            int(self.e.engine.message_limit_mb * 1e6 * 1.01) + 1_000_000
+        )  # and what is around the arrays
         tls = ["--insecure"]
         if self.folder is not None:
-            names = ("--ssl-certfile", "server.crt"), ("--ssl-keyfile", "server.key"), ("--ssl-ca-certfile", "ca.crt")
-            tls = [word for flag, name in names for word in (flag, str(self.folder / name))] + ["--enable-supernode-auth"]
+            names = (
+                ("--ssl-certfile", "server.crt"),
+                ("--ssl-keyfile", "server.key"),
+                ("--ssl-ca-certfile", "ca.crt"),
+            )
+            tls = [
+                word for flag, name in names for word in (flag, str(self.folder / name))
+            ] + ["--enable-supernode-auth"]
         _wait_for_port(self.listen)
-        command = [sys.executable, "-m", "server.superlink", "superlink", str(limit), str(self.keys or ""), *tls]
-        command += ["--isolation", "process", "--host", LOCAL, "--port", str(self.port), "--fleet-api-address", self.listen]
+        command = [
+            sys.executable,
+            "-m",
+            "server.superlink",
+            "superlink",
+            str(limit),
+            str(self.keys or ""),
+            *tls,
+        ]
+        command += [
+            "--isolation",
+            "process",
+            "--host",
+            LOCAL,
+            "--port",
+            str(self.port),
+            "--fleet-api-address",
+            self.listen,
+        ]
         with (self.out / "superlink.log").open("ab") as file:
             environment = self._environment() | ({} if self.folder is None else TRACE)
-            self.link = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, env=environment)
+            self.link = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.PIPE, env=environment
+            )
         assert self.link.stderr is not None
-        threading.Thread(target=_relay, args=(self.link.stderr, self.out / "superlink.log"), daemon=True).start()
+        threading.Thread(
+            target=_relay,
+            args=(self.link.stderr, self.out / "superlink.log"),
+            daemon=True,
+        ).start()
         ca = None if self.folder is None else (self.folder / "ca.crt").read_bytes()
-        address: dict[str, Any] = {"server_address": f"{LOCAL}:{self.port}", "insecure": ca is None, "root_certificates": ca}
+        address: dict[str, Any] = {
+            "server_address": f"{LOCAL}:{self.port}",
+            "insecure": ca is None,
+            "root_certificates": ca,
+        }
         version = [RuntimeVersionHttpInterceptor("flwr CLI")]
-        self.control = ControlHttpClient.from_server_address(**address, interceptors=version)
+        self.control = ControlHttpClient.from_server_address(
+            **address, interceptors=version
+        )
         self.runtime = RuntimeHttpClient.from_server_address(
-            **address, interceptors=[RuntimeVersionHttpInterceptor("SuperExec")], retry_invoker=None
+            **address,
+            interceptors=[RuntimeVersionHttpInterceptor("SuperExec")],
+            retry_invoker=None,
         )
         end = time.monotonic() + START
         while True:
@@ -213,16 +273,31 @@ class Server:
                 break
             except httpx.HTTPError as error:
                 if self.link.poll() is not None or time.monotonic() > end:
-                    raise RunError(f"the SuperLink did not start ({error}): see {self.out / 'superlink.log'}") from error
+                    raise RunError(
+                        f"the SuperLink did not start ({error}): see {self.out / 'superlink.log'}"
+                    ) from error
                 time.sleep(0.05)
         self.registered, self._keys_seen = {}, -1.0
         self._mind_keys()
         self.app = None
-        facts = {"listen": self.listen, "control": f"{LOCAL}:{self.port}", "pid": os.getpid(), "superlink": self.link.pid}
-        facts["ca"] = None if self.folder is None else str((self.folder / "ca.crt").resolve())
+        facts = {
+            "listen": self.listen,
+            "control": f"{LOCAL}:{self.port}",
+            "pid": os.getpid(),
+            "superlink": self.link.pid,
+        }
+        facts["ca"] = (
+            None if self.folder is None else str((self.folder / "ca.crt").resolve())
+        )
         write_atomically(self.out / FACTS, json.dumps(facts).encode())
-        who = "anybody, without TLS" if self.keys is None else f"{len(self.registered)} clients with keys in {self.keys}"
-        log.warning("listening on %s for %s; run directory %s", self.listen, who, self.out)
+        who = (
+            "anybody, without TLS"
+            if self.keys is None
+            else f"{len(self.registered)} clients with keys in {self.keys}"
+        )
+        log.warning(
+            "listening on %s for %s; run directory %s", self.listen, who, self.out
+        )
 
     def _mind_keys(self) -> None:
         """Register the keys that are new in the directory, and unregister those that are gone from it."""
@@ -232,16 +307,29 @@ class Server:
         if changed == self._keys_seen:
             return
         self._keys_seen = changed
-        found = {public_key_to_bytes(key): name for name, key in certs.client_keys(self.keys).items()}
-        with suppress(httpx.HTTPError):  # the SuperLink ended: it gets them all when it starts again
+        found = {
+            public_key_to_bytes(key): name
+            for name, key in certs.client_keys(self.keys).items()
+        }
+        with suppress(
+            httpx.HTTPError
+        ):  # the SuperLink ended: it gets them all when it starts again
             for key, name in found.items():
                 if key not in self.registered:
-                    node = self.control.RegisterNode(control_pb2.RegisterNodeRequest(public_key=key, name=name)).node_id
+                    node = self.control.RegisterNode(
+                        control_pb2.RegisterNodeRequest(public_key=key, name=name)
+                    ).node_id
                     self.registered[key] = node, name
             for key in self.registered.keys() - found.keys():
                 node, name = self.registered.pop(key)
-                self.control.UnregisterNode(control_pb2.UnregisterNodeRequest(node_id=node))
-                log.warning("%s may not take part any more: its key is gone from %s", name, self.keys)
+                self.control.UnregisterNode(
+                    control_pb2.UnregisterNodeRequest(node_id=node)
+                )
+                log.warning(
+                    "%s may not take part any more: its key is gone from %s",
+                    name,
+                    self.keys,
+                )
 
     # The ServerApp
 
@@ -249,18 +337,39 @@ class Server:
         """Submit the run, and start its ServerApp as Flower's SuperExec does."""
         try:
             bundle = bundle_of(self.e)
-            request = control_pb2.StartRunRequest(fab=fab_to_proto(bundle), override_config=user_config_to_proto({}))
+            request = control_pb2.StartRunRequest(
+                fab=fab_to_proto(bundle), override_config=user_config_to_proto({})
+            )
             self.run_id = self.control.StartRun(request).run_id
-            task = self.runtime.AcquireTask(runtime_pb2.AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+            task = self.runtime.AcquireTask(
+                runtime_pb2.AcquireTaskRequest(
+                    supported_task_types=[TaskType.SERVER_APP]
+                )
+            )
         except httpx.HTTPError as error:
             if self.link is not None and self.link.poll() is None:
-                raise RunError(f"Flower does not take the run: {_said(error)}; see {self.out / 'superlink.log'}") from error
+                raise RunError(
+                    f"Flower does not take the run: {_said(error)}; see {self.out / 'superlink.log'}"
+                ) from error
             return
         if not task.token:
-            raise RunError(f"Flower gives no task for the run that it took; see {self.out / 'superlink.log'}")
-        command = [sys.executable, "-m", "server.superlink", "serverapp", "--runtime-api-address", f"{LOCAL}:{self.port}"]
+            raise RunError(
+                f"Flower gives no task for the run that it took; see {self.out / 'superlink.log'}"
+            )
+        command = [
+            sys.executable,
+            "-m",
+            "server.superlink",
+            "serverapp",
+            "--runtime-api-address",
+            f"{LOCAL}:{self.port}",
+        ]
         command += ["--token", task.token, "--parent-pid", str(os.getpid())]
-        command += ["--insecure"] if self.folder is None else ["--root-certificates", str(self.folder / "ca.crt")]
+        command += (
+            ["--insecure"]
+            if self.folder is None
+            else ["--root-certificates", str(self.folder / "ca.crt")]
+        )
         with (self.out / "superlink.log").open("ab") as file:
             self.app = subprocess.Popen(command, stdout=file, env=self._environment())
 
@@ -272,7 +381,11 @@ class Server:
             if self.app.poll() is None and not (self.out / OUTCOME).exists():
                 self.app.send_signal(signal.SIGTERM)
             # With its outcome it has written all; Flower's part of it may take a while more.
-            while self.app.poll() is None and not (self.out / OUTCOME).exists() and time.monotonic() < end:
+            while (
+                self.app.poll() is None
+                and not (self.out / OUTCOME).exists()
+                and time.monotonic() < end
+            ):
                 time.sleep(LOOK)
         self._kill_app()
 
@@ -290,7 +403,13 @@ class Server:
         }
         home = str((self.out / "flower").resolve())
         level = {"FLWR_LOG_LEVEL": os.environ.get("FLWR_LOG_LEVEL", "WARNING")}
-        return {**os.environ, **quiet, **level, "FLWR_HOME": home, RUN_DIR: str(self.out.resolve())}
+        return {
+            **os.environ,
+            **quiet,
+            **level,
+            "FLWR_HOME": home,
+            RUN_DIR: str(self.out.resolve()),
+        }
 
     def _end(self) -> None:
         self._kill_app()
@@ -304,7 +423,10 @@ class Server:
 def bundle_of(e: Experiment) -> Fab:
     """The Flower app that clients get: this fedcore's source, and the run's settings."""
     root = Path(fedcore.__file__).parent.parent
-    files: dict[str, bytes | Path] = {"pyproject.toml": PYPROJECT.encode(), PRESET: e.to_toml().encode()}
+    files: dict[str, bytes | Path] = {
+        "pyproject.toml": PYPROJECT.encode(),
+        PRESET: e.to_toml().encode(),
+    }
     for package in PACKAGES:
         for file in sorted((root / package).rglob("*")):
             if file.suffix in (".py", ".toml"):
@@ -352,13 +474,20 @@ def _wait_for_port(listen: str, patience: float = 10.0) -> None:
     """Raises SettingsError for an address that cannot be listened on; what was killed may need a moment to let go of it."""
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise SettingsError(f'--listen "{listen}": expected HOST:PORT, e.g. 0.0.0.0:9092')
+        raise SettingsError(
+            f'--listen "{listen}": expected HOST:PORT, e.g. 0.0.0.0:9092'
+        )
     end = time.monotonic() + patience
     while True:
         try:
-            with socket.create_server((host.strip("[]"), int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            with socket.create_server(
+                (host.strip("[]"), int(port)),
+                family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+            ):
                 return
         except (OSError, OverflowError) as e:
             if time.monotonic() > end:
-                raise SettingsError(f"--listen {listen}: {e}; another server there? Choose another port") from e
+                raise SettingsError(
+                    f"--listen {listen}: {e}; another server there? Choose another port"
+                ) from e
             time.sleep(0.1)

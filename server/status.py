@@ -49,9 +49,19 @@ def status(run_dir: Path) -> dict[str, Any]:
     rows = []
     for node in sorted(nodes, key=lambda node: (len(node.name), node.name)):
         # Flower keeps until when a node counts as there: that long after it was last heard of.
-        heard = node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval if node.status == "online" else node.online_until
+        heard = (
+            node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval
+            if node.status == "online"
+            else node.online_until
+        )
         seen = round(max(now - heard, 0), 1) if node.online_until else None
-        rows.append({"name": node.name or f"node {node.node_id}", "status": node.status, "last_seen_s": seen})
+        rows.append(
+            {
+                "name": node.name or f"node {node.node_id}",
+                "status": node.status,
+                "last_seen_s": seen,
+            }
+        )
     try:
         waiting = json.loads((run_dir / WATCH).read_text())
     except (OSError, ValueError):
@@ -60,7 +70,9 @@ def status(run_dir: Path) -> dict[str, Any]:
         "listen": facts["listen"],
         "round": waiting["round"],
         "waiting_for": waiting["waiting_for"],
-        "waiting_s": round(time.time() - waiting["since"], 1) if waiting["waiting_for"] else 0.0,
+        "waiting_s": round(time.time() - waiting["since"], 1)
+        if waiting["waiting_for"]
+        else 0.0,
         "late_answers": waiting.get("late", 0),
         "run": json.loads((run_dir / SERIES).read_text())["series"],
         "nodes": rows,
@@ -75,11 +87,19 @@ def text(facts: dict[str, Any]) -> str:
     ]
     if facts["waiting_for"]:
         who = ", ".join(map(str, facts["waiting_for"]))
-        lines.append(f"waiting for {len(facts['waiting_for'])} clients: {who}; last answer {facts['waiting_s']:g} s ago")
+        lines.append(
+            f"waiting for {len(facts['waiting_for'])} clients: {who}; last answer {facts['waiting_s']:g} s ago"
+        )
     if facts["late_answers"]:
-        lines.append(f"{facts['late_answers']} answers came after their round had ended, and were thrown away")
+        lines.append(
+            f"{facts['late_answers']} answers came after their round had ended, and were thrown away"
+        )
     width = max((len(node["name"]) for node in facts["nodes"]), default=4)
     for node in facts["nodes"]:
-        seen = "never seen" if node["last_seen_s"] is None else f"last seen {node['last_seen_s']:g} s ago"
+        seen = (
+            "never seen"
+            if node["last_seen_s"] is None
+            else f"last seen {node['last_seen_s']:g} s ago"
+        )
         lines.append(f"{node['name']:<{width}}  {node['status']:<10}  {seen}")
     return "\n".join(lines)

@@ -23,16 +23,24 @@ from typing import Any
 
 import grpc
 from cryptography.hazmat.primitives import hashes
-from flwr.common.constant import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
+from flwr.common.constant import (
+    PUBLIC_KEY_HEADER,
+    SIGNATURE_HEADER,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_TOLERANCE,
+)
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedcore import __version__, certs
+from fedcore import __version__
+from fedcore.deploy import certs
 
 REPEAT = 30.0  # seconds in which the same refusal is said once
-OBJECT_LIMIT = 64 * 1024 * 1024  # bytes of one gRPC message; Flower cuts arrays into objects of 20 MB
+OBJECT_LIMIT = (
+    64 * 1024 * 1024
+)  # bytes of one gRPC message; Flower cuts arrays into objects of 20 MB
 SESSIONS = 1000  # answers under way at one time whose bytes are counted
 QUIET = {"Invalid node ID"}  # what a client mends by itself
 
@@ -46,13 +54,27 @@ class Gate:
         self.state: Any = None  # Flower's, once there is one
         self._lock = threading.Lock()
         self._said: dict[str, float] = {}
-        self._signatures: OrderedDict[bytes, float] = OrderedDict()  # with the time at which they are too old anyway
+        self._signatures: OrderedDict[bytes, float] = (
+            OrderedDict()
+        )  # with the time at which they are too old anyway
         self._bytes: OrderedDict[str, int] = OrderedDict()  # by push session
-        self.outer, self.inner = _Interceptor(self._watched), _Interceptor(self._checked)
+        self.outer, self.inner = (
+            _Interceptor(self._watched),
+            _Interceptor(self._checked),
+        )
 
-    def _watched(self, method: str, metadata: dict[str, Any], inner: Callable[..., Any], request: Any, context: Any) -> Any:
+    def _watched(
+        self,
+        method: str,
+        metadata: dict[str, Any],
+        inner: Callable[..., Any],
+        request: Any,
+        context: Any,
+    ) -> Any:
         """Before everything of Flower's: names the refused, and tells the client the time and version here."""
-        context.set_trailing_metadata((("fedcore-time", f"{time.time():.3f}"), ("fedcore-version", __version__)))
+        context.set_trailing_metadata(
+            (("fedcore-time", f"{time.time():.3f}"), ("fedcore-version", __version__))
+        )
         try:
             return inner(request, context)
         except Exception:
@@ -61,23 +83,46 @@ class Gate:
 
     def _say(self, metadata: dict[str, Any], context: Any) -> None:
         details = context.details()
-        text = (details.decode(errors="replace") if isinstance(details, bytes) else str(details or "")).removeprefix("Fedcore: ")
-        if text in QUIET or context.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE):
+        text = (
+            details.decode(errors="replace")
+            if isinstance(details, bytes)
+            else str(details or "")
+        ).removeprefix("Fedcore: ")
+        if text in QUIET or context.code() in (
+            grpc.StatusCode.NOT_FOUND,
+            grpc.StatusCode.UNAVAILABLE,
+        ):
             return
         line = f"refused {self._name(metadata.get(PUBLIC_KEY_HEADER))}: {text or context.code()}"
         now = time.monotonic()
         with self._lock:
-            self._said = {said: at for said, at in self._said.items() if now - at < REPEAT}
+            self._said = {
+                said: at for said, at in self._said.items() if now - at < REPEAT
+            }
             if line in self._said:
                 return
             self._said[line] = now
-        print(f"{line} (from {context.peer().partition(':')[2]})", file=sys.stderr, flush=True)
+        print(
+            f"{line} (from {context.peer().partition(':')[2]})",
+            file=sys.stderr,
+            flush=True,
+        )
 
-    def _checked(self, method: str, metadata: dict[str, Any], inner: Callable[..., Any], request: Any, context: Any) -> Any:
+    def _checked(
+        self,
+        method: str,
+        metadata: dict[str, Any],
+        inner: Callable[..., Any],
+        request: Any,
+        context: Any,
+    ) -> Any:
         """After Flower has verified the signature."""
         key = metadata[PUBLIC_KEY_HEADER]
         if self._seen(metadata[SIGNATURE_HEADER]):
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "Fedcore: a signature was used a second time, so the call is a replay")
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "Fedcore: a signature was used a second time, so the call is a replay",
+            )
         if method == "ActivateNode":
             self._check_node(request, key, context)
         if method == "PushObject":
@@ -92,23 +137,40 @@ class Gate:
                 self._signatures.popitem(last=False)
             if short in self._signatures:
                 return True
-            self._signatures[short] = now + TIMESTAMP_TOLERANCE + 2 * SYSTEM_TIME_TOLERANCE
+            self._signatures[short] = (
+                now + TIMESTAMP_TOLERANCE + 2 * SYSTEM_TIME_TOLERANCE
+            )
         return False
 
     def _check_node(self, request: Any, key: bytes, context: Any) -> None:
         if request.public_key != key:
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, "Fedcore: it signs with one key and wants to be the node of another")
+            context.abort(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "Fedcore: it signs with one key and wants to be the node of another",
+            )
         state = self.state()
         node = state.get_node_id_by_public_key(key)
-        if node is None and any(key == public_key_to_bytes(known) for known in self._known().values()):
-            context.abort(grpc.StatusCode.UNAVAILABLE, "Fedcore: the server is starting, and registers its clients")
+        if node is None and any(
+            key == public_key_to_bytes(known) for known in self._known().values()
+        ):
+            context.abort(
+                grpc.StatusCode.UNAVAILABLE,
+                "Fedcore: the server is starting, and registers its clients",
+            )
         if node is None:
             where = "" if self.keys is None else f" in {self.keys} on the server"
             context.abort(
-                grpc.StatusCode.PERMISSION_DENIED, f"Fedcore: its key is not one of those that may join{where}: unknown, or revoked"
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"Fedcore: its key is not one of those that may join{where}: unknown, or revoked",
             )
-        if any(info.status == NodeStatus.ONLINE for info in state.get_node_info(node_ids=[node])):
-            context.abort(grpc.StatusCode.ALREADY_EXISTS, "Fedcore: a client with its key is connected already")
+        if any(
+            info.status == NodeStatus.ONLINE
+            for info in state.get_node_info(node_ids=[node])
+        ):
+            context.abort(
+                grpc.StatusCode.ALREADY_EXISTS,
+                "Fedcore: a client with its key is connected already",
+            )
 
     def _check_size(self, request: Any, context: Any) -> None:
         with self._lock:
@@ -146,19 +208,26 @@ class _Interceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # gRPC has no
         handler = continuation(details)
         if handler is None or handler.unary_unary is None:
             return handler
-        method, metadata = details.method.rpartition("/")[2], dict(details.invocation_metadata)
+        method, metadata = (
+            details.method.rpartition("/")[2],
+            dict(details.invocation_metadata),
+        )
 
         def call(request: Any, context: Any) -> Any:
             return self.around(method, metadata, handler.unary_unary, request, context)
 
-        return grpc.unary_unary_rpc_method_handler(call, handler.request_deserializer, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(
+            call, handler.request_deserializer, handler.response_serializer
+        )
 
 
 def superlink(limit: int, keys: Path | None) -> None:
     """Flower's SuperLink in this process, gated."""
     # The server ends it, after the ServerApp. A terminal, or systemd, sends these to all processes at once.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    flower: Any = importlib.import_module("flwr.superlink.cli.flower_superlink")  # its package has a function of that name
+    flower: Any = importlib.import_module(
+        "flwr.superlink.cli.flower_superlink"
+    )  # its package has a function of that name
     gate, create = Gate(limit, keys), flower.generic_create_grpc_server
 
     def create_gated(**options: Any) -> Any:
@@ -182,13 +251,21 @@ def only_whole_replies(factory: Callable[[], Any]) -> None:
 
     def arriving(message: str) -> bool:
         try:
-            tree = state.object_store.get_object_tree(state.message_ins_id_to_message_res_id[message])
+            tree = state.object_store.get_object_tree(
+                state.message_ins_id_to_message_res_id[message]
+            )
         except (KeyError, NoObjectInStoreError):
             return False
-        return any(state.object_store.get(o.object_id) == b"" for o in iterate_object_tree(tree))
+        return any(
+            state.object_store.get(o.object_id) == b""
+            for o in iterate_object_tree(tree)
+        )
 
     def give_whole(message_ids: set[str], run_id: int) -> Any:
-        return give(message_ids={message for message in message_ids if not arriving(message)}, run_id=run_id)
+        return give(
+            message_ids={message for message in message_ids if not arriving(message)},
+            run_id=run_id,
+        )
 
     state.get_message_res = give_whole
 

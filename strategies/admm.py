@@ -28,10 +28,18 @@ from fedcore.types import Batches, Model, Params, Round, Stateless, Tree
 
 
 class Settings(MethodSettings):
-    rho: float = Field(1.0, gt=0, description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local steps of it")
-    solver: Literal["exact", "sgd"] = Field("sgd", description="of the local problem: exact for quadratic losses")
+    rho: float = Field(
+        1.0,
+        gt=0,
+        description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local steps of it",
+    )
+    solver: Literal["exact", "sgd"] = Field(
+        "sgd", description="of the local problem: exact for quadratic losses"
+    )
     local_lr: float = Field(0.1, gt=0, description="sgd: step size of a local step")
-    absent: Literal["last", "zero"] = Field("last", description="what stands for a client that did not send this round")
+    absent: Literal["last", "zero"] = Field(
+        "last", description="what stands for a client that did not send this round"
+    )
 
 
 class Server(NamedTuple):
@@ -55,10 +63,16 @@ class ADMM(Method[Settings]):
     differences = False  # w_k + z_k / rho
 
     def init_server(self, params: Params, population: int) -> Server:
-        return Server(params, trees.scale(trees.double(params), population), torch.zeros(()))
+        return Server(
+            params, trees.scale(trees.double(params), population), torch.zeros(())
+        )
 
     def init_client(self, params: Params) -> Client:
-        return Client(params, trees.zeros_like(params), unknown(params) if self.s.solver == "exact" else Stateless())
+        return Client(
+            params,
+            trees.zeros_like(params),
+            unknown(params) if self.s.solver == "exact" else Stateless(),
+        )
 
     def init_memory(self, params: Params) -> Tree:
         return params if self.s.absent == "last" else Stateless()  # last message
@@ -76,31 +90,56 @@ class ADMM(Method[Settings]):
         return self.s.solver == "exact"
 
     def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
-        return (down.params, trees.sub(up.m, down.params)) if isinstance(up, Up) else None
+        return (
+            (down.params, trees.sub(up.m, down.params)) if isinstance(up, Up) else None
+        )
 
     @on_client(data="all")
-    def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Params, Client]:
+    def start(
+        self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches
+    ) -> tuple[Params, Client]:
         J = quadratic(task.loss, state.w, batches)
         w = J.ridge(self.s.rho, state.w)
         return w, state._replace(w=w, z=trees.zeros_like(w), J=J)
 
     @on_client(data="all")
-    def solve(self, task: Task, t: Tensor, down: Model, state: Client, batches: Batches) -> tuple[Up, Client]:
+    def solve(
+        self, task: Task, t: Tensor, down: Model, state: Client, batches: Batches
+    ) -> tuple[Up, Client]:
         z = self._dual(down, state)
         assert isinstance(state.J, Quadratic)
-        slope = trees.add(trees.sub(trees.unravel(state.J.b, z), z), trees.scale(down.params, self.s.rho))
+        slope = trees.add(
+            trees.sub(trees.unravel(state.J.b, z), z),
+            trees.scale(down.params, self.s.rho),
+        )
         w = state.J.solve(self.s.rho, slope)  # N_k (b_k - z_k + rho w_n)
-        return self._up(w, z, task.evaluate(w, batches)["loss"]), state._replace(w=w, z=z)
+        return self._up(w, z, task.evaluate(w, batches)["loss"]), state._replace(
+            w=w, z=z
+        )
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Client, batches: Batches) -> tuple[Up, Client]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Client, batches: Batches
+    ) -> tuple[Up, Client]:
         z = self._dual(down, state)
-        w, steps, loss = local_sgd(task.loss, state.w, batches, self.s.local_lr, z, prox=self.s.rho, center=down.params)
-        w = trees.where(steps > 0, w, trees.axpy(-1 / self.s.rho, z, down.params))  # without an example J_k = 0
+        w, steps, loss = local_sgd(
+            task.loss,
+            state.w,
+            batches,
+            self.s.local_lr,
+            z,
+            prox=self.s.rho,
+            center=down.params,
+        )
+        w = trees.where(
+            steps > 0, w, trees.axpy(-1 / self.s.rho, z, down.params)
+        )  # without an example J_k = 0
         return self._up(w, z, loss), state._replace(w=w, z=z)
 
     def _dual(self, down: Model, state: Client) -> Params:
-        z: Params = trees.axpy(self.s.rho, trees.sub(state.w, down.params), state.z)  # z_k + rho (w_k - w_n)
+        z: Params = trees.axpy(
+            self.s.rho, trees.sub(state.w, down.params), state.z
+        )  # z_k + rho (w_k - w_n)
         return z
 
     def _up(self, w: Params, z: Params, loss: Tensor) -> Up:
@@ -110,14 +149,24 @@ class ADMM(Method[Settings]):
         exact, last = self.s.solver == "exact", self.s.absent == "last"
         if exact and not bool(server.started):
             server = self._start(server, r)
-        total = trees.map(torch.clone, server.total) if last else trees.zeros_like(server.total)
-        for got in r.each(self.solve if exact else self.train, r.cohort, Model(server.params)):
+        total = (
+            trees.map(torch.clone, server.total)
+            if last
+            else trees.zeros_like(server.total)
+        )
+        for got in r.each(
+            self.solve if exact else self.train, r.cohort, Model(server.params)
+        ):
             m = trees.double(got.up.m)
             news = trees.sub(m, r.memory.gather(got.clients)) if last else m
             total = trees.add_weighted_(total, news, torch.ones(len(got.clients)))
             if last:
                 r.memory.put(got.clients, got.up.m)
-        return Server(trees.like(trees.scale(total, 1 / r.population), server.params), total, server.started)
+        return Server(
+            trees.like(trees.scale(total, 1 / r.population), server.params),
+            total,
+            server.started,
+        )
 
     def _start(self, server: Server, r: Round) -> Server:
         total = trees.zeros_like(server.total)
@@ -125,4 +174,8 @@ class ADMM(Method[Settings]):
             total = trees.add_weighted_(total, got.up, torch.ones(len(got.clients)))
             if self.s.absent == "last":
                 r.memory.put(got.clients, got.up)
-        return Server(trees.like(trees.scale(total, 1 / r.population), server.params), total, torch.ones(()))
+        return Server(
+            trees.like(trees.scale(total, 1 / r.population), server.params),
+            total,
+            torch.ones(()),
+        )

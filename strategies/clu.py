@@ -30,8 +30,14 @@ from fedcore.types import Batches, Params, Round, Stateless
 
 
 class Settings(MethodSettings):
-    rho: float = Field(1.0, gt=0, description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local steps of it")
-    solver: Literal["exact", "sgd"] = Field("sgd", description="of the local problem: exact for quadratic losses")
+    rho: float = Field(
+        1.0,
+        gt=0,
+        description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local steps of it",
+    )
+    solver: Literal["exact", "sgd"] = Field(
+        "sgd", description="of the local problem: exact for quadratic losses"
+    )
     local_lr: float = Field(0.1, gt=0, description="sgd: step size of a local step")
 
 
@@ -87,7 +93,9 @@ class CLU(Method[Settings]):
         return (down.s, trees.sub(up.t, down.s)) if isinstance(up, Up) else None
 
     @on_client(data="all")
-    def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Params, Client]:
+    def start(
+        self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches
+    ) -> tuple[Params, Client]:
         J = quadratic(task.loss, state.w, batches)
         w = J.ridge(self.s.rho, state.w)
         return trees.scale(w, 2), state._replace(w=w, s=trees.zeros_like(w), J=J)
@@ -95,21 +103,31 @@ class CLU(Method[Settings]):
     # Two solvers, and each for a client that was asked and for one that goes on alone.
 
     @on_client(data="all")
-    def solve(self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches) -> tuple[Up, Client]:
+    def solve(
+        self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches
+    ) -> tuple[Up, Client]:
         v = self._exactly(down.s, state)
-        return Up(_beyond(v, state), task.evaluate(v, batches)["loss"]), state._replace(w=v, s=down.s)
+        return Up(_beyond(v, state), task.evaluate(v, batches)["loss"]), state._replace(
+            w=v, s=down.s
+        )
 
     @on_client(data="all")
-    def solve_alone(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Stateless, Client]:
+    def solve_alone(
+        self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches
+    ) -> tuple[Stateless, Client]:
         return Stateless(), state._replace(w=self._exactly(state.s, state))
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches) -> tuple[Up, Client]:
+    def train(
+        self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches
+    ) -> tuple[Up, Client]:
         v, g, loss = self._by_sgd(task, down.s, state, batches)
         return Up(_beyond(v, state), loss), state._replace(w=v, g=g, s=down.s)
 
     @on_client
-    def train_alone(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Stateless, Client]:
+    def train_alone(
+        self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches
+    ) -> tuple[Stateless, Client]:
         v, g, _ = self._by_sgd(task, state.s, state, batches)
         return Stateless(), state._replace(w=v, g=g)
 
@@ -120,10 +138,22 @@ class CLU(Method[Settings]):
         )  # w_k + rho N_k (sbar_k - w_k)
         return v
 
-    def _by_sgd(self, task: Task, s: Params, state: Client, batches: Batches) -> tuple[Params, Params, Tensor]:
+    def _by_sgd(
+        self, task: Task, s: Params, state: Client, batches: Batches
+    ) -> tuple[Params, Params, Tensor]:
         rho, lr = self.s.rho, self.s.local_lr
-        v, steps, loss = local_sgd(task.loss, state.w, batches, lr, trees.scale(state.g, -1), prox=rho, center=s)
-        v = trees.where(steps > 0, v, trees.axpy(1 / rho, state.g, s))  # without an example J_k = 0
+        v, steps, loss = local_sgd(
+            task.loss,
+            state.w,
+            batches,
+            lr,
+            trees.scale(state.g, -1),
+            prox=rho,
+            center=s,
+        )
+        v = trees.where(
+            steps > 0, v, trees.axpy(1 / rho, state.g, s)
+        )  # without an example J_k = 0
         return v, trees.axpy(-rho, trees.sub(v, s), state.g), loss
 
     def round(self, server: Server, r: Round) -> Server:
@@ -131,11 +161,19 @@ class CLU(Method[Settings]):
         if exact and not bool(server.started):
             server = self._start(server, r)
         news, everyone = trees.zeros_like(server.s), torch.arange(r.population)
-        for got in r.each(self.solve if exact else self.train, r.cohort, Down(trees.like(server.s, server.params))):
+        for got in r.each(
+            self.solve if exact else self.train,
+            r.cohort,
+            Down(trees.like(server.s, server.params)),
+        ):
             change = trees.sub(trees.double(got.up.t), r.memory.gather(got.clients))
             news = trees.add_weighted_(news, change, torch.ones(len(got.clients)))
             r.memory.put(got.clients, got.up.t)  # tbar_k <- t_k
-        for _ in r.each(self.solve_alone if exact else self.train_alone, everyone[~torch.isin(everyone, r.cohort)], Stateless()):
+        for _ in r.each(
+            self.solve_alone if exact else self.train_alone,
+            everyone[~torch.isin(everyone, r.cohort)],
+            Stateless(),
+        ):
             pass
         s = trees.axpy(1 / r.population, news, server.s)  # s_{n+1}
         w = trees.map(lambda w, s: ((w + s) / 2).to(w.dtype), server.params, s)

@@ -23,7 +23,9 @@ from fedcore.types import Batches, Model, Params, Round
 
 class Settings(MethodSettings):
     local_lr: float = Field(0.1, gt=0, description="eta, step size of a local step")
-    lam: float = Field(1.0, ge=0, description="lambda, of 1/2 |v - w|^2; 0.1, 1 or 2 in the paper")
+    lam: float = Field(
+        1.0, ge=0, description="lambda, of 1/2 |v - w|^2; 0.1, 1 or 2 in the paper"
+    )
 
 
 class Ditto(Method[Settings]):
@@ -37,11 +39,17 @@ class Ditto(Method[Settings]):
         return used(state, server.params)
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Own, batches: Batches) -> tuple[Update, Own]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Own, batches: Batches
+    ) -> tuple[Update, Own]:
         half, lr = len(batches.mask) // 2, self.s.local_lr
-        w, steps, loss = local_sgd(task.loss, down.params, Batches(*(x[:half] for x in batches)), lr)
+        w, steps, loss = local_sgd(
+            task.loss, down.params, Batches(*(x[:half] for x in batches)), lr
+        )
         own = Batches(*(x[half:] for x in batches))
-        v = local_sgd(task.loss, state.v, own, lr, prox=self.s.lam, center=down.params).params
+        v = local_sgd(
+            task.loss, state.v, own, lr, prox=self.s.lam, center=down.params
+        ).params
         return Update(trees.sub_(w, down.params), loss), state.after(v, steps)
 
     def round(self, server: Model, r: Round) -> Model:

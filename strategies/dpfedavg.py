@@ -19,22 +19,32 @@ from pydantic import Field
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.defence import clip
 from fedcore.errors import SettingsError
 from fedcore.local import local_sgd
+from fedcore.messages.defence import clip
 from fedcore.method import Method, MethodSettings, on_client
-from fedcore.participation import Process
 from fedcore.privacy import Mechanism, central
 from fedcore.rng import rng
+from fedcore.rounds.participation import Process
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Round, Stateless
 
 
 class Settings(MethodSettings):
     local_lr: float = Field(0.1, gt=0, description="eta, step size of a local step")
-    server_lr: float = Field(1.0, gt=0, description="step size of the server; 1 is the paper's")
-    clip: float = Field(1.0, gt=0, description="C (the paper's S), bound on the L2 norm of a client's update")
-    noise_multiplier: float = Field(1.0, ge=0, description="z, standard deviation of the noise on the sum over C; 0 = no guarantee")
+    server_lr: float = Field(
+        1.0, gt=0, description="step size of the server; 1 is the paper's"
+    )
+    clip: float = Field(
+        1.0,
+        gt=0,
+        description="C (the paper's S), bound on the L2 norm of a client's update",
+    )
+    noise_multiplier: float = Field(
+        1.0,
+        ge=0,
+        description="z, standard deviation of the noise on the sum over C; 0 = no guarantee",
+    )
 
 
 class Up(NamedTuple):
@@ -50,10 +60,14 @@ class DPFedAvg(Method[Settings]):
                 "the accountant of dpfedavg assumes that every client takes part with one known probability, independently: "
                 'set participation.name = "bernoulli" and participation.mean (the rate q), or let everybody take part always'
             )
-        return central(self.s.noise_multiplier, process.poisson)  # clients that drop out make the true rate smaller still
+        return central(
+            self.s.noise_multiplier, process.poisson
+        )  # clients that drop out make the true rate smaller still
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
         theta, _, _ = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(clip(trees.sub_(theta, down.params), self.s.clip)), state  # ClipFn
 
@@ -63,6 +77,14 @@ class DPFedAvg(Method[Settings]):
             total = trees.add_weighted_(total, p.up.delta, torch.ones(len(p.clients)))
         # q N, of those that do not drop out; a trace has no rate, and comes without noise.
         expected = max(len(r.cohort), 1) if r.rates is None else float(r.rates.sum())
-        draw, deviation = rng(r.seed, "dp noise", r.t), self.s.noise_multiplier * self.s.clip
-        noisy = trees.map(lambda x: x + deviation * torch.as_tensor(draw.standard_normal(x.shape)).to(x), total)
+        draw, deviation = (
+            rng(r.seed, "dp noise", r.t),
+            self.s.noise_multiplier * self.s.clip,
+        )
+        noisy = trees.map(
+            lambda x: (
+                x + deviation * torch.as_tensor(draw.standard_normal(x.shape)).to(x)
+            ),
+            total,
+        )
         return Model(trees.axpy(self.s.server_lr / expected, noisy, server.params))

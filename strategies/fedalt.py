@@ -25,17 +25,35 @@ from fedcore.types import Batches, Model, Round
 
 
 class Settings(PersonalSettings):
-    local_lr: float = Field(0.1, gt=0, description="gamma_u, local step size of the shared parameters")
-    personal_lr: float | None = Field(None, gt=0, description="gamma_v, local step size of the personal ones; default: local_lr")
-    shared_passes: int = Field(1, ge=0, description="tau_u, passes over u in units of the local epochs or steps")
-    personal_passes: int = Field(1, ge=0, description="tau_v, passes over v in units of the local epochs or steps")
+    local_lr: float = Field(
+        0.1, gt=0, description="gamma_u, local step size of the shared parameters"
+    )
+    personal_lr: float | None = Field(
+        None,
+        gt=0,
+        description="gamma_v, local step size of the personal ones; default: local_lr",
+    )
+    shared_passes: int = Field(
+        1,
+        ge=0,
+        description="tau_u, passes over u in units of the local epochs or steps",
+    )
+    personal_passes: int = Field(
+        1,
+        ge=0,
+        description="tau_v, passes over v in units of the local epochs or steps",
+    )
     penalty: float = Field(0.0, ge=0, description="lambda, of |v - v0|^2, without 1/2")
-    server_lr: float = Field(1.0, gt=0, description="eta, step size of the server; 1 is the mean of the u_i")
+    server_lr: float = Field(
+        1.0, gt=0, description="eta, step size of the server; 1 is the mean of the u_i"
+    )
 
     @model_validator(mode="after")
     def _works(self) -> Settings:
         if self.shared_passes + self.personal_passes == 0:
-            raise ValueError("shared_passes and personal_passes are both 0: expected one of them to be positive")
+            raise ValueError(
+                "shared_passes and personal_passes are both 0: expected one of them to be positive"
+            )
         return self
 
 
@@ -44,19 +62,28 @@ class FedAlt(Partial[Settings]):
         return self.s.shared_passes + self.s.personal_passes
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Personal, batches: Batches) -> tuple[Update, Personal]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Personal, batches: Batches
+    ) -> tuple[Update, Personal]:
         u, v, s = down.params, state.v, self.s
         first = len(batches.mask) // self.passes() * s.shared_passes
-        for_u, for_v = (Batches(*(x[part] for x in batches)) for part in (slice(first), slice(first, None)))
+        for_u, for_v = (
+            Batches(*(x[part] for x in batches))
+            for part in (slice(first), slice(first, None))
+        )
         value = batches.mask.new_zeros(())
         if v and s.personal_passes:
             lr, v0 = s.personal_lr or s.local_lr, initial(task, v)
-            v, _, value = local_sgd(task.loss, v, for_v, lr, prox=2 * s.penalty, center=v0, fixed=u)
+            v, _, value = local_sgd(
+                task.loss, v, for_v, lr, prox=2 * s.penalty, center=v0, fixed=u
+            )
         if not (u and s.shared_passes):
             return Update(trees.zeros_like(u), value), Personal(v)
         new, _, value = local_sgd(task.loss, u, for_u, s.local_lr, fixed=v)
         return Update(trees.sub_(new, u), value), Personal(v)
 
     def round(self, server: Model, r: Round) -> Model:
-        mean = trees.weighted_mean(r.each(self.train, r.cohort, server)).delta  # weights n_i
+        mean = trees.weighted_mean(
+            r.each(self.train, r.cohort, server)
+        ).delta  # weights n_i
         return Model(trees.axpy(self.s.server_lr, mean, server.params))

@@ -32,8 +32,17 @@ from fedcore.types import Batches, Model, Params, Round, Stateless
 class Settings(MethodSettings):
     local_lr: float = Field(0.01, gt=0, description="eta_l, step size of a local step")
     server_lr: float = Field(1.0, gt=0, description="eta_s, step size of the server")
-    p: float = Field(0.2, gt=0, lt=1, description="probability that a participant is an anchor, in (0, 1)")
-    period: int | None = Field(None, ge=2, description="tau: all are anchors every tau-th round, and miners else; replaces p")
+    p: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="probability that a participant is an anchor, in (0, 1)",
+    )
+    period: int | None = Field(
+        None,
+        ge=2,
+        description="tau: all are anchors every tau-th round, and miners else; replaces p",
+    )
 
 
 class Server(NamedTuple):
@@ -61,7 +70,11 @@ class FedAMD(Method[Settings]):
     differences = False  # the anchors' gradients
 
     def init_server(self, params: Params, population: int) -> Server:
-        return Server(params, trees.zeros_like(params, torch.float64), torch.zeros(population, dtype=torch.int64))
+        return Server(
+            params,
+            trees.zeros_like(params, torch.float64),
+            torch.zeros(population, dtype=torch.int64),
+        )
 
     def init_memory(self, params: Params) -> Params:
         return trees.zeros_like(params)  # v_i
@@ -72,15 +85,21 @@ class FedAMD(Method[Settings]):
         return super().exchanged(down, up)
 
     @on_client(data="all")
-    def anchor(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Gradient, Stateless]:
+    def anchor(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Gradient, Stateless]:
         return Gradient(*full_gradient(task.loss, down.params, batches)), state
 
     @on_client
-    def mine(self, task: Task, t: Tensor, down: Guide, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+    def mine(
+        self, task: Task, t: Tensor, down: Guide, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
         gradient = grad_and_value(task.loss)
         before, y, g, dtype = down.params, down.params, down.v, wide(down.params)
         steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
-        for k, (x, target, mask) in enumerate(zip(*(b.unbind() for b in batches), strict=True)):
+        for k, (x, target, mask) in enumerate(
+            zip(*(b.unbind() for b in batches), strict=True)
+        ):
             real = (mask.sum() > 0).to(dtype)
             if k > 0:  # step 0 would add the difference of two equal gradients
                 now, loss = gradient(y, x, target, mask)  # the same B in both
@@ -92,26 +111,39 @@ class FedAMD(Method[Settings]):
 
     def round(self, server: Server, r: Round) -> Server:
         if not bool((server.refreshed > 0).any()):
-            server = self._refresh(server, r, torch.arange(r.population))  # the gradients of all clients, once
+            server = self._refresh(
+                server, r, torch.arange(r.population)
+            )  # the gradients of all clients, once
         anchors, miners = self._roles(server, r)
-        guide = Guide(server.params, trees.like(server.v, server.params))  # caches as of the end of the round before
+        guide = Guide(
+            server.params, trees.like(server.v, server.params)
+        )  # caches as of the end of the round before
         total, reported = trees.zeros_like(server.params), 0
         for p in r.each(self.mine, miners, guide):
             total = trees.add_weighted_(total, p.up.delta, torch.ones(len(p.clients)))
             reported += len(p.clients)
         after = self._refresh(server, r, anchors)
         r.log["v_norm"] = trees.dot(guide.v, guide.v).sqrt().item()
-        r.log["cache_age"] = (r.t + 1 - after.refreshed[after.refreshed > 0]).double().mean().item()
-        return after._replace(params=trees.axpy(self.s.server_lr / max(reported, 1), total, server.params))
+        r.log["cache_age"] = (
+            (r.t + 1 - after.refreshed[after.refreshed > 0]).double().mean().item()
+        )
+        return after._replace(
+            params=trees.axpy(self.s.server_lr / max(reported, 1), total, server.params)
+        )
 
     def _roles(self, server: Server, r: Round) -> tuple[Tensor, Tensor]:
         """(anchors, miners) of the cohort."""
         if self.s.period is not None:
             anchor = torch.full((len(r.cohort),), r.t % self.s.period == 0)
         else:
-            coins = [rng(r.seed, "anchor", r.t, i).random() < self.s.p for i in r.cohort.tolist()]
+            coins = [
+                rng(r.seed, "anchor", r.t, i).random() < self.s.p
+                for i in r.cohort.tolist()
+            ]
             anchor = torch.tensor(coins, dtype=torch.bool)
-        anchor |= (server.refreshed[r.cohort] == 0).cpu()  # who has no cache has to make one
+        anchor |= (
+            server.refreshed[r.cohort] == 0
+        ).cpu()  # who has no cache has to make one
         return r.cohort[anchor], r.cohort[~anchor]
 
     def _refresh(self, server: Server, r: Round, clients: Tensor) -> Server:

@@ -27,7 +27,11 @@ from fedcore.types import Batches, Model, Params, Round, Stateless
 class Settings(MethodSettings):
     local_lr: float = Field(0.1, gt=0, description="gamma, step size of a local step")
     server_lr: float = Field(1.0, gt=0, description="eta, step size of the server")
-    cutoff: int | None = Field(None, ge=1, description="K, rounds after which an absence ends an interval; default: no cut-off")
+    cutoff: int | None = Field(
+        None,
+        ge=1,
+        description="K, rounds after which an absence ends an interval; default: no cut-off",
+    )
 
 
 class Server(NamedTuple):
@@ -45,15 +49,21 @@ class FedAU(Method[Settings]):
         return Server(params, intervals.start(population))
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
         y, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub_(y, down.params), loss), state
 
     def round(self, server: Server, r: Round) -> Server:
         total, arrived = trees.zeros_like(server.params), []
         for p in r.each(self.train, r.cohort, Model(server.params)):
-            omega = intervals.omega(server.intervals, p.clients, r.t, self.s.cutoff)  # Algorithm 2
-            total = trees.add_weighted_(total, p.up.delta, omega)  # sum over S_t of omega_n Delta_n
+            omega = intervals.omega(
+                server.intervals, p.clients, r.t, self.s.cutoff
+            )  # Algorithm 2
+            total = trees.add_weighted_(
+                total, p.up.delta, omega
+            )  # sum over S_t of omega_n Delta_n
             arrived.append(p.clients)
             r.log["omega_max"] = max(r.log.get("omega_max", 0.0), omega.max().item())
         mean = trees.scale(total, 1 / r.population)  # over N, never over |S_t|

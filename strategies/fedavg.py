@@ -26,8 +26,12 @@ from fedcore.types import Batches, Model, Params, Round, Stateless
 
 class Settings(MethodSettings):
     local_lr: float = Field(0.1, gt=0, description="eta, step size of a local step")
-    server_lr: float = Field(1.0, gt=0, description="step size of the server; 1 is the paper's mean")
-    weighting: Literal["examples", "participating", "all", "known"] = Field("examples", description="of the updates that arrived")
+    server_lr: float = Field(
+        1.0, gt=0, description="step size of the server; 1 is the paper's mean"
+    )
+    weighting: Literal["examples", "participating", "all", "known"] = Field(
+        "examples", description="of the updates that arrived"
+    )
 
 
 class Up(NamedTuple):
@@ -37,8 +41,12 @@ class Up(NamedTuple):
 
 class FedAvg(Method[Settings]):
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
-        w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)  # ClientUpdate
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
+        w, _, loss = local_sgd(
+            task.loss, down.params, batches, self.s.local_lr
+        )  # ClientUpdate
         return Up(trees.sub_(w, down.params), loss), state
 
     def needs_rates(self) -> bool:
@@ -53,7 +61,13 @@ class FedAvg(Method[Settings]):
         else:
             total = trees.zeros_like(server.params)
             for p in reports:
-                inverse = 1 / r.known_rates()[p.clients] if self.needs_rates() else torch.ones(len(p.clients))
+                inverse = (
+                    1 / r.known_rates()[p.clients]
+                    if self.needs_rates()
+                    else torch.ones(len(p.clients))
+                )
                 total = trees.add_weighted_(total, p.up.delta, inverse)
-            mean = trees.scale(total, 1 / r.population)  # a round without updates moves nothing
+            mean = trees.scale(
+                total, 1 / r.population
+            )  # a round without updates moves nothing
         return Model(trees.axpy(self.s.server_lr, mean, server.params))

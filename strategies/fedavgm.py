@@ -23,7 +23,12 @@ from fedcore.types import Batches, Model, Params, Round, Stateless
 class Settings(MethodSettings):
     local_lr: float = Field(0.1, gt=0, description="eta_l, step size of a local step")
     server_lr: float = Field(1.0, gt=0, description="eta, step size of the server")
-    beta: float = Field(0.9, ge=0, lt=1, description="beta, server momentum; 0 is FedAvg with a server step size")
+    beta: float = Field(
+        0.9,
+        ge=0,
+        lt=1,
+        description="beta, server momentum; 0 is FedAvg with a server step size",
+    )
 
 
 class Server(NamedTuple):
@@ -45,11 +50,17 @@ class FedAvgM(Method[Settings]):
         return Server(params, self.opt.init(params))
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
         x, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub_(x, down.params), loss), state
 
     def round(self, server: Server, r: Round) -> Server:
-        mean = trees.weighted_mean(r.each(self.train, r.cohort, Model(server.params)))  # Delta_t
-        step, opt = self.opt.update(mean.delta, server.opt)  # v <- beta v + Delta;  x <- x + eta v
+        mean = trees.weighted_mean(
+            r.each(self.train, r.cohort, Model(server.params))
+        )  # Delta_t
+        step, opt = self.opt.update(
+            mean.delta, server.opt
+        )  # v <- beta v + Delta;  x <- x + eta v
         return Server(trees.add(server.params, step), opt)

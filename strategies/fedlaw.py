@@ -30,12 +30,13 @@ from torch.func import grad
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.optim.swa_utils import SWALR
 
-from fedcore import limits, trees
+from fedcore import trees
 from fedcore.data.federated import Examples
 from fedcore.errors import SettingsError, TooFewReports
 from fedcore.local import local_sgd
 from fedcore.method import Method, MethodSettings, on_client
 from fedcore.rng import rng
+from fedcore.storage import memory as limits
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Reports, Round, Stateless
 
@@ -43,33 +44,66 @@ SWA_FROM = 6  # zero-based epoch from which lam is averaged, as in the authors' 
 
 
 class Settings(MethodSettings):
-    local_lr: float = Field(0.08, gt=0, description="eta_0, step size of a local step in the first round")
-    lr_decay: float = Field(0.99, gt=0, le=1, description="factor on the local step size from round to round, in (0, 1]")
+    local_lr: float = Field(
+        0.08, gt=0, description="eta_0, step size of a local step in the first round"
+    )
+    lr_decay: float = Field(
+        0.99,
+        gt=0,
+        le=1,
+        description="factor on the local step size from round to round, in (0, 1]",
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="of local SGD, in [0, 1)")
     weight_decay: float = Field(5e-4, ge=0, description="L2 of local SGD")
-    server_epochs: int = Field(20, ge=0, description="E_s, passes over the proxy set a round; 0 is FedAvg")
-    server_batch: int = Field(128, ge=1, description="B_s, proxy examples in a server step")
-    server_lr: float = Field(
-        0.01, gt=0, description="eta_s, halved after every 20 server epochs; authors: 0.01 on CIFAR-10, else 0.005"
+    server_epochs: int = Field(
+        20, ge=0, description="E_s, passes over the proxy set a round; 0 is FedAvg"
     )
-    server_optimizer: Literal["adam", "sgd"] = Field("adam", description="Adam(0.5, 0.999), or SGD with momentum 0.9")
+    server_batch: int = Field(
+        128, ge=1, description="B_s, proxy examples in a server step"
+    )
+    server_lr: float = Field(
+        0.01,
+        gt=0,
+        description="eta_s, halved after every 20 server epochs; authors: 0.01 on CIFAR-10, else 0.005",
+    )
+    server_optimizer: Literal["adam", "sgd"] = Field(
+        "adam", description="Adam(0.5, 0.999), or SGD with momentum 0.9"
+    )
     parametrisation: Literal["exp", "quad"] = Field("exp", description="of lam and gam")
-    temperature: float = Field(1.0, gt=0, description="tau of the softmax; large = lam moves less a step")
+    temperature: float = Field(
+        1.0, gt=0, description="tau of the softmax; large = lam moves less a step"
+    )
     learn_lambda: bool = Field(True, description="false: lam_k = n_k / n")
     learn_gamma: bool = Field(True, description="false: gam is `gamma`")
     gamma: float = Field(1.0, gt=0, description="gam where it is not learned")
-    gamma_bounds: tuple[float, float] | None = Field(None, description="least and largest gam; default: none")
-    swa: bool = Field(False, description="two stages, lam averaged over epochs and then gam; takes 14 server epochs or more")
+    gamma_bounds: tuple[float, float] | None = Field(
+        None, description="least and largest gam; default: none"
+    )
+    swa: bool = Field(
+        False,
+        description="two stages, lam averaged over epochs and then gam; takes 14 server epochs or more",
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
         if self.learn_gamma and self.gamma != 1:
-            raise ValueError(f"gamma = {self.gamma}, but it is learned: set learn_gamma = false to hold it there")
-        if self.gamma_bounds and not 0 < self.gamma_bounds[0] <= 1 <= self.gamma_bounds[1]:
-            raise ValueError(f"gamma_bounds = {list(self.gamma_bounds)}: expected 0 < least <= 1 <= largest, as gam starts at 1")
+            raise ValueError(
+                f"gamma = {self.gamma}, but it is learned: set learn_gamma = false to hold it there"
+            )
+        if (
+            self.gamma_bounds
+            and not 0 < self.gamma_bounds[0] <= 1 <= self.gamma_bounds[1]
+        ):
+            raise ValueError(
+                f"gamma_bounds = {list(self.gamma_bounds)}: expected 0 < least <= 1 <= largest, as gam starts at 1"
+            )
         if self.gamma_bounds and not self.learn_gamma:
-            raise ValueError(f"gamma_bounds = {list(self.gamma_bounds)}, but gam is held at gamma: leave the bounds out")
-        if self.swa and (self.server_epochs < 2 * SWA_FROM + 2 or not self.learn_lambda):
+            raise ValueError(
+                f"gamma_bounds = {list(self.gamma_bounds)}, but gam is held at gamma: leave the bounds out"
+            )
+        if self.swa and (
+            self.server_epochs < 2 * SWA_FROM + 2 or not self.learn_lambda
+        ):
             raise ValueError(
                 f"swa averages lam from its {SWA_FROM + 1}th epoch on, of server_epochs / 2 = {self.server_epochs // 2}: "
                 f"set server_epochs to {2 * SWA_FROM + 2} or more and learn_lambda = true"
@@ -125,7 +159,10 @@ class Mixture:
         if self.s.parametrisation == "exp":
             self.x.grad, self.r.grad = lam * by_lam / self.s.temperature, gam * by_gam
         else:
-            self.x.grad, self.r.grad = 2 * self.x / self.x.square().sum() * by_lam, 2 * self.r * by_gam
+            self.x.grad, self.r.grad = (
+                2 * self.x / self.x.square().sum() * by_lam,
+                2 * self.r * by_gam,
+            )
 
     def clamp(self) -> None:
         if self.s.gamma_bounds is not None:
@@ -138,9 +175,18 @@ class FedLAW(Method[Settings]):
         return Server(params, torch.ones((), dtype=torch.float64))
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
         lr = self.s.local_lr * self.s.lr_decay**t
-        w, _, loss = local_sgd(task.loss, down.params, batches, lr, momentum=self.s.momentum, weight_decay=self.s.weight_decay)
+        w, _, loss = local_sgd(
+            task.loss,
+            down.params,
+            batches,
+            lr,
+            momentum=self.s.momentum,
+            weight_decay=self.s.weight_decay,
+        )
         return Up(trees.sub_(w, down.params), loss), state
 
     def check(self, task: Task, cohort: int) -> str | None:
@@ -151,13 +197,19 @@ class FedLAW(Method[Settings]):
                 "method fedlaw fits its weights on a proxy set of the server, and the task has none: set proxy to a number of "
                 "examples, e.g. proxy = 200, or give your own Task one"
             )
-        learned = [p.detach() for p in task.model.parameters() if p.requires_grad]  # no copies: it may be large
+        learned = [
+            p.detach() for p in task.model.parameters() if p.requires_grad
+        ]  # no copies: it may be large
         what = f"FedLAW holds the models of a cohort, {cohort:,} x {sum(p.numel() for p in learned):,} parameters"
         return limits.require(cohort * trees.nbytes(learned), task.device, what)
 
     def _learns(self) -> bool:
-        started_elsewhere = self.s.parametrisation == "quad" and self.s.learn_lambda  # from uniform weights
-        return (self.s.learn_lambda or self.s.learn_gamma) and (self.s.server_epochs > 0 or started_elsewhere)
+        started_elsewhere = (
+            self.s.parametrisation == "quad" and self.s.learn_lambda
+        )  # from uniform weights
+        return (self.s.learn_lambda or self.s.learn_gamma) and (
+            self.s.server_epochs > 0 or started_elsewhere
+        )
 
     def round(self, server: Server, r: Round) -> Server:
         reports = r.each(self.train, r.cohort, Model(server.params))
@@ -168,21 +220,32 @@ class FedLAW(Method[Settings]):
             w = trees.add(server.params, trees.weighted_mean(reports).delta)
             w = w if gamma == 1 else trees.scale(w, gamma)
         product = server.gamma_product * gamma
-        r.log.update(gamma=gamma, gamma_product=product.item(), params_norm=trees.dot(w, w).sqrt().item())
+        r.log.update(
+            gamma=gamma,
+            gamma_product=product.item(),
+            params_norm=trees.dot(w, w).sqrt().item(),
+        )
         return Server(w, product)
 
-    def _fitted(self, server: Server, r: Round, reports: Iterable[Reports]) -> tuple[Params, float]:
+    def _fitted(
+        self, server: Server, r: Round, reports: Iterable[Reports]
+    ) -> tuple[Params, float]:
         """(new model, gam)."""
         mix, loss = self._stack(server, r, reports), self._proxy_loss(server, r)
         pieces = torch.split(torch.arange(len(_proxy(r).x)), 1000)
 
         def proxy_loss(u: Tensor) -> float:
-            return sum(loss(u, rows).item() * len(rows) for rows in pieces) / sum(map(len, pieces))
+            return sum(loss(u, rows).item() * len(rows) for rows in pieces) / sum(
+                map(len, pieces)
+            )
 
         r.log["proxy_loss_before"] = proxy_loss(mix.model())
         if self.s.swa:
             half = self.s.server_epochs // 2
-            learn_gamma, mix.s = self.s.learn_gamma, self.s.model_copy(update={"learn_gamma": False})  # stage 1: gam = 1
+            learn_gamma, mix.s = (
+                self.s.learn_gamma,
+                self.s.model_copy(update={"learn_gamma": False}),
+            )  # stage 1: gam = 1
             steps = self._optimise(mix, [mix.x], loss, r, range(half), average=True)
             mix.s = self.s
             if learn_gamma:
@@ -200,7 +263,13 @@ class FedLAW(Method[Settings]):
         return trees.unravel(u, server.params), mix.gam().item()
 
     def _optimise(
-        self, mix: Mixture, variables: list[Tensor], loss: ProxyLoss, r: Round, epochs: range, average: bool = False
+        self,
+        mix: Mixture,
+        variables: list[Tensor],
+        loss: ProxyLoss,
+        r: Round,
+        epochs: range,
+        average: bool = False,
     ) -> int:
         """Steps on `variables` over these passes of the proxy set; the number of steps. `average`: x ends at its SWA mean."""
         gradient = grad(loss)
@@ -209,11 +278,17 @@ class FedLAW(Method[Settings]):
             if self.s.server_optimizer == "adam"
             else torch.optim.SGD(variables, self.s.server_lr, momentum=0.9)
         )
-        anneal = CosineAnnealingLR(optimizer, T_max=100) if average else StepLR(optimizer, 20, 0.5)
+        anneal = (
+            CosineAnnealingLR(optimizer, T_max=100)
+            if average
+            else StepLR(optimizer, 20, 0.5)
+        )
         constant = SWALR(optimizer, swa_lr=0.05) if average else None
         steps, seen = 0, []
         for epoch in epochs:
-            order = torch.from_numpy(rng(r.seed, "proxy", r.t, epoch).permutation(len(_proxy(r).x)))
+            order = torch.from_numpy(
+                rng(r.seed, "proxy", r.t, epoch).permutation(len(_proxy(r).x))
+            )
             for rows in torch.split(order, self.s.server_batch):
                 mix.differentiate(gradient(mix.model(), rows))
                 optimizer.step()
@@ -234,26 +309,39 @@ class FedLAW(Method[Settings]):
 
         def loss(u: Tensor, rows: Tensor) -> Tensor:
             x, y = proxy.x[rows], proxy.y[rows]
-            return r.task.loss(trees.unravel(u, like), x, y, torch.ones(len(rows), device=x.device))
+            return r.task.loss(
+                trees.unravel(u, like), x, y, torch.ones(len(rows), device=x.device)
+            )
 
         return loss
 
     def _stack(self, server: Server, r: Round, reports: Iterable[Reports]) -> Mixture:
         """Rows in the order of client ids, without those who have no example: ln 0 is no weight."""
         w = trees.ravel(server.params)
-        limits.require(len(r.cohort) * trees.nbytes(w), w.device, f"FedLAW holds the models of a cohort of {len(r.cohort):,}")
+        limits.require(
+            len(r.cohort) * trees.nbytes(w),
+            w.device,
+            f"FedLAW holds the models of a cohort of {len(r.cohort):,}",
+        )
         row_of = {client: row for row, client in enumerate(r.cohort.tolist())}
-        D, n = w.new_empty(len(r.cohort), len(w)), torch.zeros(len(r.cohort), dtype=torch.float64)
+        D, n = (
+            w.new_empty(len(r.cohort), len(w)),
+            torch.zeros(len(r.cohort), dtype=torch.float64),
+        )
         for p in reports:
             if len(p.clients) == 0:
                 continue
             rows = torch.tensor([row_of[client] for client in p.clients.tolist()])
-            D[rows] = torch.cat([x.reshape(len(rows), -1) for x in trees.leaves(p.up.delta)], 1)
+            D[rows] = torch.cat(
+                [x.reshape(len(rows), -1) for x in trees.leaves(p.up.delta)], 1
+            )
             n[rows] = p.num_examples.double().cpu()
         there = n.nonzero()[:, 0].tolist()
         if not there:
             raise TooFewReports("nobody reported with an example to its name")
-        for row, source in enumerate(there):  # in place: a copy would need the memory twice
+        for row, source in enumerate(
+            there
+        ):  # in place: a copy would need the memory twice
             if row != source:
                 D[row] = D[source]
         return Mixture(self.s, w, D[: len(there)], n[there].to(w.device))
@@ -264,7 +352,9 @@ ProxyLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def _proxy(r: Round) -> Examples:
-    assert r.task.proxy is not None, "FedLAW.check lets no run without a proxy set begin"
+    assert r.task.proxy is not None, (
+        "FedLAW.check lets no run without a proxy set begin"
+    )
     return r.task.proxy
 
 

@@ -23,7 +23,9 @@ from fedcore.types import Batches, Model, Params, Round, Stateless
 
 class Settings(MethodSettings):
     local_lr: float = Field(0.1, gt=0, description="eta, step size of a local step")
-    mu: float = Field(0.01, ge=0, description="mu, weight of the proximal term; 0 is FedAvg")
+    mu: float = Field(
+        0.01, ge=0, description="mu, weight of the proximal term; 0 is FedAvg"
+    )
 
 
 class Up(NamedTuple):
@@ -33,8 +35,12 @@ class Up(NamedTuple):
 
 class FedProx(Method[Settings]):
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
-        w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr, prox=self.s.mu)  # argmin h_k
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
+        w, _, loss = local_sgd(
+            task.loss, down.params, batches, self.s.local_lr, prox=self.s.mu
+        )  # argmin h_k
         return Up(trees.sub_(w, down.params), loss), state
 
     def round(self, server: Model, r: Round) -> Model:

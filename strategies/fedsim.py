@@ -23,15 +23,29 @@ from fedcore.types import Batches, Model, Params, Round
 
 
 class Settings(PersonalSettings):
-    local_lr: float = Field(0.1, gt=0, description="gamma_u, local step size of the shared parameters")
-    personal_lr: float | None = Field(None, gt=0, description="gamma_v, local step size of the personal ones; default: local_lr")
-    penalty: float = Field(0.0, ge=0, description="lambda, of |v - v0|^2, without 1/2; part of the logged loss")
-    server_lr: float = Field(1.0, gt=0, description="eta, step size of the server; 1 is the mean of the u_i")
+    local_lr: float = Field(
+        0.1, gt=0, description="gamma_u, local step size of the shared parameters"
+    )
+    personal_lr: float | None = Field(
+        None,
+        gt=0,
+        description="gamma_v, local step size of the personal ones; default: local_lr",
+    )
+    penalty: float = Field(
+        0.0,
+        ge=0,
+        description="lambda, of |v - v0|^2, without 1/2; part of the logged loss",
+    )
+    server_lr: float = Field(
+        1.0, gt=0, description="eta, step size of the server; 1 is the mean of the u_i"
+    )
 
 
 class FedSim(Partial[Settings]):
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Personal, batches: Batches) -> tuple[Update, Personal]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Personal, batches: Batches
+    ) -> tuple[Update, Personal]:
         u, v, s = down.params, state.v, self.s
         v0 = initial(task, v)
 
@@ -41,11 +55,20 @@ class FedSim(Partial[Settings]):
                 value = value + s.penalty * (w[name] - start).square().sum()
             return value
 
-        rates = {name: (s.personal_lr or s.local_lr) if name in v else s.local_lr for name in (*u, *v)}
+        rates = {
+            name: (s.personal_lr or s.local_lr) if name in v else s.local_lr
+            for name in (*u, *v)
+        }
         loss = penalised if s.penalty else task.loss
-        w, _, value = local_sgd(loss, {**u, **v}, batches, rates if s.personal_lr else s.local_lr)
-        return Update({name: w[name] - u[name] for name in u}, value), Personal({name: w[name] for name in v})
+        w, _, value = local_sgd(
+            loss, {**u, **v}, batches, rates if s.personal_lr else s.local_lr
+        )
+        return Update({name: w[name] - u[name] for name in u}, value), Personal(
+            {name: w[name] for name in v}
+        )
 
     def round(self, server: Model, r: Round) -> Model:
-        mean = trees.weighted_mean(r.each(self.train, r.cohort, server)).delta  # weights n_i
+        mean = trees.weighted_mean(
+            r.each(self.train, r.cohort, server)
+        ).delta  # weights n_i
         return Model(trees.axpy(self.s.server_lr, mean, server.params))

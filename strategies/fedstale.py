@@ -33,10 +33,20 @@ from fedcore.types import Batches, Model, Params, Round, Stateless
 class Settings(MethodSettings):
     local_lr: float = Field(0.1, gt=0, description="eta_c, step size of a local step")
     server_lr: float = Field(1.0, gt=0, description="eta_s, step size of the server")
-    beta: float = Field(0.5, ge=0, le=1, description="beta, weight of stale updates, in [0, 1]")
-    rates: Literal["known", "estimated"] = Field("estimated", description="q_i: the true p_i, or learned from who took part")
-    cutoff: int | None = Field(None, ge=1, description="estimated: rounds after which an absence ends an interval; default: none")
-    weights: Literal["uniform", "examples"] = Field("uniform", description="a_i: all 1, or in proportion to the number of examples")
+    beta: float = Field(
+        0.5, ge=0, le=1, description="beta, weight of stale updates, in [0, 1]"
+    )
+    rates: Literal["known", "estimated"] = Field(
+        "estimated", description="q_i: the true p_i, or learned from who took part"
+    )
+    cutoff: int | None = Field(
+        None,
+        ge=1,
+        description="estimated: rounds after which an absence ends an interval; default: none",
+    )
+    weights: Literal["uniform", "examples"] = Field(
+        "uniform", description="a_i: all 1, or in proportion to the number of examples"
+    )
 
 
 class Server(NamedTuple):
@@ -52,29 +62,44 @@ class Up(NamedTuple):
 
 class FedStale(Method[Settings]):
     def init_server(self, params: Params, population: int) -> Server:
-        return Server(params, trees.zeros_like(params, torch.float64), intervals.start(population))
+        return Server(
+            params, trees.zeros_like(params, torch.float64), intervals.start(population)
+        )
 
     def init_memory(self, params: Params) -> Params:
         return trees.zeros_like(params)  # h_i
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub_(w, down.params), loss), state
 
     def round(self, server: Server, r: Round) -> Server:
         beta, weight = self.s.beta, self._weights(r)
-        fresh, news, arrived = trees.zeros_like(server.params), trees.zeros_like(server.h), []
+        fresh, news, arrived = (
+            trees.zeros_like(server.params),
+            trees.zeros_like(server.h),
+            [],
+        )
         for p in r.each(self.train, r.cohort, Model(server.params)):
             clients, delta, h = p.clients, p.up.delta, r.memory.gather(p.clients)
-            a, inverse = weight(clients), self._inverse_rates(server, r, clients)  # a_i, 1 / q_i
+            a, inverse = (
+                weight(clients),
+                self._inverse_rates(server, r, clients),
+            )  # a_i, 1 / q_i
             # From the difference: its two terms are large and cancel where q_i is small.
             fresh = trees.add_weighted_(fresh, trees.axpy(-beta, h, delta), a * inverse)
             news = trees.add_weighted_(news, trees.sub(trees.double(delta), h), a)
             r.memory.put(clients, delta)  # h_i <- Delta_i
             arrived.append(clients)
-            r.log["weight_max"] = max(r.log.get("weight_max", 0.0), (a * inverse).max().item())
-        u = trees.axpy(beta, trees.like(server.h, fresh), trees.scale(fresh, 1 / r.population))  # U, with H of before
+            r.log["weight_max"] = max(
+                r.log.get("weight_max", 0.0), (a * inverse).max().item()
+            )
+        u = trees.axpy(
+            beta, trees.like(server.h, fresh), trees.scale(fresh, 1 / r.population)
+        )  # U, with H of before
         h_new = trees.axpy(1 / r.population, news, server.h)
         history = intervals.after(server.intervals, arrived, r.t, self.s.cutoff)
         return Server(trees.axpy(self.s.server_lr, u, server.params), h_new, history)

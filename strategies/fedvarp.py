@@ -27,7 +27,9 @@ from fedcore.types import Batches, Model, Params, Round, Stateless
 class Settings(MethodSettings):
     local_lr: float = Field(0.1, gt=0, description="eta_c, step size of a local step")
     server_lr: float = Field(1.0, gt=0, description="eta_s, step size of the server")
-    weighting: Literal["participating", "known"] = Field("participating", description="1/|S_t|, or 1 / (N p_i) with the true p_i")
+    weighting: Literal["participating", "known"] = Field(
+        "participating", description="1/|S_t|, or 1 / (N p_i) with the true p_i"
+    )
 
 
 class Server(NamedTuple):
@@ -48,7 +50,9 @@ class FedVARP(Method[Settings]):
         return trees.zeros_like(params)  # y_i
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub_(w, down.params), loss), state
 
@@ -56,7 +60,11 @@ class FedVARP(Method[Settings]):
         return self.s.weighting == "known"
 
     def round(self, server: Server, r: Round) -> Server:
-        fresh, news, arrived = trees.zeros_like(server.params), trees.zeros_like(server.y), 0
+        fresh, news, arrived = (
+            trees.zeros_like(server.params),
+            trees.zeros_like(server.y),
+            0,
+        )
         for reported in r.each(self.train, r.cohort, Model(server.params)):
             clients, delta = reported.clients, reported.up.delta
             y, ones = r.memory.gather(clients), torch.ones(len(clients))
@@ -67,4 +75,7 @@ class FedVARP(Method[Settings]):
             arrived += len(clients)
         count = r.population if self.needs_rates() else max(arrived, 1)
         v = trees.axpy(1.0, trees.like(server.y, fresh), trees.scale(fresh, 1 / count))
-        return Server(trees.axpy(self.s.server_lr, v, server.params), trees.axpy(1 / r.population, news, server.y))
+        return Server(
+            trees.axpy(self.s.server_lr, v, server.params),
+            trees.axpy(1 / r.population, news, server.y),
+        )

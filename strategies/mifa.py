@@ -46,7 +46,9 @@ class Mifa(Method[Settings]):
         return trees.zeros_like(params)  # G_i
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub_(w, down.params), loss), state
 
@@ -56,5 +58,9 @@ class Mifa(Method[Settings]):
             change = trees.sub(trees.double(p.up.delta), r.memory.gather(p.clients))
             news = trees.add_weighted_(news, change, torch.ones(len(p.clients)))
             r.memory.put(p.clients, p.up.delta)  # G_i <- Delta_i
-        g = trees.axpy(1 / r.population, news, server.g)  # before the step, unlike FedVARP and FedStale
-        return Server(trees.axpy(self.s.server_lr, trees.like(g, server.params), server.params), g)
+        g = trees.axpy(
+            1 / r.population, news, server.g
+        )  # before the step, unlike FedVARP and FedStale
+        return Server(
+            trees.axpy(self.s.server_lr, trees.like(g, server.params), server.params), g
+        )

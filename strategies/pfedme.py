@@ -24,7 +24,9 @@ from fedcore.types import Batches, Model, Params, Round
 
 
 class Settings(MethodSettings):
-    local_lr: float = Field(0.05, gt=0, description="eta, step size of w_i; what counts is eta lambda")
+    local_lr: float = Field(
+        0.05, gt=0, description="eta, step size of w_i; what counts is eta lambda"
+    )
     personal_lr: float = Field(0.1, gt=0, description="gamma, step size of theta")
     lam: float = Field(15.0, ge=0, description="lambda; 15 in the paper's experiments")
     inner_steps: int = Field(5, ge=1, description="K, steps of theta on each batch")
@@ -39,17 +41,23 @@ class PFedMe(Method[Settings]):
         return used(state, server.params)
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Own, batches: Batches) -> tuple[Update, Own]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Own, batches: Batches
+    ) -> tuple[Update, Own]:
         s, w, theta = self.s, down.params, down.params
         steps = total = batches.mask.new_zeros(())
         for k in range(len(batches.mask)):
-            again = Batches(*(x[k].expand(s.inner_steps, *x.shape[1:]) for x in batches))
+            again = Batches(
+                *(x[k].expand(s.inner_steps, *x.shape[1:]) for x in batches)
+            )
             near, _, loss = local_sgd(task.loss, w, again, s.personal_lr, prox=s.lam)
             real = batches.mask[k].sum() > 0
             theta = trees.where(real, near, theta)
             w = trees.axpy(-s.local_lr * s.lam, trees.sub(w, near), w)
             steps, total = steps + real, total + loss
-        return Update(trees.sub(w, down.params), total / steps.clamp(min=1)), state.after(theta, steps)
+        return Update(
+            trees.sub(w, down.params), total / steps.clamp(min=1)
+        ), state.after(theta, steps)
 
     def round(self, server: Model, r: Round) -> Model:
         mean = trees.uniform_mean(r.each(self.train, r.cohort, server)).delta

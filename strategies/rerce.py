@@ -36,8 +36,14 @@ from fedcore.types import Batches, Params, Round, Stateless
 
 
 class Settings(MethodSettings):
-    rho: float = Field(1.0, gt=0, description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local steps of it")
-    solver: Literal["exact", "sgd"] = Field("sgd", description="of the local problem: exact for quadratic losses")
+    rho: float = Field(
+        1.0,
+        gt=0,
+        description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local steps of it",
+    )
+    solver: Literal["exact", "sgd"] = Field(
+        "sgd", description="of the local problem: exact for quadratic losses"
+    )
     local_lr: float = Field(0.1, gt=0, description="sgd: step size of a local step")
     start: Literal["ls", "paper", "corrected"] = Field(
         "ls",
@@ -47,7 +53,9 @@ class Settings(MethodSettings):
     @model_validator(mode="after")
     def _agree(self) -> Settings:
         if self.solver == "sgd" and self.start != "ls":
-            raise ValueError(f'start = "{self.start}" is for the exact solver: with sgd all clients start from the initial model')
+            raise ValueError(
+                f'start = "{self.start}" is for the exact solver: with sgd all clients start from the initial model'
+            )
         return self
 
 
@@ -86,7 +94,11 @@ class RERCE(Method[Settings]):
     def check(self, task: Task, cohort: int) -> str | None:
         if self.s.solver == "exact":
             require_hessian(task)
-        return "RERCE-Fed with one client a round may diverge: its s_n swings from one client to the next" if cohort == 1 else None
+        return (
+            "RERCE-Fed with one client a round may diverge: its s_n swings from one client to the next"
+            if cohort == 1
+            else None
+        )
 
     def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
         return (down.s, trees.sub(up.w, down.s)) if isinstance(up, Up) else None
@@ -99,26 +111,50 @@ class RERCE(Method[Settings]):
         return self.s.solver == "exact"
 
     @on_client(data="all")
-    def start(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Stateless, Client]:
+    def start(
+        self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches
+    ) -> tuple[Stateless, Client]:
         J = quadratic(task.loss, state.w, batches)
-        w = J.least_squares(state.w) if self.s.start == "ls" else J.ridge(self.s.rho, state.w)
+        w = (
+            J.least_squares(state.w)
+            if self.s.start == "ls"
+            else J.ridge(self.s.rho, state.w)
+        )
         return Stateless(), Client(w, {}, J)
 
     @on_client(data="all")
-    def tell(self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches) -> tuple[Params, Client]:
+    def tell(
+        self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches
+    ) -> tuple[Params, Client]:
         return state.w, state
 
     @on_client(data="all")
-    def solve(self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches) -> tuple[Up, Client]:
+    def solve(
+        self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches
+    ) -> tuple[Up, Client]:
         assert isinstance(state.J, Quadratic)
-        w = trees.axpy(self.s.rho, state.J.solve(self.s.rho, trees.sub(down.s, state.w)), state.w)  # w_k + rho N_k (s_n - w_k)
+        w = trees.axpy(
+            self.s.rho, state.J.solve(self.s.rho, trees.sub(down.s, state.w)), state.w
+        )  # w_k + rho N_k (s_n - w_k)
         return Up(w, task.evaluate(w, batches)["loss"]), state._replace(w=w)
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches) -> tuple[Up, Client]:
+    def train(
+        self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches
+    ) -> tuple[Up, Client]:
         rho, lr = self.s.rho, self.s.local_lr
-        w, steps, loss = local_sgd(task.loss, state.w, batches, lr, trees.scale(state.g, -1), prox=rho, center=down.s)
-        w = trees.where(steps > 0, w, trees.axpy(1 / rho, state.g, down.s))  # without an example J_k = 0
+        w, steps, loss = local_sgd(
+            task.loss,
+            state.w,
+            batches,
+            lr,
+            trees.scale(state.g, -1),
+            prox=rho,
+            center=down.s,
+        )
+        w = trees.where(
+            steps > 0, w, trees.axpy(1 / rho, state.g, down.s)
+        )  # without an example J_k = 0
         g = trees.axpy(-rho, trees.sub(w, down.s), state.g)
         return Up(w, loss), state._replace(w=w, g=g)
 
@@ -127,16 +163,24 @@ class RERCE(Method[Settings]):
             server = self._start(server, r)
         if len(r.cohort) == 0:
             return server
-        s = trees.axpy(1 / len(r.cohort), server.p, server.params)  # s_n = 2 w_n - w_{n-1}
+        s = trees.axpy(
+            1 / len(r.cohort), server.p, server.params
+        )  # s_n = 2 w_n - w_{n-1}
         total, arrived = trees.zeros_like(s), 0
-        for got in r.each(self.solve if self.s.solver == "exact" else self.train, r.cohort, Down(s)):
+        for got in r.each(
+            self.solve if self.s.solver == "exact" else self.train, r.cohort, Down(s)
+        ):
             total = trees.add_weighted_(total, got.up.w, torch.ones(len(got.clients)))
             arrived += len(got.clients)
         if arrived == 0:
             raise TooFewReports("nobody reported")
         w = trees.scale(total, 1 / arrived)
         p = trees.axpy(arrived, trees.sub(w, s), server.p)
-        r.log["step_norm"] = trees.dot(trees.sub(w, server.params), trees.sub(w, server.params)).sqrt().item()
+        r.log["step_norm"] = (
+            trees.dot(trees.sub(w, server.params), trees.sub(w, server.params))
+            .sqrt()
+            .item()
+        )
         return Server(w, p, server.started)
 
     def _start(self, server: Server, r: Round) -> Server:

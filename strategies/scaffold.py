@@ -47,16 +47,28 @@ class Scaffold(Method[Settings]):
         return trees.zeros_like(params)  # c_i
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Server, state: Params, batches: Batches) -> tuple[Up, Params]:
+    def train(
+        self, task: Task, t: Tensor, down: Server, state: Params, batches: Batches
+    ) -> tuple[Up, Params]:
         drift = trees.sub(down.c, state)  # c - c_i
-        y, steps, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr, drift)
+        y, steps, loss = local_sgd(
+            task.loss, down.params, batches, self.s.local_lr, drift
+        )
         delta = trees.sub_(y, down.params)
-        slope = trees.scale(delta, -1 / (steps.clamp(min=1) * self.s.local_lr))  # (x - y) / (K eta_l)
-        dc = trees.scale(trees.axpy(-1.0, down.c, slope), (steps > 0).to(steps.dtype))  # c_i^+ - c_i, option II; 0 without a step
+        slope = trees.scale(
+            delta, -1 / (steps.clamp(min=1) * self.s.local_lr)
+        )  # (x - y) / (K eta_l)
+        dc = trees.scale(
+            trees.axpy(-1.0, down.c, slope), (steps > 0).to(steps.dtype)
+        )  # c_i^+ - c_i, option II; 0 without a step
         return Up(delta, dc, loss), trees.add(state, dc)
 
     def round(self, server: Server, r: Round) -> Server:
-        delta, dc, reported = trees.zeros_like(server.params), trees.zeros_like(server.c), 0
+        delta, dc, reported = (
+            trees.zeros_like(server.params),
+            trees.zeros_like(server.c),
+            0,
+        )
         for p in r.each(self.train, r.cohort, server):
             ones = torch.ones(len(p.clients))
             delta = trees.add_weighted_(delta, p.up.delta, ones)
@@ -64,6 +76,10 @@ class Scaffold(Method[Settings]):
             reported += len(p.clients)
         mean = trees.scale(delta, 1 / max(reported, 1))
         return Server(
-            trees.axpy(self.s.server_lr, mean, server.params),  # x + eta_g / |S| sum delta
-            trees.axpy(1 / r.population, dc, server.c),  # c + |S| / N mean dc: the mean of all c_i
+            trees.axpy(
+                self.s.server_lr, mean, server.params
+            ),  # x + eta_g / |S| sum delta
+            trees.axpy(
+                1 / r.population, dc, server.c
+            ),  # c + |S| / N mean dc: the mean of all c_i
         )

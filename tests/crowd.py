@@ -16,7 +16,10 @@ class Wide(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shared, self.own = nn.Linear(1, 1, bias=False), nn.Parameter(torch.zeros(16_000))
+        self.shared, self.own = (
+            nn.Linear(1, 1, bias=False),
+            nn.Parameter(torch.zeros(16_000)),
+        )
         nn.init.zeros_(self.shared.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,4 +31,9 @@ def wide(e: Experiment) -> Task:
     """One example a client: 1 -> its id."""
     n = e.population or 1
     rows = Examples(torch.ones(n, 1), torch.arange(float(n))[:, None])
-    return Task(Wide(), FederatedData(rows, rows, np.arange(n), np.arange(n + 1)), loss=squared_error, metrics={})
+    return Task(
+        Wide(),
+        FederatedData(rows, rows, np.arange(n), np.arange(n + 1)),
+        loss=squared_error,
+        metrics={},
+    )

@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from fedcore.loop import run
+from fedcore.rounds.loop import run
 from tests.helpers import STRATEGIES, small
 
 FILE = Path(__file__).with_name("golden.json")

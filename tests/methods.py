@@ -34,12 +34,18 @@ class Two(Method[Settings]):
     """Two kinds of work in one round: the cohort's full gradient, then training corrected by it."""
 
     @on_client(data="all")
-    def slope(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Params, Stateless]:
+    def slope(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Params, Stateless]:
         return full_gradient(task.loss, down.params, batches)[0], state
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Guided, state: Stateless, batches: Batches) -> tuple[Model, Stateless]:
-        y, _, _ = local_sgd(task.loss, down.params, batches, self.s.local_lr, correction=down.c)
+    def train(
+        self, task: Task, t: Tensor, down: Guided, state: Stateless, batches: Batches
+    ) -> tuple[Model, Stateless]:
+        y, _, _ = local_sgd(
+            task.loss, down.params, batches, self.s.local_lr, correction=down.c
+        )
         return Model(trees.sub(y, down.params)), state
 
     def round(self, server: Model, r: Round) -> Model:
@@ -58,29 +64,45 @@ class BadWeather(Method[Settings]):
     """Clients whose examples start with the marks 666 and 667 raise, or send NaN."""
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Weather, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Weather, Stateless]:
         first = batches.x.flatten()[0]
         if not torch._C._functorch.is_batchedtensor(first) and first == 666:
             raise ValueError("this client is broken")
         y, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
-        delta = trees.map(lambda a, b: torch.where(first == 667, torch.nan, a - b), y, down.params)
+        delta = trees.map(
+            lambda a, b: torch.where(first == 667, torch.nan, a - b), y, down.params
+        )
         return Weather(delta, loss), state
 
     def round(self, server: Model, r: Round) -> Model:
-        return Model(trees.add(server.params, trees.weighted_mean(r.each(self.train, r.cohort, server)).delta))
+        return Model(
+            trees.add(
+                server.params,
+                trees.weighted_mean(r.each(self.train, r.cohort, server)).delta,
+            )
+        )
 
 
 class NoBatching(Method[Settings]):
     """A client function that vmap cannot take: it asks a tensor for its value."""
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Model, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Model, Stateless]:
         y, steps, _ = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         scale = 1.0 if steps.item() > 0 else 0.0
         return Model(trees.scale(trees.sub(y, down.params), scale)), state
 
     def round(self, server: Model, r: Round) -> Model:
-        return Model(trees.add(server.params, trees.weighted_mean(r.each(self.train, r.cohort, server)).params))
+        return Model(
+            trees.add(
+                server.params,
+                trees.weighted_mean(r.each(self.train, r.cohort, server)).params,
+            )
+        )
 
 
 class Waiting(Scaffold):
@@ -93,7 +115,10 @@ class Waiting(Scaffold):
 
 def crashing(e: Experiment) -> Task:
     """Least squares whose process kills itself when a client's training examples are read the $FEDCORE_TEST_CRASH-th time."""
-    task, left = TASKS["least-squares"](e), int(os.environ.get("FEDCORE_TEST_CRASH", "0"))
+    task, left = (
+        TASKS["least-squares"](e),
+        int(os.environ.get("FEDCORE_TEST_CRASH", "0")),
+    )
     rows = task.data.rows
 
     def counted(client: int, data: str) -> np.ndarray:

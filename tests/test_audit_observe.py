@@ -17,14 +17,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcore import loop, trees
-from fedcore.audit import attack, examine, observe
-from fedcore.audit.observe import Exchange, Observation, Subject, Truth, aggregate, captured, observation, public, simulate
+from fedcore import trees
+from fedcore.audit import examine, observe
+from fedcore.audit.attacks import base as attack
+from fedcore.audit.observe import (
+    Exchange,
+    Observation,
+    Subject,
+    Truth,
+    aggregate,
+    captured,
+    observation,
+    public,
+    simulate,
+)
 from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
 from fedcore.errors import SettingsError
-from fedcore.state import StateStore
+from fedcore.rounds import loop
+from fedcore.storage.rows import StateStore
 from fedcore.tasks import build_task
 from fedcore.types import Params, Reports, Tree
 from tests.helpers import assert_close, equal, loop_of
@@ -48,7 +60,9 @@ DIGITS: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"method": {"name": "fedavg"}},
     "scaffold": {"method": {"name": "scaffold"}},
-    "fedsim with a personal output layer": {"method": {"name": "fedsim", "personal": ["output"]}},
+    "fedsim with a personal output layer": {
+        "method": {"name": "fedsim", "personal": ["output"]}
+    },
     "fedamd": {"method": {"name": "fedamd", "local_lr": 0.05, "p": 0.5}},
     "rerce": {"method": {"name": "rerce", "rho": 0.1}},
     "fedavg of FedPara factors": {
@@ -70,7 +84,10 @@ every = pytest.mark.parametrize("name", METHODS)
 
 
 def digits(name: str = "fedavg", **settings: Any) -> Experiment:
-    return Experiment.parse({**DIGITS, **METHODS[name]}, {key.replace("__", "."): value for key, value in settings.items()})
+    return Experiment.parse(
+        {**DIGITS, **METHODS[name]},
+        {key.replace("__", "."): value for key, value in settings.items()},
+    )
 
 
 def by_hand(down: Any, up: Any) -> tuple[Params, Params] | None:
@@ -92,9 +109,21 @@ def record(loop_: loop.Loop) -> list[Exchange]:
     def recording(fn: Any, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
         for r in each(fn, clients, down, t):
             for row, client in enumerate(r.clients.tolist()):
-                if not fn.__name__.startswith("evaluate") and (found := by_hand(down, trees.at(r.up, row))) is not None:
+                if (
+                    not fn.__name__.startswith("evaluate")
+                    and (found := by_hand(down, trees.at(r.up, row))) is not None
+                ):
                     w0, delta = (trees.map(torch.clone, side) for side in found)
-                    seen.append(Exchange(t + 1, client, fn.__name__, w0, delta, int(r.num_examples[row])))
+                    seen.append(
+                        Exchange(
+                            t + 1,
+                            client,
+                            fn.__name__,
+                            w0,
+                            delta,
+                            int(r.num_examples[row]),
+                        )
+                    )
             yield r
 
     loop_.engine.each = recording  # type: ignore[method-assign]
@@ -120,7 +149,9 @@ def test_captures_are_exactly_what_the_server_got(name: str, tmp_path: Path) -> 
             (x.client, x.function, x.num_examples) for x in expected
         ]
         for one, other in zip(of_round, expected, strict=True):
-            assert equal([one.w0, one.delta], [other.w0, other.delta]), f"{name}: round {t}, client {one.client}"
+            assert equal([one.w0, one.delta], [other.w0, other.delta]), (
+                f"{name}: round {t}, client {one.client}"
+            )
 
 
 @every
@@ -143,8 +174,13 @@ def test_personal_tensors_never_reach_a_capture(tmp_path: Path) -> None:
         assert not any(name.encode() in file.read_bytes() for name in personal)
     o = observation(run.method, public(e, run.task), captured(tmp_path)[-1])
     assert list(o.delta) == shared
-    assert equal({name: o.w0[name] for name in personal}, {name: run.task.init_params()[name] for name in personal})
-    assert equal({name: o.wT[name] for name in personal}, {name: o.w0[name] for name in personal})
+    assert equal(
+        {name: o.w0[name] for name in personal},
+        {name: run.task.init_params()[name] for name in personal},
+    )
+    assert equal(
+        {name: o.wT[name] for name in personal}, {name: o.w0[name] for name in personal}
+    )
 
 
 def test_factors_are_observed_as_factors(tmp_path: Path) -> None:
@@ -153,7 +189,13 @@ def test_factors_are_observed_as_factors(tmp_path: Path) -> None:
     run.run()
     o = observation(run.method, public(e, run.task), captured(tmp_path)[0])
     assert list(o.w0) == list(o.delta) == list(run.task.init_params())
-    assert {name.rpartition(".")[2] for name in o.delta} == {"X1", "Y1", "X2", "Y2", "bias"}
+    assert {name.rpartition(".")[2] for name in o.delta} == {
+        "X1",
+        "Y1",
+        "X2",
+        "Y2",
+        "bias",
+    }
     x = run.task.data.x[:5]
     assert torch.equal(o.public.predict(o.w0, x), run.task.predict(o.w0, x))
 
@@ -178,7 +220,9 @@ def test_a_run_that_was_interrupted_keeps_its_captures(tmp_path: Path) -> None:
     with pytest.raises(loop.Interrupted):
         begun.run()
     begun.close()
-    assert {x.round for x in captured(tmp_path / "part")} == {1}  # a running run can be audited
+    assert {x.round for x in captured(tmp_path / "part")} == {
+        1
+    }  # a running run can be audited
     loop.run(e, resume=tmp_path / "part")
     loop.run(e, tmp_path / "whole")
     part, whole = (captured(tmp_path / name) for name in ("part", "whole"))
@@ -195,11 +239,23 @@ def test_only_the_owner_may_read_captures(tmp_path: Path) -> None:
 
 def test_a_run_without_captures_says_how_to_get_them(tmp_path: Path) -> None:
     loop.run(digits(audit__capture=0), tmp_path)
-    with pytest.raises(SettingsError, match=r"holds no captured updates: run it with --set audit\.capture=N"):
+    with pytest.raises(
+        SettingsError,
+        match=r"holds no captured updates: run it with --set audit\.capture=N",
+    ):
         captured(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "no tensors at all", "empty", "another safetensors file", "facts that are none"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut short",
+        "no tensors at all",
+        "empty",
+        "another safetensors file",
+        "facts that are none",
+    ],
+)
 def test_a_damaged_capture_is_named(damage: str, tmp_path: Path) -> None:
     from safetensors.torch import save
 
@@ -212,7 +268,9 @@ def test_a_damaged_capture_is_named(damage: str, tmp_path: Path) -> None:
             "no tensors at all": b"\x00" * 100,
             "empty": b"",
             "another safetensors file": save({"w": torch.zeros(2)}),
-            "facts that are none": save({"w": torch.zeros(2)}, {"exchanges": json.dumps([{"round": 1}])}),
+            "facts that are none": save(
+                {"w": torch.zeros(2)}, {"exchanges": json.dumps([{"round": 1}])}
+            ),
         }[damage]
     )
     with pytest.raises(SettingsError, match=f"{file.name} is damaged"):
@@ -226,7 +284,9 @@ def test_nothing_to_capture_is_said_once(tmp_path: Path) -> None:
         def note(self, message: str) -> None:
             notes.append(message)
 
-    e = Experiment.parse({**DIGITS, "method": {"name": "tests.methods:Two"}}, {"audit.rounds": [1, 2, 3]})
+    e = Experiment.parse(
+        {**DIGITS, "method": {"name": "tests.methods:Two"}}, {"audit.rounds": [1, 2, 3]}
+    )
     loop.run(e, tmp_path, observer=Ears())
     assert len([n for n in notes if "nothing captured" in n]) == 1
     with pytest.raises(SettingsError, match="no captured updates"):
@@ -237,7 +297,9 @@ def test_nothing_to_capture_is_said_once(tmp_path: Path) -> None:
 
 
 @every
-def test_a_synthetic_round_and_a_captured_run_give_the_same_kind_of_observation(name: str, tmp_path: Path) -> None:
+def test_a_synthetic_round_and_a_captured_run_give_the_same_kind_of_observation(
+    name: str, tmp_path: Path
+) -> None:
     e = digits(name)
     run = loop_of(e, tmp_path)
     run.run()
@@ -247,7 +309,10 @@ def test_a_synthetic_round_and_a_captured_run_give_the_same_kind_of_observation(
     assert list(real.w0) == list(made.w0)
     assert list(real.delta) == list(made.delta)
     for side in ("w0", "delta"):
-        shapes = [{key: (x.shape, x.dtype) for key, x in getattr(o, side).items()} for o in (real, made)]
+        shapes = [
+            {key: (x.shape, x.dtype) for key, x in getattr(o, side).items()}
+            for o in (real, made)
+        ]
         assert shapes[0] == shapes[1], side
     same = {f.name for f in fields(known)} - {"model", "lr", "epochs", "batch_size"}
     assert all(getattr(real.public, f) == getattr(made.public, f) for f in same)
@@ -265,7 +330,10 @@ def test_a_synthetic_client_does_plain_local_sgd() -> None:
     for _ in range(3):  # one batch of all: its order is of no account
         loss = torch.nn.functional.cross_entropy(task.predict(w, x), y)
         slopes = torch.autograd.grad(loss, list(w.values()))
-        w = {name: (p - 0.05 * g).detach().requires_grad_() for (name, p), g in zip(w.items(), slopes, strict=True)}
+        w = {
+            name: (p - 0.05 * g).detach().requires_grad_()
+            for (name, p), g in zip(w.items(), slopes, strict=True)
+        }
     expected = {name: p.detach() - task.init_params()[name] for name, p in w.items()}
     assert_close(subject.seen.delta, expected, 1e-6, "update")
     assert subject.seen.public.local_steps(8) == 3
@@ -287,8 +355,12 @@ def test_more_examples_than_clients_have_are_refused() -> None:
         simulate(digits(), build_task(digits()), clients=2, examples=10_000)
 
 
-@pytest.mark.parametrize(("settings", "steps"), [({"epochs": 4, "batch_size": 8}, 4 * 3), ({"steps": 7}, 7)])
-def test_local_steps_follow_from_epochs_and_batches(settings: dict[str, int], steps: int) -> None:
+@pytest.mark.parametrize(
+    ("settings", "steps"), [({"epochs": 4, "batch_size": 8}, 4 * 3), ({"steps": 7}, 7)]
+)
+def test_local_steps_follow_from_epochs_and_batches(
+    settings: dict[str, int], steps: int
+) -> None:
     e = digits(**{f"local__{key}": value for key, value in settings.items()})
     assert public(e, build_task(e)).local_steps(20) == steps
 
@@ -296,7 +368,12 @@ def test_local_steps_follow_from_epochs_and_batches(settings: dict[str, int], st
 def test_what_came_up_leads_from_the_start_to_the_end() -> None:
     o = simulate(digits(), build_task(digits()), 2, 10)[0].seen
     assert_close(trees.sub(o.wT, o.w0), o.delta, 1e-6, "wT - w0")
-    assert_close(attack.gradient_like(o), {name: o.w0[name] - w for name, w in o.wT.items()}, 1e-6, "w0 - wT")
+    assert_close(
+        attack.gradient_like(o),
+        {name: o.w0[name] - w for name, w in o.wT.items()},
+        1e-6,
+        "w0 - wT",
+    )
 
 
 def test_a_mean_of_one_client_is_that_client() -> None:
@@ -309,7 +386,9 @@ def test_secure_aggregation_shows_the_mean_by_examples_and_no_client() -> None:
     task = build_task(e)
     small, large = simulate(e, task, 2, 10)[0], simulate(e, task, 2, 30)[1]
     both = aggregate([small, large])
-    mean = trees.add(trees.scale(small.seen.delta, 0.25), trees.scale(large.seen.delta, 0.75))
+    mean = trees.add(
+        trees.scale(small.seen.delta, 0.25), trees.scale(large.seen.delta, 0.75)
+    )
     assert_close(both.seen.delta, mean, 1e-6, "mean")
     assert (both.seen.clients, both.seen.total) == (2, 40)
     assert both.truth is not None
@@ -335,7 +414,9 @@ def test_an_update_with_its_sign_turned_round_is_noticed_and_warned_of() -> None
     x, y = task.data.test
     for o in seen:
         assert observe.alignment(o, x, y) > 0
-        assert observe.alignment(o.flipped(), x, y) == pytest.approx(-observe.alignment(o, x, y))
+        assert observe.alignment(o.flipped(), x, y) == pytest.approx(
+            -observe.alignment(o, x, y)
+        )
     assert examine._doubts(seen, task) == []
     (warning,) = examine._doubts([seen[0].flipped(), *seen[1:]], task)
     assert "1 of 4 clients point against the gradient of public data" in warning
@@ -348,10 +429,14 @@ def test_the_alignment_is_a_cosine_with_the_public_gradient() -> None:
     o = simulate(e, task, 1, 20)[0].seen
     x, y = task.data.test
     w = {name: p.clone().requires_grad_() for name, p in o.w0.items()}
-    slope = torch.autograd.grad(torch.nn.functional.cross_entropy(task.predict(w, x), y), list(w.values()))
+    slope = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(task.predict(w, x), y), list(w.values())
+    )
     g = torch.cat([s.flatten() for s in slope]).double().numpy()
     d = torch.cat([v.flatten() for v in o.delta.values()]).double().numpy()
-    assert observe.alignment(o, x, y) == pytest.approx(float(-(g @ d) / np.linalg.norm(g) / np.linalg.norm(d)), abs=1e-5)
+    assert observe.alignment(o, x, y) == pytest.approx(
+        float(-(g @ d) / np.linalg.norm(g) / np.linalg.norm(d)), abs=1e-5
+    )
 
 
 # The boundary: attacks get observations, and nothing else
@@ -361,12 +446,20 @@ def test_the_alignment_is_a_cosine_with_the_public_gradient() -> None:
 def test_an_attack_takes_observations_and_labels_and_no_truth(name: str) -> None:
     method = examine.IMAGE_ATTACKS[name].reconstruct
     hints = get_type_hints(method)
-    assert list(inspect.signature(method).parameters) == ["self", "seen", "labels", "seed", "progress"]
+    assert list(inspect.signature(method).parameters) == [
+        "self",
+        "seen",
+        "labels",
+        "seed",
+        "progress",
+    ]
     kinds = [str(hints[key]) for key in ("seen", "labels", "seed", "progress")]
     assert kinds[0] == "collections.abc.Sequence[fedcore.audit.observe.Observation]"
     assert kinds[1] == "collections.abc.Sequence[torch.Tensor | None]"
     assert kinds[2] == "<class 'int'>"
-    assert not any(word in kind for kind in kinds for word in ("Truth", "Subject", "Task"))
+    assert not any(
+        word in kind for kind in kinds for word in ("Truth", "Subject", "Task")
+    )
 
 
 def test_an_observation_holds_no_example_of_a_client() -> None:
@@ -376,37 +469,77 @@ def test_an_observation_holds_no_example_of_a_client() -> None:
     }  # fmt: skip
     made = simulate(digits(), build_task(digits()), 2, 10)
     assert all(s.seen.labels is None for s in made)  # granted by the plan alone
-    held = [x for o in (s.seen for s in made) for x in (*o.w0.values(), *o.delta.values())]
-    assert {tuple(x.shape) for x in held} == {tuple(p.shape) for p in made[0].seen.public.model.parameters()}
+    held = [
+        x for o in (s.seen for s in made) for x in (*o.w0.values(), *o.delta.values())
+    ]
+    assert {tuple(x.shape) for x in held} == {
+        tuple(p.shape) for p in made[0].seen.public.model.parameters()
+    }
 
 
 @pytest.mark.parametrize(
     "module",
-    ["attack", "sme", "inverting_gradients", "dlg", "idlg", "dlfa", "analytic", "labels", "membership", "lanes"],
+    [
+        "base",
+        "sme",
+        "inverting_gradients",
+        "dlg",
+        "idlg",
+        "dlfa",
+        "analytic",
+        "labels",
+        "membership",
+        "lanes",
+    ],
 )
-def test_a_module_that_attacks_imports_neither_truths_nor_metrics_nor_data(module: str) -> None:
-    file = Path(observe.__file__).parent / f"{module}.py"
+def test_a_module_that_attacks_imports_neither_truths_nor_metrics_nor_data(
+    module: str,
+) -> None:
+    file = Path(observe.__file__).parent / "attacks" / f"{module}.py"
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    forbidden = ("metrics", "Truth", "truth", "Subject", "fedcore.task", "fedcore.data", "examine", "simulate", "captured", "loop")
+    forbidden = (
+        "metrics",
+        "Truth",
+        "truth",
+        "Subject",
+        "fedcore.task",
+        "fedcore.data",
+        "examine",
+        "simulate",
+        "captured",
+        "loop",
+    )
     assert not {name for name in names if any(word in name for word in forbidden)}
 
 
 def test_a_truth_is_no_field_of_anything_that_attacks_get() -> None:
     for kind in (Observation, observe.Public, attack.Reconstruction):
-        assert not any(Truth.__name__ in str(hint) for hint in get_type_hints(kind).values())
+        assert not any(
+            Truth.__name__ in str(hint) for hint in get_type_hints(kind).values()
+        )
 
 
-def test_client_functions_of_a_synthetic_round_run_in_the_sequential_engine_alone() -> None:
+def test_client_functions_of_a_synthetic_round_run_in_the_sequential_engine_alone() -> (
+    None
+):
     """So that a captured run of the sequential engine with the same data has the same updates, bit for bit."""
-    e = digits(population=4, participation__cohort=4, audit__capture=4, audit__rounds=[1], rounds=1)
+    e = digits(
+        population=4,
+        participation__cohort=4,
+        audit__capture=4,
+        audit__rounds=[1],
+        rounds=1,
+    )
     task = build_task(e)
     work = Work(task, e.build_method(), e.local, e.seed)
-    engine = Sequential(work, StateStore(work.method.init_client(task.init_params()), 10**9, Path))
+    engine = Sequential(
+        work, StateStore(work.method.init_client(task.init_params()), 10**9, Path)
+    )
     down = work.method.init_server(task.init_params(), 4)
     reports = list(engine.each(work.method.train, torch.arange(4), down, 0))  # type: ignore[attr-defined]
     sizes = {int(r.num_examples[0]) for r in reports}
@@ -444,14 +577,27 @@ FEW: dict[str, Any] = {"sme": {"iterations": 5}, "ig": {"iterations": 5}}
 
 
 def plan(*attacks: str, **settings: Any) -> examine.Plan:
-    return examine.Plan(**{"attacks": attacks or ("sme", "labels"), "options": FEW, "clients": 2, **settings})
+    return examine.Plan(
+        **{
+            "attacks": attacks or ("sme", "labels"),
+            "options": FEW,
+            "clients": 2,
+            **settings,
+        }
+    )
 
 
 def timeless(cell: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in cell.items() if key not in ("seconds", "attack_seconds")}
+    return {
+        key: value
+        for key, value in cell.items()
+        if key not in ("seconds", "attack_seconds")
+    }
 
 
-def test_a_run_without_the_truth_reconstructs_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_the_truth_reconstructs_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images: list[list[Tensor]] = []
     reconstruct = examine.SME.reconstruct
 
@@ -465,7 +611,11 @@ def test_a_run_without_the_truth_reconstructs_the_same_images(tmp_path: Path, mo
     for truth in (True, False):
         p = plan(truth=truth)
         cells = examine.sweep(digits(), p, [1], [4], [6])
-        audits.append(examine.examine("sweep", digits(), cells, p, tmp_path / str(truth), Silent()))
+        audits.append(
+            examine.examine(
+                "sweep", digits(), cells, p, tmp_path / str(truth), Silent()
+            )
+        )
     for one, other in zip(*images, strict=True):
         assert torch.equal(one, other)
     scored, unscored = (a.cells[0]["clients"] for a in audits)
@@ -473,7 +623,12 @@ def test_a_run_without_the_truth_reconstructs_the_same_images(tmp_path: Path, mo
         assert one["attacks"]["sme"]["curve"] == other["attacks"]["sme"]["curve"]
         assert one["labels"]["counts"] == other["labels"]["counts"]
         assert one["grade"] is not None
-        assert (other["grade"], other["references"], other["best"], other["membership"]) == (None, {}, None, None)
+        assert (
+            other["grade"],
+            other["references"],
+            other["best"],
+            other["membership"],
+        ) == (None, {}, None, None)
         assert "psnr" not in other["attacks"]["sme"]
     assert audits[1].cells[0]["pictures"] == []
 
@@ -482,7 +637,14 @@ def test_the_oracle_alone_gets_true_labels(tmp_path: Path) -> None:
     found = {}
     for mode in ("oracle", "recovered", "soft"):
         p = plan(labels=mode)
-        found[mode] = examine.examine("sweep", digits(), examine.sweep(digits(), p, [1], [4], [6]), p, tmp_path / mode, Silent())
+        found[mode] = examine.examine(
+            "sweep",
+            digits(),
+            examine.sweep(digits(), p, [1], [4], [6]),
+            p,
+            tmp_path / mode,
+            Silent(),
+        )
     clients = {mode: a.cells[0]["clients"][0] for mode, a in found.items()}
     assert clients["oracle"]["labels"]["mode"] == "oracle"
     assert clients["oracle"]["labels"]["accuracy"] == 1.0
@@ -490,7 +652,9 @@ def test_the_oracle_alone_gets_true_labels(tmp_path: Path) -> None:
     assert clients["soft"]["labels"] is None
 
 
-def test_an_interrupted_audit_goes_on_without_doing_a_cell_twice(tmp_path: Path) -> None:
+def test_an_interrupted_audit_goes_on_without_doing_a_cell_twice(
+    tmp_path: Path,
+) -> None:
     p, prepared = plan(), list[str]()
 
     def cells() -> list[examine.Cell]:
@@ -505,7 +669,9 @@ def test_an_interrupted_audit_goes_on_without_doing_a_cell_twice(tmp_path: Path)
 
         return [counted(cell) for cell in made]
 
-    broken = examine.examine("sweep", digits(), cells(), p, tmp_path / "a", Silent(interrupt=2))
+    broken = examine.examine(
+        "sweep", digits(), cells(), p, tmp_path / "a", Silent(interrupt=2)
+    )
     assert broken.interrupted
     names = [cell.name for cell in cells()]
     assert prepared == names[:3]
@@ -515,19 +681,44 @@ def test_an_interrupted_audit_goes_on_without_doing_a_cell_twice(tmp_path: Path)
     assert prepared == names[2:]
     assert not whole.interrupted
     prepared.clear()
-    backwards = examine.examine("sweep", digits(), cells()[::-1], p, tmp_path / "b", Silent())
+    backwards = examine.examine(
+        "sweep", digits(), cells()[::-1], p, tmp_path / "b", Silent()
+    )
     assert prepared == names[::-1]
-    assert [timeless(cell) for cell in whole.cells] == [timeless(cell) for cell in backwards.cells[::-1]]
+    assert [timeless(cell) for cell in whole.cells] == [
+        timeless(cell) for cell in backwards.cells[::-1]
+    ]
 
 
 def test_what_lacks_something_is_said_and_the_rest_is_run(tmp_path: Path) -> None:
     e = digits(local__steps=3)
-    cells = [examine.Cell("steps", {}, lambda observer: examine.Prepared(simulate(e, build_task(e), 2, 6), build_task(e)), "steps")]
-    found = examine.examine("sweep", e, cells, plan("dlfa", "idlg", "analytic", "labels"), tmp_path, Silent()).cells[0]
+    cells = [
+        examine.Cell(
+            "steps",
+            {},
+            lambda observer: examine.Prepared(
+                simulate(e, build_task(e), 2, 6), build_task(e)
+            ),
+            "steps",
+        )
+    ]
+    found = examine.examine(
+        "sweep",
+        e,
+        cells,
+        plan("dlfa", "idlg", "analytic", "labels"),
+        tmp_path,
+        Silent(),
+    ).cells[0]
     for client in found["clients"]:
         assert not client["attacks"]["dlfa"]["ok"]
-        assert client["attacks"]["dlfa"]["error"].startswith("needs the local step size, epochs and batch size")
-        assert client["attacks"]["idlg"]["error"] == f"is for one example; client {found['clients'][0]['client']} has 6"
+        assert client["attacks"]["dlfa"]["error"].startswith(
+            "needs the local step size, epochs and batch size"
+        )
+        assert (
+            client["attacks"]["idlg"]["error"]
+            == f"is for one example; client {found['clients'][0]['client']} has 6"
+        )
         assert client["attacks"]["analytic"]["ok"]
         assert client["labels"]["ok"]
     assert any(w.startswith("dlfa was not run: needs") for w in found["warnings"])
@@ -540,24 +731,48 @@ def test_a_sign_turned_round_is_corrected_under_a_flag_alone(tmp_path: Path) -> 
     turned = [s._replace(seen=s.seen.flipped()) for s in made]
 
     def of(name: str, subjects: list[Subject], **settings: Any) -> dict[str, Any]:
-        cells = [examine.Cell("cell", {}, lambda observer: examine.Prepared(subjects, task), name)]
-        return examine.examine("sweep", e, cells, plan("sme", "analytic", "labels", **settings), tmp_path / name, Silent()).cells[0]
+        cells = [
+            examine.Cell(
+                "cell", {}, lambda observer: examine.Prepared(subjects, task), name
+            )
+        ]
+        return examine.examine(
+            "sweep",
+            e,
+            cells,
+            plan("sme", "analytic", "labels", **settings),
+            tmp_path / name,
+            Silent(),
+        ).cells[0]
 
-    clean, wrong, corrected = of("clean", made), of("wrong", turned), of("corrected", turned, flip=True)
+    clean, wrong, corrected = (
+        of("clean", made),
+        of("wrong", turned),
+        of("corrected", turned, flip=True),
+    )
     assert timeless(clean) == timeless(corrected)
     assert [w for w in clean["warnings"] if "linear on the raw input" not in w] == []
-    assert any("point against the gradient of public data" in w for w in wrong["warnings"])
-    assert wrong["clients"][0]["labels"]["counts"] != clean["clients"][0]["labels"]["counts"]  # it was not turned back
+    assert any(
+        "point against the gradient of public data" in w for w in wrong["warnings"]
+    )
+    assert (
+        wrong["clients"][0]["labels"]["counts"]
+        != clean["clients"][0]["labels"]["counts"]
+    )  # it was not turned back
 
 
-def test_membership_is_told_from_all_rounds_in_which_a_client_was_captured(tmp_path: Path) -> None:
+def test_membership_is_told_from_all_rounds_in_which_a_client_was_captured(
+    tmp_path: Path,
+) -> None:
     e = digits(participation__cohort=8, audit__rounds=[1, 2, 3])
     loop.run(e, tmp_path / "run")
     p = plan("membership")
     e, cells = examine.rounds_of(tmp_path / "run", p)
     found = examine.examine("captured", e, cells, p, tmp_path / "audit", Silent())
     assert [cell["name"] for cell in found.cells] == ["round 1", "round 2", "round 3"]
-    assert [[c["membership"]["exchanges"] for c in cell["clients"]] for cell in found.cells] == [[1, 1], [2, 2], [3, 3]]
+    assert [
+        [c["membership"]["exchanges"] for c in cell["clients"]] for cell in found.cells
+    ] == [[1, 1], [2, 2], [3, 3]]
     assert (tmp_path / "audit").stat().st_mode & 0o777 == 0o700
 
 
@@ -572,16 +787,25 @@ def test_captured_clients_are_attacked_with_what_the_server_saw(tmp_path: Path) 
     for s in (one, other):
         expected = observation(run.method, known, kept[s.seen.client])
         assert equal([s.seen.w0, s.seen.delta], [expected.w0, expected.delta])
-    found = examine.examine("captured", e, [cell], p, tmp_path / "audit", Silent()).cells[0]
-    assert found["clients"][0]["labels"] == {"ok": False, "error": 'the output layer\'s "3.bias" never left the client'}
+    found = examine.examine(
+        "captured", e, [cell], p, tmp_path / "audit", Silent()
+    ).cells[0]
+    assert found["clients"][0]["labels"] == {
+        "ok": False,
+        "error": 'the output layer\'s "3.bias" never left the client',
+    }
     assert found["clients"][0]["attacks"]["sme"]["ok"]
     assert found["clients"][0]["entries_seen"] < found["clients"][0]["entries_of_model"]
 
 
 def test_attacks_and_options_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(SettingsError, match='attack "smee": there is no such attack; known: sme, ig'):
+    with pytest.raises(
+        SettingsError, match='attack "smee": there is no such attack; known: sme, ig'
+    ):
         plan("smee").check()
-    with pytest.raises(SettingsError, match=r"--option sme\.iterations = 0: .*; sme knows iterations"):
+    with pytest.raises(
+        SettingsError, match=r"--option sme\.iterations = 0: .*; sme knows iterations"
+    ):
         plan("sme", options={"sme": {"iterations": 0}}).check()
     with pytest.raises(SettingsError, match='the attack "labels" has no settings'):
         plan("sme", options={"labels": {"n": 1}}).check()

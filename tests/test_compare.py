@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from fedcore import Experiment, RunError, SettingsError
-from fedcore import compare as comparing
-from fedcore.compare import Comparison, compare, curve, distinct, show, slug
-from fedcore.loop import Interrupted, Quiet
-from fedcore.report import read_rows
+from fedcore.rounds.loop import Interrupted, Quiet
+from fedcore.views import compare as comparing
+from fedcore.views.compare import Comparison, compare, curve, distinct, show, slug
+from fedcore.views.run_report import read_rows
 
 SMALL = {
     "population": 12,
@@ -29,13 +29,20 @@ SMALL = {
 
 
 def small(method: str = "fedavg", **more: Any) -> Experiment:
-    return Experiment.parse({"method": method}, {**SMALL, **{key.replace("__", "."): value for key, value in more.items()}})
+    return Experiment.parse(
+        {"method": method},
+        {**SMALL, **{key.replace("__", "."): value for key, value in more.items()}},
+    )
 
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     """Two methods on two seeds."""
-    return compare([("fedavg", small()), ("fedprox", small("fedprox"))], 2, tmp_path_factory.mktemp("runs") / "c")
+    return compare(
+        [("fedavg", small()), ("fedprox", small("fedprox"))],
+        2,
+        tmp_path_factory.mktemp("runs") / "c",
+    )
 
 
 class Listener(Quiet):
@@ -59,7 +66,10 @@ class Listener(Quiet):
 
 
 def test_mean_and_deviation_are_those_of_the_runs(done: Comparison) -> None:
-    finals = [read_rows(done.folder / f"fedavg-seed{seed}" / "metrics.jsonl")[-1] for seed in (0, 1)]
+    finals = [
+        read_rows(done.folder / f"fedavg-seed{seed}" / "metrics.jsonl")[-1]
+        for seed in (0, 1)
+    ]
     table = json.loads((done.folder / "compare.json").read_text())
     assert table == done.to_dict()
     row = table["methods"]["fedavg"]
@@ -68,8 +78,12 @@ def test_mean_and_deviation_are_those_of_the_runs(done: Comparison) -> None:
     assert row["test_accuracy"]["values"] == accuracies
     assert row["test_accuracy"]["mean"] == pytest.approx(statistics.fmean(accuracies))
     assert row["test_accuracy"]["std"] == pytest.approx(statistics.stdev(accuracies))
-    assert row["client_p10"]["values"] == [final["client_accuracy"]["p10"] for final in finals]
-    assert row["bytes"]["values"][0] == sum(r["bytes_down"] + r["bytes_up"] for r in done.runs["fedavg"][0].rows)
+    assert row["client_p10"]["values"] == [
+        final["client_accuracy"]["p10"] for final in finals
+    ]
+    assert row["bytes"]["values"][0] == sum(
+        r["bytes_down"] + r["bytes_up"] for r in done.runs["fedavg"][0].rows
+    )
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
@@ -77,12 +91,20 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     stat = c.stat("fedavg", "test_accuracy")
     assert stat is not None
     assert stat.std is None
-    assert "±" not in (tmp_path / "compare.html").read_text().partition("<table>")[2].partition("</table>")[0]
+    assert (
+        "±"
+        not in (tmp_path / "compare.html")
+        .read_text()
+        .partition("<table>")[2]
+        .partition("</table>")[0]
+    )
 
 
 def test_complete_runs_are_read_and_not_run_again(done: Comparison) -> None:
     listener = Listener()
-    again = compare([("fedavg", small()), ("fedprox", small("fedprox"))], 2, done.folder, listener)
+    again = compare(
+        [("fedavg", small()), ("fedprox", small("fedprox"))], 2, done.folder, listener
+    )
     assert listener.seeds == []
     assert again.to_dict() == done.to_dict()
 
@@ -107,7 +129,9 @@ def test_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path: Path) -> N
     assert cut.stat("fedavg", "test_loss") == whole.stat("fedavg", "test_loss")
 
 
-def test_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise Interrupted("stop")
 
@@ -122,13 +146,20 @@ def test_other_settings_in_the_same_folder_are_refused(done: Comparison) -> None
 
 
 def test_fewer_rounds_than_were_run_are_refused(done: Comparison) -> None:
-    with pytest.raises(SettingsError, match="holds a run of 2 rounds, and 1 are wanted"):
+    with pytest.raises(
+        SettingsError, match="holds a run of 2 rounds, and 1 are wanted"
+    ):
         compare([("fedavg", small(rounds=1))], 1, done.folder)
 
 
 def test_failed_run_is_left_out_and_named(tmp_path: Path) -> None:
     listener = Listener()
-    c = compare([("good", small()), ("bad", small(method__local_lr=1e300, rounds=4))], 1, tmp_path, listener)
+    c = compare(
+        [("good", small()), ("bad", small(method__local_lr=1e300, rounds=4))],
+        1,
+        tmp_path,
+        listener,
+    )
     assert list(c.failed) == ["bad, seed 0"]
     assert any("bad, seed 0, failed" in note for note in listener.notes)
     assert c.stat("good", "test_accuracy") is not None
@@ -158,11 +189,23 @@ def test_labels_and_their_directories_are_distinct() -> None:
 
 def test_curves_are_taken_where_every_seed_was_evaluated() -> None:
     def one(rounds: list[int]) -> comparing.Run:
-        rows = [{"round": t, "bytes_down": 1, "bytes_up": 1, **({"test_loss": float(t)} if t in rounds else {})} for t in (1, 2, 3)]
+        rows = [
+            {
+                "round": t,
+                "bytes_down": 1,
+                "bytes_up": 1,
+                **({"test_loss": float(t)} if t in rounds else {}),
+            }
+            for t in (1, 2, 3)
+        ]
         return comparing.Run(0, Path(), rows)
 
     rounds, sent, values = curve([one([1, 3]), one([2, 3])], "test_loss")
-    assert (rounds.tolist(), sent.tolist(), values.tolist()) == ([3], [6.0], [[3.0], [3.0]])
+    assert (rounds.tolist(), sent.tolist(), values.tolist()) == (
+        [3],
+        [6.0],
+        [[3.0], [3.0]],
+    )
 
 
 def test_pictures_are_whole(done: Comparison) -> None:
@@ -174,14 +217,19 @@ def test_pictures_are_whole(done: Comparison) -> None:
 
 
 def test_regression_is_compared_by_loss(tmp_path: Path) -> None:
-    e = Experiment.parse({"method": "fedavg"}, {"task": "least-squares", "population": 5, "rounds": 2, "engine.chunk": 1})
+    e = Experiment.parse(
+        {"method": "fedavg"},
+        {"task": "least-squares", "population": 5, "rounds": 2, "engine.chunk": 1},
+    )
     c = compare([("fedavg", e)], 2, tmp_path)
     assert c.measure == "loss"
     assert c.to_dict()["methods"]["fedavg"]["test_accuracy"] is None
     assert "accuracy" not in (tmp_path / "compare.html").read_text()
 
 
-def test_table_goes_to_stdout_one_line_a_method(done: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_goes_to_stdout_one_line_a_method(
+    done: Comparison, capsys: pytest.CaptureFixture[str]
+) -> None:
     show(done)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["test", "fedavg", "fedprox", "Mean"]

@@ -13,22 +13,33 @@ from hypothesis import strategies as st
 
 import fedcore
 from fedcore import Experiment, trees
-from fedcore.checkpoint import Checkpoint
 from fedcore.data.federated import Examples, FederatedData
+from fedcore.engines.run_client import run_client
 from fedcore.errors import SettingsError, TooFewReports
 from fedcore.local import full_gradient, local_sgd
-from fedcore.participation import Bernoulli, Cyclic, Markov, Trace, Uniform, answering
 from fedcore.rng import rng, seed_of, streams, torch_seed
-from fedcore.run_client import run_client
+from fedcore.rounds.participation import (
+    Bernoulli,
+    Cyclic,
+    Markov,
+    Trace,
+    Uniform,
+    answering,
+)
 from fedcore.split import split
-from fedcore.state import ROWS, StateStore
+from fedcore.storage.checkpoint import Checkpoint
+from fedcore.storage.rows import ROWS, StateStore
 from fedcore.task import Task, squared_error
 from fedcore.types import Batches, Model, Reports, Stateless
 
 
 def params(seed: int = 0) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return {"a.weight": torch.randn(3, 2, generator=g), "a.bias": torch.randn(3, generator=g), "b": torch.randn((), generator=g)}
+    return {
+        "a.weight": torch.randn(3, 2, generator=g),
+        "a.bias": torch.randn(3, generator=g),
+        "b": torch.randn((), generator=g),
+    }
 
 
 # Trees
@@ -39,24 +50,38 @@ def test_flatten_names_every_leaf_and_unflatten_is_its_inverse() -> None:
     flat = trees.flatten(tree)
     assert list(flat)[:2] == ["0/params/a.weight", "0/params/a.bias"]
     again = trees.unflatten(flat, tree)
-    assert all(torch.equal(x, y) for x, y in zip(trees.leaves(again), trees.leaves(tree), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(trees.leaves(again), trees.leaves(tree), strict=True)
+    )
     assert list(trees.flatten(torch.ones(1))) == [""]
 
 
 def reports(values: list[float], counts: list[float]) -> Reports:
-    return Reports(torch.arange(len(values)), Model({"w": torch.tensor(values)[:, None]}), torch.tensor(counts))
+    return Reports(
+        torch.arange(len(values)),
+        Model({"w": torch.tensor(values)[:, None]}),
+        torch.tensor(counts),
+    )
 
 
 @given(
     st.lists(st.tuples(st.floats(-10, 10), st.integers(1, 50)), min_size=1, max_size=8),
     st.integers(1, 8),
 )
-def test_the_weighted_mean_is_the_same_however_reports_are_grouped(pairs: list[tuple[float, int]], size: int) -> None:
+def test_the_weighted_mean_is_the_same_however_reports_are_grouped(
+    pairs: list[tuple[float, int]], size: int
+) -> None:
     values, counts = [v for v, _ in pairs], [float(n) for _, n in pairs]
-    groups = [reports(values[i : i + size], counts[i : i + size]) for i in range(0, len(values), size)]
+    groups = [
+        reports(values[i : i + size], counts[i : i + size])
+        for i in range(0, len(values), size)
+    ]
     found = trees.weighted_mean(groups).params["w"].item()
     assert found == pytest.approx(np.average(values, weights=counts), abs=1e-4)
-    assert trees.uniform_mean(groups).params["w"].item() == pytest.approx(np.mean(values), abs=1e-4)
+    assert trees.uniform_mean(groups).params["w"].item() == pytest.approx(
+        np.mean(values), abs=1e-4
+    )
 
 
 def test_a_mean_over_nobody_is_refused() -> None:
@@ -75,7 +100,9 @@ def test_finite_finds_what_is_not(bad: float) -> None:
     assert trees.row_sums(tree).isfinite().tolist() == [True, True, False, True]
     assert trees.row_sums(trees.at(tree, slice(2, 3))).isfinite().tolist() == [False]
     assert trees.row_sums({"n": torch.ones(3, dtype=torch.int64)}).tolist() == []
-    large = {"a": torch.full((2, 100_000), 2.0, dtype=torch.half)}  # whose sum no half can hold
+    large = {
+        "a": torch.full((2, 100_000), 2.0, dtype=torch.half)
+    }  # whose sum no half can hold
     assert bool(trees.finite(large))
     assert trees.row_sums(large).isfinite().tolist() == [True, True]
 
@@ -107,16 +134,28 @@ def test_generators_are_named_and_independent_of_the_global_one() -> None:
     a = rng(0, "batches", 3, 7).random(4)
     torch.manual_seed(2)
     assert np.array_equal(a, rng(0, "batches", 3, 7).random(4))
-    others = [rng(1, "batches", 3, 7), rng(0, "noise", 3, 7), rng(0, "batches", 7, 3), rng(0, "batches", 3)]
+    others = [
+        rng(1, "batches", 3, 7),
+        rng(0, "noise", 3, 7),
+        rng(0, "batches", 7, 3),
+        rng(0, "batches", 3),
+    ]
     assert all(not np.array_equal(a, other.random(4)) for other in others)
     assert 0 <= seed_of(0, "x", 1) < 2**63
 
 
-@given(st.integers(0, 2**70), st.lists(st.tuples(*3 * [st.integers(0, 2**32 - 1)]), min_size=1, max_size=4))
-def test_many_generators_at_once_draw_what_each_draws_alone(seed: int, ids: list[tuple[int, ...]]) -> None:
+@given(
+    st.integers(0, 2**70),
+    st.lists(st.tuples(*3 * [st.integers(0, 2**32 - 1)]), min_size=1, max_size=4),
+)
+def test_many_generators_at_once_draw_what_each_draws_alone(
+    seed: int, ids: list[tuple[int, ...]]
+) -> None:
     for columns in (1, 3):  # fewer and more words than NumPy's seeding mixes at once
         rows = np.array(ids, dtype=np.int64)[:, :columns]
-        for row, draw in zip(rows.tolist(), streams(seed, "batches", rows), strict=True):
+        for row, draw in zip(
+            rows.tolist(), streams(seed, "batches", rows), strict=True
+        ):
             alone = rng(seed, "batches", *row)
             assert draw.permutation(9).tolist() == alone.permutation(9).tolist()
             assert draw.random() == alone.random()
@@ -142,13 +181,20 @@ def test_torch_seed_puts_the_global_generator_back() -> None:
 # Local training
 
 
-def quadratic(p: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def quadratic(
+    p: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
     return (0.5 * (x @ p["w"] - y).square() * mask).sum() / mask.sum().clamp(min=1)
 
 
 def test_local_sgd_with_its_hooks_is_the_written_out_recursion() -> None:
     g = np.random.default_rng(0)
-    x, y, w0, c = g.standard_normal((3, 4, 2)), g.standard_normal((3, 4)), g.standard_normal(2), g.standard_normal(2)
+    x, y, w0, c = (
+        g.standard_normal((3, 4, 2)),
+        g.standard_normal((3, 4)),
+        g.standard_normal(2),
+        g.standard_normal(2),
+    )
     mask = np.ones((3, 4))
     mask[1, 2:] = 0
     mask[2] = 0
@@ -160,7 +206,14 @@ def test_local_sgd_with_its_hooks_is_the_written_out_recursion() -> None:
         losses.append(0.5 * np.mean(r**2))
         w = w - 0.1 * (x[k, :n].T @ r / n + c + 0.3 * (w - w0))
     batches = Batches(*(torch.tensor(v, dtype=torch.float64) for v in (x, y, mask)))
-    done = local_sgd(quadratic, {"w": torch.tensor(w0)}, batches, 0.1, {"w": torch.tensor(c)}, prox=0.3)
+    done = local_sgd(
+        quadratic,
+        {"w": torch.tensor(w0)},
+        batches,
+        0.1,
+        {"w": torch.tensor(c)},
+        prox=0.3,
+    )
     assert done.params["w"].tolist() == pytest.approx(w.tolist(), abs=1e-12)
     assert done.steps.item() == 2
     assert done.loss.item() == pytest.approx(np.mean(losses))
@@ -168,12 +221,18 @@ def test_local_sgd_with_its_hooks_is_the_written_out_recursion() -> None:
 
 def test_the_full_gradient_weighs_every_example_the_same() -> None:
     g = np.random.default_rng(1)
-    x, y, w = g.standard_normal((2, 3, 2)), g.standard_normal((2, 3)), g.standard_normal(2)
+    x, y, w = (
+        g.standard_normal((2, 3, 2)),
+        g.standard_normal((2, 3)),
+        g.standard_normal(2),
+    )
     mask = np.array([[1.0, 1, 1], [1, 0, 0]])
     rows, targets = np.concatenate([x[0], x[1, :1]]), np.concatenate([y[0], y[1, :1]])
     batches = Batches(*(torch.tensor(v, dtype=torch.float64) for v in (x, y, mask)))
     gradient, value = full_gradient(quadratic, {"w": torch.tensor(w)}, batches)
-    assert gradient["w"].tolist() == pytest.approx((rows.T @ (rows @ w - targets) / 4).tolist())
+    assert gradient["w"].tolist() == pytest.approx(
+        (rows.T @ (rows @ w - targets) / 4).tolist()
+    )
     assert value.item() == pytest.approx(0.5 * np.mean((rows @ w - targets) ** 2))
 
 
@@ -181,7 +240,9 @@ def test_a_client_whose_work_is_not_finite_keeps_its_old_state() -> None:
     def fn(task, t, down, state, batches):  # type: ignore[no-untyped-def]
         return {"w": torch.tensor([torch.nan])}, {"c": state["c"] + 1}
 
-    up, state = run_client(fn, None, torch.tensor(0.0), None, {"c": torch.tensor([4.0])}, None)  # type: ignore[arg-type]
+    up, state = run_client(
+        fn, None, torch.tensor(0.0), None, {"c": torch.tensor([4.0])}, None
+    )  # type: ignore[arg-type]
     assert torch.isnan(up["w"]).all()
     assert state["c"].tolist() == [4.0]
 
@@ -196,7 +257,9 @@ def no_counts() -> np.ndarray:
 def test_uniform_cohorts_have_their_size_and_no_client_twice() -> None:
     process = Uniform(cohort=7).process(30, 0, no_counts)
     cohorts = [process.sample(t, {})[0] for t in range(400)]
-    assert all(len(set(c.tolist())) == 7 and c.tolist() == sorted(c.tolist()) for c in cohorts)
+    assert all(
+        len(set(c.tolist())) == 7 and c.tolist() == sorted(c.tolist()) for c in cohorts
+    )
     share = np.bincount(torch.cat(cohorts).numpy(), minlength=30) / 400
     assert share.min() > 0.15
     assert share.max() < 0.32  # 7/30 = 0.233, standard deviation 0.021
@@ -221,7 +284,9 @@ def test_markov_has_the_long_run_rate_and_the_memory_of_the_reference() -> None:
         seen[t, cohort.numpy()] = 1
     assert seen.mean(0) == pytest.approx([0.1, 0.02, 1.0], abs=0.02)
     centred = seen[:, 0] - seen[:, 0].mean()
-    assert (centred[1:] * centred[:-1]).mean() / centred.var() == pytest.approx(1 - 0.05 - 0.45, abs=0.05)
+    assert (centred[1:] * centred[:-1]).mean() / centred.var() == pytest.approx(
+        1 - 0.05 - 0.45, abs=0.05
+    )
 
 
 def test_markov_participation_is_stationary_from_the_first_round() -> None:
@@ -231,11 +296,19 @@ def test_markov_participation_is_stationary_from_the_first_round() -> None:
 
 
 def test_a_fraction_of_the_population_is_not_cut_by_rounding() -> None:
-    assert [len(Uniform(fraction=f).process(100, 0, no_counts).sample(0, {})[0]) for f in (0.29, 0.57, 0.055)] == [29, 57, 5]
+    assert [
+        len(Uniform(fraction=f).process(100, 0, no_counts).sample(0, {})[0])
+        for f in (0.29, 0.57, 0.055)
+    ] == [29, 57, 5]
 
 
 def test_rates_are_those_at_which_clients_come() -> None:
-    for settings in (Uniform(cohort=3), Bernoulli(mean=0.3), Markov(mean=0.3, q=0.2), Cyclic(mean=0.3, cycle=10)):
+    for settings in (
+        Uniform(cohort=3),
+        Bernoulli(mean=0.3),
+        Markov(mean=0.3, q=0.2),
+        Cyclic(mean=0.3, cycle=10),
+    ):
         process = settings.process(10, 0, no_counts)
         state, came = process.start(), np.zeros(10)
         for t in range(4000):
@@ -258,8 +331,13 @@ def test_cyclic_clients_come_in_one_block_a_cycle() -> None:
 def test_rates_follow_the_class_mix_as_in_fedau() -> None:
     counts = np.eye(4, dtype=int) * 5  # client n holds class n alone
     rates = Bernoulli(mean=0.1, alpha=0.1, floor=0.0).rates(4, 3, lambda: counts)
-    assert rates.mean() == pytest.approx(0.1) or rates.max() == 1.0  # class-balanced: the mean is `mean`, unless clipped
-    assert Bernoulli(mean=0.1, alpha=0.1, floor=0.02).rates(4, 3, lambda: counts).min() >= 0.02
+    assert (
+        rates.mean() == pytest.approx(0.1) or rates.max() == 1.0
+    )  # class-balanced: the mean is `mean`, unless clipped
+    assert (
+        Bernoulli(mean=0.1, alpha=0.1, floor=0.02).rates(4, 3, lambda: counts).min()
+        >= 0.02
+    )
 
 
 def test_dropout_takes_its_share_and_is_the_same_each_time() -> None:
@@ -299,7 +377,9 @@ def test_state_is_kept_by_commit_and_forgotten_by_rollback(tmp_path) -> None:  #
 
 
 @pytest.mark.parametrize("ram", [10**9, 0], ids=["memory", "mapped files"])
-def test_a_store_is_the_same_in_memory_and_in_files_and_after_a_checkpoint(ram: int, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_store_is_the_same_in_memory_and_in_files_and_after_a_checkpoint(
+    ram: int, tmp_path
+) -> None:  # type: ignore[no-untyped-def]
     initial = {"c": torch.zeros(3), "n": torch.zeros((), dtype=torch.int64)}
     store = StateStore(initial, ram, lambda: tmp_path)
     clients = rng(0, "ids").permutation(1000)[: 3 * ROWS + 5].tolist()
@@ -318,11 +398,15 @@ def test_a_store_is_the_same_in_memory_and_in_files_and_after_a_checkpoint(ram: 
 
 def test_a_store_is_saved_whole_whichever_blocks_its_rows_move_to(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Rounds of any size move rows up and down the blocks; a checkpoint takes over the blocks that did not change."""
-    store = StateStore({"n": torch.zeros((), dtype=torch.int64)}, 10**9, lambda: tmp_path)
+    store = StateStore(
+        {"n": torch.zeros((), dtype=torch.int64)}, 10**9, lambda: tmp_path
+    )
     checkpoint, expected = Checkpoint(tmp_path), dict[int, int]()
     random = rng(0, "ids")
     for t in range(40):
-        cohort = random.choice(200, int(random.choice([1, 20, 200])), replace=False).tolist()
+        cohort = random.choice(
+            200, int(random.choice([1, 20, 200])), replace=False
+        ).tolist()
         store.put(cohort, {"n": torch.full((len(cohort),), t)})
         if t % 7 == 3:
             store.rollback()
@@ -330,7 +414,12 @@ def test_a_store_is_saved_whole_whichever_blocks_its_rows_move_to(tmp_path) -> N
         store.commit()
         expected |= dict.fromkeys(cohort, t)
         keep = {str(n) for n in store.in_use() if n not in store.changed}
-        checkpoint.save(t, {"clients": store.clients()}, ((str(n), block) for n, block in store.save_blocks()), keep)
+        checkpoint.save(
+            t,
+            {"clients": store.clients()},
+            ((str(n), block) for n, block in store.save_blocks()),
+            keep,
+        )
         store.saved()
         other = StateStore(store.initial, 10**9, lambda: tmp_path)
         other.load(checkpoint.read()["clients"], lambda n: checkpoint.part(str(n)))
@@ -342,7 +431,10 @@ def test_the_version_is_the_one_in_pyproject() -> None:
     import tomllib
     from pathlib import Path
 
-    assert tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"] == fedcore.__version__
+    assert (
+        tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
+        == fedcore.__version__
+    )
 
 
 # Settings
@@ -355,14 +447,25 @@ def test_the_version_is_the_one_in_pyproject() -> None:
         (["engine.name=grid"], {"engine": {"round_timeout": 60.0}}),
         (["participation.name=uniform"], {"participation": {"cohort": 10}}),
         (["options.name=foo"], {"options": {"base": "x", "name": "foo"}}),
-        (["method.mu=0.5", "method=fedprox"], {"method": {"mu": 0.5, "name": "fedprox"}}),
-        (["participation.fraction=0.5"], {"participation": {"cohort": None, "fraction": 0.5}}),
+        (
+            ["method.mu=0.5", "method=fedprox"],
+            {"method": {"mu": 0.5, "name": "fedprox"}},
+        ),
+        (
+            ["participation.fraction=0.5"],
+            {"participation": {"cohort": None, "fraction": 0.5}},
+        ),
         (["local.steps=5"], {"local": {"steps": 5}}),
-        (["participation.name=bernoulli"], {"participation": {"name": "bernoulli", "mean": 0.1}}),
+        (
+            ["participation.name=bernoulli"],
+            {"participation": {"name": "bernoulli", "mean": 0.1}},
+        ),
     ],
     ids=str,
 )
-def test_choosing_a_kind_drops_only_the_settings_of_another_kind(overrides: list[str], kept: dict[str, dict[str, Any]]) -> None:
+def test_choosing_a_kind_drops_only_the_settings_of_another_kind(
+    overrides: list[str], kept: dict[str, dict[str, Any]]
+) -> None:
     values = {
         "method": {"name": "fedavg"},
         "engine": {"device": "cpu", "workers": 2, "round_timeout": 60},
@@ -380,14 +483,21 @@ def test_choosing_a_kind_drops_only_the_settings_of_another_kind(overrides: list
 
 def test_a_task_whose_parts_do_not_fit_is_refused_by_name() -> None:
     x, y = torch.randn(4, 3), torch.randn(4, 1)
-    data = FederatedData(Examples(x, y), Examples(x, y), np.arange(4), np.array([0, 2, 4]))
+    data = FederatedData(
+        Examples(x, y), Examples(x, y), np.arange(4), np.array([0, 2, 4])
+    )
     line = torch.nn.Linear(3, 1)
     with pytest.raises(SettingsError, match=r"metric \"loss\" gives shape \(2, 1\)"):
         Task(line, data, loss=lambda outputs, y: (outputs - y) ** 2, metrics={}).check()
     with pytest.raises(SettingsError, match=r"cannot take examples of shape \(3,\)"):
         Task(torch.nn.Linear(4, 1), data, loss=squared_error, metrics={}).check()
     with pytest.raises(SettingsError, match='the metric "odd" cannot take'):
-        Task(line, data, loss=squared_error, metrics={"odd": lambda outputs, y: outputs @ y}).check()
+        Task(
+            line,
+            data,
+            loss=squared_error,
+            metrics={"odd": lambda outputs, y: outputs @ y},
+        ).check()
     with pytest.raises(SettingsError, match='metrics holds "loss"'):
         Task(line, data, loss=squared_error, metrics={"loss": squared_error})
     Task(line, data, loss=squared_error, metrics={}).check()

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.config import Experiment
-from fedcore.defence import Defence, DefenceSettings, clip, protect, quantise
 from fedcore.engines.base import Work
 from fedcore.errors import RunError, SettingsError
-from fedcore.loop import run
+from fedcore.messages.defence import Defence, DefenceSettings, clip, protect, quantise
 from fedcore.method import Method, on_client
+from fedcore.rounds.loop import run
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Round, Stateless
 from strategies.fedavg import FedAvg
@@ -40,7 +40,11 @@ class Message(NamedTuple):
 
 def message(scale: float = 1.0) -> Message:
     draw = torch.Generator().manual_seed(1)
-    w = {"a": torch.randn(300, 20, generator=draw), "b": torch.randn(7, generator=draw), "gain": torch.tensor(0.3)}
+    w = {
+        "a": torch.randn(300, 20, generator=draw),
+        "b": torch.randn(7, generator=draw),
+        "gain": torch.tensor(0.3),
+    }
     return Message(trees.scale(w, scale), torch.tensor(1.5), torch.arange(4))
 
 
@@ -56,14 +60,22 @@ def norm(tree: Any) -> float:
 
 
 @pytest.mark.parametrize("bound", [1e-3, 1.0, 50.0])
-def test_clipping_bounds_the_norm_over_all_tensors_and_keeps_the_direction(bound: float) -> None:
+def test_clipping_bounds_the_norm_over_all_tensors_and_keeps_the_direction(
+    bound: float,
+) -> None:
     m = message()
     sent = protected(m, clip=bound)
     assert norm(sent.w) <= bound * (1 + 1e-6)
     assert norm(sent.w) == pytest.approx(bound, rel=1e-5)
-    cosine = float(trees.dot(trees.double(sent.w), trees.double(m.w))) / norm(sent.w) / norm(m.w)
+    cosine = (
+        float(trees.dot(trees.double(sent.w), trees.double(m.w)))
+        / norm(sent.w)
+        / norm(m.w)
+    )
     assert cosine == pytest.approx(1, abs=1e-6)
-    assert (sent.loss, sent.count.tolist()) == (m.loss, [0, 1, 2, 3]), "without noise, scalars are sent as they are"
+    assert (sent.loss, sent.count.tolist()) == (m.loss, [0, 1, 2, 3]), (
+        "without noise, scalars are sent as they are"
+    )
     assert equal(protected(m, clip=1e6), m), "a message within the bound is not touched"
 
 
@@ -85,14 +97,19 @@ def test_no_noise_all_entries_and_many_bits_are_the_identity() -> None:
     for bits in (24, 32):
         rounded = protected(m, bits=bits)
         for name, x in m.w.items():
-            assert (rounded.w[name] - x).abs().max() <= 1e-6 * x.abs().max(), (bits, name)
+            assert (rounded.w[name] - x).abs().max() <= 1e-6 * x.abs().max(), (
+                bits,
+                name,
+            )
 
 
 def test_noise_has_its_deviation_on_every_entry_and_scalars_say_nothing() -> None:
     m = message(1e-3)  # within the bound
     sent = protected(m, clip=2.0, noise_multiplier=0.25)
     noise = trees.ravel(trees.sub(sent.w, m.w))
-    assert float(noise.std()) == pytest.approx(0.5, rel=0.03)  # 6 008 draws: standard error 0.9 %
+    assert float(noise.std()) == pytest.approx(
+        0.5, rel=0.03
+    )  # 6 008 draws: standard error 0.9 %
     assert abs(float(noise.mean())) < 4 * 0.5 / len(noise) ** 0.5
     assert bool((noise != 0).all()), "the 0-d parameter too"
     assert (sent.loss.item(), sent.count.tolist()) == (0, [0, 0, 0, 0])
@@ -110,8 +127,12 @@ def test_top_k_keeps_exactly_the_largest_over_the_whole_message(share: float) ->
 
 def test_the_share_of_top_k_is_not_rounded_up_by_floating_point() -> None:
     w = {"a": torch.arange(1.0, 101.0)}
-    assert int((protected(w, top_k=0.07)["a"] != 0).sum()) == 7  # 0.07 x 100 is 7.000000000000001
-    assert protected({"a": torch.ones(10)}, top_k=0.25)["a"].sum() == 3, "ties are broken, not kept"
+    assert (
+        int((protected(w, top_k=0.07)["a"] != 0).sum()) == 7
+    )  # 0.07 x 100 is 7.000000000000001
+    assert protected({"a": torch.ones(10)}, top_k=0.25)["a"].sum() == 3, (
+        "ties are broken, not kept"
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -130,7 +151,9 @@ def test_quantisation_has_its_levels_and_is_unbiased(bits: int) -> None:
 
 def test_the_order_is_clip_noise_top_k_quantise() -> None:
     m = message()
-    sent = trees.ravel(protected(m, clip=1.0, noise_multiplier=1.0, top_k=0.1, bits=2).w)
+    sent = trees.ravel(
+        protected(m, clip=1.0, noise_multiplier=1.0, top_k=0.1, bits=2).w
+    )
     assert int((sent != 0).sum()) <= int(np.ceil(0.1 * len(sent)))
     step = protected(m, clip=1.0, noise_multiplier=1.0, top_k=0.1)
     by_hand = protect(step, DefenceSettings(bits=2), torch.Generator().manual_seed(5))
@@ -138,10 +161,14 @@ def test_the_order_is_clip_noise_top_k_quantise() -> None:
     noised = protected(m, clip=1.0, noise_multiplier=1.0)
     assert norm(noised.w) > 10, "noise comes after the clipping"
     kept = step.w["a"] != 0
-    assert torch.equal(step.w["a"][kept], noised.w["a"][kept]), "the largest of the noised entries"
+    assert torch.equal(step.w["a"][kept], noised.w["a"][kept]), (
+        "the largest of the noised entries"
+    )
 
 
-def test_an_update_that_is_not_finite_is_refused_whole_instead_of_leaving_unclipped() -> None:
+def test_an_update_that_is_not_finite_is_refused_whole_instead_of_leaving_unclipped() -> (
+    None
+):
     m = message(1e3)
     m.w["b"][2] = torch.nan
     sent = protected(m, clip=1.0, noise_multiplier=1.0)
@@ -149,9 +176,15 @@ def test_an_update_that_is_not_finite_is_refused_whole_instead_of_leaving_unclip
 
 
 def test_types_and_shapes_stay(recwarn: pytest.WarningsRecorder) -> None:
-    w = {"half": torch.ones(3, dtype=torch.bfloat16), "double": torch.ones(2, 2, dtype=torch.float64), "none": torch.ones(0)}
+    w = {
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "double": torch.ones(2, 2, dtype=torch.float64),
+        "none": torch.ones(0),
+    }
     sent = protected(w, clip=1.0, noise_multiplier=0.1, top_k=0.5, bits=4)
-    assert {n: (x.dtype, x.shape) for n, x in sent.items()} == {n: (x.dtype, x.shape) for n, x in w.items()}
+    assert {n: (x.dtype, x.shape) for n, x in sent.items()} == {
+        n: (x.dtype, x.shape) for n, x in w.items()
+    }
     assert not recwarn
 
 
@@ -164,8 +197,14 @@ def test_draws_have_a_key_and_differ_by_seed_round_client_and_function() -> None
 
     other.client_data = "train"  # type: ignore[attr-defined]
 
-    def sent(seed: int = 0, fn: Any = FedAvg.train, t: int = 1, client: int = 2) -> Tensor:
-        found: Tensor = Defence(DefenceSettings(clip=1, noise_multiplier=1), seed).protect(message(), fn, t, client).w["a"]
+    def sent(
+        seed: int = 0, fn: Any = FedAvg.train, t: int = 1, client: int = 2
+    ) -> Tensor:
+        found: Tensor = (
+            Defence(DefenceSettings(clip=1, noise_multiplier=1), seed)
+            .protect(message(), fn, t, client)
+            .w["a"]
+        )
         return found
 
     assert torch.equal(sent(), sent())
@@ -175,7 +214,9 @@ def test_draws_have_a_key_and_differ_by_seed_round_client_and_function() -> None
 
 def test_an_evaluation_message_passes_untouched(tmp_path: Path) -> None:
     settings = DefenceSettings(clip=1e-6, noise_multiplier=10.0, top_k=0.01, bits=2)
-    assert equal(Defence(settings, 0).protect(message(), FedAvg.evaluate, 0, 0), message())
+    assert equal(
+        Defence(settings, 0).protect(message(), FedAvg.evaluate, 0, 0), message()
+    )
     defended = loop_of(small("fedavg", **ALL), tmp_path / "a")
     plain = loop_of(small("fedavg"), tmp_path / "b")
     assert defended.evaluate() == plain.evaluate()
@@ -196,10 +237,15 @@ def loop_differences(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", [*STRATEGIES, "tests.methods:Two"])
-def test_defences_are_the_same_in_every_engine_and_every_run(name: str, tmp_path: Path) -> None:
+def test_defences_are_the_same_in_every_engine_and_every_run(
+    name: str, tmp_path: Path
+) -> None:
     settings = defended(name)
     one, again = (run(small(name, **settings), tmp_path / folder) for folder in "ab")
-    batched = run(small(name, **settings, engine__name="vectorised", engine__chunk=3), tmp_path / "c")
+    batched = run(
+        small(name, **settings, engine__name="vectorised", engine__chunk=3),
+        tmp_path / "c",
+    )
     assert one.params_sha256 == again.params_sha256
     assert_close(batched.params, one.params, 1e-6, f"{name} in chunks of 3")
     assert one.dropped == batched.dropped == {}
@@ -212,14 +258,20 @@ def test_defences_are_the_same_in_every_engine_and_every_run(name: str, tmp_path
 @pytest.mark.slow
 def test_ray_has_the_bits_of_sequential_with_defences_too(tmp_path: Path) -> None:
     one = run(small("scaffold", **ALL), tmp_path / "a")
-    ray = run(small("scaffold", **ALL, engine__name="ray", engine__workers=2), tmp_path / "b")
+    ray = run(
+        small("scaffold", **ALL, engine__name="ray", engine__workers=2), tmp_path / "b"
+    )
     assert ray.params_sha256 == one.params_sha256
     assert ray.final["privacy"] == one.final["privacy"]
 
 
-def test_the_server_receives_what_was_protected_and_the_channel_comes_after(tmp_path: Path) -> None:
+def test_the_server_receives_what_was_protected_and_the_channel_comes_after(
+    tmp_path: Path,
+) -> None:
     quiet = loop_of(small("fedavg", defence__clip=0.01), tmp_path / "a")
-    noisy = loop_of(small("fedavg", defence__clip=0.01, links__uplink__variance=1.0), tmp_path / "b")
+    noisy = loop_of(
+        small("fedavg", defence__clip=0.01, links__uplink__variance=1.0), tmp_path / "b"
+    )
     down, fn = Model(quiet.state.server.params), quiet.method.train  # type: ignore[attr-defined]
     (report,) = quiet.engine.each(fn, torch.tensor([2]), down, 0)
     assert norm(report.up.delta) <= 0.01 * (1 + 1e-6)
@@ -228,15 +280,23 @@ def test_the_server_receives_what_was_protected_and_the_channel_comes_after(tmp_
 
 
 def test_a_client_keeps_what_it_sent_unprotected(tmp_path: Path) -> None:
-    loops = [loop_of(small("scaffold", **s), tmp_path / str(i)) for i, s in enumerate((ALL, {}))]
+    loops = [
+        loop_of(small("scaffold", **s), tmp_path / str(i))
+        for i, s in enumerate((ALL, {}))
+    ]
     for loop in loops:
         loop.round()
     client = int(loops[0].process.sample(0, {})[0][0])
     assert equal(*(loop.engine.states.get(client) for loop in loops))  # type: ignore[union-attr]
 
 
-def test_with_noise_no_training_loss_is_logged_and_without_it_is(tmp_path: Path) -> None:
-    noisy = run(small("fedavg", defence__clip=1.0, defence__noise_multiplier=1.0), tmp_path / "a")
+def test_with_noise_no_training_loss_is_logged_and_without_it_is(
+    tmp_path: Path,
+) -> None:
+    noisy = run(
+        small("fedavg", defence__clip=1.0, defence__noise_multiplier=1.0),
+        tmp_path / "a",
+    )
     assert not any(key.startswith("train_") for row in noisy.history for key in row)
     table = pq.read_table(tmp_path / "a" / "clients.parquet").to_pylist()
     assert {row["function"] for row in table} == {"train", "evaluate"}
@@ -250,27 +310,43 @@ class Again(Method[Settings]):
     """Asks the same work of its clients twice in one round."""
 
     @on_client
-    def train(self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Model, Stateless]:
+    def train(
+        self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Model, Stateless]:
         return Model(trees.zeros_like(down.params)), state
 
     def round(self, server: Model, r: Round) -> Model:
         for _ in range(2):
-            change: Params = trees.uniform_mean(r.each(self.train, r.cohort, server)).params
+            change: Params = trees.uniform_mean(
+                r.each(self.train, r.cohort, server)
+            ).params
             server = Model(trees.add(server.params, change))
         return server
 
 
 def test_the_same_noise_twice_is_refused(tmp_path: Path) -> None:
     run(small("tests.test_defence:Again", defence__clip=1.0), tmp_path / "a")
-    with pytest.raises(RunError, match=r'asks client \d+ for "train" twice in one round'):
-        run(small("tests.test_defence:Again", defence__clip=1.0, defence__noise_multiplier=1.0), tmp_path / "b")
+    with pytest.raises(
+        RunError, match=r'asks client \d+ for "train" twice in one round'
+    ):
+        run(
+            small(
+                "tests.test_defence:Again",
+                defence__clip=1.0,
+                defence__noise_multiplier=1.0,
+            ),
+            tmp_path / "b",
+        )
 
 
 # What a user can get wrong
 
 
 def test_settings_that_mean_nothing_are_refused_in_words() -> None:
-    with pytest.raises(SettingsError, match=r"defence: noise_multiplier = 1\.0 without clip.*set clip too"):
+    with pytest.raises(
+        SettingsError,
+        match=r"defence: noise_multiplier = 1\.0 without clip.*set clip too",
+    ):
         small("fedavg", defence__noise_multiplier=1.0)
     for key, value in (
         ("clip", 0),
@@ -283,16 +359,33 @@ def test_settings_that_mean_nothing_are_refused_in_words() -> None:
     ):
         with pytest.raises(SettingsError, match=rf"defence\.{key} = "):
             small("fedavg", **{f"defence__{key}": value})
-    with pytest.raises(SettingsError, match=r"unknown key defence\.noise.*did you mean defence\.noise_multiplier"):
+    with pytest.raises(
+        SettingsError,
+        match=r"unknown key defence\.noise.*did you mean defence\.noise_multiplier",
+    ):
         small("fedavg", defence__noise_multiplie=1.0)
-    e = Experiment.load("strategies/fedavg.toml", ["defence.clip=1", "defence.noise_multiplier=0.5"])
-    assert (e.defence.clip, e.defence.noise_multiplier, e.defence.top_k, e.defence.bits) == (1, 0.5, 1, None)
+    e = Experiment.load(
+        "strategies/fedavg.toml", ["defence.clip=1", "defence.noise_multiplier=0.5"]
+    )
+    assert (
+        e.defence.clip,
+        e.defence.noise_multiplier,
+        e.defence.top_k,
+        e.defence.bits,
+    ) == (1, 0.5, 1, None)
 
 
 @pytest.mark.parametrize("name", ["admm", "rerce", "clu", "fedamd"])
-@pytest.mark.parametrize("settings", [{"defence__clip": 1.0}, {"defence__top_k": 0.5}], ids=["clip", "top_k"])
-def test_methods_that_send_other_things_than_differences_refuse_clipping(name: str, settings: Any, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=rf"{name} sends other things \(whole models, or gradients\).*e\.g\. fedavg"):
+@pytest.mark.parametrize(
+    "settings", [{"defence__clip": 1.0}, {"defence__top_k": 0.5}], ids=["clip", "top_k"]
+)
+def test_methods_that_send_other_things_than_differences_refuse_clipping(
+    name: str, settings: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        SettingsError,
+        match=rf"{name} sends other things \(whole models, or gradients\).*e\.g\. fedavg",
+    ):
         run(small(name, **settings), tmp_path / "r")
     assert not (tmp_path / "r").exists()
 

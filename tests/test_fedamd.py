@@ -17,33 +17,51 @@ from fedcore import method as methods
 from fedcore.data.federated import Examples, FederatedData, LocalSettings
 from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
-from fedcore.loop import run
-from fedcore.state import StateStore
+from fedcore.rounds.loop import run
+from fedcore.storage.rows import StateStore
 from fedcore.task import Task, squared_error
 from fedcore.types import Round
 from tests.helpers import loop_of, small
 
-H, C = (1.0, 2.0, 1.0), (0.0, 1.0, 3.0)  # the worked example of the specification; optimum 1.25
+H, C = (
+    (1.0, 2.0, 1.0),
+    (0.0, 1.0, 3.0),
+)  # the worked example of the specification; optimum 1.25
 
 
 class Lab:
     """A method on quadratic clients of one example each, in float64, round by round; the cohort is everybody unless said."""
 
     def __init__(
-        self, name: str = "fedamd", h: Sequence[float] = H, c: Sequence[float] = C, x: float = 0.0, steps: int = 2, **settings: Any
+        self,
+        name: str = "fedamd",
+        h: Sequence[float] = H,
+        c: Sequence[float] = C,
+        x: float = 0.0,
+        steps: int = 2,
+        **settings: Any,
     ) -> None:
         h_, c_ = (torch.tensor(v, dtype=torch.float64)[:, None] for v in (h, c))
         model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
         nn.init.constant_(model.weight, x)
         examples, n = Examples(h_.sqrt(), h_.sqrt() * c_), len(h)
         data = FederatedData(examples, examples, np.arange(n), np.arange(n + 1))
-        self.task, self.n, self.t = Task(model, data, loss=squared_error, metrics={}), n, 0
+        self.task, self.n, self.t = (
+            Task(model, data, loss=squared_error, metrics={}),
+            n,
+            0,
+        )
         cls = methods.load(name)
-        self.method = cls(methods.settings_of(cls)(name=name, **{"local_lr": 0.25, **settings}))
+        self.method = cls(
+            methods.settings_of(cls)(name=name, **{"local_lr": 0.25, **settings})
+        )
         params = self.task.init_params()
         self.states = StateStore(self.method.init_client(params), 10**9, Path)
         self.memory = StateStore(self.method.init_memory(params), 10**9, Path)
-        self.engine = Sequential(Work(self.task, self.method, LocalSettings(batch_size=1, steps=steps), 0), self.states)
+        self.engine = Sequential(
+            Work(self.task, self.method, LocalSettings(batch_size=1, steps=steps), 0),
+            self.states,
+        )
         self.state = self.method.init_server(params, n)
         self.asked: list[tuple[str, list[int]]] = []
         self.lost: set[int] = set()
@@ -51,7 +69,9 @@ class Lab:
     def round(self, anchors: Sequence[int] = (), miners: Sequence[int] = ()) -> float:
         """One round with these roles (of FedAMD); the model after it."""
         if anchors or miners:
-            self.method._roles = lambda server, r: tuple(torch.tensor(ids, dtype=torch.int64) for ids in (anchors, miners))
+            self.method._roles = lambda server, r: tuple(
+                torch.tensor(ids, dtype=torch.int64) for ids in (anchors, miners)
+            )
         cohort = torch.tensor(sorted({*anchors, *miners}) or range(self.n))
 
         def each(fn: Any, clients: Tensor, down: Any) -> Any:
@@ -59,7 +79,9 @@ class Lab:
             left = clients[[i not in self.lost for i in clients.tolist()]]
             return self.engine.each(fn, left, down, self.t)
 
-        self.state = self.method.round(self.state, Round(self.t, cohort, self.n, self.task, each, self.memory, 0))
+        self.state = self.method.round(
+            self.state, Round(self.t, cohort, self.n, self.task, each, self.memory, 0)
+        )
         self.memory.commit()
         self.states.commit()
         self.t += 1
@@ -84,9 +106,19 @@ def gradients(x: float, h: Sequence[float] = H, c: Sequence[float] = C) -> list[
 
 def test_the_worked_example_comes_out_to_the_digit() -> None:
     lab = Lab()
-    expected = [Fraction(5, 8), Fraction(125, 96), Fraction(125, 96), Fraction(7495, 4608)]
+    expected = [
+        Fraction(5, 8),
+        Fraction(125, 96),
+        Fraction(125, 96),
+        Fraction(7495, 4608),
+    ]
     roles = [([0], [1]), ([], [1, 2]), ([0, 2], []), ([], [0, 1])]
-    caches = [[0, -2, -3], [0, -2, -3], [125 / 96, -2, -163 / 96], [125 / 96, -2, -163 / 96]]
+    caches = [
+        [0, -2, -3],
+        [0, -2, -3],
+        [125 / 96, -2, -163 / 96],
+        [125 / 96, -2, -163 / 96],
+    ]
     for (anchors, miners), x, v in zip(roles, expected, caches, strict=True):
         assert lab.round(anchors, miners) == pytest.approx(float(x), abs=1e-14)
         assert lab.caches == pytest.approx(v, abs=1e-14)
@@ -94,7 +126,9 @@ def test_the_worked_example_comes_out_to_the_digit() -> None:
     assert lab.vbar == pytest.approx(-115 / 144, abs=1e-14)
 
 
-def test_everybody_is_asked_for_a_gradient_once_and_anchors_do_not_move_the_model() -> None:
+def test_everybody_is_asked_for_a_gradient_once_and_anchors_do_not_move_the_model() -> (
+    None
+):
     lab = Lab(x=0.5)
     assert [lab.round(anchors=[1, 2]) for _ in range(3)] == [0.5] * 3
     assert lab.asked[0] == ("anchor", [0, 1, 2])
@@ -109,13 +143,17 @@ def test_a_miners_first_step_is_along_vbar_whatever_its_data() -> None:
         assert lab.round(miners=[t % 3]) == pytest.approx(t * 0.25 * 5 / 3, abs=1e-14)
 
 
-def test_with_full_batches_the_recursion_telescopes_and_is_scaffolds_path_with_fresh_caches() -> None:
+def test_with_full_batches_the_recursion_telescopes_and_is_scaffolds_path_with_fresh_caches() -> (
+    None
+):
     steps, lr = 6, 0.1
     lab = Lab(steps=steps, local_lr=lr)
     y, x0 = 0.0, 0.0
     g0, g1 = gradients(x0)[1], np.mean(gradients(x0))
     for _ in range(steps):
-        y -= lr * (g1 + gradients(y)[1] - g0)  # SVRG; SCAFFOLD with c = vbar, c_i = grad f_i(x)
+        y -= lr * (
+            g1 + gradients(y)[1] - g0
+        )  # SVRG; SCAFFOLD with c = vbar, c_i = grad f_i(x)
     assert lab.round(miners=[1]) == pytest.approx(y, abs=1e-14)
 
 
@@ -128,7 +166,9 @@ def test_clients_of_one_curvature_do_not_drift() -> None:
     assert ends == pytest.approx([x] * 3, abs=1e-14)
 
 
-def test_with_all_clients_and_period_two_one_step_is_gradient_descent_every_second_round() -> None:
+def test_with_all_clients_and_period_two_one_step_is_gradient_descent_every_second_round() -> (
+    None
+):
     lab, x = Lab(steps=1, period=2), 0.0
     for t in range(8):
         if t % 2:
@@ -155,7 +195,9 @@ def test_the_optimum_is_a_fixed_point_for_every_cohort() -> None:
             assert lab.round(anchors, miners) == pytest.approx(1.25, abs=1e-14)
 
 
-def test_only_anchors_refresh_their_cache_and_a_lost_message_changes_nothing_else() -> None:
+def test_only_anchors_refresh_their_cache_and_a_lost_message_changes_nothing_else() -> (
+    None
+):
     lab = Lab()
     lab.round(miners=[0, 1])
     before, x = lab.caches, lab.x
@@ -168,7 +210,9 @@ def test_only_anchors_refresh_their_cache_and_a_lost_message_changes_nothing_els
     lost.round(miners=[0, 1])
     alone.round(miners=[0, 1])
     lost.lost = {2}
-    assert lost.round(miners=[1, 2]) == alone.round(miners=[1])  # divided by the miners that reported
+    assert lost.round(miners=[1, 2]) == alone.round(
+        miners=[1]
+    )  # divided by the miners that reported
     lost.lost = {0, 1, 2}
     assert lost.round(miners=[0, 1]) == alone.x
 
@@ -177,7 +221,9 @@ def test_a_client_without_a_cache_is_left_out_of_vbar_and_is_an_anchor_first() -
     lab = Lab(p=0.0001)
     lab.lost = {1}
     lab.round()
-    assert lab.vbar == pytest.approx(np.mean([gradients(0.0)[0], gradients(0.0)[2]]), abs=1e-15)
+    assert lab.vbar == pytest.approx(
+        np.mean([gradients(0.0)[0], gradients(0.0)[2]]), abs=1e-15
+    )
     lab.lost, x = set(), lab.x
     lab.round()
     assert [ids for name, ids in lab.asked[-2:]] == [[0, 2], [1]]
@@ -186,7 +232,10 @@ def test_a_client_without_a_cache_is_left_out_of_vbar_and_is_an_anchor_first() -
 
 
 def test_the_running_mean_is_the_mean_of_the_caches() -> None:
-    draw, lab = np.random.default_rng(0), Lab(h=(1.0, 2.0, 0.5, 1.5), c=(0.0, 1.0, 3.0, -2.0), local_lr=0.1)
+    draw, lab = (
+        np.random.default_rng(0),
+        Lab(h=(1.0, 2.0, 0.5, 1.5), c=(0.0, 1.0, 3.0, -2.0), local_lr=0.1),
+    )
     for _ in range(200):
         ids = draw.permutation(4).tolist()
         cut = int(draw.integers(0, 5))
@@ -195,7 +244,9 @@ def test_the_running_mean_is_the_mean_of_the_caches() -> None:
 
 
 def test_the_server_step_scales_the_miners_mean() -> None:
-    assert Lab(server_lr=0.5).round(miners=[1, 2]) == pytest.approx(0.5 * Lab().round(miners=[1, 2]), abs=1e-15)
+    assert Lab(server_lr=0.5).round(miners=[1, 2]) == pytest.approx(
+        0.5 * Lab().round(miners=[1, 2]), abs=1e-15
+    )
 
 
 @pytest.mark.slow
@@ -214,7 +265,15 @@ def roles_of(population: int, rounds: int, **settings: Any) -> np.ndarray:
     server = lab.state._replace(refreshed=torch.ones(population, dtype=torch.int64))
     counts = []
     for t in range(rounds):
-        r = Round(t, torch.arange(population), population, lab.task, lambda *_: iter(()), lab.memory, 0)
+        r = Round(
+            t,
+            torch.arange(population),
+            population,
+            lab.task,
+            lambda *_: iter(()),
+            lab.memory,
+            0,
+        )
         anchors, miners = lab.method._roles(server, r)
         assert sorted([*anchors.tolist(), *miners.tolist()]) == list(range(population))
         counts.append(len(anchors))
@@ -233,18 +292,31 @@ def test_the_role_of_a_client_does_not_depend_on_its_company() -> None:
     server = lab.state._replace(refreshed=torch.ones(30, dtype=torch.int64))
 
     def anchors(ids: Sequence[int]) -> set[int]:
-        r = Round(4, torch.tensor(ids), 30, lab.task, lambda *_: iter(()), lab.memory, 0)
+        r = Round(
+            4, torch.tensor(ids), 30, lab.task, lambda *_: iter(()), lab.memory, 0
+        )
         return set(lab.method._roles(server, r)[0].tolist())
 
     assert anchors(range(0, 30, 3)) == anchors(range(30)) & set(range(0, 30, 3))
 
 
 def test_traffic_is_counted_to_the_byte(tmp_path: Path) -> None:
-    loop = loop_of(small("fedamd", method__period=2, options={"features": 5}, participation__cohort=4), tmp_path)
+    loop = loop_of(
+        small(
+            "fedamd", method__period=2, options={"features": 5}, participation__cohort=4
+        ),
+        tmp_path,
+    )
     d, loss = 5 * 4, 4  # bytes of a model, and of the loss that is logged
     first, second = loop.round(), loop.round()
-    assert (first["bytes_down"], first["bytes_up"]) == ((12 + 4) * d, (12 + 4) * (d + loss))  # everybody once, then four anchors
-    assert (second["bytes_down"], second["bytes_up"]) == (4 * 2 * d, 4 * (d + loss))  # four miners, with vbar
+    assert (first["bytes_down"], first["bytes_up"]) == (
+        (12 + 4) * d,
+        (12 + 4) * (d + loss),
+    )  # everybody once, then four anchors
+    assert (second["bytes_down"], second["bytes_up"]) == (
+        4 * 2 * d,
+        4 * (d + loss),
+    )  # four miners, with vbar
 
 
 def test_the_same_batch_in_both_gradients_cancels() -> None:
@@ -256,17 +328,30 @@ def test_the_same_batch_in_both_gradients_cancels() -> None:
     assert float(up.delta["weight"]) == 0.0
 
 
-@pytest.mark.parametrize("settings", [{"p": 1.0}, {"p": 0.0}, {"period": 1}, {"period": 0}])
-def test_schedules_that_never_move_or_never_refresh_are_refused(settings: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"p": 1.0}, {"p": 0.0}, {"period": 1}, {"period": 0}]
+)
+def test_schedules_that_never_move_or_never_refresh_are_refused(
+    settings: dict[str, float],
+) -> None:
     with pytest.raises(SettingsError, match=next(iter(settings))):
         small("fedamd", **{f"method__{key}": value for key, value in settings.items()})
 
 
 def test_stopping_and_resuming_keeps_caches_and_coins(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"method__p": 0.5, "participation__dropout": 0.3, "min_reports": 0}
+    settings: dict[str, Any] = {
+        "method__p": 0.5,
+        "participation__dropout": 0.3,
+        "min_reports": 0,
+    }
     whole = run(small("fedamd", rounds=9, **settings), tmp_path / "whole")
     run(small("fedamd", rounds=5, **settings), tmp_path / "part")
-    assert run(small("fedamd", rounds=9, **settings), resume=tmp_path / "part").params_sha256 == whole.params_sha256
+    assert (
+        run(
+            small("fedamd", rounds=9, **settings), resume=tmp_path / "part"
+        ).params_sha256
+        == whole.params_sha256
+    )
 
 
 # SCAFFOLD (Karimireddy et al., ICML 2020, Algorithm 1, option II)

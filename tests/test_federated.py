@@ -9,23 +9,33 @@ import numpy as np
 import pytest
 import torch
 
-from fedcore.data.federated import EVALUATION_BATCH, Examples, FederatedData, LocalSettings
+from fedcore.data.federated import (
+    EVALUATION_BATCH,
+    Examples,
+    FederatedData,
+    LocalSettings,
+)
 
 
 def data(holdout: float = 0.0) -> FederatedData:
     x = torch.arange(23.0)[:, None]
     examples = Examples(x, x.clone())
-    return FederatedData(examples, examples, np.arange(23), np.array([0, 10, 10, 13, 23]), holdout)
+    return FederatedData(
+        examples, examples, np.arange(23), np.array([0, 10, 10, 13, 23]), holdout
+    )
 
 
 def rows_of(batches, i: int) -> list[list[int]]:  # type: ignore[no-untyped-def]
     return [
-        [int(v) for v, m in zip(x[:, 0], mask, strict=True) if m] for x, mask in zip(batches.x[i], batches.mask[i], strict=True)
+        [int(v) for v, m in zip(x[:, 0], mask, strict=True) if m]
+        for x, mask in zip(batches.x[i], batches.mask[i], strict=True)
     ]
 
 
 def test_an_epoch_uses_every_example_of_the_client_once() -> None:
-    b = data().batches(np.array([0, 2]), "train", LocalSettings(batch_size=4, epochs=2), 0, 5)
+    b = data().batches(
+        np.array([0, 2]), "train", LocalSettings(batch_size=4, epochs=2), 0, 5
+    )
     first = rows_of(b, 0)
     assert [len(r) for r in first] == [4, 4, 2, 4, 4, 2]
     assert sorted(chain(*first[:3])) == sorted(chain(*first[3:])) == list(range(10))
@@ -34,7 +44,9 @@ def test_an_epoch_uses_every_example_of_the_client_once() -> None:
 
 
 def test_steps_are_counted_and_reshuffled_when_the_examples_run_out() -> None:
-    b = data().batches(np.array([0]), "train", LocalSettings(batch_size=4, steps=5), 0, 5)
+    b = data().batches(
+        np.array([0]), "train", LocalSettings(batch_size=4, steps=5), 0, 5
+    )
     assert [len(r) for r in rows_of(b, 0)] == [4, 4, 2, 4, 4]
 
 

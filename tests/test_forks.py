@@ -16,17 +16,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcore import loop as loops
 from fedcore.audit.observe import captured
-from fedcore.engines import forks
-from fedcore.engines.forks import Forks
 from fedcore.errors import RunError
-from fedcore.loop import run
-from fedcore.readout import Readout
+from fedcore.rounds import loop as loops
+from fedcore.rounds.loop import run
+from fedcore.rounds.readout import Readout
+from fedcore.speed import forks
+from fedcore.speed.forks import Forks
 from fedcore.types import Answers, Reports
 from tests.helpers import STRATEGIES, loop_of, small
 
-IMAGES: dict[str, Any] = {"task": "digits", "options": {}, "model": {"name": "cnn", "channels": [3, 4], "hidden": 8, "kernel": 3}}
+IMAGES: dict[str, Any] = {
+    "task": "digits",
+    "options": {},
+    "model": {"name": "cnn", "channels": [3, 4], "hidden": 8, "kernel": 3},
+}
 
 pytestmark = pytest.mark.skipif(not forks.possible(), reason="no forks on this system")
 
@@ -83,13 +87,20 @@ def test_tensors_of_every_kind_arrive_as_they_were() -> None:
 
 
 def test_answers_that_are_kept_stay_as_they_are(pool: Forks) -> None:
-    kept = [x for t in range(5) for _, (x,) in pool.run(jobs(20, (1000,)), [torch.tensor(float(t))])]
+    kept = [
+        x
+        for t in range(5)
+        for _, (x,) in pool.run(jobs(20, (1000,)), [torch.tensor(float(t))])
+    ]
     assert all(bool((x == i % 20 + i // 20).all()) for i, x in enumerate(kept))
 
 
 def test_memory_is_used_again(pool: Forks) -> None:
     def maps() -> int:
-        return sum("memfd:fedcore" in line for line in Path("/proc/self/maps").read_text().splitlines())
+        return sum(
+            "memfd:fedcore" in line
+            for line in Path("/proc/self/maps").read_text().splitlines()
+        )
 
     for t in range(5):
         for _ in pool.run(jobs(20, (1000,)), [torch.tensor(float(t))]):
@@ -119,12 +130,19 @@ def test_who_stops_listening_leaves_no_work_behind(pool: Forks) -> None:
     answers = pool.run(jobs(20), [torch.tensor(0.0)])
     next(answers)
     answers.close()  # type: ignore[attr-defined]
-    assert [what for (what, _), _ in pool.run(jobs(4), [torch.tensor(0.0)])] == [0, 1, 2, 3]
+    assert [what for (what, _), _ in pool.run(jobs(4), [torch.tensor(0.0)])] == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_closing_does_not_wait_for_work_that_nobody_wants() -> None:
     pool = Forks(2, call)
-    answers = pool.run([*jobs(1), *[("slow", [torch.zeros(1)])] * 20], [torch.tensor(0.0)])
+    answers = pool.run(
+        [*jobs(1), *[("slow", [torch.zeros(1)])] * 20], [torch.tensor(0.0)]
+    )
     next(answers)
     begin = time.monotonic()
     pool.close()
@@ -132,7 +150,9 @@ def test_closing_does_not_wait_for_work_that_nobody_wants() -> None:
 
 
 def test_what_a_job_raises_is_told_and_the_pool_goes_on() -> None:
-    def fails(what: Any, given: list[Tensor], own: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    def fails(
+        what: Any, given: list[Tensor], own: list[Tensor]
+    ) -> tuple[Any, list[Tensor]]:
         if what == 3:
             raise ValueError("three is too many")
         return what, own
@@ -144,29 +164,40 @@ def test_what_a_job_raises_is_told_and_the_pool_goes_on() -> None:
     pool.close()
 
 
-def test_a_system_without_room_for_a_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_room_for_a_process_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def full() -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", full)
-    with pytest.raises(RunError, match=r"no further process.*temporarily unavailable.*OMP_NUM_THREADS=1"):
+    with pytest.raises(
+        RunError,
+        match=r"no further process.*temporarily unavailable.*OMP_NUM_THREADS=1",
+    ):
         Forks(1, call)
 
 
 def test_a_fork_that_is_killed_is_named_with_what_to_do(pool: Forks) -> None:
     with pytest.raises(RunError, match=r"exit status -9.*engine\.chunk.*--resume"):
-        list(pool.run([*jobs(3), ("die", [torch.zeros(1)]), *jobs(3)], [torch.tensor(0.0)]))
+        list(
+            pool.run(
+                [*jobs(3), ("die", [torch.zeros(1)]), *jobs(3)], [torch.tensor(0.0)]
+            )
+        )
 
 
 def test_forks_end_with_us() -> None:
     script = """
 import os, time, torch
-from fedcore.engines.forks import Forks
+from fedcore.speed.forks import Forks
 pool = Forks(3, lambda what, given, own: (os.getpid(), []))
 print(*{pid for pid, _ in pool.run([(i, []) for i in range(30)], [])}, flush=True)
 time.sleep(60)
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert pids
@@ -214,7 +245,13 @@ def test_processes_change_no_bit(name: str, tmp_path: Path) -> None:
     for processes in (1, 3):
         torch.set_num_threads(processes)
         try:
-            e = small(name, engine__name="vectorised", engine__chunk=2, participation__cohort=12, rounds=2)
+            e = small(
+                name,
+                engine__name="vectorised",
+                engine__chunk=2,
+                participation__cohort=12,
+                rounds=2,
+            )
             loop = loop_of(e, tmp_path / f"{processes}")
             loop.engine.choices["processes"] = 3
             found.append(loop.run().params_sha256)
@@ -226,16 +263,25 @@ def test_processes_change_no_bit(name: str, tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_a_client_function_that_draws_repeats_on_any_number_of_processes(tmp_path: Path) -> None:
+def test_a_client_function_that_draws_repeats_on_any_number_of_processes(
+    tmp_path: Path,
+) -> None:
     found = []
     for processes in (1, 3, 3):
         torch.set_num_threads(processes)
         try:
-            e = small("fedavg", engine__name="vectorised", engine__chunk=2, participation__cohort=12)
+            e = small(
+                "fedavg",
+                engine__name="vectorised",
+                engine__chunk=2,
+                participation__cohort=12,
+            )
             loop = loop_of(e, tmp_path / f"{len(found)}")
             loop.engine.choices["processes"] = 3
             squared = loop.task.metrics["loss"]
-            loop.task.metrics["loss"] = lambda out, y, of=squared: of(out, y) * torch.rand(len(out))  # type: ignore[misc]
+            loop.task.metrics["loss"] = lambda out, y, of=squared: (
+                of(out, y) * torch.rand(len(out))
+            )  # type: ignore[misc]
             found.append(loop.run().params_sha256)
         finally:
             loop.close()
@@ -243,8 +289,18 @@ def test_a_client_function_that_draws_repeats_on_any_number_of_processes(tmp_pat
     assert len(set(found)) == 1
 
 
-def test_a_client_that_fails_in_a_fork_is_left_out_with_its_reason(three: None, tmp_path: Path) -> None:
-    loop = loop_of(small("fedavg", engine__name="vectorised", engine__chunk=2, participation__cohort=12), tmp_path)
+def test_a_client_that_fails_in_a_fork_is_left_out_with_its_reason(
+    three: None, tmp_path: Path
+) -> None:
+    loop = loop_of(
+        small(
+            "fedavg",
+            engine__name="vectorised",
+            engine__chunk=2,
+            participation__cohort=12,
+        ),
+        tmp_path,
+    )
     loop.round()
     batches = loop.engine.work.batches  # type: ignore[attr-defined]
 
@@ -256,28 +312,54 @@ def test_a_client_that_fails_in_a_fork_is_left_out_with_its_reason(three: None, 
     loop.engine.work.batches = fails  # type: ignore[attr-defined]
     loop.engine._forks.close()  # type: ignore[attr-defined]
     loop.engine._forks = None  # type: ignore[attr-defined]
-    reports = list(loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1))
+    reports = list(
+        loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1)
+    )
     loop.close()
     failed = {client: why for r in reports for client, why in r.failed.items()}
     assert failed == {3: "error: ValueError: no such client"}
-    assert sorted(i for r in reports for i in r.clients.tolist()) == [i for i in range(12) if i != 3]
+    assert sorted(i for r in reports for i in r.clients.tolist()) == [
+        i for i in range(12) if i != 3
+    ]
 
 
-def test_a_fork_that_does_not_know_a_structure_leaves_the_work_to_us(three: None, tmp_path: Path) -> None:
-    loop = loop_of(small("fedavg", engine__name="vectorised", engine__chunk=2, participation__cohort=12), tmp_path)
+def test_a_fork_that_does_not_know_a_structure_leaves_the_work_to_us(
+    three: None, tmp_path: Path
+) -> None:
+    loop = loop_of(
+        small(
+            "fedavg",
+            engine__name="vectorised",
+            engine__chunk=2,
+            participation__cohort=12,
+        ),
+        tmp_path,
+    )
     loop.round()
     engine: Any = loop.engine
-    expected = list(engine.each(loop.method.train, torch.arange(12), loop.state.server, 1))
+    expected = list(
+        engine.each(loop.method.train, torch.arange(12), loop.state.server, 1)
+    )
     known = engine._forms["train"]
     engine._forms["train"] = known._replace(up=known.new)
     found = list(engine.each(loop.method.train, torch.arange(12), loop.state.server, 1))
     loop.close()
     assert [r.clients.tolist() for r in found] == [r.clients.tolist() for r in expected]
-    assert all(torch.equal(a.up.loss, b.up.loss) for a, b in zip(found, expected, strict=True))
+    assert all(
+        torch.equal(a.up.loss, b.up.loss) for a, b in zip(found, expected, strict=True)
+    )
 
 
-def test_a_killed_fork_ends_the_run_which_can_be_resumed(three: None, tmp_path: Path) -> None:
-    e = small("scaffold", engine__name="vectorised", engine__chunk=2, participation__cohort=12, rounds=4)
+def test_a_killed_fork_ends_the_run_which_can_be_resumed(
+    three: None, tmp_path: Path
+) -> None:
+    e = small(
+        "scaffold",
+        engine__name="vectorised",
+        engine__chunk=2,
+        participation__cohort=12,
+        rounds=4,
+    )
     whole = run(e, tmp_path / "whole").params_sha256
     loop = loop_of(e, tmp_path / "killed")
     loop.round()
@@ -290,22 +372,43 @@ def test_a_killed_fork_ends_the_run_which_can_be_resumed(three: None, tmp_path: 
     loop.close()
 
 
-def test_a_method_that_stops_listening_leaves_no_work_behind(three: None, tmp_path: Path) -> None:
-    loop = loop_of(small("fedavg", engine__name="vectorised", engine__chunk=1, participation__cohort=12), tmp_path)
+def test_a_method_that_stops_listening_leaves_no_work_behind(
+    three: None, tmp_path: Path
+) -> None:
+    loop = loop_of(
+        small(
+            "fedavg",
+            engine__name="vectorised",
+            engine__chunk=1,
+            participation__cohort=12,
+        ),
+        tmp_path,
+    )
     loop.round()
-    reports = loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1)
+    reports = loop.engine.each(
+        loop.method.train, torch.arange(12), loop.state.server, 1
+    )
     next(reports)
     del reports
-    again = list(loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1))
+    again = list(
+        loop.engine.each(loop.method.train, torch.arange(12), loop.state.server, 1)
+    )
     assert sorted(i for r in again for i in r.clients.tolist()) == list(range(12))
     assert torch.get_num_threads() == 3
     loop.close()
 
 
 @pytest.mark.parametrize("threads", ["three", "single"])
-@pytest.mark.parametrize("name", ["fedavg", "pfedme", "tests.methods:Two", "tests.methods:BadWeather", "images"])
+@pytest.mark.parametrize(
+    "name",
+    ["fedavg", "pfedme", "tests.methods:Two", "tests.methods:BadWeather", "images"],
+)
 def test_sums_that_are_made_where_clients_run_change_no_bit(
-    name: str, threads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    name: str,
+    threads: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     found, totals = [], []
     keep_finite = loops.keep_finite
@@ -320,13 +423,27 @@ def test_sums_that_are_made_where_clients_run_change_no_bit(
         totals.clear()
         try:
             method, more = ("fedavg", IMAGES) if name == "images" else (name, {})
-            e = small(method, engine__name="vectorised", engine__chunk=4, participation__cohort=12, rounds=3, **more)
+            e = small(
+                method,
+                engine__name="vectorised",
+                engine__chunk=4,
+                participation__cohort=12,
+                rounds=3,
+                **more,
+            )
             loop = loop_of(e, tmp_path / folder)
             loop.engine.choices["processes"] = 3
             if name.endswith("BadWeather"):  # one client that sends NaN
                 loop.task.data.x[loop.task.data.rows(2, "train")] = 667.0
             result = loop.run()
-            facts = [{key: value for key, value in row.items() if not key.endswith(("seconds", "_s"))} for row in result.history]
+            facts = [
+                {
+                    key: value
+                    for key, value in row.items()
+                    if not key.endswith(("seconds", "_s"))
+                }
+                for row in result.history
+            ]
             found.append((result.params_sha256, facts))
             assert any(totals) == (folder == "summed")
         finally:
@@ -337,10 +454,20 @@ def test_sums_that_are_made_where_clients_run_change_no_bit(
         assert found[0][1][0]["dropped"] == {"not finite": 1}
 
 
-def test_a_round_that_an_audit_captures_gives_whole_updates(three: None, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"engine__name": "vectorised", "engine__chunk": 4, "participation__cohort": 12, "rounds": 3}
+def test_a_round_that_an_audit_captures_gives_whole_updates(
+    three: None, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "engine__name": "vectorised",
+        "engine__chunk": 4,
+        "participation__cohort": 12,
+        "rounds": 3,
+    }
     plain = run(small("fedavg", **settings), tmp_path / "plain")
-    audited = run(small("fedavg", **settings, audit__capture=12, audit__rounds=[2]), tmp_path / "captured")
+    audited = run(
+        small("fedavg", **settings, audit__capture=12, audit__rounds=[2]),
+        tmp_path / "captured",
+    )
     assert audited.params_sha256 == plain.params_sha256
     exchanges = captured(tmp_path / "captured")
     assert sorted(x.client for x in exchanges) == list(range(12))

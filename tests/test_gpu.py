@@ -13,33 +13,44 @@ from torch.func import vmap
 
 from fedcore import trees
 from fedcore.audit import examine
-from fedcore.audit.analytic import Analytic
-from fedcore.audit.analytic import Settings as AnalyticSettings
-from fedcore.audit.attack import Attack
-from fedcore.audit.dlfa import DLFA
-from fedcore.audit.dlfa import Settings as DLFASettings
-from fedcore.audit.dlg import DLG
-from fedcore.audit.dlg import Settings as DLGSettings
-from fedcore.audit.idlg import IDLG
-from fedcore.audit.inverting_gradients import IG
-from fedcore.audit.inverting_gradients import Settings as IGSettings
+from fedcore.audit.attacks.analytic import Analytic
+from fedcore.audit.attacks.analytic import Settings as AnalyticSettings
+from fedcore.audit.attacks.base import Attack
+from fedcore.audit.attacks.dlfa import DLFA
+from fedcore.audit.attacks.dlfa import Settings as DLFASettings
+from fedcore.audit.attacks.dlg import DLG
+from fedcore.audit.attacks.dlg import Settings as DLGSettings
+from fedcore.audit.attacks.idlg import IDLG
+from fedcore.audit.attacks.inverting_gradients import IG
+from fedcore.audit.attacks.inverting_gradients import Settings as IGSettings
+from fedcore.audit.attacks.sme import SME, SurrogateSettings
 from fedcore.audit.observe import moved
-from fedcore.audit.sme import SME, SurrogateSettings
-from fedcore.checkpoint import Checkpoint
-from fedcore.engines.graphs import EAGER, Graphs, _nobody_waits
 from fedcore.local import local_sgd
-from fedcore.loop import Loop, Tally, run
 from fedcore.method import on_client
-from fedcore.recording import Recorder, recorded
+from fedcore.rounds.loop import Loop, Tally, run
+from fedcore.speed.cuda_graphs import EAGER, Graphs, _nobody_waits
+from fedcore.speed.recording import Recorder, recorded
+from fedcore.storage.checkpoint import Checkpoint
 from fedcore.types import Batches, Model, Stateless, Tree
 from strategies.fedavg import FedAvg, Up
 from tests.helpers import STRATEGIES, TOYS, VARIANTS, assert_close, loop_of, small
 from tests.test_audit_attacks import cnn, data, mlp, see
 from tests.test_audit_observe import Silent, digits, plan
 from tests.test_engines import DIGITS
-from tests.test_recording import BUILDERS, CLIENTS, HOOKS, SHAPE, batches, task_of, train
+from tests.test_recording import (
+    BUILDERS,
+    CLIENTS,
+    HOOKS,
+    SHAPE,
+    batches,
+    task_of,
+    train,
+)
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 CUDA: dict[str, Any] = {"engine__device": "cuda", "engine__name": "vectorised"}
 
 
@@ -48,16 +59,27 @@ def test_a_gpu_computes_what_the_cpu_computes(engine: str, tmp_path: Path) -> No
     if engine == "ray":
         pytest.importorskip("ray")
     cpu = run(small("fedavg", **DIGITS, engine__device="cpu"), tmp_path / "cpu")
-    gpu = run(small("fedavg", **DIGITS, engine__name=engine, engine__device="cuda"), tmp_path / "gpu")
+    gpu = run(
+        small("fedavg", **DIGITS, engine__name=engine, engine__device="cuda"),
+        tmp_path / "gpu",
+    )
     assert gpu.final["test_loss"] == pytest.approx(cpu.final["test_loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
 @pytest.mark.parametrize("name", [*STRATEGIES, *VARIANTS, *TOYS])
 def test_every_method_runs_on_a_gpu(name: str, engine: str, tmp_path: Path) -> None:
-    more: dict[str, Any] = {"rounds": EAGER + 5, "engine__chunk": 5} if engine == "vectorised" else {}
-    cpu = run(small(name, engine__device="cpu", **({"rounds": EAGER + 5} if more else {})), tmp_path / "cpu")
-    gpu = run(small(name, engine__name=engine, engine__device="cuda", **more), tmp_path / "gpu")
+    more: dict[str, Any] = (
+        {"rounds": EAGER + 5, "engine__chunk": 5} if engine == "vectorised" else {}
+    )
+    cpu = run(
+        small(name, engine__device="cpu", **({"rounds": EAGER + 5} if more else {})),
+        tmp_path / "cpu",
+    )
+    gpu = run(
+        small(name, engine__name=engine, engine__device="cuda", **more),
+        tmp_path / "gpu",
+    )
     assert gpu.final["test_loss"] == pytest.approx(cpu.final["test_loss"], rel=1e-3)
     assert gpu.dropped == cpu.dropped
     if name not in VARIANTS:  # which keep eigenvectors, whose signs are free
@@ -66,14 +88,28 @@ def test_every_method_runs_on_a_gpu(name: str, engine: str, tmp_path: Path) -> N
         assert_close(*rows, 1e-3, "what clients keep")
 
 
-@pytest.mark.parametrize(("settings", "hooks"), [(model, "plain") for model in BUILDERS] + [(BUILDERS[1], h) for h in HOOKS])
-def test_recordings_and_graphs_compute_what_the_cpu_does(settings: Any, hooks: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "hooks"),
+    [(model, "plain") for model in BUILDERS] + [(BUILDERS[1], h) for h in HOOKS],
+)
+def test_recordings_and_graphs_compute_what_the_cpu_does(
+    settings: Any, hooks: str
+) -> None:
     torch.manual_seed(0)
     task = task_of(settings.build(SHAPE, 10).double())
-    expected = trees.stack([train(task, task.init_params(), trees.at(batches(), i), HOOKS[hooks]) for i in range(CLIENTS)])
+    expected = trees.stack(
+        [
+            train(task, task.init_params(), trees.at(batches(), i), HOOKS[hooks])
+            for i in range(CLIENTS)
+        ]
+    )
     task.to(torch.device("cuda"))
     b, params = trees.to(batches(), torch.device("cuda")), task.init_params()
-    hook = trees.to(HOOKS[hooks]["lr"], torch.device("cuda")) if isinstance(HOOKS[hooks].get("lr"), Tensor) else None
+    hook = (
+        trees.to(HOOKS[hooks]["lr"], torch.device("cuda"))
+        if isinstance(HOOKS[hooks].get("lr"), Tensor)
+        else None
+    )
     with_hooks = HOOKS[hooks] | ({} if hook is None else {"lr": hook})
 
     def client(params: Tree, b: Batches) -> Tree:
@@ -82,8 +118,14 @@ def test_recordings_and_graphs_compute_what_the_cpu_does(settings: Any, hooks: s
     graphs = Graphs()
     with recorded(Recorder()):
         for i in range(EAGER + 3):
-            found = graphs.run("train", lambda inputs: vmap(client, in_dims=(None, 0))(*inputs), (params, b))
-            assert_close(trees.to(found, torch.device("cpu")), expected, 1e-9, f"use {i + 1}")
+            found = graphs.run(
+                "train",
+                lambda inputs: vmap(client, in_dims=(None, 0))(*inputs),
+                (params, b),
+            )
+            assert_close(
+                trees.to(found, torch.device("cpu")), expected, 1e-9, f"use {i + 1}"
+            )
     assert len(graphs._graphs) == 1
 
 
@@ -95,9 +137,20 @@ def checkpoint_rows(run_dir: Path) -> Tree:
     return {str(i): trees.at(block, row) for row, i in enumerate(ids) if i >= 0}
 
 
-def after_rounds(name: str, folder: Path, rounds: int = EAGER + 3, **settings: Any) -> Loop:
-    digits = {key: value for key, value in DIGITS.items() if key != "partition__alpha"} | {"partition__name": "iid"}
-    more = {**digits, **CUDA, "engine__chunk": 4, "evaluation__every": 100, "participation__cohort": 8, **settings}
+def after_rounds(
+    name: str, folder: Path, rounds: int = EAGER + 3, **settings: Any
+) -> Loop:
+    digits = {
+        key: value for key, value in DIGITS.items() if key != "partition__alpha"
+    } | {"partition__name": "iid"}
+    more = {
+        **digits,
+        **CUDA,
+        "engine__chunk": 4,
+        "evaluation__every": 100,
+        "participation__cohort": 8,
+        **settings,
+    }
     loop = loop_of(small(name, **more), folder)
     for _ in range(rounds):
         loop.round()
@@ -124,13 +177,19 @@ def test_nothing_waits_for_the_device_inside_a_round(name: str, tmp_path: Path) 
     loop.close()
 
 
-def test_a_chunk_is_read_while_the_next_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_is_read_while_the_next_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop = after_rounds("fedavg", tmp_path, participation__cohort=12)
     order: list[str] = []
     one, add = loop.engine._one, loop.clients.add  # type: ignore[attr-defined]
     whole = one.run
-    monkeypatch.setattr(one, "run", lambda *args: (order.append("computed"), whole(*args))[1])
-    monkeypatch.setattr(loop.clients, "add", lambda *args: (order.append("read"), add(*args))[1])
+    monkeypatch.setattr(
+        one, "run", lambda *args: (order.append("computed"), whole(*args))[1]
+    )
+    monkeypatch.setattr(
+        loop.clients, "add", lambda *args: (order.append("read"), add(*args))[1]
+    )
     loop.round()
     loop.close()
     assert order == ["computed", "computed", "read", "computed", "read", "read"]
@@ -146,7 +205,9 @@ class Copies(FedAvg):
     """Makes a constant on the device in its client function, for which the host waits: no graph can hold that."""
 
     @on_client
-    def train(self, task: Any, t: Tensor, down: Model, state: Stateless, batches: Batches) -> tuple[Up, Stateless]:
+    def train(
+        self, task: Any, t: Tensor, down: Model, state: Stateless, batches: Batches
+    ) -> tuple[Up, Stateless]:
         lr = torch.tensor([0.05]).to(task.device)[0]
         w, _, loss = local_sgd(task.loss, down.params, batches, lr)
         return Up(trees.sub(w, down.params), loss), state
@@ -154,9 +215,13 @@ class Copies(FedAvg):
 
 def test_what_no_graph_can_hold_runs_as_it_is_written(tmp_path: Path) -> None:
     plain = after_rounds("fedavg", tmp_path / "plain", method__local_lr=0.05)
-    copies = after_rounds("tests.test_gpu:Copies", tmp_path / "copies", method__local_lr=0.05)
+    copies = after_rounds(
+        "tests.test_gpu:Copies", tmp_path / "copies", method__local_lr=0.05
+    )
     assert not has_graphs(copies)["train"]
-    assert_close(copies.state.server.params, plain.state.server.params, 1e-5, "parameters")
+    assert_close(
+        copies.state.server.params, plain.state.server.params, 1e-5, "parameters"
+    )
     plain.close()
     copies.close()
 
@@ -165,12 +230,17 @@ def test_graphs_can_be_dropped_and_made_again() -> None:
     graphs, x = Graphs(), torch.ones(4, device="cuda")
     for _ in range(2):
         for i in range(EAGER + 3):
-            assert graphs.run("double", lambda x: 2 * x, i * x).tolist() == [2.0 * i] * 4
+            assert (
+                graphs.run("double", lambda x: 2 * x, i * x).tolist() == [2.0 * i] * 4
+            )
         assert len(graphs._graphs) == 1
         graphs.clear()
 
 
-@pytest.mark.parametrize("waits", [lambda x: x * x.sum().item(), lambda x: torch.linalg.eigvalsh(x[:, None] * x)])
+@pytest.mark.parametrize(
+    "waits",
+    [lambda x: x * x.sum().item(), lambda x: torch.linalg.eigvalsh(x[:, None] * x)],
+)
 def test_work_that_waits_is_refused_before_it_spoils_the_stream(waits: Any) -> None:
     graphs, x = Graphs(), torch.ones(4, device="cuda")
     for _ in range(EAGER + 2):
@@ -184,20 +254,30 @@ def test_functions_of_other_structure_have_graphs_of_their_own() -> None:
     graphs, x = Graphs(), torch.ones(4, device="cuda")
     for _ in range(EAGER + 2):
         for name, expected in (("a", 2.0), ("b", 3.0)):
-            found = graphs.run("f", lambda inputs: inputs["a"] * 2 if "a" in inputs else inputs["b"] * 3, {name: x})
+            found = graphs.run(
+                "f",
+                lambda inputs: inputs["a"] * 2 if "a" in inputs else inputs["b"] * 3,
+                {name: x},
+            )
             assert found.tolist() == [expected] * 4
     assert len(graphs._graphs) == 2
 
 
-def test_a_chunk_too_large_for_the_gpu_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_too_large_for_the_gpu_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free, _ = torch.cuda.mem_get_info()
     expected = after_rounds("fedavg", tmp_path / "whole", 2, engine__chunk=8)
     loop = loop_of(expected.e, tmp_path / "cut")
     one, held = loop.engine._one, []  # type: ignore[attr-defined]
     batched = one.batched
 
-    def hungry(fn: Any, down: Tree, states: Tree, b: Tree, t: int, chunk: Any = None) -> Any:
-        held.append(torch.empty(free // 3 * len(b.mask), dtype=torch.uint8, device="cuda"))  # more than there is, for three
+    def hungry(
+        fn: Any, down: Tree, states: Tree, b: Tree, t: int, chunk: Any = None
+    ) -> Any:
+        held.append(
+            torch.empty(free // 3 * len(b.mask), dtype=torch.uint8, device="cuda")
+        )  # more than there is, for three
         held.clear()
         return batched(fn, down, states, b, t, chunk)
 
@@ -205,14 +285,18 @@ def test_a_chunk_too_large_for_the_gpu_is_cut(tmp_path: Path, monkeypatch: pytes
     loop.round()
     loop.round()
     assert one._room == {"train": 2}
-    assert_close(loop.state.server.params, expected.state.server.params, 1e-5, "parameters")
+    assert_close(
+        loop.state.server.params, expected.state.server.params, 1e-5, "parameters"
+    )
     loop.close()
     expected.close()
 
 
 ATTACKS: dict[str, Attack[Any]] = {
     "sme": SME(SurrogateSettings(iterations=EAGER + 8, lr=0.1, restarts=2)),
-    "soft": SME(SurrogateSettings(iterations=EAGER + 8, lr=0.1)),  # labels optimised with the images
+    "soft": SME(
+        SurrogateSettings(iterations=EAGER + 8, lr=0.1)
+    ),  # labels optimised with the images
     "ig": IG(IGSettings(iterations=EAGER + 8)),
     "dlfa": DLFA(DLFASettings(iterations=EAGER + 8)),
     "dlg": DLG(DLGSettings(iterations=4, lr=0.1)),
@@ -227,7 +311,10 @@ def test_attacks_find_on_a_gpu_what_they_find_on_the_cpu(name: str) -> None:
     model = (mlp() if name == "analytic" else cnn()).double()
     n = 1 if name == "idlg" else 4
     examples = [data(n, i, dtype=torch.float64) for i in range(3)]
-    seen = [see(model, x, y, epochs=1 if "dlg" in name else 2, batch=2, client=i) for i, (x, y) in enumerate(examples)]
+    seen = [
+        see(model, x, y, epochs=1 if "dlg" in name else 2, batch=2, client=i)
+        for i, (x, y) in enumerate(examples)
+    ]
     seen = [replace(o, public=seen[0].public) for o in seen]
     y = [None if name == "soft" else y for _, y in examples]
     cpu = ATTACKS[name].reconstruct(seen, y, 0)
@@ -238,7 +325,9 @@ def test_attacks_find_on_a_gpu_what_they_find_on_the_cpu(name: str) -> None:
         assert a.objective == pytest.approx(b.objective, rel=1e-6)
 
 
-def test_an_audit_uses_the_gpu_that_the_settings_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_audit_uses_the_gpu_that_the_settings_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where: list[str] = []
     reconstruct = SME.reconstruct
 
@@ -251,6 +340,10 @@ def test_an_audit_uses_the_gpu_that_the_settings_name(tmp_path: Path, monkeypatc
     for device in ("auto", "cpu"):
         e = digits(engine__device=device)
         cells = examine.sweep(e, plan("sme", "labels"), [1], [3], [6])
-        found.append(examine.examine("sweep", e, cells, plan("sme", "labels"), tmp_path / device, Silent()).cells[0])
+        found.append(
+            examine.examine(
+                "sweep", e, cells, plan("sme", "labels"), tmp_path / device, Silent()
+            ).cells[0]
+        )
     assert where == ["cuda", "cpu"]
     assert found[0]["clients"][0]["labels"] == found[1]["clients"][0]["labels"]

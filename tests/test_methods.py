@@ -15,8 +15,8 @@ from fedcore import method as methods
 from fedcore.data.federated import Examples, FederatedData, LocalSettings
 from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
-from fedcore.loop import run
-from fedcore.state import StateStore
+from fedcore.rounds.loop import run
+from fedcore.storage.rows import StateStore
 from fedcore.task import Task, squared_error
 from fedcore.types import Round
 from tests.helpers import small
@@ -91,12 +91,16 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-def trajectory(name: str, settings: dict[str, Any], rounds: int = ROUNDS) -> list[float]:
+def trajectory(
+    name: str, settings: dict[str, Any], rounds: int = ROUNDS
+) -> list[float]:
     x = torch.tensor(np.concatenate(X), dtype=torch.float32)[:, None]
     y = torch.tensor(np.concatenate(Y), dtype=torch.float32)[:, None]
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, W0)
-    data = FederatedData(Examples(x, y), Examples(x, y), np.arange(4), np.array([0, 3, 4]))
+    data = FederatedData(
+        Examples(x, y), Examples(x, y), np.arange(4), np.array([0, 3, 4])
+    )
     task = Task(model, data, loss=squared_error, metrics={})
     cls = methods.load(name)
     method = cls(methods.settings_of(cls)(name=name, local_lr=LR, **settings))
@@ -109,7 +113,9 @@ def trajectory(name: str, settings: dict[str, Any], rounds: int = ROUNDS) -> lis
     server, path = method.init_server(params, 2), []
     for t in range(rounds):
         each = partial(engine.each, t=t)
-        server = method.round(server, Round(t, torch.arange(2), 2, task, each, memory, 0))
+        server = method.round(
+            server, Round(t, torch.arange(2), 2, task, each, memory, 0)
+        )
         path.append(server.params["weight"].item())
     return path
 
@@ -133,13 +139,22 @@ def test_in_its_limit_the_method_is_fedavg(name: str) -> None:
 
 def test_with_large_tau_fedadagrad_is_fedavg_with_a_small_step() -> None:
     tau = 1e6  # v starts at tau^2, so the step is Delta server_lr / (2 tau)
-    assert trajectory("fedadagrad", {"server_lr": 2 * tau, "tau": tau, "beta1": 0.0}) == pytest.approx(
-        trajectory("fedavg", {}), abs=1e-4
+    assert trajectory(
+        "fedadagrad", {"server_lr": 2 * tau, "tau": tau, "beta1": 0.0}
+    ) == pytest.approx(trajectory("fedavg", {}), abs=1e-4)
+
+
+def test_fedavg_with_one_full_local_step_finds_the_optimum_of_the_population(
+    tmp_path: Path,
+) -> None:
+    e = small(
+        "fedavg",
+        rounds=150,
+        participation__cohort=12,
+        local__batch_size=64,
+        method__local_lr=0.5,
+        holdout=0.0,
     )
-
-
-def test_fedavg_with_one_full_local_step_finds_the_optimum_of_the_population(tmp_path: Path) -> None:
-    e = small("fedavg", rounds=150, participation__cohort=12, local__batch_size=64, method__local_lr=0.5, holdout=0.0)
     result = run(e, tmp_path / "r")
     from fedcore.tasks import build_task
 
@@ -148,9 +163,16 @@ def test_fedavg_with_one_full_local_step_finds_the_optimum_of_the_population(tmp
     assert (result.params["weight"] - optimum["weight"]).abs().max().item() < 1e-5
 
 
-def test_fedavg_with_many_local_steps_misses_it_where_clients_disagree(tmp_path: Path) -> None:
+def test_fedavg_with_many_local_steps_misses_it_where_clients_disagree(
+    tmp_path: Path,
+) -> None:
     """Client drift: the reason why half of the methods here exist. Fewer examples than features, so Hessians differ."""
-    settings = {"participation__cohort": 12, "local__batch_size": 64, "method__local_lr": 0.2, "holdout": 0.0}
+    settings = {
+        "participation__cohort": 12,
+        "local__batch_size": 64,
+        "method__local_lr": 0.2,
+        "holdout": 0.0,
+    }
     options = {
         "options": {"examples": 3, "features": 5, "heterogeneity": 3.0},
         "rounds": 100,
@@ -159,10 +181,16 @@ def test_fedavg_with_many_local_steps_misses_it_where_clients_disagree(tmp_path:
     }
     from fedcore.tasks import build_task
 
-    one, many = small("fedavg", **settings, **options), small("fedavg", **settings, **options, local__epochs=20)
+    one, many = (
+        small("fedavg", **settings, **options),
+        small("fedavg", **settings, **options, local__epochs=20),
+    )
     optimum = build_task(one).optimum
     assert optimum is not None
-    misses = [(run(e, tmp_path / str(i)).params["weight"] - optimum["weight"]).norm().item() for i, e in enumerate((one, many))]
+    misses = [
+        (run(e, tmp_path / str(i)).params["weight"] - optimum["weight"]).norm().item()
+        for i, e in enumerate((one, many))
+    ]
     assert misses[1] > 10 * misses[0], misses
 
 

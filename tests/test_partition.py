@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from fedcore import cache
 from fedcore.data.partition import (
     Dirichlet,
     Iid,
@@ -27,9 +26,18 @@ from fedcore.data.partition import (
 )
 from fedcore.data.plot import partition_figure
 from fedcore.errors import SettingsError
+from fedcore.storage import cache
 
 LABELS = np.random.default_rng(0).permutation(np.arange(6000) % 10)
-ALL = [Iid(), Dirichlet(), Dirichlet(alpha=0.05, min_size=0), Shards(), Pathological(), SizeSkew(), Natural()]
+ALL = [
+    Iid(),
+    Dirichlet(),
+    Dirichlet(alpha=0.05, min_size=0),
+    Shards(),
+    Pathological(),
+    SizeSkew(),
+    Natural(),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -49,27 +57,39 @@ def groups_of(labels: np.ndarray, population: int) -> np.ndarray:
     return np.array([f"writer {i}" for i in np.arange(len(labels)) % population])
 
 
-def split(partition: object, labels: np.ndarray, population: int, seed: int = 0) -> Partition:
+def split(
+    partition: object, labels: np.ndarray, population: int, seed: int = 0
+) -> Partition:
     return partition.split(labels, groups_of(labels, population), population, seed)  # type: ignore[attr-defined,no-any-return]
 
 
 @pytest.mark.parametrize("partition", ALL, ids=repr)
-def test_every_row_is_with_exactly_one_client_in_ascending_order(partition: object) -> None:
+def test_every_row_is_with_exactly_one_client_in_ascending_order(
+    partition: object,
+) -> None:
     part = split(partition, LABELS, 50)
     assert part.offsets[0] == 0
     assert part.offsets[-1] == len(part.order)
     assert len(part.offsets) == 51
     assert part.order.dtype == part.offsets.dtype == np.int64
-    assert np.diff(part.offsets).min() >= (partition.min_size if isinstance(partition, Dirichlet) else 1)
+    assert np.diff(part.offsets).min() >= (
+        partition.min_size if isinstance(partition, Dirichlet) else 1
+    )
     np.testing.assert_array_equal(np.sort(part.order), np.arange(len(LABELS)))
     for i in range(50):
-        assert (np.diff(part.order[part.offsets[i] : part.offsets[i + 1]]) > 0).all(), f"rows of client {i} are not ascending"
+        assert (np.diff(part.order[part.offsets[i] : part.offsets[i + 1]]) > 0).all(), (
+            f"rows of client {i} are not ascending"
+        )
 
 
 @pytest.mark.parametrize("partition", ALL, ids=repr)
-def test_the_seed_decides_and_the_cache_changes_nothing(partition: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_decides_and_the_cache_changes_nothing(
+    partition: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     computed = split(partition, LABELS, 50, 2)
-    assert isinstance(partition, Natural) or not np.array_equal(computed.order, split(partition, LABELS, 50, 3).order)
+    assert isinstance(partition, Natural) or not np.array_equal(
+        computed.order, split(partition, LABELS, 50, 3).order
+    )
     with monkeypatch.context() as m:
         m.setattr(type(partition), "_parts", lambda *_: pytest.fail("computed again"))
         known = split(partition, LABELS, 50, 2)
@@ -79,7 +99,11 @@ def test_the_seed_decides_and_the_cache_changes_nothing(partition: object, tmp_p
         np.testing.assert_array_equal(again.offsets, computed.offsets)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     partition=st.one_of(
         st.just(Iid()),
@@ -93,14 +117,18 @@ def test_the_seed_decides_and_the_cache_changes_nothing(partition: object, tmp_p
     population=st.integers(1, 20),
     seed=st.integers(0, 2**32),
 )
-def test_a_split_is_a_partition_or_a_settings_error(partition: object, labels: np.ndarray, population: int, seed: int) -> None:
+def test_a_split_is_a_partition_or_a_settings_error(
+    partition: object, labels: np.ndarray, population: int, seed: int
+) -> None:
     try:
         part = split(partition, labels, population, seed)
     except SettingsError:
         return
     sizes = np.diff(part.offsets)
     assert len(sizes) == population
-    assert sizes.min() >= (partition.min_size if isinstance(partition, Dirichlet) else 1)
+    assert sizes.min() >= (
+        partition.min_size if isinstance(partition, Dirichlet) else 1
+    )
     assert np.bincount(part.order, minlength=len(labels)).max() == 1
     if isinstance(partition, Shards):
         shards = population * partition.per_client
@@ -116,7 +144,12 @@ def test_a_split_is_a_partition_or_a_settings_error(partition: object, labels: n
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(population=st.integers(1, 40), rows=st.integers(40, 200), sigma=st.floats(0, 2), seed=st.integers(0, 5))
+@given(
+    population=st.integers(1, 40),
+    rows=st.integers(40, 200),
+    sigma=st.floats(0, 2),
+    seed=st.integers(0, 5),
+)
 def test_iid_and_size_skew_always_cover_every_row_and_iid_in_equal_numbers(
     population: int, rows: int, sigma: float, seed: int
 ) -> None:
@@ -131,7 +164,11 @@ def test_iid_and_size_skew_always_cover_every_row_and_iid_in_equal_numbers(
 
 def test_alpha_is_heterogeneity() -> None:
     def classes(alpha: float) -> float:
-        return float((label_counts(split(Dirichlet(alpha=alpha), LABELS, 50), LABELS) > 0).sum(1).mean())
+        return float(
+            (label_counts(split(Dirichlet(alpha=alpha), LABELS, 50), LABELS) > 0)
+            .sum(1)
+            .mean()
+        )
 
     assert classes(0.1) < classes(1.0) < classes(100.0)
     assert classes(100.0) == 10
@@ -145,7 +182,9 @@ def test_pathological_clients_have_exactly_their_classes() -> None:
 def test_two_shards_a_client_are_few_classes() -> None:
     counts = label_counts(split(Shards(per_client=2), LABELS, 50), LABELS)
     assert (counts.sum(1) == 120).all()
-    assert (counts > 0).sum(1).max() <= 2, "100 shards of 60 rows, 600 rows a class: a shard is of one class"
+    assert (counts > 0).sum(1).max() <= 2, (
+        "100 shards of 60 rows, 600 rows a class: a shard is of one class"
+    )
 
 
 def test_shards_that_do_not_divide_the_rows_leave_the_rest_out() -> None:
@@ -159,7 +198,10 @@ def test_size_skew_without_spread_is_equal_sizes() -> None:
 
 
 def test_natural_clients_are_the_groups_in_order_of_their_names_and_no_others() -> None:
-    labels, groups = np.zeros(6, dtype=np.int64), np.array(["bob", "ann", "bob", "cy", "ann", "bob"])
+    labels, groups = (
+        np.zeros(6, dtype=np.int64),
+        np.array(["bob", "ann", "bob", "cy", "ann", "bob"]),
+    )
     for same in (groups, groups.astype(object)):
         part = Natural().split(labels, same, None, 0)
         assert part.order.tolist() == [1, 4, 0, 2, 5, 3]
@@ -176,8 +218,16 @@ def test_natural_clients_are_the_groups_in_order_of_their_names_and_no_others() 
         (Iid(), None, "population is missing"),
         (Iid(), 0, r"population = 0: must be in \[1, 6000\]"),
         (Iid(), 6001, r"population = 6001: must be in \[1, 6000\]"),
-        (Shards(per_client=40), 200, "200 clients need 8000 shards of 6000 examples; lower the population"),
-        (Pathological(classes=2), 5, "of 6000 examples go to no client; raise the population"),
+        (
+            Shards(per_client=40),
+            200,
+            "200 clients need 8000 shards of 6000 examples; lower the population",
+        ),
+        (
+            Pathological(classes=2),
+            5,
+            "of 6000 examples go to no client; raise the population",
+        ),
         (Pathological(classes=2), 5000, r"lower the population or partition\.classes"),
         (Pathological(classes=11), 20, "has 10 classes"),
         (Dirichlet(alpha=0.01), 500, r"raise partition\.alpha"),
@@ -185,7 +235,9 @@ def test_natural_clients_are_the_groups_in_order_of_their_names_and_no_others() 
     ],
     ids=repr,
 )
-def test_what_cannot_be_split_is_refused_in_one_line_with_advice(partition: Iid, population: int | None, message: str) -> None:
+def test_what_cannot_be_split_is_refused_in_one_line_with_advice(
+    partition: Iid, population: int | None, message: str
+) -> None:
     with pytest.raises(SettingsError, match=message) as refused:
         partition.split(LABELS, None, population, 0)
     assert len(str(refused.value)) < 400
@@ -216,7 +268,9 @@ def test_two_thousand_clients_at_the_default_alpha_all_have_examples() -> None:
     assert len(np.unique(part.order)) == 60_000
 
 
-def test_two_thousand_clients_at_alpha_one_hundredth_are_refused_in_seconds_or_made_with_empty_ones() -> None:
+def test_two_thousand_clients_at_alpha_one_hundredth_are_refused_in_seconds_or_made_with_empty_ones() -> (
+    None
+):
     labels = np.arange(60_000) % 10
     start = time.monotonic()
     with pytest.raises(SettingsError, match="0 allows empty clients"):
@@ -241,25 +295,40 @@ def test_a_known_partition_needs_no_import_of_flwr_datasets() -> None:
         "Iid().split(np.random.default_rng(0).permutation(np.arange(6000) % 10), None, 10, 0)\n"
         "sys.exit('datasets' in sys.modules or 'flwr_datasets' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode
+        == 0
+    )
 
 
-def test_a_damaged_or_unwritable_cache_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_or_unwritable_cache_is_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = Iid().split(LABELS, None, 10, 0)
     (file,) = (tmp_path / "cache").glob("*.npz")
     whole = file.read_bytes()
     known = cache.load(file.stem)
     assert known is not None
     np.testing.assert_array_equal(known["order"], first.order)
-    for damaged in (b"", b"nonsense", b"PK damaged", whole[:-100], whole[:200] + b"\xff" + whole[201:]):
+    for damaged in (
+        b"",
+        b"nonsense",
+        b"PK damaged",
+        whole[:-100],
+        whole[:200] + b"\xff" + whole[201:],
+    ):
         file.write_bytes(damaged)
         assert cache.load(file.stem) is None
-        np.testing.assert_array_equal(Iid().split(LABELS, None, 10, 0).order, first.order)
+        np.testing.assert_array_equal(
+            Iid().split(LABELS, None, 10, 0).order, first.order
+        )
         assert file.read_bytes() == whole, "the damaged file should have been replaced"
     (tmp_path / "file").touch()
     for unwritable in (str(tmp_path / "file"), "/proc/none"):
         monkeypatch.setenv("FEDCORE_CACHE", unwritable)
-        np.testing.assert_array_equal(Iid().split(LABELS, None, 10, 0).order, first.order)
+        np.testing.assert_array_equal(
+            Iid().split(LABELS, None, 10, 0).order, first.order
+        )
         assert cache.load(file.stem) is None
 
 

@@ -21,22 +21,45 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from client.store import Moment, Store
-from fedcore import trees, wire
+from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
-from fedcore.loop import Interrupted, Loop, Quiet, Result, run
+from fedcore.messages import wire
+from fedcore.rounds.loop import Interrupted, Loop, Quiet, Result, run
 from fedcore.split import split
 from fedcore.tasks import build_task
 from server.grid import GridEngine
 from tests.flower.conftest import _a_flower_task  # noqa: F401  # Flower makes messages only inside a task of a run
 from tests.flower.fake import FakeGrid
-from tests.helpers import LAYERED, NOISY, STRATEGIES, TOYS, VARIANTS, assert_close, equal, loop_of, small
+from tests.helpers import (
+    LAYERED,
+    NOISY,
+    STRATEGIES,
+    TOYS,
+    VARIANTS,
+    assert_close,
+    equal,
+    loop_of,
+    small,
+)
 
 ROOT = Path(__file__).parent.parent
 PARTIAL = ["fedsim", "fedalt"]
 PERSONAL = [*PARTIAL, "ditto", "pfedme"]
-SHORT = {"pfedme": {"method__personal_lr": 0.01}}  # longer steps diverge with two layers
-PRESETS = [*PARTIAL, "fedper", "fedrep", "fedbabu", "lgfedavg", "fedbn", "pfedpara", "fedperfix", "local"]
+SHORT = {
+    "pfedme": {"method__personal_lr": 0.01}
+}  # longer steps diverge with two layers
+PRESETS = [
+    *PARTIAL,
+    "fedper",
+    "fedrep",
+    "fedbabu",
+    "lgfedavg",
+    "fedbn",
+    "pfedpara",
+    "fedperfix",
+    "local",
+]
 
 
 # The wire
@@ -51,8 +74,14 @@ class Sent(NamedTuple):
     kept: dict[str, dict[str, Tensor]]  # by record of the nodes' contexts
 
     def tensors(self) -> dict[str, Tensor]:
-        records = [record for record in self.content.values() if isinstance(record, ArrayRecord)]
-        return {path: x for record in records for path, x in wire.unpack(record).items()}
+        records = [
+            record
+            for record in self.content.values()
+            if isinstance(record, ArrayRecord)
+        ]
+        return {
+            path: x for record in records for path, x in wire.unpack(record).items()
+        }
 
     def raw(self) -> bytes:
         """As Flower sends it."""
@@ -71,26 +100,45 @@ class Tapped(FakeGrid):
         self.e, self.folder = e, folder
 
     def kept(self) -> dict[str, dict[str, Tensor]]:
-        return {str(file): load_file(file) for file in (self.folder / "kept").rglob("*.safetensors")}
+        return {
+            str(file): load_file(file)
+            for file in (self.folder / "kept").rglob("*.safetensors")
+        }
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         found, before = list(messages), self.kept()
         contents = [m.content for m in found]
         names = [str(c["work"]["function"]) if "work" in c else "" for c in contents]
         ids = super().push_messages(found)
-        self.traffic += [Sent("down", name, c, before) for name, c in zip(names, contents, strict=True)]
-        replies = [(name, reply) for name, i in zip(names, ids, strict=True) for reply in self.replies[i]]
-        self.traffic += [Sent("up", name, reply.content, self.kept()) for name, reply in replies]
+        self.traffic += [
+            Sent("down", name, c, before)
+            for name, c in zip(names, contents, strict=True)
+        ]
+        replies = [
+            (name, reply)
+            for name, i in zip(names, ids, strict=True)
+            for reply in self.replies[i]
+        ]
+        self.traffic += [
+            Sent("up", name, reply.content, self.kept()) for name, reply in replies
+        ]
         return ids
 
     def run(self) -> Result:
-        return run(self.e, self.folder / "run", engine=lambda work: GridEngine(self, work, 60, state=self.folder / "kept"))  # type: ignore[arg-type]
+        return run(
+            self.e,
+            self.folder / "run",
+            engine=lambda work: GridEngine(self, work, 60, state=self.folder / "kept"),
+        )  # type: ignore[arg-type]
 
     def states(self, e: Experiment) -> list[Any]:
         """Of every client, as its node keeps it."""
         initial = e.build_method().init_client(build_task(e).init_params())
         store = Store(self.folder / "kept", "", "")
-        return [store.load(i, Moment(e.rounds, 0), initial) for i in range(build_task(e).population)]
+        return [
+            store.load(i, Moment(e.rounds, 0), initial)
+            for i in range(build_task(e).population)
+        ]
 
 
 def bits(x: Tensor) -> bytes:
@@ -99,14 +147,28 @@ def bits(x: Tensor) -> bytes:
 
 def secrets(sent: Sent) -> list[bytes]:
     """The bytes of every tensor that a client keeps, long enough not to be found by chance; not those that are all zero."""
-    found = [array.numpy() for record in sent.kept.values() for array in record.values()]
+    found = [
+        array.numpy() for record in sent.kept.values() for array in record.values()
+    ]
     return [x.tobytes() for x in found if x.nbytes >= 16 and x.any()]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_no_message_of_a_preset_holds_a_name_or_a_value_of_a_personal_parameter(preset: str, tmp_path: Path) -> None:
-    few = {"population": 6, "participation.cohort": 4, "rounds": 2, "partition.name": "dirichlet"}
-    short = {"local.epochs": 1, "local.batch_size": 64, "finetune.epochs": 0, "engine.name": "sequential"}
+def test_no_message_of_a_preset_holds_a_name_or_a_value_of_a_personal_parameter(
+    preset: str, tmp_path: Path
+) -> None:
+    few = {
+        "population": 6,
+        "participation.cohort": 4,
+        "rounds": 2,
+        "partition.name": "dirichlet",
+    }
+    short = {
+        "local.epochs": 1,
+        "local.batch_size": 64,
+        "finetune.epochs": 0,
+        "engine.name": "sequential",
+    }
     e = Experiment.load(preset, {**few, **short})
     grid = Tapped(e, tmp_path, 6)
     result = grid.run()
@@ -117,53 +179,87 @@ def test_no_message_of_a_preset_holds_a_name_or_a_value_of_a_personal_parameter(
     assert {sent.function for sent in grid.traffic} == {"", "train", "evaluate"}
     for sent in grid.traffic:
         raw = sent.raw()
-        assert not any(value in raw for value in [*v0, *secrets(sent)]), f"{sent.way}: a personal tensor is in the message"
+        assert not any(value in raw for value in [*v0, *secrets(sent)]), (
+            f"{sent.way}: a personal tensor is in the message"
+        )
         names = {path.rpartition(trees.SEPARATOR)[2] for path in sent.tensors()}
         assert not names & personal.keys(), f"{sent.way}: {names & personal.keys()}"
         if sent.function == "train":
             assert names - {"loss"} == shared.keys()
             scalars = 1 if sent.way == "up" else 0  # the mean training loss
             size = 4 * (d_u + scalars)
-            header = 350 * (len(shared) + scalars) + 300  # of each array its name, type and shape; which clients, and their counts
-            assert size <= len(raw) <= size + header, f"{sent.way}: {len(raw)} bytes for {d_u} shared parameters"
+            header = (
+                350 * (len(shared) + scalars) + 300
+            )  # of each array its name, type and shape; which clients, and their counts
+            assert size <= len(raw) <= size + header, (
+                f"{sent.way}: {len(raw)} bytes for {d_u} shared parameters"
+            )
     assert any(secrets(sent) for sent in grid.traffic), "no client keeps anything"
     first = next(sent for sent in grid.traffic if sent.function == "train")
-    assert all(bits(value) in first.raw() for value in shared.values()), "this is how a tensor in a message would be found"
-    assert (result.bytes_down, result.bytes_up) == (2 * 4 * 4 * d_u, 2 * 4 * (4 * d_u + 4))
+    assert all(bits(value) in first.raw() for value in shared.values()), (
+        "this is how a tensor in a message would be found"
+    )
+    assert (result.bytes_down, result.bytes_up) == (
+        2 * 4 * 4 * d_u,
+        2 * 4 * (4 * d_u + 4),
+    )
 
 
 @pytest.mark.parametrize("noise", [{}, NOISY], ids=["", "noisy links"])
 @pytest.mark.parametrize("name", PERSONAL)
-def test_no_message_holds_what_a_client_keeps_nor_how_it_changed(name: str, noise: dict[str, float], tmp_path: Path) -> None:
+def test_no_message_holds_what_a_client_keeps_nor_how_it_changed(
+    name: str, noise: dict[str, float], tmp_path: Path
+) -> None:
     e = small(name, **noise, finetune__epochs=1, **SHORT.get(name, {}))
     grid = Tapped(e, tmp_path, 5)  # fewer nodes than clients: several in one message
     grid.run()
-    assert {sent.function for sent in grid.traffic} == {"", "train", "evaluate", "finetune"}
+    assert {sent.function for sent in grid.traffic} == {
+        "",
+        "train",
+        "evaluate",
+        "finetune",
+    }
     seen = 0
     for before, after in zip(grid.traffic, grid.traffic[1:], strict=False):
         raw = after.raw()
         hidden = secrets(after)
         for key in before.kept.keys() & after.kept.keys():
-            moved = [after.kept[key][path].numpy() - before.kept[key][path].numpy() for path in after.kept[key]]
+            moved = [
+                after.kept[key][path].numpy() - before.kept[key][path].numpy()
+                for path in after.kept[key]
+            ]
             hidden += [x.tobytes() for x in moved if x.nbytes >= 16 and x.any()]
         seen += len(hidden)
         assert not any(value in raw for value in hidden), after.way
-        if name not in PARTIAL:  # Ditto's and pFedMe's models have the names of what is sent, under another field
-            assert not any(path.split(trees.SEPARATOR)[0] in ("v", "seen") for path in after.tensors())
+        if (
+            name not in PARTIAL
+        ):  # Ditto's and pFedMe's models have the names of what is sent, under another field
+            assert not any(
+                path.split(trees.SEPARATOR)[0] in ("v", "seen")
+                for path in after.tensors()
+            )
     assert seen > 50
 
 
-PUBLIC = {"rerce": {"w"}, "rerce exact": {"w"}}  # clients of RERCE-Fed send the w_k that they keep
+PUBLIC = {
+    "rerce": {"w"},
+    "rerce exact": {"w"},
+}  # clients of RERCE-Fed send the w_k that they keep
 
 
 @pytest.mark.parametrize("name", [*STRATEGIES, *TOYS, *VARIANTS])
-def test_every_message_of_every_method_holds_what_is_declared_and_no_client_state(name: str, tmp_path: Path) -> None:
+def test_every_message_of_every_method_holds_what_is_declared_and_no_client_state(
+    name: str, tmp_path: Path
+) -> None:
     e = small(name)
     grid = Tapped(e, tmp_path, 12)
     grid.run()
     method: Any = e.build_method()
     params = build_task(e).init_params()
-    kept = {path.split(trees.SEPARATOR)[0] for path in trees.flatten(method.init_client(params))} - params.keys()
+    kept = {
+        path.split(trees.SEPARATOR)[0]
+        for path in trees.flatten(method.init_client(params))
+    } - params.keys()
     assert len(grid.traffic) > 2 * 12
     for sent in grid.traffic:
         records = {key for key in sent.content if not re.fullmatch(r"up-\d+", key)}
@@ -172,18 +268,28 @@ def test_every_message_of_every_method_holds_what_is_declared_and_no_client_stat
             assert not sent.tensors()
             continue
         assert records == ({"down", "work"} if sent.way == "down" else {"about"})
-        schema = wire.schemas(getattr(method, sent.function))[0 if sent.way == "down" else 1]
+        schema = wire.schemas(getattr(method, sent.function))[
+            0 if sent.way == "down" else 1
+        ]
         found = {path.split(trees.SEPARATOR)[0] for path in sent.tensors()}
-        assert found <= set(getattr(schema, "_fields", params)), f"{sent.function}, {sent.way}"
+        assert found <= set(getattr(schema, "_fields", params)), (
+            f"{sent.function}, {sent.way}"
+        )
         if sent.way == "up":
-            assert found & kept <= PUBLIC.get(name, set()), f"{sent.function}: a field of the client's state"
+            assert found & kept <= PUBLIC.get(name, set()), (
+                f"{sent.function}: a field of the client's state"
+            )
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"method__personal": ["all"]}, {"method__personal": []}], ids=["output", "all", "nothing"]
+    "settings",
+    [{}, {"method__personal": ["all"]}, {"method__personal": []}],
+    ids=["output", "all", "nothing"],
 )
 @pytest.mark.parametrize("name", PARTIAL)
-def test_flower_keeps_and_measures_what_sequential_does(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_flower_keeps_and_measures_what_sequential_does(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     e = small(name, **settings)
     loop = loop_of(e, tmp_path / "s")
     final = loop.run().final
@@ -196,22 +302,33 @@ def test_flower_keeps_and_measures_what_sequential_does(name: str, settings: dic
 
 
 @pytest.mark.parametrize("name", ["fedavg", *PERSONAL])
-def test_fine_tuning_over_flower_measures_what_it_does_in_process_and_leaves_no_trace(name: str, tmp_path: Path) -> None:
+def test_fine_tuning_over_flower_measures_what_it_does_in_process_and_leaves_no_trace(
+    name: str, tmp_path: Path
+) -> None:
     e = small(name, rounds=1, finetune__epochs=2, **LAYERED, **SHORT.get(name, {}))
     here = run(e, tmp_path / "s").final
     grid = Tapped(e, tmp_path / "g", 12)
-    assert grid.run().final["finetuned_loss"] == pytest.approx(here["finetuned_loss"], abs=1e-6)
+    assert grid.run().final["finetuned_loss"] == pytest.approx(
+        here["finetuned_loss"], abs=1e-6
+    )
     trained = max(i for i, sent in enumerate(grid.traffic) if sent.function == "train")
     before, after = grid.traffic[trained].kept, grid.kept()
-    assert after.keys() == before.keys(), "a client that never took part keeps something"
+    assert after.keys() == before.keys(), (
+        "a client that never took part keeps something"
+    )
     for key, record in after.items():
-        assert {path: bits(x) for path, x in record.items()} == {path: bits(x) for path, x in before[key].items()}
+        assert {path: bits(x) for path, x in record.items()} == {
+            path: bits(x) for path, x in before[key].items()
+        }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedalt", "ditto"])
 def test_ray_keeps_the_bits_that_sequential_keeps(name: str, tmp_path: Path) -> None:
-    loops = [loop_of(small(name, engine__name=engine, engine__workers=2), tmp_path / engine) for engine in ("sequential", "ray")]
+    loops = [
+        loop_of(small(name, engine__name=engine, engine__workers=2), tmp_path / engine)
+        for engine in ("sequential", "ray")
+    ]
     found = [final_of(loop) for loop in loops]
     loops[1].close()
     assert equal(found[0][:2], found[1][:2])
@@ -235,16 +352,30 @@ def final_of(loop: Loop) -> tuple[Any, list[Any], Any]:
     """(server, states of all clients, measures) at the end of the run."""
     found = loop.run().final
     assert loop.engine.states is not None
-    return loop.state.server, [trees.map(torch.clone, loop.engine.states.get(i)) for i in range(12)], found
+    return (
+        loop.state.server,
+        [trees.map(torch.clone, loop.engine.states.get(i)) for i in range(12)],
+        found,
+    )
 
 
-@pytest.mark.parametrize(("engine", "ram"), [("sequential", 1e-9), ("vectorised", 1e-9), ("vectorised", 4.0)])
+@pytest.mark.parametrize(
+    ("engine", "ram"), [("sequential", 1e-9), ("vectorised", 1e-9), ("vectorised", 4.0)]
+)
 @pytest.mark.parametrize("name", [*PERSONAL, "fedsim all"])
 def test_a_run_that_is_stopped_within_a_round_goes_on_with_the_same_bits(
     name: str, engine: str, ram: float, tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = {"method__personal": ["all"]} if name == "fedsim all" else dict(SHORT.get(name, {}))
-    more |= {"rounds": 6, "finetune__epochs": 1, "checkpoint__seconds": 1e6}  # a checkpoint where it is stopped, and no other
+    more: dict[str, Any] = (
+        {"method__personal": ["all"]}
+        if name == "fedsim all"
+        else dict(SHORT.get(name, {}))
+    )
+    more |= {
+        "rounds": 6,
+        "finetune__epochs": 1,
+        "checkpoint__seconds": 1e6,
+    }  # a checkpoint where it is stopped, and no other
     settings = {"engine__name": engine, "engine__chunk": 3, **LAYERED, **more}
     e = small(name.split()[0], **settings, checkpoint__state_ram_gb=ram)
     whole = final_of(loop_of(small(name.split()[0], **settings), tmp_path / "whole"))
@@ -264,7 +395,9 @@ def test_a_run_that_is_stopped_within_a_round_goes_on_with_the_same_bits(
     resumed.close()
 
 
-def test_a_start_that_has_changed_meanwhile_is_no_start_of_a_stopped_run(tmp_path: Path) -> None:
+def test_a_start_that_has_changed_meanwhile_is_no_start_of_a_stopped_run(
+    tmp_path: Path,
+) -> None:
     """v0 is what an unseen client has and what the penalty holds v to: it belongs to the run, like u and the v_i."""
     start = tmp_path / "start.safetensors"
     params = build_task(small("fedsim")).init_params()
@@ -272,9 +405,13 @@ def test_a_start_that_has_changed_meanwhile_is_no_start_of_a_stopped_run(tmp_pat
     settings = {"initial": str(start), "method__penalty": 0.5}
     whole = final_of(loop_of(small("fedsim", **settings), tmp_path / "whole"))
     run(small("fedsim", **settings, rounds=1), tmp_path / "part")
-    save_file({name: p + 1 for name, p in params.items()}, start)  # as a run that goes on changes its checkpoint
+    save_file(
+        {name: p + 1 for name, p in params.items()}, start
+    )  # as a run that goes on changes its checkpoint
     try:
-        found = final_of(loop_of(small("fedsim", **settings), tmp_path / "part", resume=True))
+        found = final_of(
+            loop_of(small("fedsim", **settings), tmp_path / "part", resume=True)
+        )
     except SettingsError:
         return  # refused is as good
     assert equal(found[:2], whole[:2])
@@ -283,16 +420,27 @@ def test_a_start_that_has_changed_meanwhile_is_no_start_of_a_stopped_run(tmp_pat
 # Memory
 
 
-CLIENTS, ROW, CAP = 10_000, 64_000, 50_000_000  # bytes; the row is that of tests/crowd.py
+CLIENTS, ROW, CAP = (
+    10_000,
+    64_000,
+    50_000_000,
+)  # bytes; the row is that of tests/crowd.py
 
 
 def crowd(engine: str, cohort: int, evaluated: int, population: int = CLIENTS) -> Loop:
     """Everybody takes part once, `cohort` at a time; then `evaluated` clients are asked what they have."""
     folder = Path(tempfile.mkdtemp(dir=os.environ.get("CROWD")))
     cohorts = [range(start, start + cohort) for start in range(0, population, cohort)]
-    (folder / "trace").write_text("".join(" ".join(map(str, ids)) + "\n" for ids in cohorts))
+    (folder / "trace").write_text(
+        "".join(" ".join(map(str, ids)) + "\n" for ids in cohorts)
+    )
     values = {
-        "method": {"name": "fedsim", "personal": ["own"], "local_lr": 1e-9, "personal_lr": 16.0},  # mean of v <- v + 0.001 (id - v)
+        "method": {
+            "name": "fedsim",
+            "personal": ["own"],
+            "local_lr": 1e-9,
+            "personal_lr": 16.0,
+        },  # mean of v <- v + 0.001 (id - v)
         "task": "tests.crowd:wide",
         "population": population,
         "rounds": len(cohorts),
@@ -314,12 +462,19 @@ def peak(pid: int) -> int:
 
 def measure(engine: str, cohort: int, evaluated: int) -> None:
     """Prints how much more memory than before each process of a crowd needed, and what some clients have in the end."""
-    crowd(engine, 512, 512, 512).close()  # what is imported late, and PyTorch's own buffers
+    crowd(
+        engine, 512, 512, 512
+    ).close()  # what is imported late, and PyTorch's own buffers
     before = psutil.Process().memory_info().rss
     loop = crowd(engine, cohort, evaluated)
-    grown = {f"{p.name()} {p.pid}": peak(p.pid) - before for p in [psutil.Process(), *psutil.Process().children(recursive=True)]}
+    grown = {
+        f"{p.name()} {p.pid}": peak(p.pid) - before
+        for p in [psutil.Process(), *psutil.Process().children(recursive=True)]
+    }
     assert loop.engine.states is not None
-    own = [loop.engine.states.get(i).v["own"].mean().item() for i in range(0, CLIENTS, 999)]
+    own = [
+        loop.engine.states.get(i).v["own"].mean().item() for i in range(0, CLIENTS, 999)
+    ]
     files = sum(f.stat().st_size for f in (loop.folder / "state").rglob("*"))
     loop.close()
     print(json.dumps({"grown": grown, "own": own, "files": files}))
@@ -327,7 +482,10 @@ def measure(engine: str, cohort: int, evaluated: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of a process from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="reads the peak of a process from /proc",
+)
 @pytest.mark.parametrize(
     ("engine", "cohort", "evaluated"),
     [
@@ -344,13 +502,31 @@ def test_ten_thousand_clients_keep_their_state_within_the_memory_that_it_may_tak
     """640 MB of state under a cap of 50 MB, in a process of its own: its peak, and that of every process that it starts."""
     code = f"from tests.test_personal_state import measure; measure({engine!r}, {cohort}, {evaluated})"
     # Without the last, glibc keeps what a chunk of clients has freed: some hundred megabytes, whatever the number of clients.
-    environment = {**os.environ, "CROWD": str(tmp_path), "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    environment = {
+        **os.environ,
+        "CROWD": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
+    }
     try:
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     finally:
-        subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)  # a gigabyte a run, which pytest would keep
+        subprocess.run(
+            ["rm", "-rf", *tmp_path.iterdir()], check=True
+        )  # a gigabyte a run, which pytest would keep
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["own"] == pytest.approx([0.001 * i for i in range(0, CLIENTS, 999)], rel=1e-3), "every client kept its own"
+    assert found["own"] == pytest.approx(
+        [0.001 * i for i in range(0, CLIENTS, 999)], rel=1e-3
+    ), "every client kept its own"
     assert found["files"] >= CLIENTS * ROW - CAP
-    assert max(found["grown"].values()) < CAP + 300_000_000, f"bytes over what there was before: {found['grown']}"
+    assert max(found["grown"].values()) < CAP + 300_000_000, (
+        f"bytes over what there was before: {found['grown']}"
+    )

@@ -17,11 +17,18 @@ from torch.nn import functional
 from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.engines.chunks import PADDING, pack
-from fedcore.kernels import convolutions, convolutions_backward, patches, products, products_backward, spread
 from fedcore.local import local_sgd
-from fedcore.loop import run
 from fedcore.models import Cnn, LeNet, Logistic, Mlp, ResNet, Vit
-from fedcore.recording import Recorder, recorded
+from fedcore.rounds.loop import run
+from fedcore.speed.kernels import (
+    convolutions,
+    convolutions_backward,
+    patches,
+    products,
+    products_backward,
+    spread,
+)
+from fedcore.speed.recording import Recorder, recorded
 from fedcore.split import split
 from fedcore.task import Task, cross_entropy
 from fedcore.types import Batches, Params, Tree
@@ -29,7 +36,14 @@ from tests.helpers import assert_close, loop_of, small
 
 CLIENTS, STEPS, BATCH = 3, 3, 4
 SHAPE = (1, 16, 16)
-BUILDERS = [Logistic(), Mlp(hidden=(9, 7)), LeNet(), Cnn(kernel=3), ResNet(depth=10, width=8, groups=2), Vit(depth=1, patch=4)]
+BUILDERS = [
+    Logistic(),
+    Mlp(hidden=(9, 7)),
+    LeNet(),
+    Cnn(kernel=3),
+    ResNet(depth=10, width=8, groups=2),
+    Vit(depth=1, patch=4),
+]
 HOOKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "momentum": {"momentum": 0.9},
@@ -42,15 +56,22 @@ HOOKS: dict[str, dict[str, Any]] = {
 
 def task_of(model: nn.Module) -> Task:
     rows = Examples(torch.zeros(1, *SHAPE), torch.zeros(1, dtype=torch.int64))
-    return Task(model, FederatedData(rows, rows, np.zeros(1, dtype=np.int64), np.array([0, 1])))
+    return Task(
+        model, FederatedData(rows, rows, np.zeros(1, dtype=np.int64), np.array([0, 1]))
+    )
 
 
 def batches(dtype: torch.dtype = torch.float64) -> Batches:
     draw = torch.Generator().manual_seed(1)
     mask = torch.ones(CLIENTS, STEPS, BATCH, dtype=dtype)
-    mask[0, 2], mask[1, 1, 2:] = 0, 0  # a client that ends early, a batch that is not full
+    mask[0, 2], mask[1, 1, 2:] = (
+        0,
+        0,
+    )  # a client that ends early, a batch that is not full
     x = torch.rand(CLIENTS, STEPS, BATCH, *SHAPE, generator=draw, dtype=dtype)
-    return Batches(x, torch.randint(0, 10, (CLIENTS, STEPS, BATCH), generator=draw), mask)
+    return Batches(
+        x, torch.randint(0, 10, (CLIENTS, STEPS, BATCH), generator=draw), mask
+    )
 
 
 def train(task: Task, params: Params, b: Batches, hooks: dict[str, Any]) -> Tree:
@@ -69,7 +90,9 @@ CASES = [(model, "plain") for model in BUILDERS] + [
 ]
 
 
-@pytest.mark.parametrize(("settings", "hooks"), CASES, ids=lambda case: getattr(case, "name", case))
+@pytest.mark.parametrize(
+    ("settings", "hooks"), CASES, ids=lambda case: getattr(case, "name", case)
+)
 def test_a_recorded_step_computes_what_the_step_does(settings: Any, hooks: str) -> None:
     torch.manual_seed(0)
     task = task_of(settings.build(SHAPE, 10).double())
@@ -82,10 +105,17 @@ def test_a_recorded_step_computes_what_the_step_does(settings: Any, hooks: str) 
     recorder = Recorder()
     expected = trees.stack([client(trees.at(b, i)) for i in range(CLIENTS)])
     with recorded(recorder):
-        assert_close(trees.stack([client(trees.at(b, i)) for i in range(CLIENTS)]), expected, 1e-11, "one by one")
+        assert_close(
+            trees.stack([client(trees.at(b, i)) for i in range(CLIENTS)]),
+            expected,
+            1e-11,
+            "one by one",
+        )
         assert_close(vmap(client)(b), expected, 1e-11, "batched")
         assert_close(vmap(client)(b), expected, 1e-11, "batched again")
-    assert len(recorder._known) == 4  # the first step, which may not write to what it was given, and the others; alone and batched
+    assert (
+        len(recorder._known) == 4
+    )  # the first step, which may not write to what it was given, and the others; alone and batched
     assert_close(params, before, 0.0, "what the client was sent")
 
 
@@ -93,11 +123,16 @@ def test_products_are_added_to_the_parameters_in_one_pass_and_in_place() -> None
     task, recorder = task_of(Mlp(hidden=(9, 7)).build(SHAPE, 10)), Recorder()
     with recorded(recorder):
         vmap(lambda b: train(task, task.init_params(), b, {}))(batches(torch.float32))
-    first, later = ([str(node.target) for node in r.code.__self__.graph.nodes] for r in recorder._known.values())  # type: ignore[attr-defined]
+    first, later = (
+        [str(node.target) for node in r.code.__self__.graph.nodes]
+        for r in recorder._known.values()
+    )  # type: ignore[attr-defined]
     assert first.count("aten.baddbmm.default") == 3
     assert "aten.baddbmm_.default" not in first
     assert later.count("aten.baddbmm_.default") == 3
-    assert not {name for name in (*first, *later) if name.startswith("aten.addcmul.")} - {"aten.addcmul.default"}
+    assert not {
+        name for name in (*first, *later) if name.startswith("aten.addcmul.")
+    } - {"aten.addcmul.default"}
     assert "aten.addcmul.default" not in later
 
 
@@ -112,8 +147,15 @@ def test_parameters_that_stay_are_part_of_the_model_and_stay() -> None:
 
     expected = local_sgd(loss, moving, b, 0.1)
     with recorded(Recorder()):
-        assert_close(local_sgd(task.loss, moving, b, 0.1, fixed=fixed), expected, 1e-12, "recorded")
-    assert_close(local_sgd(task.loss, moving, b, 0.1, fixed=fixed), expected, 0.0, "as written")
+        assert_close(
+            local_sgd(task.loss, moving, b, 0.1, fixed=fixed),
+            expected,
+            1e-12,
+            "recorded",
+        )
+    assert_close(
+        local_sgd(task.loss, moving, b, 0.1, fixed=fixed), expected, 0.0, "as written"
+    )
 
 
 def test_what_local_training_returns_is_the_callers_own_even_without_a_batch() -> None:
@@ -122,7 +164,9 @@ def test_what_local_training_returns_is_the_callers_own_even_without_a_batch() -
     nothing = Batches(*(x[0, :0] for x in batches(torch.float32)))
     end = local_sgd(task.loss, params, nothing, 0.1)
     assert_close(end.params, params, 0.0, "parameters")
-    assert not {x.data_ptr() for x in end.params.values()} & {x.data_ptr() for x in params.values()}
+    assert not {x.data_ptr() for x in end.params.values()} & {
+        x.data_ptr() for x in params.values()
+    }
 
 
 def test_who_differentiates_through_local_training_still_can() -> None:
@@ -139,7 +183,9 @@ def test_who_differentiates_through_local_training_still_can() -> None:
 
 def test_a_loss_that_looks_at_values_runs_unrecorded() -> None:
     task = task_of(Logistic().build(SHAPE, 10).double())
-    task.metrics["loss"] = lambda out, y: cross_entropy(out, y) * (2.0 if float(out.detach().sum()) > 0 else 1.0)
+    task.metrics["loss"] = lambda out, y: (
+        cross_entropy(out, y) * (2.0 if float(out.detach().sum()) > 0 else 1.0)
+    )
     b = trees.at(batches(), 1)
     expected = train(task, task.init_params(), b, {})
     with recorded(Recorder()):
@@ -149,11 +195,16 @@ def test_a_loss_that_looks_at_values_runs_unrecorded() -> None:
 def test_a_loss_that_looks_at_values_behind_the_recorders_back_is_found_out() -> None:
     task = task_of(Logistic().build(SHAPE, 10).double())
     weights = [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
-    task.metrics["loss"] = lambda out, y: cross_entropy(out, y) * torch.tensor([weights[i] for i in y.tolist()])
+    task.metrics["loss"] = lambda out, y: (
+        cross_entropy(out, y) * torch.tensor([weights[i] for i in y.tolist()])
+    )
     b = batches()
 
     def both() -> list[Tree]:
-        return [train(task, task.init_params(), Batches(*(x[i : i + 1, 0] for x in b)), {}) for i in (0, 1, 2, 0)]
+        return [
+            train(task, task.init_params(), Batches(*(x[i : i + 1, 0] for x in b)), {})
+            for i in (0, 1, 2, 0)
+        ]
 
     expected = both()
     with recorded(Recorder()):
@@ -173,7 +224,9 @@ def test_a_loss_that_is_not_the_tasks_is_never_recorded() -> None:
         assert local_sgd(loss, task.init_params(), b, 0.1).loss > 1.5 * before
 
 
-def test_a_resumed_run_splits_clients_as_before_whatever_the_machine(tmp_path: Path) -> None:
+def test_a_resumed_run_splits_clients_as_before_whatever_the_machine(
+    tmp_path: Path,
+) -> None:
     e = small("fedavg", engine__name="vectorised", participation__cohort=12)
     torch.set_num_threads(3)
     try:
@@ -188,18 +241,31 @@ def test_a_resumed_run_splits_clients_as_before_whatever_the_machine(tmp_path: P
     loop.close()
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=120), st.sampled_from([1, 2, 8, 12, 64]))
-def test_chunks_hold_every_client_once_with_little_padding(steps: list[int], most: int) -> None:
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=120),
+    st.sampled_from([1, 2, 8, 12, 64]),
+)
+def test_chunks_hold_every_client_once_with_little_padding(
+    steps: list[int], most: int
+) -> None:
     steps = sorted(steps, reverse=True)
     found = pack(list(range(len(steps))), steps, most)
     assert [i for chunk in found for i in chunk] == list(range(len(steps)))
     assert all(len(chunk) <= most for chunk in found)
-    assert sum(max(steps[i] for i in c) * len(c) for c in found) <= sum(steps) / (1 - PADDING) + 1e-9
-    assert sum(max(steps[i] for i in c) for c in found) <= sum(steps)  # batched steps; one by one it would be so many
+    assert (
+        sum(max(steps[i] for i in c) * len(c) for c in found)
+        <= sum(steps) / (1 - PADDING) + 1e-9
+    )
+    assert sum(max(steps[i] for i in c) for c in found) <= sum(
+        steps
+    )  # batched steps; one by one it would be so many
 
 
 def test_chunks_of_log_normal_clients_spend_what_padding_is_allowed() -> None:
-    steps = sorted((1 + np.random.default_rng(0).lognormal(1, 0.8, 100)).astype(int).tolist(), reverse=True)
+    steps = sorted(
+        (1 + np.random.default_rng(0).lognormal(1, 0.8, 100)).astype(int).tolist(),
+        reverse=True,
+    )
     found = pack(list(range(100)), steps, 50)
     apart = sum(set(steps))  # chunks of one length each: no padding
     assert sum(max(steps[i] for i in c) for c in found) < 0.8 * apart
@@ -212,7 +278,10 @@ def test_batches_of_few_widths_hold_the_same_examples() -> None:
     local = small("fedavg", local={"batch_size": 12}).local
     widths = set()
     for client, size in enumerate(sizes):
-        plain, even = (data.batches(np.array([client]), "train", local, 0, 0, 0, even) for even in (False, True))
+        plain, even = (
+            data.batches(np.array([client]), "train", local, 0, 0, 0, even)
+            for even in (False, True)
+        )
         widths.add(even.x.shape[2])
         assert plain.x.shape[2] == size <= even.x.shape[2] < 2 * size + 1
         assert torch.equal(even.x[0, 0, :size], plain.x[0, 0])
@@ -229,7 +298,9 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("shape", "kernel", "dilation", "padding", "stride"), SHAPES)
-def test_patches_and_their_adjoint_are_pytorchs(shape: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> None:
+def test_patches_and_their_adjoint_are_pytorchs(
+    shape: Any, kernel: Any, dilation: Any, padding: Any, stride: Any
+) -> None:
     x = torch.randn(shape)
     settings = [list(v) for v in (kernel, dilation, padding, stride)]
     expected = functional.unfold(x, kernel, dilation, padding, stride)
@@ -242,17 +313,23 @@ def test_patches_and_their_adjoint_are_pytorchs(shape: Any, kernel: Any, dilatio
 def test_two_results_that_are_equal_are_two_tensors() -> None:
     x, recorder = torch.randn(3), Recorder()
     for _ in range(3):
-        a, b, c = recorder.run(lambda x: (x * 2, x * 2, (x * 2).sin() + (x * 2).sin()), "twice", x, ())
+        a, b, c = recorder.run(
+            lambda x: (x * 2, x * 2, (x * 2).sin() + (x * 2).sin()), "twice", x, ()
+        )
         a.add_(1)
         torch.testing.assert_close(b, 2 * x)
         torch.testing.assert_close(c, 2 * (2 * x).sin())
     (recording,) = recorder._known.values()
     names = [str(node.target) for node in recording.code.__self__.graph.nodes]  # type: ignore[union-attr]
-    assert names.count("aten.sin.default") == 1  # what is computed twice is computed once
+    assert (
+        names.count("aten.sin.default") == 1
+    )  # what is computed twice is computed once
 
 
 @pytest.mark.parametrize(("shape", "kernel", "dilation", "padding", "stride"), SHAPES)
-def test_convolutions_as_products_are_pytorchs(shape: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> None:
+def test_convolutions_as_products_are_pytorchs(
+    shape: Any, kernel: Any, dilation: Any, padding: Any, stride: Any
+) -> None:
     clients, outputs = 3, 5
     x = torch.randn(clients, *shape, dtype=torch.float64)
     w = torch.randn(clients, outputs, shape[1], *kernel, dtype=torch.float64)
@@ -262,12 +339,22 @@ def test_convolutions_as_products_are_pytorchs(shape: Any, kernel: Any, dilation
     g = torch.randn_like(expected)
     for wanted in ([True, True, False], [False, True, False], [True, False, False]):
         back = convolutions_backward(g, x, w, *settings, wanted)
-        for found, right in zip(products_backward(g, x, w, *settings, wanted), back, strict=True):
+        for found, right in zip(
+            products_backward(g, x, w, *settings, wanted), back, strict=True
+        ):
             assert (found is None) == (right is None)
             torch.testing.assert_close(found, right)
 
 
-@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AvgPool2d((3, 2)), nn.AvgPool2d(2, 1), nn.AvgPool2d(4, ceil_mode=True)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(2),
+        nn.AvgPool2d((3, 2)),
+        nn.AvgPool2d(2, 1),
+        nn.AvgPool2d(4, ceil_mode=True),
+    ],
+)
 @pytest.mark.parametrize("size", [(12, 12), (7, 6)])
 def test_recorded_averages_are_pytorchs(pool: nn.Module, size: tuple[int, int]) -> None:
     x = torch.randn(5, 2, 3, *size)
@@ -292,13 +379,26 @@ def test_layouts_are_as_pytorch_has_them(change: Any) -> None:
 
     def step(inputs: tuple[Tensor, Params]) -> Tree:
         def loss(x: Tensor, w: Params) -> Tensor:
-            y = functional.linear(change(x).permute(0, 2, 3, 1), w["weight"], w["bias"]).permute(0, 3, 1, 2)
+            y = functional.linear(
+                change(x).permute(0, 2, 3, 1), w["weight"], w["bias"]
+            ).permute(0, 3, 1, 2)
             y = functional.unfold(functional.avg_pool2d(y, 2), 1).flatten(1)
-            return y.view(2, 4, 3).transpose(1, 2).log_softmax(-1).reshape(-1, 4)[:, 0].sum()
+            return (
+                y.view(2, 4, 3)
+                .transpose(1, 2)
+                .log_softmax(-1)
+                .reshape(-1, 4)[:, 0]
+                .sum()
+            )
 
         return grad(loss, argnums=(0, 1))(*inputs)
 
-    inputs = (x, trees.map(lambda p: p.detach().expand(5, *p.shape), dict(layer.named_parameters())))
+    inputs = (
+        x,
+        trees.map(
+            lambda p: p.detach().expand(5, *p.shape), dict(layer.named_parameters())
+        ),
+    )
     recorder = Recorder()
     for _ in range(3):
         found = vmap(lambda *given: recorder.run(step, "layout", given, ()))(*inputs)

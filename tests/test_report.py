@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from fedcore import Experiment, SettingsError, run
-from fedcore.report import read_rows, thin, time_text, write_or_note, write_report
+from fedcore.views.run_report import (
+    read_rows,
+    thin,
+    time_text,
+    write_or_note,
+    write_report,
+)
 
 SMALL = {
     "population": 12,
@@ -32,7 +38,10 @@ SMALL = {
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run on digits in which some clients do not answer."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    run(Experiment.parse({"method": "fedavg"}, {**SMALL, "participation.dropout": 0.3}), out=folder)
+    run(
+        Experiment.parse({"method": "fedavg"}, {**SMALL, "participation.dropout": 0.3}),
+        out=folder,
+    )
     return folder
 
 
@@ -112,9 +121,15 @@ def test_report_names_the_parameters_that_the_run_ended_with(tmp_path: Path) -> 
 def test_page_needs_nothing_from_outside(finished: Path) -> None:
     page = Page(write_report(finished))
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
-    outside = [(n, v) for n, v in page.attributes if n in ("href", "xlink:href", "src") and not v.startswith("#")]
+    outside = [
+        (n, v)
+        for n, v in page.attributes
+        if n in ("href", "xlink:href", "src") and not v.startswith("#")
+    ]
     assert outside == []
-    assert re.search(r"url\((?!#)|@import", (finished / "report.html").read_text()) is None
+    assert (
+        re.search(r"url\((?!#)|@import", (finished / "report.html").read_text()) is None
+    )
 
 
 def test_ids_are_unique_and_every_reference_has_its_target(finished: Path) -> None:
@@ -122,15 +137,21 @@ def test_ids_are_unique_and_every_reference_has_its_target(finished: Path) -> No
     page = Page(file)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    used = {v[1:] for n, v in page.attributes if n == "xlink:href"} | set(re.findall(r"url\(#(.*?)\)", file.read_text()))
+    used = {v[1:] for n, v in page.attributes if n == "xlink:href"} | set(
+        re.findall(r"url\(#(.*?)\)", file.read_text())
+    )
     assert used <= set(ids)
 
 
 def test_plots_take_their_colours_from_the_page(finished: Path) -> None:
-    pictures = "".join(re.findall(r"<svg.*?</svg>", write_report(finished).read_text(), re.S))
+    pictures = "".join(
+        re.findall(r"<svg.*?</svg>", write_report(finished).read_text(), re.S)
+    )
     assert "var(--ink)" in pictures
     assert "var(--s0)" in pictures
-    assert set(re.findall(r"#[0-9a-f]{6}\b", pictures)) <= {"#808080"}  # the partition's own grey shows in both modes
+    assert set(re.findall(r"#[0-9a-f]{6}\b", pictures)) <= {
+        "#808080"
+    }  # the partition's own grey shows in both modes
 
 
 def test_the_same_run_gives_the_same_bytes(finished: Path) -> None:
@@ -163,7 +184,10 @@ def test_run_without_a_round_has_a_report(copy: Path) -> None:
 
 
 def test_regression_is_judged_by_its_loss(tmp_path: Path) -> None:
-    e = Experiment.parse({"method": "fedavg"}, {"task": "least-squares", "population": 10, "rounds": 2, "engine.chunk": 1})
+    e = Experiment.parse(
+        {"method": "fedavg"},
+        {"task": "least-squares", "population": 10, "rounds": 2, "engine.chunk": 1},
+    )
     run(e, out=tmp_path / "run")
     file = write_report(tmp_path / "run")
     words = Page(file).words
@@ -173,8 +197,15 @@ def test_regression_is_judged_by_its_loss(tmp_path: Path) -> None:
 
 
 def test_what_the_method_logged_is_drawn(tmp_path: Path) -> None:
-    values = {**SMALL, "participation.name": "bernoulli", "participation.mean": 0.5, "min_reports": 0}
-    values = {key: value for key, value in values.items() if key != "participation.cohort"}
+    values = {
+        **SMALL,
+        "participation.name": "bernoulli",
+        "participation.mean": 0.5,
+        "min_reports": 0,
+    }
+    values = {
+        key: value for key, value in values.items() if key != "participation.cohort"
+    }
     run(Experiment.parse({"method": "fedau"}, values), out=tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert max(row.get("server_omega_max", 0) for row in rows) >= 1
@@ -182,7 +213,13 @@ def test_what_the_method_logged_is_drawn(tmp_path: Path) -> None:
 
 
 def test_what_the_method_logged_and_was_not_finite_is_left_out(tmp_path: Path) -> None:
-    values = {"task": "least-squares", "population": 6, "proxy": 12, "rounds": 2, "engine.chunk": 1}
+    values = {
+        "task": "least-squares",
+        "population": 6,
+        "proxy": 12,
+        "rounds": 2,
+        "engine.chunk": 1,
+    }
     run(Experiment.parse({"method": "fedlaw"}, values), out=tmp_path / "run")
     file = tmp_path / "run" / "metrics.jsonl"
     first, second = file.read_text().splitlines()
@@ -191,12 +228,26 @@ def test_what_the_method_logged_and_was_not_finite_is_left_out(tmp_path: Path) -
     assert "Lambda by round" in titles(write_report(tmp_path / "run"))
 
 
-def test_what_the_method_logged_of_each_client_is_a_band_and_a_known_optimum_a_curve(tmp_path: Path) -> None:
-    values = {"task": "least-squares", "population": 6, "proxy": 12, "rounds": 3, "engine.chunk": 1, "evaluation.every": 1}
+def test_what_the_method_logged_of_each_client_is_a_band_and_a_known_optimum_a_curve(
+    tmp_path: Path,
+) -> None:
+    values = {
+        "task": "least-squares",
+        "population": 6,
+        "proxy": 12,
+        "rounds": 3,
+        "engine.chunk": 1,
+        "evaluation.every": 1,
+    }
     run(Experiment.parse({"method": "fedlaw"}, values), out=tmp_path / "run")
     file = write_report(tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert {"Lambda by round", "Gamma by round", "Coherence by round", "NMSD in dB by round"} <= set(titles(file))
+    assert {
+        "Lambda by round",
+        "Gamma by round",
+        "Coherence by round",
+        "NMSD in dB by round",
+    } <= set(titles(file))
     words = Page(file).words
     least, largest = min(rows[-1]["server_lambda"]), max(rows[-1]["server_lambda"])
     assert f"between {least:.3g} and {largest:.3g} at the end" in words
@@ -205,8 +256,20 @@ def test_what_the_method_logged_of_each_client_is_a_band_and_a_known_optimum_a_c
 
 def test_empty_and_skipped_rounds_are_counted(copy: Path) -> None:
     rows = read_rows(copy / "metrics.jsonl")
-    rows[1] |= {"cohort": 0, "reports": 0, "skipped": False, "dropped": {}, "train_loss": None, "train_accuracy": None}
-    rows[2] |= {"reports": 0, "skipped": True, "dropped": {"timed out": 4, "<b>odd</b> & long" * 9: 1}, "test_loss": None}
+    rows[1] |= {
+        "cohort": 0,
+        "reports": 0,
+        "skipped": False,
+        "dropped": {},
+        "train_loss": None,
+        "train_accuracy": None,
+    }
+    rows[2] |= {
+        "reports": 0,
+        "skipped": True,
+        "dropped": {"timed out": 4, "<b>odd</b> & long" * 9: 1},
+        "test_loss": None,
+    }
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = Page(write_report(copy)).words
     assert "Between 0 and 4 of them were asked" in words
@@ -216,36 +279,58 @@ def test_empty_and_skipped_rounds_are_counted(copy: Path) -> None:
 
 
 def test_only_empty_rounds_have_a_report(copy: Path) -> None:
-    row = {"cohort": 0, "reports": 0, "skipped": False, "dropped": {}, "bytes_down": 0, "bytes_up": 0, "seconds": 0.0}
-    (copy / "metrics.jsonl").write_text("".join(json.dumps({"round": t + 1, **row}) + "\n" for t in range(4)))
+    row = {
+        "cohort": 0,
+        "reports": 0,
+        "skipped": False,
+        "dropped": {},
+        "bytes_down": 0,
+        "bytes_up": 0,
+        "seconds": 0.0,
+    }
+    (copy / "metrics.jsonl").write_text(
+        "".join(json.dumps({"round": t + 1, **row}) + "\n" for t in range(4))
+    )
     assert "0 of them were asked in each of 4 rounds" in Page(write_report(copy)).words
 
 
 def test_long_run_stays_small(copy: Path) -> None:
     row = read_rows(copy / "metrics.jsonl")[-1]
-    (copy / "metrics.jsonl").write_text("".join(json.dumps({**row, "round": t}) + "\n" for t in range(1, 5001)))
+    (copy / "metrics.jsonl").write_text(
+        "".join(json.dumps({**row, "round": t}) + "\n" for t in range(1, 5001))
+    )
     assert write_report(copy).stat().st_size < 1_500_000
 
 
-@pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: f.write_bytes(b"PAR1 no")])
+@pytest.mark.parametrize(
+    "spoil", [lambda f: f.unlink(), lambda f: f.write_bytes(b"PAR1 no")]
+)
 @pytest.mark.parametrize("name", ["clients.parquet", "environment.json"])
-def test_what_else_is_missing_or_damaged_costs_its_part_only(copy: Path, name: str, spoil: Any) -> None:
+def test_what_else_is_missing_or_damaged_costs_its_part_only(
+    copy: Path, name: str, spoil: Any
+) -> None:
     spoil(copy / name)
     words = Page(write_report(copy)).words
     assert "test accuracy" in words
-    assert (f"{name} cannot be read" in words) == ((copy / name).exists() or name == "environment.json")
+    assert (f"{name} cannot be read" in words) == (
+        (copy / name).exists() or name == "environment.json"
+    )
 
 
 def test_method_that_is_not_at_hand_costs_its_part_only(copy: Path) -> None:
     config = (copy / "config.toml").read_text()
-    (copy / "config.toml").write_text(config.replace('name = "fedavg"', 'name = "gone.away:Method"'))
+    (copy / "config.toml").write_text(
+        config.replace('name = "fedavg"', 'name = "gone.away:Method"')
+    )
     words = Page(write_report(copy)).words
     assert "gone.away:Method on digits" in words
     assert "Not drawn" in words
 
 
 def test_folder_that_is_no_run_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"is no run directory: expected config\.toml"):
+    with pytest.raises(
+        SettingsError, match=r"is no run directory: expected config\.toml"
+    ):
         write_report(tmp_path)
 
 
@@ -258,7 +343,9 @@ def test_folder_that_is_no_run_directory_is_named(tmp_path: Path) -> None:
         ("\xff\xfe\n\n", "line 1 is damaged"),
     ],
 )
-def test_damaged_metrics_are_refused_by_line(copy: Path, content: str, message: str) -> None:
+def test_damaged_metrics_are_refused_by_line(
+    copy: Path, content: str, message: str
+) -> None:
     (copy / "metrics.jsonl").write_bytes(content.encode("latin-1"))
     with pytest.raises(SettingsError, match=message):
         write_report(copy)
@@ -272,7 +359,12 @@ def test_metrics_with_a_round_missing_are_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("x = [", "is damaged"), ('task = "digits"', "rounds is missing"), ("", "task is missing")]
+    ("content", "message"),
+    [
+        ("x = [", "is damaged"),
+        ('task = "digits"', "rounds is missing"),
+        ("", "task is missing"),
+    ],
 )
 def test_damaged_settings_are_refused(copy: Path, content: str, message: str) -> None:
     (copy / "config.toml").write_text(content)
@@ -286,7 +378,9 @@ def test_run_that_has_not_begun_is_named(copy: Path) -> None:
         write_report(copy)
 
 
-def test_failed_report_at_the_end_of_a_run_is_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_report_at_the_end_of_a_run_is_a_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert write_or_note(tmp_path) is None
     assert "no report" in caplog.text
     assert f"fedcore report {tmp_path}" in caplog.text
@@ -307,7 +401,13 @@ def test_thinning_keeps_first_and_last() -> None:
 
 
 def test_times_read_well() -> None:
-    assert [time_text(s) for s in (0.0123, 1.5, 90, 600, 9000)] == ["12.3 ms", "1.5 s", "90 s", "10 min", "2 h 30 min"]
+    assert [time_text(s) for s in (0.0123, 1.5, 90, 600, 9000)] == [
+        "12.3 ms",
+        "1.5 s",
+        "90 s",
+        "10 min",
+        "2 h 30 min",
+    ]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -317,22 +417,34 @@ def browse(profile: Path, *arguments: str) -> str:
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     quiet += "--disable-component-update --disable-sync --hide-scrollbars"
     command = [str(CHROMIUM), *quiet.split(), f"--user-data-dir={profile}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (500, True)])
-def test_browser_shows_the_report(finished: Path, tmp_path: Path, width: int, dark: bool) -> None:
+def test_browser_shows_the_report(
+    finished: Path, tmp_path: Path, width: int, dark: bool
+) -> None:
     from PIL import Image
 
     address = write_report(finished).resolve().as_uri()
     mode = "--blink-settings=preferredColorScheme=" + ("0" if dark else "1")
     picture = tmp_path / "report.png"
-    browse(tmp_path / "a", mode, f"--screenshot={picture}", f"--window-size={width},2400", address)
+    browse(
+        tmp_path / "a",
+        mode,
+        f"--screenshot={picture}",
+        f"--window-size={width},2400",
+        address,
+    )
     pixels = np.asarray(Image.open(picture).convert("L"))
     assert pixels.shape[1] == width
-    assert (np.median(pixels) < 80) == dark, "the page does not follow the reader's mode"
+    assert (np.median(pixels) < 80) == dark, (
+        "the page does not follow the reader's mode"
+    )
     assert pixels.std() > 10, "the screenshot is blank"
     assert (pixels.std(1) > 3).mean() > 0.5, "most of the page is empty"
     dom = browse(tmp_path / "b", "--dump-dom", address)

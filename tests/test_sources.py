@@ -27,7 +27,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def idx(array: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 @pytest.fixture
@@ -63,18 +67,24 @@ def test_digits_are_whole_balanced_and_always_split_alike() -> None:
     assert (a.x_train.min().item(), a.x_train.max().item()) == (0, 1)
     share = a.y_test.bincount() / (a.y_test.bincount() + a.y_train.bincount())
     assert a.y_test.bincount().tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
-    assert ((share > 0.19) & (share <= 0.2)).all(), f"a fifth of each class is for testing, found {share}"
+    assert ((share > 0.19) & (share <= 0.2)).all(), (
+        f"a fifth of each class is for testing, found {share}"
+    )
     assert torch.equal(a.x_train, b.x_train)
     assert torch.equal(a.y_test, b.y_test)
 
 
-def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_without_scikit_learn_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="pip install scikit-learn"):
         sources.load("digits")
 
 
-@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+@pytest.mark.skipif(
+    not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist"
+)
 def test_fashion_mnist_is_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDCORE_DATA", raising=False)
     s = sources.load("fashion-mnist")
@@ -90,9 +100,15 @@ def test_fashion_mnist_is_read_plain_or_compressed_from_a_folder_or_below_fedcor
 ) -> None:
     s = sources.load("fashion-mnist", idx_folder)
     assert s.x_train.shape == (6, 1, 28, 28)
-    torch.testing.assert_close(s.x_train[::2], torch.full((3, 1, 28, 28), -0.2860 / 0.3530))
-    torch.testing.assert_close(s.x_train[1::2], torch.full((3, 1, 28, 28), (0.2 - 0.2860) / 0.3530))
-    torch.testing.assert_close(s.x_test, torch.full((4, 1, 28, 28), (0.2 - 0.2860) / 0.3530))
+    torch.testing.assert_close(
+        s.x_train[::2], torch.full((3, 1, 28, 28), -0.2860 / 0.3530)
+    )
+    torch.testing.assert_close(
+        s.x_train[1::2], torch.full((3, 1, 28, 28), (0.2 - 0.2860) / 0.3530)
+    )
+    torch.testing.assert_close(
+        s.x_test, torch.full((4, 1, 28, 28), (0.2 - 0.2860) / 0.3530)
+    )
     assert s.y_train.tolist() == [0, 1, 2, 3, 4, 5]
     assert s.y_test.tolist() == [0, 1, 2, 3]
     idx_folder.rename(idx_folder.parent / "fashion-mnist")
@@ -105,17 +121,49 @@ def test_fashion_mnist_is_read_plain_or_compressed_from_a_folder_or_below_fedcor
     [
         ("train-images-idx3-ubyte.gz", b"no gzip", "cannot be read"),
         ("train-labels-idx1-ubyte.gz", b"no gzip", "cannot be read"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((6, 28, 28))))[:-20], "cannot be read"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(b"x" * 99)[:12] + b"\xff" * 20, "cannot be read"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((6, 28, 28)))[:-1]), "found 4703 bytes, expected 4704"),
-        ("train-labels-idx1-ubyte", idx(np.arange(6))[:-3], "found 3 bytes, expected 6"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((6, 28)))), "found 00000802, expected 00000803"),
+        (
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(idx(np.zeros((6, 28, 28))))[:-20],
+            "cannot be read",
+        ),
+        (
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(b"x" * 99)[:12] + b"\xff" * 20,
+            "cannot be read",
+        ),
+        (
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(idx(np.zeros((6, 28, 28)))[:-1]),
+            "found 4703 bytes, expected 4704",
+        ),
+        (
+            "train-labels-idx1-ubyte",
+            idx(np.arange(6))[:-3],
+            "found 3 bytes, expected 6",
+        ),
+        (
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(idx(np.zeros((6, 28)))),
+            "found 00000802, expected 00000803",
+        ),
         ("train-labels-idx1-ubyte", b"hello", "found 68656c6c, expected 00000801"),
         ("train-images-idx3-ubyte.gz", gzip.compress(b""), "found , expected 00000803"),
     ],
-    ids=["no gzip", "labels no gzip", "cut gzip", "broken gzip", "cut", "labels cut", "dimensions", "no idx", "empty"],
+    ids=[
+        "no gzip",
+        "labels no gzip",
+        "cut gzip",
+        "broken gzip",
+        "cut",
+        "labels cut",
+        "dimensions",
+        "no idx",
+        "empty",
+    ],
 )
-def test_a_broken_idx_file_is_named(idx_folder: Path, name: str, content: bytes, message: str) -> None:
+def test_a_broken_idx_file_is_named(
+    idx_folder: Path, name: str, content: bytes, message: str
+) -> None:
     (idx_folder / name).write_bytes(content)
     with pytest.raises(SettingsError, match=f"{name}.*{message}"):
         sources.load("fashion-mnist", idx_folder)
@@ -124,13 +172,23 @@ def test_a_broken_idx_file_is_named(idx_folder: Path, name: str, content: bytes,
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((6, 32, 32)))), "expected as many 28x28 images as labels"),
-        ("train-labels-idx1-ubyte", idx(np.arange(5)), "expected as many 28x28 images as labels"),
+        (
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(idx(np.zeros((6, 32, 32)))),
+            "expected as many 28x28 images as labels",
+        ),
+        (
+            "train-labels-idx1-ubyte",
+            idx(np.arange(5)),
+            "expected as many 28x28 images as labels",
+        ),
         ("train-labels-idx1-ubyte", idx(np.arange(6) * 9), "labels up to 45"),
     ],
     ids=["size", "fewer labels", "classes"],
 )
-def test_idx_files_that_do_not_fit_together_are_refused(idx_folder: Path, name: str, content: bytes, message: str) -> None:
+def test_idx_files_that_do_not_fit_together_are_refused(
+    idx_folder: Path, name: str, content: bytes, message: str
+) -> None:
     (idx_folder / name).write_bytes(content)
     with pytest.raises(SettingsError, match=message):
         sources.load("fashion-mnist", idx_folder)
@@ -147,11 +205,15 @@ def test_a_missing_idx_file_is_named(idx_folder: Path) -> None:
 
 def test_a_folder_without_idx_files_says_which_are_expected(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(SettingsError, match="expected the IDX files train-images-idx3-ubyte"):
+        with pytest.raises(
+            SettingsError, match="expected the IDX files train-images-idx3-ubyte"
+        ):
             sources.load("fashion-mnist", folder)
 
 
-def test_without_files_or_network_all_ways_to_the_data_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_files_or_network_all_ways_to_the_data_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def load_dataset(*_: object, **__: object) -> None:
         raise ConnectionError("no network")
 
@@ -160,9 +222,14 @@ def test_without_files_or_network_all_ways_to_the_data_are_told(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "datasets", hub)
     monkeypatch.setattr(sources, "_idx_file", lambda folder, name: None)
     monkeypatch.delenv("FEDCORE_DATA", raising=False)
-    with pytest.raises(SettingsError, match="fashion-mnist; apt-get install dataset-fashion-mnist, or set data_folder"):
+    with pytest.raises(
+        SettingsError,
+        match="fashion-mnist; apt-get install dataset-fashion-mnist, or set data_folder",
+    ):
         sources.load("fashion-mnist")
-    with pytest.raises(SettingsError, match="set data_folder to a folder of its parquet files"):
+    with pytest.raises(
+        SettingsError, match="set data_folder to a folder of its parquet files"
+    ):
         sources.load("cifar10")
 
 
@@ -179,12 +246,17 @@ def write_parquet(file: Path, images: np.ndarray, column: str = "image") -> None
 
 
 @pytest.mark.parametrize("column", ["image", "img"])
-def test_cifar10_is_decoded_from_parquet_once(tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_is_decoded_from_parquet_once(
+    tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
     write_parquet(tmp_path / "cifar10-train-0.parquet", pixels[:2], column)
     write_parquet(tmp_path / "cifar10-train-1.parquet", pixels[2:4], column)
     write_parquet(tmp_path / "cifar10-test.parquet", pixels[4:], column)
-    mean, deviation = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
+    mean, deviation = (
+        np.array([0.4914, 0.4822, 0.4465]),
+        np.array([0.2470, 0.2435, 0.2616]),
+    )
     expected = ((pixels / 255 - mean) / deviation).transpose(0, 3, 1, 2)
     s = sources.load("cifar10", tmp_path)
     with monkeypatch.context() as m:
@@ -220,7 +292,9 @@ def test_a_folder_that_is_not_cifar10_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_bytes(b"nonsense")
     with pytest.raises(SettingsError, match=r"train\.parquet.*columns image"):
         sources.load("cifar10", tmp_path)
-    write_parquet(tmp_path / "train.parquet", np.zeros((2, 32, 32, 3), dtype=np.uint8), "picture")
+    write_parquet(
+        tmp_path / "train.parquet", np.zeros((2, 32, 32, 3), dtype=np.uint8), "picture"
+    )
     with pytest.raises(SettingsError, match=r"train\.parquet.*columns image"):
         sources.load("cifar10", tmp_path)
     write_parquet(tmp_path / "train.parquet", np.zeros((2, 16, 16, 3), dtype=np.uint8))

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedcore import trees, wire
+from fedcore import trees
+from fedcore.messages import wire
+from fedcore.messages.wire import WireError, decode, encode
 from fedcore.types import Params, Stateless, Tree
-from fedcore.wire import WireError, decode, encode
 
 
 class Inner(NamedTuple):
@@ -30,19 +31,34 @@ class Outer(NamedTuple):
     loss: Tensor
 
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
 shapes = st.lists(st.integers(0, 3), max_size=3)
-names = st.text(min_size=1, max_size=8) | st.sampled_from(["0.weight", "a/b", "/", ".", "delta", "inner/count"])
+names = st.text(min_size=1, max_size=8) | st.sampled_from(
+    ["0.weight", "a/b", "/", ".", "delta", "inner/count"]
+)
 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensor:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    return (torch.randn(draw(shapes), generator=generator) * 100).to(draw(st.sampled_from(DTYPES)))
+    return (torch.randn(draw(shapes), generator=generator) * 100).to(
+        draw(st.sampled_from(DTYPES))
+    )
 
 
 params = st.dictionaries(names, tensors(), max_size=4)
-outers = st.builds(Outer, params, st.builds(Inner, params, tensors()), st.just(Stateless()), tensors())
+outers = st.builds(
+    Outer, params, st.builds(Inner, params, tensors()), st.just(Stateless()), tensors()
+)
 trees_and_schemas = st.one_of(
     st.tuples(outers, st.just(Outer)),
     st.tuples(params, st.just(Params)),
@@ -52,16 +68,24 @@ trees_and_schemas = st.one_of(
 
 
 def assert_same(a: Tree, b: Tree) -> None:
-    assert trees.map(lambda x: (x.dtype, x.shape), a) == trees.map(lambda x: (x.dtype, x.shape), b)
+    assert trees.map(lambda x: (x.dtype, x.shape), a) == trees.map(
+        lambda x: (x.dtype, x.shape), b
+    )
     for (path, x), y in zip(trees.flatten(a).items(), trees.leaves(b), strict=True):
-        bits = [v.contiguous().reshape(-1).view(torch.uint8) for v in (x, y)] if x.numel() else []
+        bits = (
+            [v.contiguous().reshape(-1).view(torch.uint8) for v in (x, y)]
+            if x.numel()
+            else []
+        )
         assert not bits or torch.equal(*bits), f"{path} differs"
 
 
 @given(trees_and_schemas)
 def test_decode_of_encode_is_what_was_sent(sent: tuple[Tree, Any]) -> None:
     tree, schema = sent
-    over_the_wire = recorddict_from_proto(recorddict_to_proto(RecordDict({"up": encode(tree)})))["up"]
+    over_the_wire = recorddict_from_proto(
+        recorddict_to_proto(RecordDict({"up": encode(tree)}))
+    )["up"]
     assert isinstance(over_the_wire, ArrayRecord)
     assert_same(decode(over_the_wire, schema), tree)
     assert_same(decode(over_the_wire, schema, like=tree), tree)
@@ -75,7 +99,9 @@ def test_views_and_tensors_that_need_gradients_are_sent_as_values() -> None:
     back += 1  # and what arrives may be written to
 
 
-SENT = Inner({"0.weight": torch.zeros(10, 64), "0.bias": torch.zeros(10)}, torch.tensor(3))
+SENT = Inner(
+    {"0.weight": torch.zeros(10, 64), "0.bias": torch.zeros(10)}, torch.tensor(3)
+)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +148,20 @@ GOOD = encode(torch.zeros(9))[wire.FORMAT].data
         {"/loss": packed(GOOD)},
         {},
     ],
-    ids=["a pickle", "noise", "cut short", "another serialisation", "an unknown type", "two arrays", "another name", "nothing"],
+    ids=[
+        "a pickle",
+        "noise",
+        "cut short",
+        "another serialisation",
+        "an unknown type",
+        "two arrays",
+        "another name",
+        "nothing",
+    ],
 )
-def test_what_is_no_tensor_is_refused_and_never_unpickled(record: dict[str, Array]) -> None:
+def test_what_is_no_tensor_is_refused_and_never_unpickled(
+    record: dict[str, Array],
+) -> None:
     with pytest.raises(WireError, match="arrays that"):
         decode(ArrayRecord(record), Tensor)
 
@@ -136,6 +173,8 @@ def test_a_schema_that_cannot_be_sent_is_an_error_of_the_method() -> None:
 
 
 def test_schemas_are_read_off_the_annotations() -> None:
-    def fn(task: Any, t: Tensor, down: Inner, state: Stateless, batches: Any) -> tuple[Outer, Stateless]: ...
+    def fn(
+        task: Any, t: Tensor, down: Inner, state: Stateless, batches: Any
+    ) -> tuple[Outer, Stateless]: ...
 
     assert wire.schemas(fn) == (Inner, Outer)

@@ -25,17 +25,24 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedcore import __version__, loop
-from fedcore.audit import membership as members
+from fedcore import __version__
 from fedcore.audit import metrics
-from fedcore.audit.analytic import Analytic
-from fedcore.audit.attack import Attack, Progress, Reconstruction, lacking, settings_of
-from fedcore.audit.dlfa import DLFA
-from fedcore.audit.dlg import DLG
-from fedcore.audit.idlg import IDLG
+from fedcore.audit.attacks import membership as members
+from fedcore.audit.attacks.analytic import Analytic
+from fedcore.audit.attacks.base import (
+    Attack,
+    Progress,
+    Reconstruction,
+    lacking,
+    settings_of,
+)
+from fedcore.audit.attacks.dlfa import DLFA
+from fedcore.audit.attacks.dlg import DLG
+from fedcore.audit.attacks.idlg import IDLG
+from fedcore.audit.attacks.inverting_gradients import IG
+from fedcore.audit.attacks.labels import recover
+from fedcore.audit.attacks.sme import SME
 from fedcore.audit.inspection import inspect_model
-from fedcore.audit.inverting_gradients import IG
-from fedcore.audit.labels import recover
 from fedcore.audit.observe import (
     Observation,
     Subject,
@@ -49,12 +56,12 @@ from fedcore.audit.observe import (
     simulate,
     truth_of,
 )
-from fedcore.audit.sme import SME
-from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.rng import rng, seed_of
-from fedcore.rundir import read_history, stored
+from fedcore.rounds import loop
+from fedcore.rounds.rundir import read_history, stored
+from fedcore.storage.checkpoint import write_atomically
 from fedcore.task import Task
 from fedcore.tasks import build_task
 
@@ -120,34 +127,49 @@ class Plan:
     """What is done to every cell."""
 
     attacks: tuple[str, ...] = DEFAULT_ATTACKS
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of attacks, over the budget's
+    options: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # settings of attacks, over the budget's
     budget: Budget = "quick"
     labels: Literal["recovered", "oracle", "soft"] = "recovered"
     truth: bool = True  # score against the clients' data, where the simulation has it
-    flip: bool = False  # what came up is global minus local: never guessed, only warned of
+    flip: bool = (
+        False  # what came up is global minus local: never guessed, only warned of
+    )
     images: bool = True  # show images in the report
     clients: int = 4  # of a cell
     seed: int = 0
 
     def settings(self, attack: str) -> dict[str, Any]:
         """Of one attack by optimisation or formula. Raises SettingsError for what it does not know."""
-        values = {**BUDGETS[self.budget].get(attack, {}), **self.options.get(attack, {})}
+        values = {
+            **BUDGETS[self.budget].get(attack, {}),
+            **self.options.get(attack, {}),
+        }
         try:
-            return settings_of(IMAGE_ATTACKS[attack]).model_validate(values).model_dump()
+            return (
+                settings_of(IMAGE_ATTACKS[attack]).model_validate(values).model_dump()
+            )
         except ValidationError as e:
             fault = e.errors()[0]
             known = ", ".join(settings_of(IMAGE_ATTACKS[attack]).model_fields)
             key = ".".join([attack, *map(str, fault["loc"])])
-            raise SettingsError(f"--option {key} = {fault['input']!r}: {fault['msg'].lower()}; {attack} knows {known}") from e
+            raise SettingsError(
+                f"--option {key} = {fault['input']!r}: {fault['msg'].lower()}; {attack} knows {known}"
+            ) from e
 
     def check(self) -> None:
         """Raises SettingsError for attacks and options that do not exist."""
         for name in (*self.attacks, *self.options):
             if name not in ATTACKS:
-                raise SettingsError(f'attack "{name}": there is no such attack; known: {", ".join(ATTACKS)}')
+                raise SettingsError(
+                    f'attack "{name}": there is no such attack; known: {", ".join(ATTACKS)}'
+                )
         for name in self.options:
             if name not in IMAGE_ATTACKS:
-                raise SettingsError(f'--option {name}: the attack "{name}" has no settings')
+                raise SettingsError(
+                    f'--option {name}: the attack "{name}" has no settings'
+                )
         for name in self.attacks:
             if name in IMAGE_ATTACKS:
                 self.settings(name)
@@ -158,8 +180,12 @@ class Prepared(NamedTuple):
 
     subjects: list[Subject]
     task: Task
-    accuracy: float | None = None  # of the run's model on the test set, as last measured
-    client_accuracy: float | None = None  # mean over clients, of the model that each uses
+    accuracy: float | None = (
+        None  # of the run's model on the test set, as last measured
+    )
+    client_accuracy: float | None = (
+        None  # mean over clients, of the model that each uses
+    )
     personal: bool = False  # whether clients have models of their own
     privacy: dict[str, Any] | None = None  # what an accountant says of the run
     device: torch.device = CPU  # where attacks run
@@ -188,17 +214,36 @@ class Stopped(Exception):
     """The user asked to stop; what is done is kept."""
 
 
-def sweep(e: Experiment, plan: Plan, epochs: Sequence[int], batches: Sequence[int], examples: Sequence[int]) -> list[Cell]:
+def sweep(
+    e: Experiment,
+    plan: Plan,
+    epochs: Sequence[int],
+    batches: Sequence[int],
+    examples: Sequence[int],
+) -> list[Cell]:
     """Synthetic first rounds of the experiment, for every combination of the three."""
     cells = []
     for E, B, N in itertools.product(epochs, batches, examples):
-        changed = e.model_copy(update={"local": e.local.model_copy(update={"epochs": E, "batch_size": B, "steps": None})})
+        changed = e.model_copy(
+            update={
+                "local": e.local.model_copy(
+                    update={"epochs": E, "batch_size": B, "steps": None}
+                )
+            }
+        )
 
-        def prepare(observer: Observer, e: Experiment = changed, N: int = N) -> Prepared:
+        def prepare(
+            observer: Observer, e: Experiment = changed, N: int = N
+        ) -> Prepared:
             task = build_task(e)
             return Prepared(simulate(e, task, plan.clients, N), task, device=_device(e))
 
-        factors = {"epochs": E, "batch_size": B, "examples": N, "local_steps": E * math.ceil(N / B)}
+        factors = {
+            "epochs": E,
+            "batch_size": B,
+            "examples": N,
+            "local_steps": E * math.ceil(N / B),
+        }
         cells.append(
             Cell(
                 f"{E} epoch{'s' * (E > 1)}, batches of {B}, {N} example{'s' * (N > 1)}",
@@ -219,12 +264,19 @@ def rounds_of(run_dir: Path, plan: Plan) -> tuple[Experiment, list[Cell]]:
         def prepare(observer: Observer) -> Prepared:
             return _captured(e, run_dir, plan, t, 1)
 
-        return Cell(f"round {t}", {"round": t}, prepare, [e.model_dump(mode="json"), [x.client for x in found if x.round == t]])
+        return Cell(
+            f"round {t}",
+            {"round": t},
+            prepare,
+            [e.model_dump(mode="json"), [x.client for x in found if x.round == t]],
+        )
 
     return e, [cell(t) for t in sorted({x.round for x in found})]
 
 
-def _captured(e: Experiment, run_dir: Path, plan: Plan, t: int, together: int) -> Prepared:
+def _captured(
+    e: Experiment, run_dir: Path, plan: Plan, t: int, together: int
+) -> Prepared:
     """The clients captured in round t; of each, the exchange that tells of a round, and all earlier ones for membership."""
     task = build_task(e)
     method, known = e.build_method(), public(e, task)
@@ -232,23 +284,53 @@ def _captured(e: Experiment, run_dir: Path, plan: Plan, t: int, together: int) -
     for x in captured(run_dir):
         if x.round <= t and x.num_examples > 0:
             by_client.setdefault(x.client, []).append(observation(method, known, x))
-    chosen = [(i, own) for i, own in sorted(by_client.items()) if own[-1].round == t][: plan.clients * together]
-    subjects = [Subject(own[-1], truth_of(task, i), tuple(own[:-1])) for i, own in chosen]
+    chosen = [(i, own) for i, own in sorted(by_client.items()) if own[-1].round == t][
+        : plan.clients * together
+    ]
+    subjects = [
+        Subject(own[-1], truth_of(task, i), tuple(own[:-1])) for i, own in chosen
+    ]
     if together > 1:
-        groups = [subjects[i : i + together] for i in range(0, len(subjects) - together + 1, together)]
+        groups = [
+            subjects[i : i + together]
+            for i in range(0, len(subjects) - together + 1, together)
+        ]
         if not groups:
-            raise SettingsError(f"secagg={together}: round {t} has {len(subjects)} captured clients, expected at least {together}")
+            raise SettingsError(
+                f"secagg={together}: round {t} has {len(subjects)} captured clients, expected at least {together}"
+            )
         subjects = [aggregate(group) for group in groups]
     rows = read_history(run_dir, _rounds_done(run_dir))
-    privacy = next((row["privacy"] for row in reversed(rows) if row.get("privacy") is not None), None)
-    accuracy = next((row["test_accuracy"] for row in reversed(rows) if row.get("test_accuracy") is not None), None)
-    own = next((row["client_accuracy"]["mean"] for row in reversed(rows) if row.get("client_accuracy")), None)
-    return Prepared(subjects, task, accuracy, own, method.personalises(), privacy, _device(e))
+    privacy = next(
+        (row["privacy"] for row in reversed(rows) if row.get("privacy") is not None),
+        None,
+    )
+    accuracy = next(
+        (
+            row["test_accuracy"]
+            for row in reversed(rows)
+            if row.get("test_accuracy") is not None
+        ),
+        None,
+    )
+    own = next(
+        (
+            row["client_accuracy"]["mean"]
+            for row in reversed(rows)
+            if row.get("client_accuracy")
+        ),
+        None,
+    )
+    return Prepared(
+        subjects, task, accuracy, own, method.personalises(), privacy, _device(e)
+    )
 
 
 def _device(e: Experiment) -> torch.device:
     """A run that was trained on a GPU can be audited without one."""
-    return torch.device("cuda" if e.engine.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device(
+        "cuda" if e.engine.device != "cpu" and torch.cuda.is_available() else "cpu"
+    )
 
 
 def _rounds_done(run_dir: Path) -> int:
@@ -263,22 +345,48 @@ def defences(e: Experiment, plan: Plan, wanted: Sequence[str], out: Path) -> lis
     "local.epochs=5", "method.name=fedsim"; "secagg=M": only the mean of M clients is seen; "none". Raises SettingsError.
     """
     cells = []
-    for text in dict.fromkeys(itertools.chain.from_iterable(PANEL if w == "panel" else (w,) for w in wanted)):
-        pairs = dict(_pair(text, word) for word in ([] if text == "none" else re.split(r"\s+(?=[\w.]+=)", text.strip())))
+    for text in dict.fromkeys(
+        itertools.chain.from_iterable(PANEL if w == "panel" else (w,) for w in wanted)
+    ):
+        pairs = dict(
+            _pair(text, word)
+            for word in (
+                [] if text == "none" else re.split(r"\s+(?=[\w.]+=)", text.strip())
+            )
+        )
         together = int(pairs.pop("secagg", 1))
         keep = {"audit.capture": str(plan.clients * together), "audit.rounds": "[1]"}
         changed = Experiment.parse(
-            e.model_dump(mode="json", exclude_none=True), [f"{k}={v}" for k, v in (pairs | keep).items()], text
+            e.model_dump(mode="json", exclude_none=True),
+            [f"{k}={v}" for k, v in (pairs | keep).items()],
+            text,
         )
         _check(changed)
         folder = out / "runs" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
-        def prepare(observer: Observer, e: Experiment = changed, folder: Path = folder, together: int = together) -> Prepared:
+        def prepare(
+            observer: Observer,
+            e: Experiment = changed,
+            folder: Path = folder,
+            together: int = together,
+        ) -> Prepared:
             begun = (folder / "config.toml").exists()
-            loop.run(e, out=None if begun else folder, resume=folder if begun else None, observer=observer.training())
+            loop.run(
+                e,
+                out=None if begun else folder,
+                resume=folder if begun else None,
+                observer=observer.training(),
+            )
             return _captured(e, folder, plan, 1, together)
 
-        cells.append(Cell(text, {"defence": text}, prepare, [changed.model_dump(mode="json"), together]))
+        cells.append(
+            Cell(
+                text,
+                {"defence": text},
+                prepare,
+                [changed.model_dump(mode="json"), together],
+            )
+        )
     return cells
 
 
@@ -296,7 +404,12 @@ def _pair(text: str, word: str) -> tuple[str, str]:
         raise SettingsError(
             f'--defence "{text}": found "{word}", expected key=value, e.g. clip=1, local.epochs=5, secagg=4, or none'
         )
-    return key if "." in key or key == "secagg" or key in Experiment.model_fields else f"defence.{key}", value
+    return (
+        key
+        if "." in key or key == "secagg" or key in Experiment.model_fields
+        else f"defence.{key}",
+        value,
+    )
 
 
 @dataclass
@@ -311,12 +424,23 @@ class Audit:
     interrupted: bool
     created: str
     seconds: float
-    failed: dict[str, str] = field(default_factory=dict)  # cells that could not be made: why
+    failed: dict[str, str] = field(
+        default_factory=dict
+    )  # cells that could not be made: why
 
     def to_dict(self) -> dict[str, Any]:
         """JSON without pictures."""
-        cells = [{key: value for key, value in cell.items() if key != "pictures"} for cell in self.cells]
-        facts = {"schema": SCHEMA, "tool_version": __version__, "mode": self.mode, "experiment": self.experiment, "plan": self.plan}
+        cells = [
+            {key: value for key, value in cell.items() if key != "pictures"}
+            for cell in self.cells
+        ]
+        facts = {
+            "schema": SCHEMA,
+            "tool_version": __version__,
+            "mode": self.mode,
+            "experiment": self.experiment,
+            "plan": self.plan,
+        }
         rest: dict[str, Any] = {
             "failed": self.failed,
             "warnings": self.warnings,
@@ -324,24 +448,46 @@ class Audit:
             "created": self.created,
             "seconds": self.seconds,
         }
-        return {**facts, "view": "client_update", "cells": cells, "worst": self.worst, **rest}
+        return {
+            **facts,
+            "view": "client_update",
+            "cells": cells,
+            "worst": self.worst,
+            **rest,
+        }
 
     @property
     def judged_by(self) -> str:
         """Whose accuracy is set against privacy: where a method personalises, the clients' own models in every cell."""
-        return "client_accuracy" if any(cell["personal"] for cell in self.cells) else "accuracy"
+        return (
+            "client_accuracy"
+            if any(cell["personal"] for cell in self.cells)
+            else "accuracy"
+        )
 
     @property
     def worst(self) -> dict[str, Any]:
         """The highest input leakage over cells and clients, for --fail-above; null where nothing was scored."""
-        scored = [(c["input_leakage"], cell["name"], c["client"]) for cell in self.cells for c in cell["clients"] if c["grade"]]
+        scored = [
+            (c["input_leakage"], cell["name"], c["client"])
+            for cell in self.cells
+            for c in cell["clients"]
+            if c["grade"]
+        ]
         if not scored:
             return {"input_leakage": None, "cell": None, "client": None}
         value, name, client = max(scored)
         return {"input_leakage": value, "cell": name, "client": client}
 
 
-def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Path, observer: Observer) -> Audit:
+def examine(
+    mode: str,
+    e: Experiment,
+    cells: Sequence[Cell],
+    plan: Plan,
+    out: Path,
+    observer: Observer,
+) -> Audit:
     """Attack and score every cell, those that `out` already holds the results of excepted.
 
     SIGINT ends it early: what is done is returned, `interrupted`. A cell that cannot be made is left out, noted and named in
@@ -385,10 +531,22 @@ def examine(mode: str, e: Experiment, cells: Sequence[Cell], plan: Plan, out: Pa
         "clients": plan.clients,
         "seed": plan.seed,
     }
-    asked["settings"] = {name: plan.settings(name) for name in plan.attacks if name in IMAGE_ATTACKS}
+    asked["settings"] = {
+        name: plan.settings(name) for name in plan.attacks if name in IMAGE_ATTACKS
+    }
     created = datetime.now(UTC).isoformat(timespec="seconds")
     seconds = round(time.perf_counter() - begin, 1)
-    return Audit(mode, e.model_dump(mode="json"), asked, done, warnings, stop.is_set(), created, seconds, failed)
+    return Audit(
+        mode,
+        e.model_dump(mode="json"),
+        asked,
+        done,
+        warnings,
+        stop.is_set(),
+        created,
+        seconds,
+        failed,
+    )
 
 
 def _key(cell: Cell, plan: Plan) -> str:
@@ -404,11 +562,15 @@ def _key(cell: Cell, plan: Plan) -> str:
         plan.images,
         list(plan.attacks),
     ]
-    facts.append({name: plan.settings(name) for name in plan.attacks if name in IMAGE_ATTACKS})
+    facts.append(
+        {name: plan.settings(name) for name in plan.attacks if name in IMAGE_ATTACKS}
+    )
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) -> dict[str, Any]:
+def _examine(
+    cell: Cell, plan: Plan, observer: Observer, stop: threading.Event
+) -> dict[str, Any]:
     """One cell's part of audit.json, and its pictures."""
     begin = time.perf_counter()
     prepared = cell.prepare(observer)
@@ -416,11 +578,21 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
     if stop.is_set():
         raise Stopped
     if plan.flip:
-        subjects = [s._replace(seen=s.seen.flipped(), before=tuple(o.flipped() for o in s.before)) for s in subjects]
+        subjects = [
+            s._replace(
+                seen=s.seen.flipped(), before=tuple(o.flipped() for o in s.before)
+            )
+            for s in subjects
+        ]
     warnings = _doubts([s.seen for s in subjects], task)
     warnings += dict.fromkeys(line for s in subjects for line in inspect_model(s.seen))
     if plan.labels == "oracle":
-        subjects = [s._replace(seen=replace(s.seen, labels=s.truth.y)) if s.truth is not None else s for s in subjects]
+        subjects = [
+            s._replace(seen=replace(s.seen, labels=s.truth.y))
+            if s.truth is not None
+            else s
+            for s in subjects
+        ]
     if not plan.truth:
         subjects = [s._replace(truth=None) for s in subjects]
     seen = [s.seen for s in subjects]
@@ -433,7 +605,9 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
             known.append(None)
             unknown[i] = str(error)
     if unknown:
-        warnings.append(f"labels are not recovered, and optimised with the images: {next(iter(unknown.values()))}")
+        warnings.append(
+            f"labels are not recovered, and optimised with the images: {next(iter(unknown.values()))}"
+        )
     there = moved(seen, prepared.device)
     found: dict[str, list[Reconstruction]] = {}
     failed: dict[str, str] = {}
@@ -442,7 +616,9 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
     for number, name in enumerate(wanted):
         if stop.is_set():
             break
-        attack = IMAGE_ATTACKS[name](settings_of(IMAGE_ATTACKS[name])(**plan.settings(name)))
+        attack = IMAGE_ATTACKS[name](
+            settings_of(IMAGE_ATTACKS[name])(**plan.settings(name))
+        )
         why = next((reason for o in seen if (reason := lacking(attack.needs, o))), None)
         if why is not None:
             failed[name] = why
@@ -450,11 +626,15 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
         started = time.perf_counter()
         try:
             watch = _watch(observer, stop, name, number, len(wanted))
-            found[name] = [r.cpu() for r in attack.reconstruct(there, known, plan.seed, watch)]
+            found[name] = [
+                r.cpu() for r in attack.reconstruct(there, known, plan.seed, watch)
+            ]
         except ValueError as error:
             failed[name] = str(error)
         except torch.OutOfMemoryError:
-            failed[name] = "the GPU has too little memory for it; audit fewer clients at once, or set engine.device to cpu"
+            failed[name] = (
+                "the GPU has too little memory for it; audit fewer clients at once, or set engine.device to cpu"
+            )
         seconds[name] = round(time.perf_counter() - started, 2)
     scored = _Scoring(plan, task, subjects, known, unknown, found, failed)
     clients = [scored.client(i) for i in range(len(subjects))]
@@ -468,7 +648,8 @@ def _examine(cell: Cell, plan: Plan, observer: Observer, stop: threading.Event) 
         "clients": clients,
         "summary": _summary(clients),
         "attack_seconds": seconds,
-        "warnings": warnings + [f"{name} was not run: {why}" for name, why in failed.items()],
+        "warnings": warnings
+        + [f"{name} was not run: {why}" for name, why in failed.items()],
         "interrupted": stop.is_set(),
         "pictures": scored.pictures if plan.images else [],
         "seconds": round(time.perf_counter() - begin, 2),
@@ -490,7 +671,9 @@ def _doubts(seen: Sequence[Observation], task: Task) -> list[str]:
     ]
 
 
-def _watch(observer: Observer, stop: threading.Event, name: str, number: int, attacks: int) -> Progress:
+def _watch(
+    observer: Observer, stop: threading.Event, name: str, number: int, attacks: int
+) -> Progress:
     def progress(done: float, objective: float | None) -> bool:
         observer.progress((number + done) / attacks, name, objective)
         return not stop.is_set()
@@ -511,7 +694,13 @@ class _Scoring:
         found: Mapping[str, Sequence[Reconstruction]],
         failed: Mapping[str, str],
     ) -> None:
-        self.plan, self.task, self.subjects, self.labels, self.unknown = plan, task, subjects, labels, unknown
+        self.plan, self.task, self.subjects, self.labels, self.unknown = (
+            plan,
+            task,
+            subjects,
+            labels,
+            unknown,
+        )
         self.found, self.failed = found, failed
         self.public_x, self.public_y = (v.cpu() for v in task.data.test)
         self.pictures: list[dict[str, Any]] = []
@@ -519,7 +708,9 @@ class _Scoring:
     def client(self, i: int) -> dict[str, Any]:
         """One client's part of audit.json."""
         (o, truth, _), pixels = self.subjects[i], self.task.pixels
-        change = math.sqrt(sum(float(x.double().square().sum()) for x in o.delta.values()))
+        change = math.sqrt(
+            sum(float(x.double().square().sum()) for x in o.delta.values())
+        )
         result: dict[str, Any] = {
             "client": o.client,
             "round": o.round,
@@ -530,7 +721,9 @@ class _Scoring:
             "delta_norm": change,
             "entries_seen": sum(x.numel() for x in o.delta.values()),
             "entries_of_model": sum(x.numel() for x in o.w0.values()),
-            "attacks": {name: {"ok": False, "error": why} for name, why in self.failed.items()},
+            "attacks": {
+                name: {"ok": False, "error": why} for name, why in self.failed.items()
+            },
             "labels": self._labels(i),
             "membership": None,
             "references": {},
@@ -542,14 +735,28 @@ class _Scoring:
         scores: dict[str, metrics.Score] = {}
         base: metrics.Score | None = None
         if truth is not None and pixels is not None:
-            other = self.subjects[(i + 1) % len(self.subjects)].truth if len(self.subjects) > 1 else None
+            other = (
+                self.subjects[(i + 1) % len(self.subjects)].truth
+                if len(self.subjects) > 1
+                else None
+            )
             seed = seed_of(self.plan.seed, "audit reference", o.round, o.client)
-            levels = metrics.references(truth, self.public_x, self.public_y, other, pixels, seed)
+            levels = metrics.references(
+                truth, self.public_x, self.public_y, other, pixels, seed
+            )
             base = levels["class means"]
-            result["references"] = {name: {"psnr": _mean(s.psnr), "ssim": _mean(s.ssim)} for name, s in levels.items()}
+            result["references"] = {
+                name: {"psnr": _mean(s.psnr), "ssim": _mean(s.ssim)}
+                for name, s in levels.items()
+            }
         for name, all_found in self.found.items():
             r = all_found[i]
-            facts: dict[str, Any] = {"ok": True, "iterations": r.iterations, "objective": _finite(r.objective), **r.facts}
+            facts: dict[str, Any] = {
+                "ok": True,
+                "iterations": r.iterations,
+                "objective": _finite(r.objective),
+                **r.facts,
+            }
             facts["curve"] = [_finite(value) for value in r.curve]
             if r.others and pixels is not None:
                 again = metrics.score(r.others[0], Truth(r.x, r.x[:, 0, 0, 0]), pixels)
@@ -560,28 +767,63 @@ class _Scoring:
             result["attacks"][name] = facts
         if scores and base is not None:
             best = max(scores, key=lambda name: float(scores[name].psnr.mean()))
-            top = max((result["attacks"][name] for name in scores), key=lambda f: max(f["R"], f["I"]))
-            result["best"] = {"attack": best, **{k: result["attacks"][best][k] for k in ("psnr", "ssim", "identification")}}
+            top = max(
+                (result["attacks"][name] for name in scores),
+                key=lambda f: max(f["R"], f["I"]),
+            )
+            result["best"] = {
+                "attack": best,
+                **{
+                    k: result["attacks"][best][k]
+                    for k in ("psnr", "ssim", "identification")
+                },
+            }
             result["input_leakage"] = 100 * max(top["R"], top["I"])
-            result["worst_image"] = 100 * max(result["attacks"][name]["R_max"] for name in scores)
+            result["worst_image"] = 100 * max(
+                result["attacks"][name]["R_max"] for name in scores
+            )
             result["grade"] = metrics.grade(result)
-            if len(self.pictures) < PICTURED and truth is not None and pixels is not None:
-                self.pictures.append(_pictures(o.client, best, scores[best], pixels.of(truth.x.float()).clamp(0, 1)))
+            if (
+                len(self.pictures) < PICTURED
+                and truth is not None
+                and pixels is not None
+            ):
+                self.pictures.append(
+                    _pictures(
+                        o.client,
+                        best,
+                        scores[best],
+                        pixels.of(truth.x.float()).clamp(0, 1),
+                    )
+                )
         if "membership" in self.plan.attacks and truth is not None:
             result["membership"] = self._membership(i)
         return result
 
-    def _image_facts(self, s: metrics.Score, base: metrics.Score, truth: Truth, client: int) -> dict[str, Any]:
+    def _image_facts(
+        self, s: metrics.Score, base: metrics.Score, truth: Truth, client: int
+    ) -> dict[str, Any]:
         pixels = self.task.pixels
         assert pixels is not None
-        found = metrics.identification(s, truth, self.public_x, pixels, seed_of(self.plan.seed, "audit pool", client))
+        found = metrics.identification(
+            s,
+            truth,
+            self.public_x,
+            pixels,
+            seed_of(self.plan.seed, "audit pool", client),
+        )
         perceived = metrics.lpips(s.images, pixels.of(truth.x.float()).clamp(0, 1))
         return {
             "psnr": _spread(s.psnr),
             "ssim": _spread(s.ssim),
             "mse": _mean(s.mse),
-            "lpips": perceived if isinstance(perceived, str) else sum(perceived) / len(perceived),
-            "above": {str(level): (s.psnr > level).double().mean().item() for level in metrics.LEVELS},
+            "lpips": perceived
+            if isinstance(perceived, str)
+            else sum(perceived) / len(perceived),
+            "above": {
+                str(level): (s.psnr > level).double().mean().item()
+                for level in metrics.LEVELS
+            },
             "identification": found,
             "per_image_psnr": [round(value, 3) for value in s.psnr.tolist()],
             **metrics.leakage(s, base, found["top1"], found["chance"]),
@@ -602,8 +844,16 @@ class _Scoring:
             facts |= metrics.label_accuracy(found, truth.y)
             guess = torch.bincount(self.public_y, minlength=o.public.outputs).double()
             even = (guess / guess.sum() * len(truth.y)).round()
-            facts["chance"] = 1 - 0.5 * (even - torch.bincount(truth.y, minlength=len(guess))).abs().sum().item() / len(truth.y)
-            facts["grade"] = metrics.letter(max(0.0, (facts["accuracy"] - facts["chance"]) / max(1 - facts["chance"], 1e-9)))
+            facts["chance"] = 1 - 0.5 * (
+                even - torch.bincount(truth.y, minlength=len(guess))
+            ).abs().sum().item() / len(truth.y)
+            facts["grade"] = metrics.letter(
+                max(
+                    0.0,
+                    (facts["accuracy"] - facts["chance"])
+                    / max(1 - facts["chance"], 1e-9),
+                )
+            )
         return facts
 
     def _membership(self, i: int) -> dict[str, Any]:
@@ -611,44 +861,83 @@ class _Scoring:
         o, truth, before = self.subjects[i]
         assert truth is not None
         if o.public.classes is None:
-            return {"ok": False, "error": "the targets are no classes, by which non-members could be matched"}
+            return {
+                "ok": False,
+                "error": "the targets are no classes, by which non-members could be matched",
+            }
         draw = rng(self.plan.seed, "audit candidates", o.round, o.client)
         counts = torch.bincount(truth.y, minlength=o.public.classes)
         each = max(1, min(1000, len(self.public_y)) // len(truth.y))
         rows: list[int] = []
         for label in counts.nonzero().flatten().tolist():
             own = (self.public_y == label).nonzero().flatten().numpy()
-            rows += draw.choice(own, min(each * int(counts[label]), len(own)), replace=False).tolist() if len(own) else []
+            rows += (
+                draw.choice(
+                    own, min(each * int(counts[label]), len(own)), replace=False
+                ).tolist()
+                if len(own)
+                else []
+            )
         if not rows:
-            return {"ok": False, "error": "the test set has no example of the client's classes"}
-        x, y = torch.cat([truth.x, self.public_x[rows]]), torch.cat([truth.y, self.public_y[rows]])
+            return {
+                "ok": False,
+                "error": "the test set has no example of the client's classes",
+            }
+        x, y = (
+            torch.cat([truth.x, self.public_x[rows]]),
+            torch.cat([truth.y, self.public_y[rows]]),
+        )
         n = len(truth.y)
-        by_score = {name: metrics.membership(v[:n], v[n:]) for name, v in members.scores([*before, o], x, y).items()}
+        by_score = {
+            name: metrics.membership(v[:n], v[n:])
+            for name, v in members.scores([*before, o], x, y).items()
+        }
         best = max(by_score, key=lambda name: by_score[name]["auc"])
         value = max(0.0, 2 * by_score[best]["auc"] - 1)
-        facts = {"ok": True, "best": best, "auc": by_score[best]["auc"], "exchanges": len(before) + 1}
+        facts = {
+            "ok": True,
+            "best": best,
+            "auc": by_score[best]["auc"],
+            "exchanges": len(before) + 1,
+        }
         return {**facts, "grade": metrics.letter(value), **by_score}
 
 
 def _summary(clients: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over the cell's clients, with 95 % intervals."""
     found: dict[str, Any] = {"attacks": {}, "references": {}, "best": None}
-    names = dict.fromkeys(name for c in clients for name, facts in c["attacks"].items() if facts["ok"] and "psnr" in facts)
+    names = dict.fromkeys(
+        name
+        for c in clients
+        for name, facts in c["attacks"].items()
+        if facts["ok"] and "psnr" in facts
+    )
     for name in names:
-        rows = [c["attacks"][name] for c in clients if c["attacks"].get(name, {}).get("ok")]
+        rows = [
+            c["attacks"][name] for c in clients if c["attacks"].get(name, {}).get("ok")
+        ]
         found["attacks"][name] = {
             "psnr": metrics.interval([row["psnr"]["mean"] for row in rows]),
             "ssim": metrics.interval([row["ssim"]["mean"] for row in rows]),
             "top1": metrics.interval([row["identification"]["top1"] for row in rows]),
-            "objective": metrics.interval([row["objective"] for row in rows if row["objective"] is not None] or [0.0]),
+            "objective": metrics.interval(
+                [row["objective"] for row in rows if row["objective"] is not None]
+                or [0.0]
+            ),
         }
         if all("alpha" in row for row in rows):
-            found["attacks"][name]["alpha"] = metrics.interval([row["alpha"] for row in rows])
+            found["attacks"][name]["alpha"] = metrics.interval(
+                [row["alpha"] for row in rows]
+            )
     if found["attacks"]:
-        found["best"] = max(found["attacks"], key=lambda name: found["attacks"][name]["psnr"]["mean"])
+        found["best"] = max(
+            found["attacks"], key=lambda name: found["attacks"][name]["psnr"]["mean"]
+        )
     for name in dict.fromkeys(name for c in clients for name in c["references"]):
         rows = [c["references"][name] for c in clients if name in c["references"]]
-        found["references"][name] = {key: sum(row[key] for row in rows) / len(rows) for key in ("psnr", "ssim")}
+        found["references"][name] = {
+            key: sum(row[key] for row in rows) / len(rows) for key in ("psnr", "ssim")
+        }
     for key, field_ in (("labels", "accuracy"), ("membership", "auc")):
         values = [c[key][field_] for c in clients if c[key] and field_ in c[key]]
         found[key] = metrics.interval(values) if values else None
@@ -664,17 +953,26 @@ def _mean(values: Tensor) -> float:
 
 def _spread(values: Tensor) -> dict[str, float]:
     x = values.double()
-    return {"mean": x.mean().item(), "median": x.median().item(), "min": x.min().item(), "max": x.max().item()}
+    return {
+        "mean": x.mean().item(),
+        "median": x.median().item(),
+        "min": x.min().item(),
+        "max": x.max().item(),
+    }
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _pictures(client: int, attack: str, s: metrics.Score, true: Tensor) -> dict[str, Any]:
+def _pictures(
+    client: int, attack: str, s: metrics.Score, true: Tensor
+) -> dict[str, Any]:
     """Originals and reconstructions as PNG in base64, the best first."""
     order = s.psnr.argsort(descending=True)[:SHOWN].tolist()
-    pairs = [[_png(true[j]), _png(s.images[j]), round(float(s.psnr[j]), 1)] for j in order]
+    pairs = [
+        [_png(true[j]), _png(s.images[j]), round(float(s.psnr[j]), 1)] for j in order
+    ]
     return {"client": client, "attack": attack, "pairs": pairs}
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from fedcore.audit.analytic import first_layer
+from fedcore.audit.attacks.analytic import first_layer
 from fedcore.audit.observe import Observation
 from fedcore.types import Params
 
@@ -31,7 +31,9 @@ def inspect_model(seen: Observation) -> list[str]:
     found = []
     with suppress(ValueError):
         name, _ = first_layer(seen)
-        found.append(f'the first layer ("{name}") is linear on the raw input: an input that alone makes a row active is given away')
+        found.append(
+            f'the first layer ("{name}") is linear on the raw input: an input that alone makes a row active is given away'
+        )
     initial = {name: p.detach() for name, p in seen.public.model.named_parameters()}
     for name, w in seen.w0.items():
         if alike := _imprint(seen.w0, name):
@@ -41,14 +43,22 @@ def inspect_model(seen: Observation) -> list[str]:
         usual = max(_size(initial.get(name, w)), SMALL if w.ndim < 2 else 0.0)
         if _size(w) > RANGE * usual > 0:
             times = _size(w) / usual
-            found.append(f'"{name}" is {times:.0f} times as large as it is initialised: enough to choose whose gradient is left')
+            found.append(
+                f'"{name}" is {times:.0f} times as large as it is initialised: enough to choose whose gradient is left'
+            )
     return found
 
 
 def _imprint(w: Params, name: str) -> int:
     """Rows of a weight that are one direction while their biases differ, if that is half of them; else 0."""
     weight, bias = w[name], w.get(name.removesuffix("weight") + "bias")
-    if weight.ndim != 2 or min(weight.shape) < ROWS or bias is None or bias.shape != weight.shape[:1] or name.endswith("bias"):
+    if (
+        weight.ndim != 2
+        or min(weight.shape) < ROWS
+        or bias is None
+        or bias.shape != weight.shape[:1]
+        or name.endswith("bias")
+    ):
         return 0
     unit = torch.nn.functional.normalize(weight.double(), dim=1)
     rows = (unit @ unit.T > ALIKE).double()

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from fedcore import trees
-from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.sources import Pixels
@@ -31,9 +30,10 @@ from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
 from fedcore.errors import RunError, SettingsError
 from fedcore.method import Method, data_of
-from fedcore.participation import UniformProcess
 from fedcore.rng import rng
-from fedcore.state import StateStore
+from fedcore.rounds.participation import UniformProcess
+from fedcore.storage.checkpoint import write_atomically
+from fedcore.storage.rows import StateStore
 from fedcore.task import PerExample, Task, cross_entropy
 from fedcore.types import ClientFunction, Params, Reports, Round, Tree
 
@@ -90,12 +90,17 @@ class Observation:
     num_examples: int  # N, as reported; of several clients the mean
     clients: int = 1  # M
     together: int | None = None  # examples of all M
-    labels: Tensor | None = None  # int64 [M N], only where the adversary is granted them ("oracle")
+    labels: Tensor | None = (
+        None  # int64 [M N], only where the adversary is granted them ("oracle")
+    )
 
     @property
     def wT(self) -> Params:
         """w0 + delta: where the client ended."""
-        return {name: w + self.delta[name] if name in self.delta else w for name, w in self.w0.items()}
+        return {
+            name: w + self.delta[name] if name in self.delta else w
+            for name, w in self.w0.items()
+        }
 
     @property
     def device(self) -> torch.device:
@@ -110,11 +115,19 @@ class Observation:
     def to(self, device: torch.device, known: Public) -> Observation:
         """On this device, where the model of `known` is, which is `public` otherwise."""
         labels = None if self.labels is None else self.labels.to(device)
-        return replace(self, public=known, w0=trees.to(self.w0, device), delta=trees.to(self.delta, device), labels=labels)
+        return replace(
+            self,
+            public=known,
+            w0=trees.to(self.w0, device),
+            delta=trees.to(self.delta, device),
+            labels=labels,
+        )
 
     def flipped(self) -> Observation:
         """The same, where what came up turns out to be global minus local."""
-        return replace(self, delta={name: -change for name, change in self.delta.items()})
+        return replace(
+            self, delta={name: -change for name, change in self.delta.items()}
+        )
 
 
 def moved(seen: Sequence[Observation], device: torch.device) -> list[Observation]:
@@ -135,7 +148,9 @@ class Subject(NamedTuple):
 
     seen: Observation
     truth: Truth | None
-    before: tuple[Observation, ...] = ()  # the client's earlier exchanges that are known
+    before: tuple[
+        Observation, ...
+    ] = ()  # the client's earlier exchanges that are known
 
 
 def public(e: Experiment, task: Task) -> Public:
@@ -174,21 +189,39 @@ class Exchange(NamedTuple):
 
 
 def exchanges(
-    method: Method[Any], t: int, fn: ClientFunction, down: Tree, r: Reports, clients: frozenset[int]
+    method: Method[Any],
+    t: int,
+    fn: ClientFunction,
+    down: Tree,
+    r: Reports,
+    clients: frozenset[int],
 ) -> Iterator[Exchange]:
     """Those of the reports that are of these clients, and tell a change of parameters."""
     for row, client in enumerate(r.clients.tolist()):
-        if client in clients and (found := method.exchanged(down, trees.at(r.up, row))) is not None:
-            w0, delta = (trees.map(lambda x: x.detach().cpu().clone(), side) for side in found)
-            yield Exchange(t + 1, client, fn.__name__, w0, delta, int(r.num_examples[row]))
+        if (
+            client in clients
+            and (found := method.exchanged(down, trees.at(r.up, row))) is not None
+        ):
+            w0, delta = (
+                trees.map(lambda x: x.detach().cpu().clone(), side) for side in found
+            )
+            yield Exchange(
+                t + 1, client, fn.__name__, w0, delta, int(r.num_examples[row])
+            )
 
 
 def observation(method: Method[Any], known: Public, x: Exchange) -> Observation:
     """The exchange with what is public; what never left the clients is as it was published."""
     w0 = {**{name: p.detach() for name, p in known.model.named_parameters()}, **x.w0}
-    if data_of(getattr(method, x.function)) == "all":  # one full gradient: a step of size 1 on all examples
-        known = replace(known, lr=1.0, epochs=1, batch_size=max(x.num_examples, 1), steps=None)
-    delta = {name: x.delta[name] for name in w0 if name in x.delta}  # in the order of the model's layers
+    if (
+        data_of(getattr(method, x.function)) == "all"
+    ):  # one full gradient: a step of size 1 on all examples
+        known = replace(
+            known, lr=1.0, epochs=1, batch_size=max(x.num_examples, 1), steps=None
+        )
+    delta = {
+        name: x.delta[name] for name in w0 if name in x.delta
+    }  # in the order of the model's layers
     return Observation(known, x.round, x.client, x.function, w0, delta, x.num_examples)
 
 
@@ -199,13 +232,31 @@ def aggregate(subjects: Sequence[Subject]) -> Subject:
     seen = [subject.seen for subject in subjects]
     first, together = seen[0], sum(o.num_examples for o in seen)
     if any(o.delta.keys() != first.delta.keys() for o in seen):
-        raise SettingsError("secure aggregation is audited for clients that send one kind of message")
+        raise SettingsError(
+            "secure aggregation is audited for clients that send one kind of message"
+        )
     shares = torch.tensor([o.num_examples / together for o in seen])
-    mean = {name: torch.tensordot(shares.to(w), torch.stack([o.delta[name] for o in seen]), 1) for name, w in first.delta.items()}
-    observed = replace(first, delta=mean, num_examples=round(together / len(seen)), clients=len(seen), together=together)
+    mean = {
+        name: torch.tensordot(
+            shares.to(w), torch.stack([o.delta[name] for o in seen]), 1
+        )
+        for name, w in first.delta.items()
+    }
+    observed = replace(
+        first,
+        delta=mean,
+        num_examples=round(together / len(seen)),
+        clients=len(seen),
+        together=together,
+    )
     truths = [subject.truth for subject in subjects if subject.truth is not None]
     whole = len(truths) == len(subjects)
-    return Subject(observed, Truth(torch.cat([t.x for t in truths]), torch.cat([t.y for t in truths])) if whole else None)
+    return Subject(
+        observed,
+        Truth(torch.cat([t.x for t in truths]), torch.cat([t.y for t in truths]))
+        if whole
+        else None,
+    )
 
 
 def alignment(seen: Observation, x: Tensor, y: Tensor) -> float:
@@ -215,7 +266,9 @@ def alignment(seen: Observation, x: Tensor, y: Tensor) -> float:
         return seen.public.loss(seen.public.predict({**seen.w0, **moving}, x), y).mean()
 
     g = grad(loss)({name: seen.w0[name] for name in seen.delta})
-    norms = (trees.dot(g, g).double() * trees.dot(seen.delta, seen.delta).double()).sqrt()
+    norms = (
+        trees.dot(g, g).double() * trees.dot(seen.delta, seen.delta).double()
+    ).sqrt()
     return float(-trees.dot(g, seen.delta) / norms.clamp(min=1e-30))
 
 
@@ -226,8 +279,15 @@ class Captures:
     """Keeps the updates of `audit.capture` clients, as the server gets them: one file a round in `captures/` of the run."""
 
     def __init__(self, folder: Path, e: Experiment, method: Method[Any]) -> None:
-        self.folder, self.method, self.seed, self.n = folder / FOLDER, method, e.seed, e.audit.capture
-        self.rounds = frozenset(e.audit.rounds or (1, e.rounds)) if self.n else frozenset[int]()
+        self.folder, self.method, self.seed, self.n = (
+            folder / FOLDER,
+            method,
+            e.seed,
+            e.audit.capture,
+        )
+        self.rounds = (
+            frozenset(e.audit.rounds or (1, e.rounds)) if self.n else frozenset[int]()
+        )
         self._clients = frozenset[int]()
         self._found: list[Exchange] = []
 
@@ -235,7 +295,10 @@ class Captures:
         """Choose the clients of round t (from 0 on): by an order drawn once, so that a client met before is chosen again."""
         self._found, chosen = [], list[int]()
         if t + 1 in self.rounds:
-            chosen = sorted(cohort.tolist(), key=lambda client: rng(self.seed, "audit", client).random())[: self.n]
+            chosen = sorted(
+                cohort.tolist(),
+                key=lambda client: rng(self.seed, "audit", client).random(),
+            )[: self.n]
         self._clients = frozenset(chosen)
 
     @property
@@ -254,7 +317,9 @@ class Captures:
         if not self._found:
             return f"round {t + 1}: nothing captured for an audit: the chosen clients sent no change of parameters"
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        write_atomically(self.folder / f"round-{t + 1:06d}.safetensors", _pack(self._found))
+        write_atomically(
+            self.folder / f"round-{t + 1:06d}.safetensors", _pack(self._found)
+        )
         self._found = []
         return None
 
@@ -264,9 +329,22 @@ def _pack(found: Sequence[Exchange]) -> bytes:
     tensors: dict[str, Tensor] = {}
     facts: list[dict[str, Any]] = []
     for x in found:
-        tensors |= {f"{x.function}/down/{name}": value.contiguous() for name, value in x.w0.items()}
-        tensors |= {f"{x.function}/up/{x.client}/{name}": value.contiguous() for name, value in x.delta.items()}
-        facts.append({"round": x.round, "client": x.client, "function": x.function, "num_examples": x.num_examples})
+        tensors |= {
+            f"{x.function}/down/{name}": value.contiguous()
+            for name, value in x.w0.items()
+        }
+        tensors |= {
+            f"{x.function}/up/{x.client}/{name}": value.contiguous()
+            for name, value in x.delta.items()
+        }
+        facts.append(
+            {
+                "round": x.round,
+                "client": x.client,
+                "function": x.function,
+                "num_examples": x.num_examples,
+            }
+        )
     return save(tensors, {"exchanges": json.dumps(facts)})
 
 
@@ -274,7 +352,9 @@ def captured(folder: Path) -> list[Exchange]:
     """All exchanges kept in this run directory, in order of rounds. Raises SettingsError when there are none, or damaged ones."""
     files = sorted((folder / FOLDER).glob("round-*.safetensors"))
     if not files:
-        raise SettingsError(f"{folder} holds no captured updates: run it with --set audit.capture=N, N clients a round")
+        raise SettingsError(
+            f"{folder} holds no captured updates: run it with --set audit.capture=N, N clients a round"
+        )
     found: list[Exchange] = []
     for file in files:
         try:
@@ -283,13 +363,23 @@ def captured(folder: Path) -> list[Exchange]:
                 tensors = {name: f.get_tensor(name) for name in names}
                 facts = json.loads(f.metadata()["exchanges"])
             for x in facts:
-                down, up = f"{x['function']}/down/", f"{x['function']}/up/{x['client']}/"
+                down, up = (
+                    f"{x['function']}/down/",
+                    f"{x['function']}/up/{x['client']}/",
+                )
                 w0, delta = (
-                    {key.removeprefix(side): value for key, value in tensors.items() if key.startswith(side)} for side in (down, up)
+                    {
+                        key.removeprefix(side): value
+                        for key, value in tensors.items()
+                        if key.startswith(side)
+                    }
+                    for side in (down, up)
                 )
                 found.append(Exchange(**x, w0=w0, delta=delta))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
-            raise SettingsError(f"{file} is damaged ({e}): remove it, or run again with audit.capture") from e
+            raise SettingsError(
+                f"{file} is damaged ({e}): remove it, or run again with audit.capture"
+            ) from e
     return found
 
 
@@ -314,10 +404,18 @@ def simulate(e: Experiment, task: Task, clients: int, examples: int) -> list[Sub
             f"{examples} examples of each of {clients} clients: only {len(able)} of {task.population} clients have as many; lower "
             "one of the two, or the number of clients in the population"
         )
-    chosen = np.sort(rng(e.seed, "audit clients").choice(able, clients, replace=False, shuffle=False))
-    rows = [task.data.order[task.data.offsets[i] : task.data.offsets[i] + examples] for i in chosen]
+    chosen = np.sort(
+        rng(e.seed, "audit clients").choice(able, clients, replace=False, shuffle=False)
+    )
+    rows = [
+        task.data.order[task.data.offsets[i] : task.data.offsets[i] + examples]
+        for i in chosen
+    ]
     data = FederatedData(
-        Examples(task.data.x, task.data.y), task.data.test, np.concatenate(rows), np.arange(clients + 1) * examples
+        Examples(task.data.x, task.data.y),
+        task.data.test,
+        np.concatenate(rows),
+        np.arange(clients + 1) * examples,
     )
     small = copy.copy(task)
     small.data = data
@@ -331,7 +429,9 @@ def simulate(e: Experiment, task: Task, clients: int, examples: int) -> list[Sub
     def each(fn: ClientFunction, ids: Tensor, down: Tree) -> Iterator[Reports]:
         for r in engine.each(fn, ids, down, 0):
             if r.failed:
-                raise RunError(f"client {next(iter(r.failed))} failed in a synthetic round: {next(iter(r.failed.values()))}")
+                raise RunError(
+                    f"client {next(iter(r.failed))} failed in a synthetic round: {next(iter(r.failed.values()))}"
+                )
             found.extend(exchanges(method, 0, fn, down, r, everyone))
             yield r
 
@@ -339,9 +439,19 @@ def simulate(e: Experiment, task: Task, clients: int, examples: int) -> list[Sub
     process = UniformProcess(clients, e.seed, clients)
     cohort = torch.arange(clients)
     rates = torch.from_numpy(np.asarray(process.rates))
-    method.round(method.init_server(params, clients), Round(0, cohort, clients, small, each, memory, e.seed, rates))
-    last = {x.client: x for x in found}  # of a method that asks more than once, what it asked last
+    method.round(
+        method.init_server(params, clients),
+        Round(0, cohort, clients, small, each, memory, e.seed, rates),
+    )
+    last = {
+        x.client: x for x in found
+    }  # of a method that asks more than once, what it asked last
     if not last:
-        raise SettingsError(f'method "{e.method.name}": its messages hold no change of parameters that an attack could invert')
+        raise SettingsError(
+            f'method "{e.method.name}": its messages hold no change of parameters that an attack could invert'
+        )
     known = public(e, task)
-    return [Subject(observation(method, known, x), truth_of(small, i)) for i, x in sorted(last.items())]
+    return [
+        Subject(observation(method, known, x), truth_of(small, i))
+        for i, x in sorted(last.items())
+    ]

@@ -19,12 +19,23 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentForm
 
 from fedcore import __version__
 from fedcore.audit.examine import IMAGE_ATTACKS, Audit
-from fedcore.checkpoint import write_atomically
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
 from fedcore.privacy import describe
-from fedcore.report import INK, SERIES, SOFT, STYLE, Fact, Plot, new_figure, plot, ticks, time_text
-from fedcore.report_page import render
+from fedcore.storage.checkpoint import write_atomically
+from fedcore.views.page import render
+from fedcore.views.run_report import (
+    INK,
+    SERIES,
+    SOFT,
+    STYLE,
+    Fact,
+    Plot,
+    new_figure,
+    plot,
+    ticks,
+    time_text,
+)
 
 LEVELS = {  # in the order of the table
     "class means": "class means, labels known",
@@ -71,9 +82,7 @@ def too_high(a: Audit, limit: float) -> str | None:
         return f"--fail-above {limit:g}: nothing was scored, so nothing can be said of input leakage"
     if worst["input_leakage"] <= limit:
         return None
-    return (
-        f"input leakage {worst['input_leakage']:.1f} of client {worst['client']} ({worst['cell']}) is above --fail-above {limit:g}"
-    )
+    return f"input leakage {worst['input_leakage']:.1f} of client {worst['client']} ({worst['cell']}) is above --fail-above {limit:g}"
 
 
 def show(a: Audit, file: Path) -> None:
@@ -81,7 +90,10 @@ def show(a: Audit, file: Path) -> None:
     body = table(a)
     widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
     for row in body:
-        cells = [text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            text.ljust(w) if i < 2 else text.rjust(w)
+            for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
     badge = _badge(a)
     print(f"\n{badge[0].upper()}{badge[1:]}. {_summary(a)}")
@@ -106,10 +118,23 @@ def table(a: Audit) -> list[list[str]]:
 
 def _by_attack(a: Audit) -> list[list[str]]:
     """A row a cell and attack, then what nobody needs the update for; columns that nobody fills are left out."""
-    head = ["", "attack", "PSNR dB [95 % CI]", "SSIM", "found", "alpha", "objective", "labels", "members AUC"]
+    head = [
+        "",
+        "attack",
+        "PSNR dB [95 % CI]",
+        "SSIM",
+        "found",
+        "alpha",
+        "objective",
+        "labels",
+        "members AUC",
+    ]
     body = []
     for cell in a.cells:
-        beside = [_stat(cell["summary"].get("labels"), "{:.0%}"), _stat(cell["summary"].get("membership"), "{:.2f}")]
+        beside = [
+            _stat(cell["summary"].get("labels"), "{:.0%}"),
+            _stat(cell["summary"].get("membership"), "{:.2f}"),
+        ]
         lines = [[name, *_attack(cell, name)] for name in attacks(cell)]
         lines += [
             [LEVELS[name], f"{level['psnr']:.1f}", f"{level['ssim']:.2f}", "", "", ""]
@@ -117,8 +142,13 @@ def _by_attack(a: Audit) -> list[list[str]]:
             if (level := cell["summary"]["references"].get(name)) is not None
         ]
         lines = lines or [["-", *[""] * 5]]
-        body += [[cell["name"] if i == 0 else "", *line, *(beside if i == 0 else ["", ""])] for i, line in enumerate(lines)]
-    used = [i for i in range(len(head)) if i < 2 or any(row[i].strip("-") for row in body)]
+        body += [
+            [cell["name"] if i == 0 else "", *line, *(beside if i == 0 else ["", ""])]
+            for i, line in enumerate(lines)
+        ]
+    used = [
+        i for i in range(len(head)) if i < 2 or any(row[i].strip("-") for row in body)
+    ]
     return [[row[i] for i in used] for row in (head, *body)]
 
 
@@ -127,12 +157,26 @@ def _grouped(a: Audit) -> list[list[str]]:
     head, *body = table(a)
     if a.mode == "defences":
         return [head, *body]
-    return [head[1:], *(line for first, *row in body for line in ([[first]] if first else []) + [row])]
+    return [
+        head[1:],
+        *(
+            line
+            for first, *row in body
+            for line in ([[first]] if first else []) + [row]
+        ),
+    ]
 
 
 def attacks(cell: dict[str, Any]) -> list[str]:
     """Those that rebuilt images of a cell, in the order of the plan."""
-    return list(dict.fromkeys(name for c in cell["clients"] for name, facts in c["attacks"].items() if facts["ok"]))
+    return list(
+        dict.fromkeys(
+            name
+            for c in cell["clients"]
+            for name, facts in c["attacks"].items()
+            if facts["ok"]
+        )
+    )
 
 
 def _attack(cell: dict[str, Any], name: str) -> list[str]:
@@ -153,7 +197,11 @@ def _attack(cell: dict[str, Any], name: str) -> list[str]:
 
 def of_attack(cell: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """What the attack found, by client."""
-    return [c["attacks"][name] for c in cell["clients"] if c["attacks"].get(name, {}).get("ok")]
+    return [
+        c["attacks"][name]
+        for c in cell["clients"]
+        if c["attacks"].get(name, {}).get("ok")
+    ]
 
 
 ACCURACY = {"accuracy": "accuracy", "client_accuracy": "clients' accuracy"}
@@ -161,7 +209,17 @@ ACCURACY = {"accuracy": "accuracy", "client_accuracy": "clients' accuracy"}
 
 def _by_defence(a: Audit) -> list[list[str]]:
     """A row a defence."""
-    head = ["defence", "best attack", "PSNR dB", "SSIM", "labels", "members AUC", "grade", ACCURACY[a.judged_by], "epsilon"]
+    head = [
+        "defence",
+        "best attack",
+        "PSNR dB",
+        "SSIM",
+        "labels",
+        "members AUC",
+        "grade",
+        ACCURACY[a.judged_by],
+        "epsilon",
+    ]
     body = []
     for cell in a.cells:
         s = cell["summary"]
@@ -194,7 +252,9 @@ def epsilon_text(privacy: dict[str, Any] | None) -> str:
 def worst_grade(clients: Sequence[dict[str, Any]], of: str | None = None) -> str | None:
     """Of inputs, or of "labels" or "membership"; A is best. None where nothing was scored."""
     found = [c if of is None else c[of] or {} for c in clients]
-    return max((grade for facts in found if (grade := facts.get("grade"))), default=None)
+    return max(
+        (grade for facts in found if (grade := facts.get("grade"))), default=None
+    )
 
 
 def psnr_text(stat: dict[str, Any] | None) -> str:
@@ -222,7 +282,12 @@ BROKEN = {
     "C": "images come back in part",
     "D": "images come back",
 }
-GIVEN = {"A": "not given away", "B": "hardly given away", "C": "given away in part", "D": "given away"}
+GIVEN = {
+    "A": "not given away",
+    "B": "hardly given away",
+    "C": "given away in part",
+    "D": "given away",
+}
 TONES = {None: "soft", "A": "good", "B": "good", "C": "warn", "D": "bad"}
 EXPLAINED = (
     "PSNR and SSIM compare what was rebuilt with the original that it was matched to: higher is closer. Found: how often an "
@@ -273,9 +338,13 @@ def _summary(a: Audit) -> str:
         "captured": "of a run that kept their updates",
         "defences": "of runs with and without defences",
     }[a.mode]
-    names = [name for name in a.plan["attacks"] if any(name in c["attacks"] for c in clients)]
+    names = [
+        name for name in a.plan["attacks"] if any(name in c["attacks"] for c in clients)
+    ]
     each = max(len(cell["clients"]) for cell in a.cells)
-    text = f"{_count(each, 'client')} {what} {'was' if each == 1 else 'were'} attacked in "
+    text = (
+        f"{_count(each, 'client')} {what} {'was' if each == 1 else 'were'} attacked in "
+    )
     text += "one setting" if len(a.cells) == 1 else f"each of {len(a.cells)} settings"
     text += f", with {', '.join(names) or 'no attack on images'} (budget: {a.plan['budget']})."
     worst = a.worst
@@ -297,7 +366,11 @@ def _name(client: int, together: int = 1) -> str:
 
 
 def _range(values: Sequence[int]) -> str:
-    return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} to {max(values):,}"
+    return (
+        f"{min(values):,}"
+        if min(values) == max(values)
+        else f"{min(values):,} to {max(values):,}"
+    )
 
 
 ADVERSARY = (
@@ -311,15 +384,28 @@ def _threat(a: Audit) -> list[tuple[str, list[str]]]:
     clients = _clients(a)
     if not clients:
         return []
-    seen, whole = [c["entries_seen"] for c in clients], max(c["entries_of_model"] for c in clients)
+    seen, whole = (
+        [c["entries_seen"] for c in clients],
+        max(c["entries_of_model"] for c in clients),
+    )
     together = max(c["clients_aggregated"] for c in clients)
     saw = ["What went down to the client: the parameters that it started from."]
-    part = f"all {whole:,}" if min(seen) == whole else f"{_range(seen)} of the {whole:,}"
-    saw.append(f"What came up, after the client's own defences: the change of {part} parameters of the model.")
+    part = (
+        f"all {whole:,}" if min(seen) == whole else f"{_range(seen)} of the {whole:,}"
+    )
+    saw.append(
+        f"What came up, after the client's own defences: the change of {part} parameters of the model."
+    )
     if together > 1:
-        saw.append(f"Under secure aggregation only the mean over {together} clients, in the cells that say so.")
-    saw.append(f"How many examples the client has, as it reported: {_range([c['num_examples'] for c in clients])}.")
-    saw.append("What is public in a federation: the model and its start, the settings of local training, how pixels are scaled.")
+        saw.append(
+            f"Under secure aggregation only the mean over {together} clients, in the cells that say so."
+        )
+    saw.append(
+        f"How many examples the client has, as it reported: {_range([c['num_examples'] for c in clients])}."
+    )
+    saw.append(
+        "What is public in a federation: the model and its start, the settings of local training, how pixels are scaled."
+    )
     saw.append(
         {
             "recovered": "No labels: they were worked out from the update.",
@@ -332,27 +418,54 @@ def _threat(a: Audit) -> list[tuple[str, list[str]]]:
         "The order of the examples, and any other draw on the client.",
     ]
     if min(seen) < whole:
-        hidden.append(f"The parameters that stay on the client, or were not sent: {_range([whole - n for n in seen])}.")
-    scored = any(c["references"] or (c["labels"] or {}).get("accuracy") is not None for c in clients)
+        hidden.append(
+            f"The parameters that stay on the client, or were not sent: {_range([whole - n for n in seen])}."
+        )
+    scored = any(
+        c["references"] or (c["labels"] or {}).get("accuracy") is not None
+        for c in clients
+    )
     hidden.append(
         "The clients' data. It was compared with the results after the attacks had ended, and for the membership test mixed "
         "unmarked among others."
         if scored
         else "The clients' data; this audit did not look at it either."
     )
-    left = ["A stronger attack, or more iterations: what did not come back was not broken by these attacks at this budget."]
-    left.append("A server that does not keep to the protocol, and sends a model made for spying.")
-    left.append("Several rounds of one client inverted together: images are sought in each round by itself.")
+    left = [
+        "A stronger attack, or more iterations: what did not come back was not broken by these attacks at this budget."
+    ]
+    left.append(
+        "A server that does not keep to the protocol, and sends a model made for spying."
+    )
+    left.append(
+        "Several rounds of one client inverted together: images are sought in each round by itself."
+    )
     if a.mode == "sweep":
-        left.append("Later rounds: a synthetic first round starts from an untrained model, which tends to give most away.")
-    return [("It saw", saw), ("It did not see", hidden), ("This audit does not cover", left)]
+        left.append(
+            "Later rounds: a synthetic first round starts from an untrained model, which tends to give most away."
+        )
+    return [
+        ("It saw", saw),
+        ("It did not see", hidden),
+        ("This audit does not cover", left),
+    ]
 
 
 def _attacks_in_words(a: Audit) -> list[tuple[str, str]]:
     """Each attack with the first line of its file, which names the paper."""
-    modules = {name: IMAGE_ATTACKS[name].__module__ for name in a.plan["attacks"] if name in IMAGE_ATTACKS}
+    modules = {
+        name: IMAGE_ATTACKS[name].__module__
+        for name in a.plan["attacks"]
+        if name in IMAGE_ATTACKS
+    }
     modules |= {name: f"fedcore.audit.{name}" for name in ("labels", "membership")}
-    return [(name, (sys.modules[modules[name]].__doc__ or "").partition("\n")[0].rstrip(".")) for name in a.plan["attacks"]]
+    return [
+        (
+            name,
+            (sys.modules[modules[name]].__doc__ or "").partition("\n")[0].rstrip("."),
+        )
+        for name in a.plan["attacks"]
+    ]
 
 
 def _facts(a: Audit) -> list[Fact]:
@@ -361,24 +474,49 @@ def _facts(a: Audit) -> list[Fact]:
     if a.worst["input_leakage"] is not None:
         where = f"out of 100, worst of {_count(len(clients), 'target')}"
         facts.append(Fact("input leakage", f"{a.worst['input_leakage']:.0f}", where))
-        top = max((f["psnr"]["max"], name) for c in clients for name, f in c["attacks"].items() if "psnr" in f)
+        top = max(
+            (f["psnr"]["max"], name)
+            for c in clients
+            for name, f in c["attacks"].items()
+            if "psnr" in f
+        )
         facts.append(
             Fact(
-                "closest image", f"{top[0]:.1f} dB", f"PSNR, rebuilt by {top[1]}; from about 20 dB on an image is easily recognised"
+                "closest image",
+                f"{top[0]:.1f} dB",
+                f"PSNR, rebuilt by {top[1]}; from about 20 dB on an image is easily recognised",
             )
         )
-    known = [c["labels"] for c in clients if (c["labels"] or {}).get("accuracy") is not None]
+    known = [
+        c["labels"] for c in clients if (c["labels"] or {}).get("accuracy") is not None
+    ]
     if known:
         most = max(known, key=lambda found: found["accuracy"])
         facts.append(
-            Fact("labels recovered", f"{most['accuracy']:.0%}", f"of the worst client; guessing comes to {most['chance']:.0%}")
+            Fact(
+                "labels recovered",
+                f"{most['accuracy']:.0%}",
+                f"of the worst client; guessing comes to {most['chance']:.0%}",
+            )
         )
-    tested = [c["membership"]["auc"] for c in clients if (c["membership"] or {}).get("ok")]
+    tested = [
+        c["membership"]["auc"] for c in clients if (c["membership"] or {}).get("ok")
+    ]
     if tested:
-        facts.append(Fact("membership", f"{max(tested):.2f}", "AUC, worst client; 0.5 is guessing"))
+        facts.append(
+            Fact(
+                "membership", f"{max(tested):.2f}", "AUC, worst client; 0.5 is guessing"
+            )
+        )
     if clients:
         share = max(c["entries_seen"] / c["entries_of_model"] for c in clients)
-        facts.append(Fact("model that is sent", f"{share:.0%}", "of its parameters come up from a client"))
+        facts.append(
+            Fact(
+                "model that is sent",
+                f"{share:.0%}",
+                "of its parameters come up from a client",
+            )
+        )
     return facts
 
 
@@ -386,33 +524,73 @@ def _verdict(c: dict[str, Any]) -> list[str]:
     """What came back of one client, a line each of inputs, labels and membership."""
     lines = []
     n = f"{_count(c['num_examples'], 'example')}"
-    n += f" of {c['clients_aggregated']} clients together" if c["clients_aggregated"] > 1 else ""
-    n += f", {_count(c['local_steps'], 'local step')}" if c["local_steps"] is not None else ""
+    n += (
+        f" of {c['clients_aggregated']} clients together"
+        if c["clients_aggregated"] > 1
+        else ""
+    )
+    n += (
+        f", {_count(c['local_steps'], 'local step')}"
+        if c["local_steps"] is not None
+        else ""
+    )
     if c["best"] is not None:
         best, level = c["best"], c["references"].get("class means", {}).get("psnr")
         line = f"Inputs ({n}): {best['attack']} comes closest, to {best['psnr']['mean']:.1f} dB on average"
-        line += f" and {best['psnr']['max']:.1f} for its best image" if c["num_examples"] > 1 else ""
+        line += (
+            f" and {best['psnr']['max']:.1f} for its best image"
+            if c["num_examples"] > 1
+            else ""
+        )
         good = round(c["attacks"][best["attack"]]["above"]["20"] * c["num_examples"])
-        line += f" ({good} of {c['num_examples']:,} above 20)" if good and c["num_examples"] > 1 else ""
-        line += f"; the mean image of each class, which needs no update, has {level:.1f}" if level is not None else ""
-        top, found = max((f["identification"]["top1"], name) for name, f in c["attacks"].items() if "identification" in f)
+        line += (
+            f" ({good} of {c['num_examples']:,} above 20)"
+            if good and c["num_examples"] > 1
+            else ""
+        )
+        line += (
+            f"; the mean image of each class, which needs no update, has {level:.1f}"
+            if level is not None
+            else ""
+        )
+        top, found = max(
+            (f["identification"]["top1"], name)
+            for name, f in c["attacks"].items()
+            if "identification" in f
+        )
         pool = best["identification"]["pool"]
-        lines.append(f"{line}. Among {pool:,} images {top:.0%} of those rebuilt by {found} find their original.")
+        lines.append(
+            f"{line}. Among {pool:,} images {top:.0%} of those rebuilt by {found} find their original."
+        )
     else:
         ends = [
             f"{name} {f['objective']:.4f}"
             for name, f in c["attacks"].items()
             if f["ok"] and f["curve"] and f["objective"] is not None
         ]
-        agree = [f["agreement_of_restarts"] for f in c["attacks"].values() if f.get("agreement_of_restarts") is not None]
-        line = f"Inputs ({n}): unscored" + (f"; objective at the end: {', '.join(ends)}" if ends else "")
-        lines.append(line + (f"; two restarts agree to {max(agree):.1f} dB" if agree else "") + ".")
+        agree = [
+            f["agreement_of_restarts"]
+            for f in c["attacks"].values()
+            if f.get("agreement_of_restarts") is not None
+        ]
+        line = f"Inputs ({n}): unscored" + (
+            f"; objective at the end: {', '.join(ends)}" if ends else ""
+        )
+        lines.append(
+            line
+            + (f"; two restarts agree to {max(agree):.1f} dB" if agree else "")
+            + "."
+        )
     labels = c["labels"]
     if labels and labels.get("accuracy") is not None:
         told = " (they were given to the attacks)" if labels["mode"] == "oracle" else ""
-        lines.append(f"Labels: {labels['accuracy']:.0%} of the counts are right{told}; guessing comes to {labels['chance']:.0%}.")
+        lines.append(
+            f"Labels: {labels['accuracy']:.0%} of the counts are right{told}; guessing comes to {labels['chance']:.0%}."
+        )
     elif labels and labels["ok"]:
-        counts = ", ".join(f"{n} of class {label}" for label, n in enumerate(labels["counts"]) if n)
+        counts = ", ".join(
+            f"{n} of class {label}" for label, n in enumerate(labels["counts"]) if n
+        )
         lines.append(f"Labels, as far as the update tells: {counts}.")
     elif labels:
         lines.append(f"Labels: not recovered, {labels['error']}.")
@@ -420,14 +598,20 @@ def _verdict(c: dict[str, Any]) -> list[str]:
     if members and members["ok"]:
         rate = members[members["best"]]["tpr_at_1_percent_fpr"]
         low = f"{rate['value']:.0%} of the members at 1% false alarms ({rate['low']:.0%} to {rate['high']:.0%})"
-        lines.append(f"Membership: AUC {members['auc']:.2f} where 0.5 is guessing; {low}.")
+        lines.append(
+            f"Membership: AUC {members['auc']:.2f} where 0.5 is guessing; {low}."
+        )
     elif members:
         lines.append(f"Membership: not tested, {members['error']}.")
     return lines
 
 
 def _marks(c: dict[str, Any]) -> list[dict[str, str]]:
-    grades = {"inputs": c["grade"], "labels": (c["labels"] or {}).get("grade"), "membership": (c["membership"] or {}).get("grade")}
+    grades = {
+        "inputs": c["grade"],
+        "labels": (c["labels"] or {}).get("grade"),
+        "membership": (c["membership"] or {}).get("grade"),
+    }
     if grades["labels"] and c["labels"]["mode"] == "oracle":
         del grades["labels"]  # told, not recovered
     return [
@@ -502,7 +686,9 @@ SMALL_BATCH = 32
 def _remedies(c: dict[str, Any], e: dict[str, Any]) -> list[str]:
     """What to switch on for one client, by what it gave away; names of REMEDIES."""
     inputs = (c["grade"] or "A") >= "C"
-    labels = ((c["labels"] or {}).get("grade") or "A") >= "C" and c["labels"]["mode"] != "oracle"
+    labels = ((c["labels"] or {}).get("grade") or "A") >= "C" and c["labels"][
+        "mode"
+    ] != "oracle"
     members = ((c["membership"] or {}).get("grade") or "A") >= "C"
     found = []
     if inputs and c["best"]["attack"] == "analytic":
@@ -532,7 +718,11 @@ COST = 0.02  # of accuracy that a defence may cost before it is not called cheap
 
 def _measured(a: Audit) -> list[str]:
     """Of the defences that ran: the one that leaves least, and the one that leaves least at little cost."""
-    known = [cell for cell in a.cells if cell["summary"].get("input_leakage") and cell[a.judged_by] is not None]
+    known = [
+        cell
+        for cell in a.cells
+        if cell["summary"].get("input_leakage") and cell[a.judged_by] is not None
+    ]
     plain = next((cell for cell in known if cell["name"] == "none"), None)
     if a.mode != "defences" or plain is None or len(known) < 2:
         return []
@@ -542,17 +732,26 @@ def _measured(a: Audit) -> list[str]:
 
     def told(cell: dict[str, Any], what: str) -> str:
         cost = 100 * (plain[a.judged_by] - cell[a.judged_by])
-        change = "at no cost in accuracy" if cost < 0.05 else f"at {cost:.1f} points of accuracy"
+        change = (
+            "at no cost in accuracy"
+            if cost < 0.05
+            else f"at {cost:.1f} points of accuracy"
+        )
         found = f"takes input leakage from {leak(plain):.0f} to {leak(cell):.0f} out of 100, {change}."
         return f'Measured here, {what}: "{cell["name"]}" {found}'
 
     best = min(known, key=leak)
-    cheap = min((cell for cell in known if plain[a.judged_by] - cell[a.judged_by] <= COST), key=leak)
+    cheap = min(
+        (cell for cell in known if plain[a.judged_by] - cell[a.judged_by] <= COST),
+        key=leak,
+    )
     if leak(best) >= leak(plain):
         return ["None of the defences measured here lowers the input leakage."]
     lines = [told(best, "lowest leakage")]
     if cheap is not best and leak(cheap) < leak(plain):
-        lines.append(told(cheap, f"lowest of those that cost at most {100 * COST:.0f} points"))
+        lines.append(
+            told(cheap, f"lowest of those that cost at most {100 * COST:.0f} points")
+        )
     return lines
 
 
@@ -562,9 +761,7 @@ PICTURED = (
     "This page shows images of clients, and what attacks rebuilt of them. Keep it as you keep the data itself, show it to nobody "
     "who may not see that, and delete it when it has served."
 )
-UNPICTURED = (
-    "This page shows no images; it still tells labels and quality of single clients' data. Keep it as you keep the data itself."
-)
+UNPICTURED = "This page shows no images; it still tells labels and quality of single clients' data. Keep it as you keep the data itself."
 
 
 def page(a: Audit, command: Sequence[str]) -> str:
@@ -587,7 +784,10 @@ def page(a: Audit, command: Sequence[str]) -> str:
         tone=TONES[grade],
         summary=_summary(a),
         personal=PICTURED if any(cell["pictures"] for cell in a.cells) else UNPICTURED,
-        notes=[*notes, *(f"{warning[0].upper()}{warning[1:]}." for warning in a.warnings)],
+        notes=[
+            *notes,
+            *(f"{warning[0].upper()}{warning[1:]}." for warning in a.warnings),
+        ],
         facts=_facts(a),
         adversary=ADVERSARY,
         threat=_threat(a),
@@ -604,7 +804,10 @@ def page(a: Audit, command: Sequence[str]) -> str:
         settings=[
             ("labels", a.plan["labels"]),
             ("clients in a cell", a.plan["clients"]),
-            *((name, ", ".join(f"{key} = {value}" for key, value in s.items())) for name, s in a.plan["settings"].items()),
+            *(
+                (name, ", ".join(f"{key} = {value}" for key, value in s.items()))
+                for name, s in a.plan["settings"].items()
+            ),
         ],
         config=e.to_toml(),
         environment=[
@@ -614,7 +817,15 @@ def page(a: Audit, command: Sequence[str]) -> str:
             ("numpy", np.__version__),
             ("finished", a.created),
             ("this call took", time_text(a.seconds)),
-            *((cell["name"], ", ".join([time_text(cell["seconds"]), *_times(cell["attack_seconds"])])) for cell in a.cells),
+            *(
+                (
+                    cell["name"],
+                    ", ".join(
+                        [time_text(cell["seconds"]), *_times(cell["attack_seconds"])]
+                    ),
+                )
+                for cell in a.cells
+            ),
         ],
         version=__version__,
     )
@@ -643,7 +854,12 @@ def _cells(a: Audit) -> list[dict[str, Any]]:
                     "marks": _marks(c),
                     "lines": _verdict(c),
                     "advice": ", ".join(names),
-                    "pairs": [(original, rebuilt, f"{psnr:.1f}") for original, rebuilt, psnr in shown["pairs"]] if shown else [],
+                    "pairs": [
+                        (original, rebuilt, f"{psnr:.1f}")
+                        for original, rebuilt, psnr in shown["pairs"]
+                    ]
+                    if shown
+                    else [],
                     "attack": shown and shown["attack"],
                     "without": "No images: " + _without(cell, c),
                 }
@@ -651,9 +867,12 @@ def _cells(a: Audit) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": cell["name"],
-                "open": len(a.cells) <= OPEN or cell["name"] == (a.worst["cell"] or a.cells[0]["name"]),
+                "open": len(a.cells) <= OPEN
+                or cell["name"] == (a.worst["cell"] or a.cells[0]["name"]),
                 "tone": TONES[grade],
-                "badge": "unscored" if grade is None else f"grade {grade}: {BROKEN[grade]}",
+                "badge": "unscored"
+                if grade is None
+                else f"grade {grade}: {BROKEN[grade]}",
                 "clients": clients,
             }
         )
@@ -663,24 +882,46 @@ def _cells(a: Audit) -> list[dict[str, Any]]:
 def _without(cell: dict[str, Any], c: dict[str, Any]) -> str:
     if cell["pictures"]:
         return "those of the first clients of each cell are shown."
-    return "they were switched off." if c["best"] is not None else "nothing was compared with the client's data."
+    return (
+        "they were switched off."
+        if c["best"] is not None
+        else "nothing was compared with the client's data."
+    )
 
 
 # Plots
 
-FACTORS = {"epochs": "local epochs", "batch_size": "batch size", "examples": "examples of a client", "round": "round"}
-DASHED = ("class means", "mean image", "blank", "start noise")  # of the levels, those that a plot shows
+FACTORS = {
+    "epochs": "local epochs",
+    "batch_size": "batch size",
+    "examples": "examples of a client",
+    "round": "round",
+}
+DASHED = (
+    "class means",
+    "mean image",
+    "blank",
+    "start noise",
+)  # of the levels, those that a plot shows
 
 
 def _plots(a: Audit) -> list[Plot]:
-    plots = [_trade_off(a)] if a.mode == "defences" else [drawn for factor in _varied(a) for drawn in _against(a, factor)]
+    plots = (
+        [_trade_off(a)]
+        if a.mode == "defences"
+        else [drawn for factor in _varied(a) for drawn in _against(a, factor)]
+    )
     found = [drawn for drawn in plots if drawn is not None]
     last = _along(a, wide=sum(not drawn.wide for drawn in found) % 2 == 0)
     return found + ([last] if last is not None else [])
 
 
 def _varied(a: Audit) -> list[str]:
-    return [factor for factor in FACTORS if len({cell["factors"].get(factor) for cell in a.cells}) > 1]
+    return [
+        factor
+        for factor in FACTORS
+        if len({cell["factors"].get(factor) for cell in a.cells}) > 1
+    ]
 
 
 def _against(a: Audit, factor: str) -> list[Plot]:
@@ -693,18 +934,36 @@ def _against(a: Audit, factor: str) -> list[Plot]:
     alone = all(len(cells) == 1 for cells in groups.values())
     others = "" if alone else " Means over the other factors of the sweep."
     plots = []
-    names = list(dict.fromkeys(name for cells in groups.values() for s in cells for name in s["attacks"]))
+    names = list(
+        dict.fromkeys(
+            name for cells in groups.values() for s in cells for name in s["attacks"]
+        )
+    )
     if names:
         figure, axes = new_figure(height=3.5)
         for number, attack in enumerate(names):
             _curve(
-                axes, {x: [s["attacks"].get(attack, {}).get("psnr") for s in cells] for x, cells in groups.items()}, attack, number
+                axes,
+                {
+                    x: [s["attacks"].get(attack, {}).get("psnr") for s in cells]
+                    for x, cells in groups.items()
+                },
+                attack,
+                number,
             )
         for number, level in enumerate(DASHED):
-            at = {x: _average([s["references"].get(level, {}).get("psnr") for s in cells]) for x, cells in groups.items()}
+            at = {
+                x: _average([s["references"].get(level, {}).get("psnr") for s in cells])
+                for x, cells in groups.items()
+            }
             values = [value if value is not None else math.nan for value in at.values()]
             axes.plot(
-                list(at), values, color=(INK, SOFT)[number % 2], linestyle=("--", ":")[number // 2], linewidth=1.1, label=level
+                list(at),
+                values,
+                color=(INK, SOFT)[number % 2],
+                linestyle=("--", ":")[number // 2],
+                linewidth=1.1,
+                label=level,
             )
         axes.set(xlabel=name, ylabel="PSNR, dB")
         axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
@@ -713,20 +972,40 @@ def _against(a: Audit, factor: str) -> list[Plot]:
         caption = f"Dashed: what anybody comes to without the update. The bands are 95 % over clients.{others}"
         plots.append(plot(figure, f"What comes back, by {name}", caption))
     beside = {"label counts recovered": "labels", "membership AUC": "membership"}
-    if any(s.get(part) for cells in groups.values() for s in cells for part in beside.values()):
+    if any(
+        s.get(part)
+        for cells in groups.values()
+        for s in cells
+        for part in beside.values()
+    ):
         figure, axes = new_figure(height=3.5)
         for number, (label, part) in enumerate(beside.items()):
-            _curve(axes, {x: [s.get(part) for s in cells] for x, cells in groups.items()}, label, number + 5)
-        axes.axhline(0.5, color=SOFT, linestyle="--", linewidth=1.1, label="membership, guessing")
+            _curve(
+                axes,
+                {x: [s.get(part) for s in cells] for x, cells in groups.items()},
+                label,
+                number + 5,
+            )
+        axes.axhline(
+            0.5, color=SOFT, linestyle="--", linewidth=1.1, label="membership, guessing"
+        )
         axes.set(xlabel=name, ylabel="share", ylim=(0, 1.04))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         _scale(axes, list(groups))
         figure.legend(loc="outside upper left", ncols=2)
-        plots.append(plot(figure, f"Labels and membership, by {name}", f"They can leak where no image does.{others}"))
+        plots.append(
+            plot(
+                figure,
+                f"Labels and membership, by {name}",
+                f"They can leak where no image does.{others}",
+            )
+        )
     return plots
 
 
-def _curve(axes: Axes, found: dict[int, list[dict[str, Any] | None]], label: str, number: int) -> None:
+def _curve(
+    axes: Axes, found: dict[int, list[dict[str, Any] | None]], label: str, number: int
+) -> None:
     """A line of means, with the 95 % band over clients where a point is one cell."""
     points = {x: [s for s in stats if s is not None] for x, stats in found.items()}
     points = {x: stats for x, stats in points.items() if stats}
@@ -739,9 +1018,15 @@ def _curve(axes: Axes, found: dict[int, list[dict[str, Any] | None]], label: str
         marker="o",
         label=label,
     )
-    if all(len(stats) == 1 and stats[0]["low"] is not None for stats in points.values()):
-        low, high = ([stats[0][end] for stats in points.values()] for end in ("low", "high"))
-        axes.fill_between(list(points), low, high, color=SERIES[number], alpha=0.13, linewidth=0)
+    if all(
+        len(stats) == 1 and stats[0]["low"] is not None for stats in points.values()
+    ):
+        low, high = (
+            [stats[0][end] for stats in points.values()] for end in ("low", "high")
+        )
+        axes.fill_between(
+            list(points), low, high, color=SERIES[number], alpha=0.13, linewidth=0
+        )
 
 
 def _scale(axes: Axes, values: Sequence[int]) -> None:
@@ -769,19 +1054,30 @@ def _trade_off(a: Audit) -> Plot | None:
         return None
     figure, axes = new_figure(5.4, 3.8)
     for number, (name, accuracy, psnr, _) in enumerate(points):
-        axes.plot(accuracy, psnr, "os^Dv"[number // 10 % 5], color=SERIES[number % 10], markersize=9, label=name)
+        axes.plot(
+            accuracy,
+            psnr,
+            "os^Dv"[number // 10 % 5],
+            color=SERIES[number % 10],
+            markersize=9,
+            label=name,
+        )
     for number, level in enumerate(("class means", "mean image")):
         value = _average([levels.get(level, {}).get("psnr") for *_, levels in points])
         if value is not None:
-            axes.axhline(value, color=(INK, SOFT)[number], linestyle="--", linewidth=1.1, label=level)
+            axes.axhline(
+                value,
+                color=(INK, SOFT)[number],
+                linestyle="--",
+                linewidth=1.1,
+                label=level,
+            )
     axes.set(xlabel=ACCURACY[a.judged_by], ylabel="PSNR of the best attack, dB")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(ticks(integer=False))
     axes.margins(0.12, 0.15)
     figure.legend(loc="outside lower left", ncols=2)
-    caption = (
-        "Right is a better model, down is less of the clients' images. Under the dashed lines attacks know less than anybody does "
-    )
+    caption = "Right is a better model, down is less of the clients' images. Under the dashed lines attacks know less than anybody does "
     caption += "without the update."
     return plot(figure, "Privacy against accuracy", caption, wide=True)
 
@@ -790,16 +1086,31 @@ def _along(a: Audit, wide: bool) -> Plot | None:
     """The objective along the way, in the worst cell."""
     name = a.worst["cell"]
     cell = next((cell for cell in a.cells if name in (None, cell["name"])), None)
-    curves = {} if cell is None else {n: [f["curve"] for f in of_attack(cell, n) if f["curve"]] for n in attacks(cell)}
+    curves = (
+        {}
+        if cell is None
+        else {
+            n: [f["curve"] for f in of_attack(cell, n) if f["curve"]]
+            for n in attacks(cell)
+        }
+    )
     curves = {n: found for n, found in curves.items() if found}
     if cell is None or not curves:
         return None
     figure, axes = new_figure(5.4 if wide else 4.7, 3.5)
     for number, (attack, found) in enumerate(curves.items()):
-        rows = np.array([[math.nan if v is None else v for v in row] for row in found if len(row) == len(found[0])])
+        rows = np.array(
+            [
+                [math.nan if v is None else v for v in row]
+                for row in found
+                if len(row) == len(found[0])
+            ]
+        )
         x = np.linspace(0, 1, rows.shape[1])
         axes.plot(x, rows.mean(0), color=SERIES[number], label=attack)
-        axes.fill_between(x, rows.min(0), rows.max(0), color=SERIES[number], alpha=0.13, linewidth=0)
+        axes.fill_between(
+            x, rows.min(0), rows.max(0), color=SERIES[number], alpha=0.13, linewidth=0
+        )
     axes.set(xlabel="share of the iterations", ylabel="objective", xlim=(0, 1))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     if all(v > 0 for n in curves.values() for row in n for v in row if v is not None):

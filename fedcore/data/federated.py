@@ -30,12 +30,24 @@ class LocalSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch_size: int = Field(20, ge=1, description="B, examples in a local step")
-    epochs: int = Field(1, ge=1, description="E, passes over the client's training examples; the last batch of each may be smaller")
-    steps: int | None = Field(None, ge=1, description="K, local steps instead of epochs, reshuffling whenever the examples run out")
+    epochs: int = Field(
+        1,
+        ge=1,
+        description="E, passes over the client's training examples; the last batch of each may be smaller",
+    )
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="K, local steps instead of epochs, reshuffling whenever the examples run out",
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> LocalSettings:
-        if self.steps is not None and "epochs" in self.model_fields_set and self.epochs != 1:
+        if (
+            self.steps is not None
+            and "epochs" in self.model_fields_set
+            and self.epochs != 1
+        ):
             raise ValueError("give epochs or steps, not both")
         return self
 
@@ -62,10 +74,15 @@ class FederatedData:
         self.offsets = np.ascontiguousarray(offsets, dtype=np.int64)
         self.order = np.ascontiguousarray(order, dtype=np.int64)
         self.sizes = np.diff(self.offsets)
-        self.held = np.minimum(np.round(holdout * self.sizes).astype(np.int64), np.maximum(self.sizes - 1, 0))
+        self.held = np.minimum(
+            np.round(holdout * self.sizes).astype(np.int64),
+            np.maximum(self.sizes - 1, 0),
+        )
         self.kept = self.sizes - self.held
         # What `evaluate` reads: held-out examples, or the training examples where none are held out.
-        self.evaluated_on: Literal["train", "test"] = "test" if self.held.any() else "train"
+        self.evaluated_on: Literal["train", "test"] = (
+            "test" if self.held.any() else "train"
+        )
         if holdout > 0:
             keys = rng(seed, "holdout").random(len(self.order))
             client = np.repeat(np.arange(self.population), self.sizes)
@@ -81,20 +98,28 @@ class FederatedData:
 
     def num_examples(self, clients: np.ndarray, data: str) -> np.ndarray:
         """Examples that a client function of this kind works on, int64 [n]."""
-        counts: np.ndarray = (self.held if data == self.evaluated_on == "test" else self.kept)[clients]
+        counts: np.ndarray = (
+            self.held if data == self.evaluated_on == "test" else self.kept
+        )[clients]
         return counts
 
     def rows(self, client: int, data: str) -> np.ndarray:
         """Row numbers of one client, int64."""
         start, end = self.offsets[client], self.offsets[client + 1]
         cut = end - self.held[client]
-        return self.order[cut:end] if data == self.evaluated_on == "test" else self.order[start:cut]
+        return (
+            self.order[cut:end]
+            if data == self.evaluated_on == "test"
+            else self.order[start:cut]
+        )
 
     def label_counts(self, num_classes: int) -> np.ndarray:
         """How many rows of each class every client holds, int64 [population, classes]."""
         client = np.repeat(np.arange(self.population), self.sizes)
         labels = self.y.cpu().numpy()[self.order]
-        flat = np.bincount(client * num_classes + labels, minlength=self.population * num_classes)
+        flat = np.bincount(
+            client * num_classes + labels, minlength=self.population * num_classes
+        )
         return flat.reshape(self.population, num_classes)
 
     def steps(self, clients: np.ndarray, data: str, local: LocalSettings) -> np.ndarray:
@@ -102,7 +127,14 @@ class FederatedData:
         return np.asarray(_steps(self.num_examples(clients, data), data, local))
 
     def batches(
-        self, clients: np.ndarray, data: str, local: LocalSettings, seed: int, t: int, plan: int = 0, even: bool = False
+        self,
+        clients: np.ndarray,
+        data: str,
+        local: LocalSettings,
+        seed: int,
+        t: int,
+        plan: int = 0,
+        even: bool = False,
     ) -> Batches:
         """What these clients work through in round t, stacked: x [n, K, B, ...], y [n, K, B, ...], mask [n, K, B].
 
@@ -113,11 +145,21 @@ class FederatedData:
         batch = local.batch_size if data == "train" else EVALUATION_BATCH
         own = [self.rows(client, data) for client in clients.tolist()]
         longest = max(map(len, own), default=0)
-        shape = len(clients), max(_steps(longest, data, local), 1), _width(longest, batch) if even else min(batch, max(longest, 1))
+        shape = (
+            len(clients),
+            max(_steps(longest, data, local), 1),
+            _width(longest, batch) if even else min(batch, max(longest, 1)),
+        )
         rows = np.full(shape, -1, dtype=np.int64)  # -1 is padding
         if data == "train":
-            keys = [np.full(len(clients), t), clients, *[np.full(len(clients), plan)][: plan > 0]]
-            for steps, mine, draw in zip(rows, own, streams(seed, "batches", np.stack(keys, 1)), strict=True):
+            keys = [
+                np.full(len(clients), t),
+                clients,
+                *[np.full(len(clients), plan)][: plan > 0],
+            ]
+            for steps, mine, draw in zip(
+                rows, own, streams(seed, "batches", np.stack(keys, 1)), strict=True
+            ):
                 if len(mine):
                     fill_train(steps, mine, local, batch, draw)
         else:
@@ -126,21 +168,37 @@ class FederatedData:
         # Step by step in memory, [K, n, B], so that a step of all clients is one block.
         index = np.ascontiguousarray(rows.swapaxes(0, 1))
         mask = (index >= 0).astype(np.float32)
-        flat, real = trees.to((torch.from_numpy(np.maximum(index, 0)).flatten(), torch.from_numpy(mask)), self.x.device)
+        flat, real = trees.to(
+            (torch.from_numpy(np.maximum(index, 0)).flatten(), torch.from_numpy(mask)),
+            self.x.device,
+        )
         x = self.x.index_select(0, flat).view(*index.shape, *self.x.shape[1:])
         y = self.y.index_select(0, flat).view(*index.shape, *self.y.shape[1:])
         return Batches(*(v.transpose(0, 1) for v in (x, y, real)))
 
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy arrays, which pickle protocol 5 moves out of band: workers on one machine share them instead of copying.
-        tensors = {"x": self.x, "y": self.y, "test_x": self.test.x, "test_y": self.test.y}
-        arrays = {"order": self.order, "offsets": self.offsets, "sizes": self.sizes, "held": self.held, "kept": self.kept}
+        tensors = {
+            "x": self.x,
+            "y": self.y,
+            "test_x": self.test.x,
+            "test_y": self.test.y,
+        }
+        arrays = {
+            "order": self.order,
+            "offsets": self.offsets,
+            "sizes": self.sizes,
+            "held": self.held,
+            "kept": self.kept,
+        }
         pixels = {name: value.cpu().numpy() for name, value in tensors.items()}
         return {**pixels, **arrays, "evaluated_on": self.evaluated_on}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.x, self.y = shared_tensor(state["x"]), shared_tensor(state["y"])
-        self.test = Examples(shared_tensor(state["test_x"]), shared_tensor(state["test_y"]))
+        self.test = Examples(
+            shared_tensor(state["test_x"]), shared_tensor(state["test_y"])
+        )
         for name in ("order", "offsets", "sizes", "held", "kept", "evaluated_on"):
             setattr(self, name, state[name])
 
@@ -149,7 +207,11 @@ def _steps(n: Any, data: str, local: LocalSettings) -> Any:
     """Steps for n examples; an int, or an array of them."""
     if data != "train":
         return -(-n // EVALUATION_BATCH)
-    return -(-n // local.batch_size) * local.epochs if local.steps is None else (n > 0) * local.steps
+    return (
+        -(-n // local.batch_size) * local.epochs
+        if local.steps is None
+        else (n > 0) * local.steps
+    )
 
 
 def _width(longest: int, batch: int) -> int:
@@ -162,11 +224,19 @@ def _width(longest: int, batch: int) -> int:
 def fill(rows: np.ndarray, own: np.ndarray, first: int, batch: int) -> int:
     """Write `own` into batches of `batch` from step `first` on; returns the next free step."""
     steps = -(-len(own) // batch)
-    rows[first : first + steps].reshape(-1)[: len(own)] = own  # B is `batch`, or there is one step
+    rows[first : first + steps].reshape(-1)[: len(own)] = (
+        own  # B is `batch`, or there is one step
+    )
     return first + steps
 
 
-def fill_train(rows: np.ndarray, own: np.ndarray, local: LocalSettings, batch: int, draw: np.random.Generator) -> None:
+def fill_train(
+    rows: np.ndarray,
+    own: np.ndarray,
+    local: LocalSettings,
+    batch: int,
+    draw: np.random.Generator,
+) -> None:
     """Shuffled epochs, each cut into batches of its own; `local.steps` of them, or `local.epochs` epochs."""
     step = 0
     if local.steps is None:
@@ -174,7 +244,9 @@ def fill_train(rows: np.ndarray, own: np.ndarray, local: LocalSettings, batch: i
             step = fill(rows, draw.permutation(own), step, batch)
         return
     while step < local.steps:
-        step = fill(rows, draw.permutation(own)[: (local.steps - step) * batch], step, batch)
+        step = fill(
+            rows, draw.permutation(own)[: (local.steps - step) * batch], step, batch
+        )
 
 
 def shared_tensor(array: np.ndarray) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedcore import cache
 from fedcore.errors import SettingsError
 from fedcore.rng import rng, seed_of
+from fedcore.storage import cache
 
 SECONDS = 5.0  # after which a partition that still fails its own conditions counts as impossible
 FORMAT = 1  # part of the cache key; raise it when the code below would spread the same rows otherwise
@@ -59,7 +59,13 @@ class _Settings(BaseModel):
     least: ClassVar[int] = 1  # examples that every client must get
     complete: ClassVar[bool] = True  # every row is with some client
 
-    def split(self, labels: np.ndarray, groups: np.ndarray | None, population: int | None, seed: int) -> Partition:
+    def split(
+        self,
+        labels: np.ndarray,
+        groups: np.ndarray | None,
+        population: int | None,
+        seed: int,
+    ) -> Partition:
         """Spread rows with these labels over a population, the same way for the same seed; a client's rows are ascending.
 
         `labels` integers [n], `groups` the natural client of each row [n] or None, `population` clients.
@@ -67,30 +73,53 @@ class _Settings(BaseModel):
         """
         column, population = self._told_apart_by(labels, groups, population)
         if not 1 <= population <= len(column):
-            raise SettingsError(f"population = {population}: must be in [1, {len(column)}], the number of training examples")
+            raise SettingsError(
+                f"population = {population}: must be in [1, {len(column)}], the number of training examples"
+            )
         digest = hashlib.sha256(column.tobytes()).hexdigest()
-        facts = [FORMAT, self.model_dump(mode="json"), population, seed, digest, version("flwr-datasets")]
+        facts = [
+            FORMAT,
+            self.model_dump(mode="json"),
+            population,
+            seed,
+            digest,
+            version("flwr-datasets"),
+        ]
         key = cache.key_of("partition", facts)
         known = cache.load(key)
         if known is None:
             # Rows are shuffled first: some partitioners cut the data as it comes.
             shuffled = rng(seed, "partition").permutation(len(column))
-            parts = [np.sort(shuffled[part]) for part in self._parts(column[shuffled], population, seed)]
-            known = {"order": np.concatenate(parts), "offsets": np.cumsum([0, *map(len, parts)], dtype=np.int64)}
+            parts = [
+                np.sort(shuffled[part])
+                for part in self._parts(column[shuffled], population, seed)
+            ]
+            known = {
+                "order": np.concatenate(parts),
+                "offsets": np.cumsum([0, *map(len, parts)], dtype=np.int64),
+            }
             cache.save(key, **known)
         return self._checked(Partition(known["order"], known["offsets"]), len(column))
 
-    def _told_apart_by(self, labels: np.ndarray, groups: np.ndarray | None, population: int | None) -> tuple[np.ndarray, int]:
+    def _told_apart_by(
+        self, labels: np.ndarray, groups: np.ndarray | None, population: int | None
+    ) -> tuple[np.ndarray, int]:
         """The integers [n] that the partitioner looks at, and the number of clients."""
         if population is None:
-            raise SettingsError(f'population is missing: the partition "{self.name}" needs the number of clients')
+            raise SettingsError(
+                f'population is missing: the partition "{self.name}" needs the number of clients'
+            )
         return np.ascontiguousarray(labels, dtype=np.int64), population
 
-    def _parts(self, labels: np.ndarray, population: int, seed: int) -> list[np.ndarray]:
+    def _parts(
+        self, labels: np.ndarray, population: int, seed: int
+    ) -> list[np.ndarray]:
         partitioner = self._partitioner(labels, population, seed)
         import datasets  # with flwr_datasets a matter of seconds: only when the cache has no answer
 
-        partitioner.dataset = datasets.Dataset.from_dict({"label": labels, "row": np.arange(len(labels))})
+        partitioner.dataset = datasets.Dataset.from_dict(
+            {"label": labels, "row": np.arange(len(labels))}
+        )
         deadline = time.monotonic() + SECONDS
 
         def too_late(*_: Any, **__: Any) -> None:
@@ -99,13 +128,18 @@ class _Settings(BaseModel):
                 raise ValueError(f"not found within {SECONDS:g} s")
 
         try:
-            with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # one draws a progress bar
+            with (
+                warnings.catch_warnings(),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):  # one draws a progress bar
                 warnings.simplefilter("always")
                 warnings.showwarning = too_late
                 partitioner.load_partition(0)
         except ValueError as e:
             why = str(e).split(". ")[0]
-            raise self._error(f"{len(labels)} examples over {population} clients: {why}; {self._advice()}") from e
+            raise self._error(
+                f"{len(labels)} examples over {population} clients: {why}; {self._advice()}"
+            ) from e
         # The whole assignment at once, since load_partition copies client by client. It counts rows of the partitioner's
         # own dataset, which the shard partitioner has sorted: hence the column of row numbers.
         row = partitioner.dataset.with_format("numpy")["row"][:]
@@ -118,15 +152,27 @@ class _Settings(BaseModel):
     def _checked(self, part: Partition, n: int) -> Partition:
         sizes = np.diff(part.offsets)
         if few := int((sizes < self.least).sum()):
-            raise self._error(f"{few} of {len(sizes)} clients get fewer than {self.least} examples; {self._advice()}")
-        assert np.bincount(part.order, minlength=n).max() == 1, f'partition "{self.name}" gives a row to two clients'
+            raise self._error(
+                f"{few} of {len(sizes)} clients get fewer than {self.least} examples; {self._advice()}"
+            )
+        assert np.bincount(part.order, minlength=n).max() == 1, (
+            f'partition "{self.name}" gives a row to two clients'
+        )
         if self.complete and len(part.order) < n:
-            raise self._error(f"{n - len(part.order)} of {n} examples go to no client; raise the population")
+            raise self._error(
+                f"{n - len(part.order)} of {n} examples go to no client; raise the population"
+            )
         return part
 
     def _error(self, what: str) -> SettingsError:
-        given = ", ".join(f"{key} = {value}" for key, value in self.model_dump().items() if key != "name")
-        return SettingsError(f'partition "{self.name}"' + (f" ({given})" if given else "") + f": {what}")
+        given = ", ".join(
+            f"{key} = {value}"
+            for key, value in self.model_dump().items()
+            if key != "name"
+        )
+        return SettingsError(
+            f'partition "{self.name}"' + (f" ({given})" if given else "") + f": {what}"
+        )
 
     def _advice(self) -> str:
         return "lower the population"
@@ -140,7 +186,12 @@ class Iid(_Settings):
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
         from flwr_datasets.partitioner import SizePartitioner
 
-        return SizePartitioner([int(n) for n in np.diff(np.arange(population + 1) * len(labels) // population)])
+        return SizePartitioner(
+            [
+                int(n)
+                for n in np.diff(np.arange(population + 1) * len(labels) // population)
+            ]
+        )
 
 
 class Dirichlet(_Settings):
@@ -148,14 +199,26 @@ class Dirichlet(_Settings):
 
     name: Literal["dirichlet"] = "dirichlet"
     least: ClassVar[int] = 0  # min_size is the partitioner's own condition
-    alpha: float = Field(0.3, gt=0, description="concentration; small = each client few classes, large = IID")
-    min_size: int = Field(1, ge=0, description="examples that every client gets at least; 0 allows clients without data")
+    alpha: float = Field(
+        0.3,
+        gt=0,
+        description="concentration; small = each client few classes, large = IID",
+    )
+    min_size: int = Field(
+        1,
+        ge=0,
+        description="examples that every client gets at least; 0 allows clients without data",
+    )
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
         from flwr_datasets.partitioner import DirichletPartitioner
 
         return DirichletPartitioner(
-            population, "label", self.alpha, min_partition_size=self.min_size, seed=seed_of(seed, "dirichlet")
+            population,
+            "label",
+            self.alpha,
+            min_partition_size=self.min_size,
+            seed=seed_of(seed, "dirichlet"),
         )
 
     def _advice(self) -> str:
@@ -173,14 +236,23 @@ class Shards(_Settings):
 
     name: Literal["shards"] = "shards"
     complete: ClassVar[bool] = False
-    per_client: int = Field(2, ge=1, description="shards a client; 1 or 2 = few classes each, many = IID")
+    per_client: int = Field(
+        2, ge=1, description="shards a client; 1 or 2 = few classes each, many = IID"
+    )
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
         if (shards := population * self.per_client) > len(labels):
-            raise self._error(f"{population} clients need {shards} shards of {len(labels)} examples; {self._advice()}")
+            raise self._error(
+                f"{population} clients need {shards} shards of {len(labels)} examples; {self._advice()}"
+            )
         from flwr_datasets.partitioner import ShardPartitioner
 
-        return ShardPartitioner(population, "label", num_shards_per_partition=self.per_client, seed=seed_of(seed, "shards"))
+        return ShardPartitioner(
+            population,
+            "label",
+            num_shards_per_partition=self.per_client,
+            seed=seed_of(seed, "shards"),
+        )
 
 
 class Pathological(_Settings):
@@ -192,14 +264,20 @@ class Pathological(_Settings):
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
         number = len(np.unique(labels))
         if self.classes > number:
-            raise SettingsError(f"partition.classes = {self.classes}: the data has {number} classes; set at most that")
+            raise SettingsError(
+                f"partition.classes = {self.classes}: the data has {number} classes; set at most that"
+            )
         from flwr_datasets.partitioner import PathologicalPartitioner
 
         # As in the paper (Li et al. 2022), client i has class i mod number and others by chance, so that from `number` clients
         # on no class is left out. Its draws with rejection never end well when all classes are wanted.
         mode: Any = "deterministic" if self.classes == number else "first-deterministic"
         return PathologicalPartitioner(
-            population, "label", self.classes, class_assignment_mode=mode, seed=seed_of(seed, "pathological")
+            population,
+            "label",
+            self.classes,
+            class_assignment_mode=mode,
+            seed=seed_of(seed, "pathological"),
         )
 
     def _advice(self) -> str:
@@ -210,15 +288,21 @@ class SizeSkew(_Settings):
     """Rows at random, in numbers drawn from a log-normal law: a few large clients and many small."""
 
     name: Literal["size_skew"] = "size_skew"
-    sigma: float = Field(1.0, ge=0, description="standard deviation of log size; 0 = equal sizes")
+    sigma: float = Field(
+        1.0, ge=0, description="standard deviation of log size; 0 = equal sizes"
+    )
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
         from flwr_datasets.partitioner import SizePartitioner
 
         log_size = self.sigma * rng(seed, "sizes").standard_normal(population)
         share = np.cumsum(np.exp(log_size - log_size.max()))
-        cuts = np.floor(share / share[-1] * (len(labels) - population) + 1e-9).astype(np.int64)  # 1e-9: 3 may come as 2.99...
-        return SizePartitioner([int(n) for n in 1 + np.diff(cuts, prepend=0)])  # one each, the rest by the law
+        cuts = np.floor(share / share[-1] * (len(labels) - population) + 1e-9).astype(
+            np.int64
+        )  # 1e-9: 3 may come as 2.99...
+        return SizePartitioner(
+            [int(n) for n in 1 + np.diff(cuts, prepend=0)]
+        )  # one each, the rest by the law
 
 
 class Natural(_Settings):
@@ -226,12 +310,18 @@ class Natural(_Settings):
 
     name: Literal["natural"] = "natural"
 
-    def _told_apart_by(self, labels: np.ndarray, groups: np.ndarray | None, population: int | None) -> tuple[np.ndarray, int]:
+    def _told_apart_by(
+        self, labels: np.ndarray, groups: np.ndarray | None, population: int | None
+    ) -> tuple[np.ndarray, int]:
         if groups is None:
-            raise SettingsError('partition.name = "natural": this data set names no clients; choose another partition')
+            raise SettingsError(
+                'partition.name = "natural": this data set names no clients; choose another partition'
+            )
         names, client = np.unique(groups, return_inverse=True)
         if population not in (None, len(names)):
-            raise SettingsError(f"population = {population}: the data has {len(names)} natural clients; leave population out")
+            raise SettingsError(
+                f"population = {population}: the data has {len(names)} natural clients; leave population out"
+            )
         return client.astype(np.int64), len(names)
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
@@ -240,4 +330,7 @@ class Natural(_Settings):
         return NaturalIdPartitioner("label")
 
 
-PartitionSettings = Annotated[Iid | Dirichlet | Shards | Pathological | SizeSkew | Natural, Field(discriminator="name")]
+PartitionSettings = Annotated[
+    Iid | Dirichlet | Shards | Pathological | SizeSkew | Natural,
+    Field(discriminator="name"),
+]

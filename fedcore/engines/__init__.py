@@ -9,7 +9,7 @@ from fedcore.errors import SettingsError
 
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings
-    from fedcore.state import StateStore
+    from fedcore.storage.rows import StateStore
 
 
 def make(settings: EngineSettings, work: Work, states: StateStore) -> Engine:

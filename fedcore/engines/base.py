@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.defence import Defence, DefenceSettings
+from fedcore.engines.run_client import run_client
 from fedcore.errors import SettingsError
-from fedcore.links import Links, LinksSettings
+from fedcore.messages.defence import Defence, DefenceSettings
+from fedcore.messages.links import Links, LinksSettings
 from fedcore.method import Method, data_of, evaluates
 from fedcore.rng import seed_of, torch_seed
-from fedcore.run_client import run_client
 from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
 
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings
     from fedcore.data.federated import LocalSettings
-    from fedcore.state import StateStore
+    from fedcore.storage.rows import StateStore
     from fedcore.task import Task
 
 log = logging.getLogger("fedcore")
@@ -32,7 +32,9 @@ log = logging.getLogger("fedcore")
 class Engine(Protocol):
     """Runs client functions somewhere, and brings back their reports."""
 
-    choices: dict[str, Any]  # what the engine measured and chose (JSON), so that a resumed run computes the same bits
+    choices: dict[
+        str, Any
+    ]  # what the engine measured and chose (JSON), so that a resumed run computes the same bits
     late: int  # answers, so far, that came when nobody waited for them any more; they change nothing
 
     @property
@@ -40,7 +42,9 @@ class Engine(Protocol):
         """What clients keep between rounds; None where they keep it themselves."""
         ...
 
-    def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
+    def each(
+        self, fn: ClientFunction, clients: Tensor, down: Tree, t: int
+    ) -> Iterator[Reports]:
         """Run `fn` for every client of `clients` (ascending ids) in round t; reports in any grouping, failures in `failed`.
 
         Reports of nobody are a pause, in which the run may be stopped. An engine that can sum where clients run returns `Answers`.
@@ -70,18 +74,36 @@ class Work:
     ) -> None:
         """`defence` protects what clients send, `links` disturb what is sent; by default nothing does."""
         self.task, self.method, self.local, self.seed = task, method, local, seed
-        self.links, self.defence = Links(links or LinksSettings(), seed), Defence(defence or DefenceSettings(), seed)
+        self.links, self.defence = (
+            Links(links or LinksSettings(), seed),
+            Defence(defence or DefenceSettings(), seed),
+        )
         self.even = False  # batches padded to few widths, for engines that record steps by shape
         self._now = (-1, torch.empty(0))
 
-    def batches(self, fn: ClientFunction, clients: list[int], t: int) -> Batches | Tuning:
+    def batches(
+        self, fn: ClientFunction, clients: list[int], t: int
+    ) -> Batches | Tuning:
         """Stacked over the clients, [n, K, B, ...]."""
         data, ids, kind = self.task.data, np.asarray(clients), data_of(fn)
         if kind == "tune":
-            train = data.batches(ids, "train", self._tuning(), self.seed, t, 0, self.even)
-            return Tuning(train, data.batches(ids, "test", self.local, self.seed, t, 0, self.even))
-        plans = [data.batches(ids, kind, self.local, self.seed, t, plan, self.even) for plan in range(self.passes(fn))]
-        return plans[0] if len(plans) == 1 else Batches(*(_one_after_another(pieces) for pieces in zip(*plans, strict=True)))
+            train = data.batches(
+                ids, "train", self._tuning(), self.seed, t, 0, self.even
+            )
+            return Tuning(
+                train, data.batches(ids, "test", self.local, self.seed, t, 0, self.even)
+            )
+        plans = [
+            data.batches(ids, kind, self.local, self.seed, t, plan, self.even)
+            for plan in range(self.passes(fn))
+        ]
+        return (
+            plans[0]
+            if len(plans) == 1
+            else Batches(
+                *(_one_after_another(pieces) for pieces in zip(*plans, strict=True))
+            )
+        )
 
     def passes(self, fn: ClientFunction) -> int:
         """Plans of batches that `fn` gets."""
@@ -95,13 +117,17 @@ class Work:
         return self.passes(fn) * self.task.data.steps(clients, kind, self.local)
 
     def _tuning(self) -> LocalSettings:
-        return self.local.model_copy(update={"epochs": self.method.finetuning.epochs, "steps": None})
+        return self.local.model_copy(
+            update={"epochs": self.method.finetuning.epochs, "steps": None}
+        )
 
     def num_examples(self, fn: ClientFunction, clients: list[int]) -> Tensor:
         """float32 [n]; of a fine-tuning, those that it is measured on."""
         kind = "test" if data_of(fn) == "tune" else data_of(fn)
         counts = self.task.data.num_examples(np.asarray(clients, dtype=np.int64), kind)
-        found: Tensor = trees.to(torch.from_numpy(counts.astype(np.float32)), self.task.device)
+        found: Tensor = trees.to(
+            torch.from_numpy(counts.astype(np.float32)), self.task.device
+        )
         return found
 
     def now(self, t: int) -> Tensor:
@@ -110,7 +136,9 @@ class Work:
             self._now = (t, torch.full((), float(t), device=self.task.device))
         return self._now[1]
 
-    def one(self, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> tuple[Tree, Tree]:
+    def one(
+        self, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int
+    ) -> tuple[Tree, Tree]:
         """(what arrives of `up`, new state) of one client; `state` is on the task's device."""
         batches = trees.at(self.batches(fn, [client], t), 0)
         down = self.links.carry(down, "downlink", fn, t, client)
@@ -120,7 +148,9 @@ class Work:
 
     def send(self, up: Tree, fn: ClientFunction, t: int, client: int) -> Tree:
         """What arrives of a message: protected before it leaves, then disturbed on its way."""
-        return self.links.carry(self.defence.protect(up, fn, t, client), "uplink", fn, t, client)
+        return self.links.carry(
+            self.defence.protect(up, fn, t, client), "uplink", fn, t, client
+        )
 
     def arrives_as_is(self, fn: ClientFunction) -> bool:
         """Whether `send` changes nothing."""
@@ -133,7 +163,9 @@ class Work:
         if self.task.model.training != training:
             self.task.model.train(training)
         with torch_seed(self.seed, "model", t, client):
-            if self.task.device.type == "cuda":  # a generator of its own, which nothing else of ours draws from
+            if (
+                self.task.device.type == "cuda"
+            ):  # a generator of its own, which nothing else of ours draws from
                 torch.cuda.manual_seed(seed_of(self.seed, "model", t, client))
             yield
 
@@ -156,7 +188,9 @@ class Done(NamedTuple):
     states: Tree  # new, stacked; nothing of those who failed
 
 
-def alone(work: Work, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int) -> Done:
+def alone(
+    work: Work, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int
+) -> Done:
     """One client's work, as `sequential` does it; `state` is on the task's device."""
     try:
         up, new = work.one(fn, client, down, state, t)
@@ -177,7 +211,12 @@ def failure(clients: list[int], error: BaseException | str) -> Reports:
     if isinstance(error, BaseException):
         log.debug("client %s failed", clients, exc_info=error)
         error = f"error: {type(error).__name__}: {error}"
-    return Reports(torch.empty(0, dtype=torch.int64), {}, torch.empty(0), dict.fromkeys(clients, error))
+    return Reports(
+        torch.empty(0, dtype=torch.int64),
+        {},
+        torch.empty(0),
+        dict.fromkeys(clients, error),
+    )
 
 
 @contextmanager
@@ -194,5 +233,9 @@ def one_thread() -> Iterator[None]:
 def device_for(settings: EngineSettings) -> torch.device:
     """The device that the settings name. Raises SettingsError for cuda without one."""
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError('engine.device = "cuda": PyTorch sees no CUDA device here; set engine.device = "cpu" or "auto"')
-    return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+        raise SettingsError(
+            'engine.device = "cuda": PyTorch sees no CUDA device here; set engine.device = "cpu" or "auto"'
+        )
+    return torch.device(
+        "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.engines.base import Work, alone, keep, one_thread
-from fedcore.state import StateStore
+from fedcore.storage.rows import StateStore
 from fedcore.types import ClientFunction, Reports, Tree
 
 
@@ -21,12 +21,16 @@ class Sequential:
         self.choices: dict[str, Any] = {}
         self.late = 0
 
-    def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
+    def each(
+        self, fn: ClientFunction, clients: Tensor, down: Tree, t: int
+    ) -> Iterator[Reports]:
         device = self.work.task.device
         with one_thread():  # between clients too: to wake a second thread for each costs more than it brings
             for client in clients.tolist():
                 state = trees.to(self.states.get(client), device)
-                yield keep(self.states, fn, alone(self.work, fn, client, down, state, t))
+                yield keep(
+                    self.states, fn, alone(self.work, fn, client, down, state, t)
+                )
 
     def describe(self) -> str:
         return f"sequential on {self.work.task.device}"

@@ -1,6 +1,6 @@
 """Clients in chunks, each chunk one batched computation under `torch.func.vmap`, chunks side by side on all cores; the default.
 
-Local steps run from recordings (`fedcore.recording`). On a CPU every chunk is the work of one process, a fork of this one, on one
+Local steps run from recordings (`fedcore.speed.recording`). On a CPU every chunk is the work of one process, a fork of this one, on one
 thread: no core waits for another at every small operation, and who does it changes no bit.
 
 How many clients make a chunk decides the speed: too few waste the batching, too many fall out of the cache. No rule predicts it, so
@@ -24,19 +24,28 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fedcore import __version__, cache, trees
-from fedcore.engines import forks
+from fedcore import __version__, trees
 from fedcore.engines.base import Done, Work, failure, keep, one_thread
 from fedcore.engines.chunks import Chunks, pack, row
+from fedcore.engines.run_client import run_client
 from fedcore.method import evaluates
-from fedcore.recording import recorded
-from fedcore.run_client import run_client
-from fedcore.state import StateStore
+from fedcore.speed import forks
+from fedcore.speed.recording import recorded
+from fedcore.storage import cache
+from fedcore.storage.rows import StateStore
 from fedcore.types import Answers, ClientFunction, Reports, Tree, Weight
 
 log = logging.getLogger("fedcore")
 
-SIZES = (4, 8, 16, 32, 64, 128, 256)  # chunks to try, after 1 = one client after another without vmap
+SIZES = (
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+    256,
+)  # chunks to try, after 1 = one client after another without vmap
 BUDGET = 1.0  # seconds of this thread after which no larger chunk is tried
 WORTH = 0.97  # of the time of a smaller chunk, at most, for a larger one to be taken: it needs more memory
 STEPS = 2  # local steps in a trial
@@ -57,12 +66,20 @@ class Forms(NamedTuple):
 class Vectorised:
     """Client functions batched over clients, on all cores."""
 
-    def __init__(self, work: Work, states: StateStore, chunk: int | None = None) -> None:
+    def __init__(
+        self, work: Work, states: StateStore, chunk: int | None = None
+    ) -> None:
         """`chunk` clients a batch, 1 = one after another; None = measure."""
         self.work, self.states, self.chunk = work, states, chunk
         self.choices: dict[str, Any] = {}
-        self.processes = torch.get_num_threads() if work.task.device.type == "cpu" and forks.possible() else 1
-        self._forms: dict[str, Forms] = {}  # by client function, as soon as a client succeeded in it
+        self.processes = (
+            torch.get_num_threads()
+            if work.task.device.type == "cpu" and forks.possible()
+            else 1
+        )
+        self._forms: dict[
+            str, Forms
+        ] = {}  # by client function, as soon as a client succeeded in it
         self._forks: forks.Forks | None = None
         self._forked: dict[str, Forms] = {}  # what the forks know of them
         self.late = 0
@@ -72,10 +89,19 @@ class Vectorised:
         """Made at the first use, when the model is what it will be."""
         return Chunks(self.work)
 
-    def each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int) -> Iterator[Reports]:
+    def each(
+        self, fn: ClientFunction, clients: Tensor, down: Tree, t: int
+    ) -> Iterator[Reports]:
         return Answers(partial(self._each, fn, clients, down, t))
 
-    def _each(self, fn: ClientFunction, clients: Tensor, down: Tree, t: int, weight: Weight | None) -> Iterator[Reports]:
+    def _each(
+        self,
+        fn: ClientFunction,
+        clients: Tensor,
+        down: Tree,
+        t: int,
+        weight: Weight | None,
+    ) -> Iterator[Reports]:
         if len(clients) == 0:
             return
         with one_thread() if self.work.task.device.type == "cpu" else nullcontext():
@@ -84,34 +110,64 @@ class Vectorised:
             if self.work.task.device.type == "cuda":
                 yield from self._on_gpu(fn, pieces, down, t, size)
                 return
-            while pieces and (self.processes == 1 or len(pieces) == 1 or not self._known(fn, down)):
-                yield from self._keep(fn, self._here(fn, pieces.pop(0), down, t, size, weight))
+            while pieces and (
+                self.processes == 1 or len(pieces) == 1 or not self._known(fn, down)
+            ):
+                yield from self._keep(
+                    fn, self._here(fn, pieces.pop(0), down, t, size, weight)
+                )
             if pieces:
                 yield from self._side_by_side(fn, pieces, down, t, size, weight)
 
     def chunks(self, fn: ClientFunction, clients: np.ndarray) -> list[list[int]]:
         """How these clients are split, the longest first, once the size is known."""
-        size, steps = self.chunk or self.choices[fn.__name__], self.work.steps(fn, clients)
+        size, steps = (
+            self.chunk or self.choices[fn.__name__],
+            self.work.steps(fn, clients),
+        )
         order = np.argsort(-steps, kind="stable")
         processes = self.choices.setdefault(PROCESSES, self.processes)
         if size == 1:
             piece = min(max(len(clients) // (4 * processes), 1), PIECE)
-            return [clients[order[i : i + piece]].tolist() for i in range(0, len(order), piece)]
-        chunks = processes * -(-len(clients) // (size * processes))  # everyone has as many
-        return pack(clients[order].tolist(), steps[order].tolist(), -(-len(clients) // chunks))
+            return [
+                clients[order[i : i + piece]].tolist()
+                for i in range(0, len(order), piece)
+            ]
+        chunks = processes * -(
+            -len(clients) // (size * processes)
+        )  # everyone has as many
+        return pack(
+            clients[order].tolist(), steps[order].tolist(), -(-len(clients) // chunks)
+        )
 
-    def _here(self, fn: ClientFunction, piece: list[int], down: Tree, t: int, size: int, weight: Weight | None) -> list[Done]:
+    def _here(
+        self,
+        fn: ClientFunction,
+        piece: list[int],
+        down: Tree,
+        t: int,
+        size: int,
+        weight: Weight | None,
+    ) -> list[Done]:
         """A piece in this process."""
         states = self._states(piece)
         done = self._one.run(fn, piece, down, states, t, size, weight)
-        if self.processes > 1 and (some := next((d for d in done if len(d.reports.clients)), None)):
-            self._forms[fn.__name__] = Forms(*map(pytree.tree_structure, (down, states, some.reports.up, some.states)))
+        if self.processes > 1 and (
+            some := next((d for d in done if len(d.reports.clients)), None)
+        ):
+            self._forms[fn.__name__] = Forms(
+                *map(
+                    pytree.tree_structure, (down, states, some.reports.up, some.states)
+                )
+            )
         return done
 
     def _keep(self, fn: ClientFunction, done: list[Done]) -> Iterator[Reports]:
         return (keep(self.states, fn, d) for d in done)
 
-    def _on_gpu(self, fn: ClientFunction, pieces: list[list[int]], down: Tree, t: int, size: int) -> Iterator[Reports]:
+    def _on_gpu(
+        self, fn: ClientFunction, pieces: list[list[int]], down: Tree, t: int, size: int
+    ) -> Iterator[Reports]:
         """Pieces one after another. The new states of one are stored when the next is on its way, so that nobody waits for them.
 
         Always whole updates: who sums them does so here and on the same GPU.
@@ -128,8 +184,12 @@ class Vectorised:
                     continue
                 done = self._one.run(fn, piece, down, states, t, size)
                 self._store(fn, behind)
-                behind = [] if evaluates(fn) else [(d, trees.fetch(d.states)) for d in done]
-                if len(done) > 1:  # of single clients: each is stored before anybody hears of it
+                behind = (
+                    [] if evaluates(fn) else [(d, trees.fetch(d.states)) for d in done]
+                )
+                if (
+                    len(done) > 1
+                ):  # of single clients: each is stored before anybody hears of it
                     self._store(fn, behind)
                     behind = []
                 yield from (d.reports for d in done)
@@ -144,7 +204,9 @@ class Vectorised:
                 raise
         return None
 
-    def _store(self, fn: ClientFunction, behind: list[tuple[Done, Callable[[], Tree]]]) -> None:
+    def _store(
+        self, fn: ClientFunction, behind: list[tuple[Done, Callable[[], Tree]]]
+    ) -> None:
         for done, states in behind:
             keep(self.states, fn, done._replace(states=states()))
 
@@ -155,16 +217,29 @@ class Vectorised:
         return forms is not None and forms.down == pytree.tree_structure(down)
 
     def _side_by_side(
-        self, fn: ClientFunction, pieces: list[list[int]], down: Tree, t: int, size: int, weight: Weight | None
+        self,
+        fn: ClientFunction,
+        pieces: list[list[int]],
+        down: Tree,
+        t: int,
+        size: int,
+        weight: Weight | None,
     ) -> Iterator[Reports]:
         """Pieces on all processes; handed on in their order."""
-        if self._forks is None or self._forked != self._forms:  # what a fork knows is what we knew then
+        if (
+            self._forks is None or self._forked != self._forms
+        ):  # what a fork knows is what we knew then
             self.close()
             self._forked = dict(self._forms)
             self._forks = forks.Forks(self.processes, self._there)
         forms = self._forms[fn.__name__]
-        jobs = (((fn.__name__, piece, t, size, weight), trees.leaves(self._states(piece))) for piece in pieces)
-        for piece, (found, tensors) in zip(pieces, self._forks.run(jobs, trees.leaves(down)), strict=True):
+        jobs = (
+            ((fn.__name__, piece, t, size, weight), trees.leaves(self._states(piece)))
+            for piece in pieces
+        )
+        for piece, (found, tensors) in zip(
+            pieces, self._forks.run(jobs, trees.leaves(down)), strict=True
+        ):
             if found is None:
                 yield from self._keep(fn, self._here(fn, piece, down, t, size, weight))
                 continue
@@ -175,25 +250,57 @@ class Vectorised:
                 else:
                     num_examples = next(rest)
                     sent = (forms.up, forms.new, *([forms.up] if is_summed else []))
-                    up, new, *total = (pytree.tree_unflatten(islice(rest, form.num_leaves), form) for form in sent)
-                    done.append(Done(Reports(torch.tensor(clients), up, num_examples, {}, *total), new))
+                    up, new, *total = (
+                        pytree.tree_unflatten(islice(rest, form.num_leaves), form)
+                        for form in sent
+                    )
+                    done.append(
+                        Done(
+                            Reports(
+                                torch.tensor(clients), up, num_examples, {}, *total
+                            ),
+                            new,
+                        )
+                    )
             yield from self._keep(fn, done)
 
     def _there(
-        self, job: tuple[str, list[int], int, int, Weight | None], down: list[Tensor], states: list[Tensor]
+        self,
+        job: tuple[str, list[int], int, int, Weight | None],
+        down: list[Tensor],
+        states: list[Tensor],
     ) -> tuple[Any, list[Tensor]]:
         """A piece in a fork: (clients, failures, whether summed) of all that is done, and its leaves; None where not as known."""
         name, piece, t, size, weight = job
         fn, forms = getattr(self.work.method, name), self._forms[name]
         found, tensors = [], []
         for reports, new in self._one.run(
-            fn, piece, pytree.tree_unflatten(down, forms.down), pytree.tree_unflatten(states, forms.state), t, size, weight
+            fn,
+            piece,
+            pytree.tree_unflatten(down, forms.down),
+            pytree.tree_unflatten(states, forms.state),
+            t,
+            size,
+            weight,
         ):
-            if not reports.failed and (pytree.tree_structure(reports.up), pytree.tree_structure(new)) != (forms.up, forms.new):
+            if not reports.failed and (
+                pytree.tree_structure(reports.up),
+                pytree.tree_structure(new),
+            ) != (forms.up, forms.new):
                 return None, []
-            found.append((reports.clients.tolist(), dict(reports.failed), reports.total is not None))
+            found.append(
+                (
+                    reports.clients.tolist(),
+                    dict(reports.failed),
+                    reports.total is not None,
+                )
+            )
             if not reports.failed:
-                tensors += [reports.num_examples, *trees.leaves(reports.up), *trees.leaves(new)]
+                tensors += [
+                    reports.num_examples,
+                    *trees.leaves(reports.up),
+                    *trees.leaves(new),
+                ]
                 tensors += [] if reports.total is None else trees.leaves(reports.total)
         return found, tensors
 
@@ -217,7 +324,9 @@ class Vectorised:
                         self._one.graphs.clear()  # of trials, which have fewer steps
                 if measured:
                     cache.save(key, chunk=np.array(size))
-                    known = cache.load(key)  # of two runs that measured at once, both take what was written last
+                    known = cache.load(
+                        key
+                    )  # of two runs that measured at once, both take what was written last
             self.choices[name] = int(known["chunk"]) if known else size
         return int(self.choices[name])
 
@@ -225,9 +334,15 @@ class Vectorised:
         data = self.work.task.data
         facts = {
             "function": f"{type(self.work.method).__module__}.{fn.__qualname__}",
-            "settings": [self.work.method.s.model_dump(mode="json"), self.work.method.finetuning.model_dump(mode="json")],
+            "settings": [
+                self.work.method.s.model_dump(mode="json"),
+                self.work.method.finetuning.model_dump(mode="json"),
+            ],
             "model": str(self.work.task.model),
-            "down": [(path, list(x.shape), str(x.dtype)) for path, x in trees.flatten(down).items()],
+            "down": [
+                (path, list(x.shape), str(x.dtype))
+                for path, x in trees.flatten(down).items()
+            ],
             "batch": [list(data.x.shape[1:]), self.work.local.model_dump(mode="json")],
             "clients": 1 << len(ids).bit_length(),
             "machine": [
@@ -241,7 +356,9 @@ class Vectorised:
         }
         return cache.key_of("chunk", facts)
 
-    def _measure(self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int) -> tuple[int, bool]:
+    def _measure(
+        self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int
+    ) -> tuple[int, bool]:
         """(chunk size with the least time a client, whether it was measured), on the first clients of this round, a few steps each.
 
         What a client raises is no measurement: it may be the client's own fault, which the loop will name.
@@ -250,7 +367,10 @@ class Vectorised:
             return 1, False
         ids = ids[np.argsort(-self.work.steps(fn, ids), kind="stable")]
         if noisy := self._one.noisy:
-            log.warning("%s draws for each client on its own: clients run one after another", type(noisy[0]).__name__)
+            log.warning(
+                "%s draws for each client on its own: clients run one after another",
+                type(noisy[0]).__name__,
+            )
             return 1, True
         try:
             best, best_time = 1, self._trial(fn, ids[:2], down, t, batched=False)
@@ -266,8 +386,16 @@ class Vectorised:
             except torch.OutOfMemoryError:
                 break
             except Exception as e:
-                reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-                log.warning("%s cannot be batched over clients (%s); they run one after another", fn.__name__, reason)
+                reason = (
+                    str(e).strip().splitlines()[0]
+                    if str(e).strip()
+                    else type(e).__name__
+                )
+                log.warning(
+                    "%s cannot be batched over clients (%s); they run one after another",
+                    fn.__name__,
+                    reason,
+                )
                 return 1, False
             if seconds < WORTH * best_time:
                 best, best_time = size, seconds
@@ -275,15 +403,23 @@ class Vectorised:
                 break
         return best, True
 
-    def _trial(self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int, batched: bool) -> float:
+    def _trial(
+        self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int, batched: bool
+    ) -> float:
         """Seconds a client, the best of several tries."""
         chunk = ids.tolist()
         few = STEPS * self.work.passes(fn)
         states = self._states(chunk)
         # On a CPU this thread's own time: what else runs on the machine does not choose for us.
-        clock = time.thread_time if self.work.task.device.type == "cpu" else time.perf_counter
+        clock = (
+            time.thread_time
+            if self.work.task.device.type == "cpu"
+            else time.perf_counter
+        )
         times = []
-        for _ in range(5):  # the first two record, and compare the recording with what it stands for
+        for _ in range(
+            5
+        ):  # the first two record, and compare the recording with what it stands for
             begin = clock()
             batches = trees.map(lambda x: x[:, :few], self.work.batches(fn, chunk, t))
             with recorded(self._one.recorder):
@@ -291,7 +427,14 @@ class Vectorised:
                     self._one.batched(fn, down, states, batches, t)
                 else:
                     for i in range(len(chunk)):
-                        run_client(fn, self.work.task, self.work.now(t), down, row(states, i), trees.at(batches, i))
+                        run_client(
+                            fn,
+                            self.work.task,
+                            self.work.now(t),
+                            down,
+                            row(states, i),
+                            trees.at(batches, i),
+                        )
             if self.work.task.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append((clock() - begin) / len(chunk))
@@ -299,9 +442,14 @@ class Vectorised:
 
     def describe(self) -> str:
         sizes = {name: n for name, n in self.choices.items() if name != PROCESSES}
-        chosen = ", ".join(f"{name} {'one by one' if n == 1 else f'{n} at a time'}" for name, n in sizes.items())
+        chosen = ", ".join(
+            f"{name} {'one by one' if n == 1 else f'{n} at a time'}"
+            for name, n in sizes.items()
+        )
         processes = f", {self.processes} processes" if self.processes > 1 else ""
-        return f"vectorised on {self.work.task.device}{processes}" + (f" ({chosen})" if chosen else "")
+        return f"vectorised on {self.work.task.device}{processes}" + (
+            f" ({chosen})" if chosen else ""
+        )
 
     def close(self) -> None:
         if self._forks is not None:

@@ -11,6 +11,18 @@ from fedcore.models.resnet import ResNet
 from fedcore.models.timm import Timm
 from fedcore.models.vit import Vit
 
-ModelSettings = Annotated[Logistic | Mlp | Cnn | LeNet | ResNet | Vit | Timm, Field(discriminator="name")]
+ModelSettings = Annotated[
+    Logistic | Mlp | Cnn | LeNet | ResNet | Vit | Timm, Field(discriminator="name")
+]
 
-__all__ = ["Cnn", "LeNet", "Logistic", "LowRank", "Mlp", "ModelSettings", "ResNet", "Timm", "Vit"]
+__all__ = [
+    "Cnn",
+    "LeNet",
+    "Logistic",
+    "LowRank",
+    "Mlp",
+    "ModelSettings",
+    "ResNet",
+    "Timm",
+    "Vit",
+]

@@ -15,10 +15,14 @@ class Cnn(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["cnn"] = "cnn"
-    channels: tuple[PositiveInt, PositiveInt] = Field((32, 64), description="of the two convolutions")
+    channels: tuple[PositiveInt, PositiveInt] = Field(
+        (32, 64), description="of the two convolutions"
+    )
     kernel: Literal[3, 5] = Field(5, description="side of both convolutions, in pixels")
     hidden: int = Field(512, ge=1, description="units of the dense layer")
-    pool: Literal["max", "avg"] = Field("max", description="avg is smooth, as attacks on gradients assume")
+    pool: Literal["max", "avg"] = Field(
+        "max", description="avg is smooth, as attacks on gradients assume"
+    )
 
     def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
         channels, height, width = image(input_shape, "cnn", 4)

@@ -41,38 +41,69 @@ class LowRank(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     form: Form = Field(
-        "dense", description="dense: as the model has them; fedpara; pfedpara; lowrank = one product of the same size"
+        "dense",
+        description="dense: as the model has them; fedpara; pfedpara; lowrank = one product of the same size",
     )
-    gamma: float = Field(0.0, ge=0, le=1, description="ranks: 0 = least that full rank allows, 1 = as many parameters as dense")
-    keep: Parts = Field((), description="parts of the model that stay dense, by name (output, ...) or patterns of parameter names")
-    tanh: bool = Field(False, description="fedpara: W = tanh(W1) o tanh(W2), as in the paper's experiments but the personal ones")
+    gamma: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="ranks: 0 = least that full rank allows, 1 = as many parameters as dense",
+    )
+    keep: Parts = Field(
+        (),
+        description="parts of the model that stay dense, by name (output, ...) or patterns of parameter names",
+    )
+    tanh: bool = Field(
+        False,
+        description="fedpara: W = tanh(W1) o tanh(W2), as in the paper's experiments but the personal ones",
+    )
 
     jacobian: float = Field(
-        0.0, ge=0, description="fedpara: lambda of the Jacobian correction, part of the logged loss; 1 in the paper's experiments"
+        0.0,
+        ge=0,
+        description="fedpara: lambda of the Jacobian correction, part of the logged loss; 1 in the paper's experiments",
     )
 
     @model_validator(mode="after")
     def _of_fedpara_alone(self) -> LowRank:
         for name in ("tanh", "jacobian"):
             if getattr(self, name) and self.form not in ("dense", "fedpara"):
-                raise ValueError(f'{name} is of the form "fedpara", not of "{self.form}"; leave it out')
+                raise ValueError(
+                    f'{name} is of the form "fedpara", not of "{self.form}"; leave it out'
+                )
         return self
 
 
 class _Factored(nn.Module):
     """Base of the two layers: the factors by name, and W from them, formed once a forward pass."""
 
-    def __init__(self, s: LowRank, shapes: Mapping[str, tuple[int, ...]], fan_in: int, dense: nn.Linear | nn.Conv2d) -> None:
+    def __init__(
+        self,
+        s: LowRank,
+        shapes: Mapping[str, tuple[int, ...]],
+        fan_in: int,
+        dense: nn.Linear | nn.Conv2d,
+    ) -> None:
         super().__init__()
         self.form, self.tanh = s.form, s.tanh
         self.change: Tensor | None = None  # added to W, to differentiate by W itself
         rank, pairs = shapes["X"][1], 2 if s.form == "fedpara" else 1
-        terms = rank ** (1 if len(shapes) == 2 else 2)  # of products of factors, summed in an entry of W_i
+        terms = rank ** (
+            1 if len(shapes) == 2 else 2
+        )  # of products of factors, summed in an entry of W_i
         # Var W = (terms q^(2 factors))^pairs = 2 / fan_in
-        deviation = (math.sqrt(2 / fan_in) ** (1 / pairs) / math.sqrt(terms)) ** (1 / len(shapes))
+        deviation = (math.sqrt(2 / fan_in) ** (1 / pairs) / math.sqrt(terms)) ** (
+            1 / len(shapes)
+        )
         for number in "1" if s.form == "lowrank" else "12":
             for name, shape in shapes.items():
-                factor = torch.randn(shape, dtype=dense.weight.dtype, device=dense.weight.device) * deviation
+                factor = (
+                    torch.randn(
+                        shape, dtype=dense.weight.dtype, device=dense.weight.device
+                    )
+                    * deviation
+                )
                 if s.form == "pfedpara" and name + number == "Y2":
                     factor.zero_()
                 self.register_parameter(name + number, nn.Parameter(factor))
@@ -123,7 +154,11 @@ class FactoredConv2d(_Factored):
         outputs, inputs, k1, k2 = dense.weight.shape
         shapes = {"X": (outputs, rank), "Y": (inputs, rank), "T": (rank, rank, k1, k2)}
         super().__init__(s, shapes, inputs * k1 * k2, dense)
-        self.stride, self.padding, self.dilation = dense.stride, dense.padding, dense.dilation
+        self.stride, self.padding, self.dilation = (
+            dense.stride,
+            dense.padding,
+            dense.dilation,
+        )
 
     def product(self, number: str, factors: Mapping[str, Any] | None = None) -> Tensor:
         p: Mapping[str, Any] = factors or self._parameters
@@ -133,7 +168,9 @@ class FactoredConv2d(_Factored):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return functional.conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation
+        )
 
 
 def size_of(shape: tuple[int, ...], rank: int, form: Form) -> int:
@@ -146,7 +183,9 @@ def size_of(shape: tuple[int, ...], rank: int, form: Form) -> int:
 def rank_of(shape: tuple[int, ...], gamma: float) -> int:
     """FedPara's R for a weight of this dense shape; 0 where even the least rank would not be smaller than the dense one."""
     dense = math.prod(shape)
-    least = min(math.isqrt(shape[0] - 1), math.isqrt(shape[1] - 1)) + 1  # ceil of the square root
+    least = (
+        min(math.isqrt(shape[0] - 1), math.isqrt(shape[1] - 1)) + 1
+    )  # ceil of the square root
     if size_of(shape, least, "fedpara") >= dense:
         return 0
     largest = least
@@ -155,7 +194,9 @@ def rank_of(shape: tuple[int, ...], gamma: float) -> int:
     return round((1 - gamma) * least + gamma * largest)
 
 
-def lowrank(model: nn.Module, settings: LowRank | None = None, *, gamma: float = 0.0) -> nn.Module:
+def lowrank(
+    model: nn.Module, settings: LowRank | None = None, *, gamma: float = 0.0
+) -> nn.Module:
     """The model with its linear layers and convolutions factored, in place; those that would not get smaller stay dense.
 
     Without settings they become FedPara layers of this gamma; `layers` lists them before and after. Dense, too, stays what is in
@@ -169,7 +210,11 @@ def lowrank(model: nn.Module, settings: LowRank | None = None, *, gamma: float =
     kept = split(dict(model.named_parameters()), settings.keep)[1]
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, layer in list(model.named_modules()):
-        if type(layer) not in (nn.Linear, nn.Conv2d) or uses[id(layer.weight)] > 1 or f"{name}.weight".removeprefix(".") in kept:
+        if (
+            type(layer) not in (nn.Linear, nn.Conv2d)
+            or uses[id(layer.weight)] > 1
+            or f"{name}.weight".removeprefix(".") in kept
+        ):
             continue
         new = _factored(layer, settings)
         if new is None:
@@ -195,7 +240,11 @@ def _factored(layer: nn.Module, s: LowRank) -> _Factored | None:
         return None
     if isinstance(layer, nn.Linear):
         return FactoredLinear(layer, rank, s)
-    return FactoredConv2d(layer, rank, s) if layer.groups == 1 and layer.padding_mode == "zeros" else None
+    return (
+        FactoredConv2d(layer, rank, s)
+        if layer.groups == 1 and layer.padding_mode == "zeros"
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -211,9 +260,17 @@ class JacobianCorrection:
 
     def __call__(self, loss: Callable[[Params], Tensor], params: Params) -> Tensor:
         """At these parameters of the model, whose loss is given. 0-d."""
-        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, _Factored)}
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, _Factored)
+        }
         factors = {
-            name: {own: params[f"{name}.{own}".removeprefix(".")] for own, _ in layer.named_parameters() if own != "bias"}
+            name: {
+                own: params[f"{name}.{own}".removeprefix(".")]
+                for own, _ in layer.named_parameters()
+                if own != "bias"
+            }
             for name, layer in layers.items()
         }
         W = {name: layer.composed(factors[name]) for name, layer in layers.items()}
@@ -229,7 +286,11 @@ class JacobianCorrection:
                     layer.change = None
 
         J = grad(moved)(trees.zeros_like(W))
-        total = torch.zeros((), dtype=next(iter(params.values())).dtype, device=next(iter(params.values())).device)
+        total = torch.zeros(
+            (),
+            dtype=next(iter(params.values())).dtype,
+            device=next(iter(params.values())).device,
+        )
         for name, layer in layers.items():
             (slope,) = vjp(layer.composed, factors[name])[1](J[name])
             after = layer.composed(trees.axpy(-self.step, slope, factors[name]))  # W'
@@ -251,12 +312,21 @@ def layers(dense: nn.Module, factored: nn.Module) -> list[Layer]:
     found = []
     for name, number in _sizes(dense).items():
         layer = factored.get_submodule(name)
-        rank = layer.X1.shape[1] if isinstance(layer, _Factored) and isinstance(layer.X1, Tensor) else None
-        found.append(Layer(name or "(the model itself)", number, _sizes(factored)[name], rank))
+        rank = (
+            layer.X1.shape[1]
+            if isinstance(layer, _Factored) and isinstance(layer.X1, Tensor)
+            else None
+        )
+        found.append(
+            Layer(name or "(the model itself)", number, _sizes(factored)[name], rank)
+        )
     return found
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
     """Parameters of the layers that have any of their own."""
-    sizes = {name: sum(p.numel() for p in layer.parameters(recurse=False)) for name, layer in model.named_modules()}
+    sizes = {
+        name: sum(p.numel() for p in layer.parameters(recurse=False))
+        for name, layer in model.named_modules()
+    }
     return {name: number for name, number in sizes.items() if number}

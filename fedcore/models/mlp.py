@@ -28,7 +28,9 @@ class Mlp(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["mlp"] = "mlp"
-    hidden: tuple[PositiveInt, ...] = Field((200,), min_length=1, description="units of every hidden layer")
+    hidden: tuple[PositiveInt, ...] = Field(
+        (200,), min_length=1, description="units of every hidden layer"
+    )
 
     def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
         layers: list[nn.Module] = [nn.Flatten()]

@@ -19,9 +19,16 @@ class ResNet(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["resnet"] = "resnet"
     depth: Literal[10, 18, 34] = Field(18, description="layers")
-    width: int = Field(64, ge=2, multiple_of=2, description="channels of the first stage, doubled at each next")
+    width: int = Field(
+        64,
+        ge=2,
+        multiple_of=2,
+        description="channels of the first stage, doubled at each next",
+    )
     groups: int = Field(2, ge=1, description="groups of every GroupNorm; divides width")
-    adapter: bool = Field(False, description="an adapter behind every 3x3 convolution of a block")
+    adapter: bool = Field(
+        False, description="an adapter behind every 3x3 convolution of a block"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> ResNet:
@@ -40,13 +47,28 @@ class ResNet(BaseModel):
         for stage, blocks in enumerate(STAGES[self.depth]):
             for block in range(blocks):
                 outputs = self.width * 2**stage
-                layers.append(Block(inputs, outputs, stride=2 if stage > 0 and block == 0 else 1, groups=self.groups))
+                layers.append(
+                    Block(
+                        inputs,
+                        outputs,
+                        stride=2 if stage > 0 and block == 0 else 1,
+                        groups=self.groups,
+                    )
+                )
                 widths.append(outputs)
                 inputs = outputs
-        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_outputs))
+        model = nn.Sequential(
+            *layers,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(inputs, num_outputs),
+        )
         if self.adapter:  # made last: the rest starts as without them
             for made, outputs in zip(layers[3:], widths, strict=True):
-                made.adapter1, made.adapter2 = Adapter(outputs, self.groups), Adapter(outputs, self.groups)
+                made.adapter1, made.adapter2 = (
+                    Adapter(outputs, self.groups),
+                    Adapter(outputs, self.groups),
+                )
         return model
 
 
@@ -61,13 +83,18 @@ class Block(nn.Module):
         self.norm2 = nn.GroupNorm(groups, outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(groups, outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                nn.GroupNorm(groups, outputs),
+            )
         self.adapter1: nn.Module = nn.Identity()
         self.adapter2: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu(self.norm1(self.adapter1(self.conv1(x))))
-        return functional.relu(self.norm2(self.adapter2(self.conv2(y))) + self.shortcut(x))
+        return functional.relu(
+            self.norm2(self.adapter2(self.conv2(y))) + self.shortcut(x)
+        )
 
 
 class Adapter(nn.Module):
@@ -75,7 +102,10 @@ class Adapter(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm, self.conv = nn.GroupNorm(groups, channels), nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm, self.conv = (
+            nn.GroupNorm(groups, channels),
+            nn.Conv2d(channels, channels, 1, bias=False),
+        )
         nn.init.normal_(self.conv.weight, std=1e-4)
 
     def forward(self, h: Tensor) -> Tensor:

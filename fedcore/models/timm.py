@@ -17,22 +17,34 @@ class Timm(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["timm"] = "timm"
-    architecture: str = Field("vit_tiny_patch16_224", description="of timm.list_models('vit_*')")
-    patch: int = Field(4, ge=1, description="side of a patch in pixels; divides the image's sides")
+    architecture: str = Field(
+        "vit_tiny_patch16_224", description="of timm.list_models('vit_*')"
+    )
+    patch: int = Field(
+        4, ge=1, description="side of a patch in pixels; divides the image's sides"
+    )
     prefix: Prefix = Prefix()
 
     def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
         try:
             import timm  # type: ignore[import-not-found]
         except ImportError as e:
-            raise SettingsError('model.name = "timm": timm is not installed; pip install timm, or use model.name = "vit"') from e
+            raise SettingsError(
+                'model.name = "timm": timm is not installed; pip install timm, or use model.name = "vit"'
+            ) from e
         channels, height, width = image(input_shape, "timm", self.patch)
         try:
             model: nn.Module = timm.create_model(
-                self.architecture, img_size=(height, width), patch_size=self.patch, in_chans=channels, num_classes=num_outputs
+                self.architecture,
+                img_size=(height, width),
+                patch_size=self.patch,
+                in_chans=channels,
+                num_classes=num_outputs,
             )
         except Exception as e:  # timm raises whatever it likes
-            raise SettingsError(f'model.architecture = "{self.architecture}": timm cannot make it: {e}') from e
+            raise SettingsError(
+                f'model.architecture = "{self.architecture}": timm cannot make it: {e}'
+            ) from e
         for module in model.modules():  # its fused kernel has no batching rule
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]

@@ -27,11 +27,21 @@ class Prefix(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    form: Literal["none", "additive", "linear", "concat"] = Field("none", description="how prefixes are made")
-    bottleneck: int = Field(256, ge=1, description="additive: r_b, units of the generator; concat: p, tokens")
+    form: Literal["none", "additive", "linear", "concat"] = Field(
+        "none", description="how prefixes are made"
+    )
+    bottleneck: int = Field(
+        256,
+        ge=1,
+        description="additive: r_b, units of the generator; concat: p, tokens",
+    )
     scale: float = Field(1.5, description="s")
-    depth: int | None = Field(None, ge=1, description="the last so many blocks have one; default: all")
-    start: Literal["default", "zero_up"] = Field("default", description="zero_up: P = 0 at the start, the plain model's outputs")
+    depth: int | None = Field(
+        None, ge=1, description="the last so many blocks have one; default: all"
+    )
+    start: Literal["default", "zero_up"] = Field(
+        "default", description="zero_up: P = 0 at the start, the plain model's outputs"
+    )
 
 
 class Vit(BaseModel):
@@ -39,21 +49,33 @@ class Vit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["vit"] = "vit"
-    patch: int = Field(4, ge=1, description="side of a patch in pixels; divides the image's sides")
+    patch: int = Field(
+        4, ge=1, description="side of a patch in pixels; divides the image's sides"
+    )
     width: int = Field(32, ge=1, description="d, of a token; a multiple of heads")
     depth: int = Field(2, ge=1, description="L, blocks")
     heads: int = Field(4, ge=1, description="H, heads of attention")
     mlp: int = Field(64, ge=1, description="units of the hidden layer in a block")
-    adapter: int = Field(0, ge=0, description="units of the two bottlenecks in a block that start as the identity; 0 = none")
+    adapter: int = Field(
+        0,
+        ge=0,
+        description="units of the two bottlenecks in a block that start as the identity; 0 = none",
+    )
     prefix: Prefix = Prefix()
 
     def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
         channels, height, width = image(input_shape, "vit", self.patch)
         if height % self.patch or width % self.patch:
-            raise SettingsError(f"model.patch = {self.patch}: expected a divisor of the image's sides, {height}x{width}")
+            raise SettingsError(
+                f"model.patch = {self.patch}: expected a divisor of the image's sides, {height}x{width}"
+            )
         if self.width % self.heads:
-            raise SettingsError(f"model.heads = {self.heads}: expected a divisor of model.width = {self.width}")
-        model = VisionTransformer(self, channels, (height // self.patch) * (width // self.patch), num_outputs)
+            raise SettingsError(
+                f"model.heads = {self.heads}: expected a divisor of model.width = {self.width}"
+            )
+        model = VisionTransformer(
+            self, channels, (height // self.patch) * (width // self.patch), num_outputs
+        )
         return add_prefixes(model, self.prefix)
 
 
@@ -64,12 +86,19 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.cls_token = nn.Parameter(torch.randn(1, 1, s.width) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, patches + 1, s.width) * 0.02)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, s.width, s.patch, s.patch)})
-        self.blocks = nn.Sequential(*(Block(s.width, s.heads, s.mlp) for _ in range(s.depth)))
+        self.patch_embed = nn.ModuleDict(
+            {"proj": nn.Conv2d(channels, s.width, s.patch, s.patch)}
+        )
+        self.blocks = nn.Sequential(
+            *(Block(s.width, s.heads, s.mlp) for _ in range(s.depth))
+        )
         self.norm = nn.LayerNorm(s.width, eps=1e-6)
         self.head = nn.Linear(s.width, num_outputs)
         for block in self.blocks if s.adapter else ():
-            block.adapter1, block.adapter2 = Adapter(s.width, s.adapter), Adapter(s.width, s.adapter)
+            block.adapter1, block.adapter2 = (
+                Adapter(s.width, s.adapter),
+                Adapter(s.width, s.adapter),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # [B, patches, d]
@@ -84,15 +113,21 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(nn.Linear(width, 3 * width), nn.Linear(width, width), heads)
+        self.attn = Attention(
+            nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+        )
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)}
+        )
         self.adapter1: nn.Module = nn.Identity()
         self.adapter2: nn.Module = nn.Identity()
 
     def forward(self, z: Tensor) -> Tensor:
         z = z + self.adapter1(self.attn(self.norm1(z)))
-        z = z + self.adapter2(self.mlp["fc2"](functional.gelu(self.mlp["fc1"](self.norm2(z)))))
+        z = z + self.adapter2(
+            self.mlp["fc2"](functional.gelu(self.mlp["fc1"](self.norm2(z))))
+        )
         return z
 
 
@@ -101,7 +136,10 @@ class Adapter(nn.Module):
 
     def __init__(self, width: int, bottleneck: int) -> None:
         super().__init__()
-        self.down, self.up = nn.Linear(width, bottleneck), _zero(nn.Linear(bottleneck, width))
+        self.down, self.up = (
+            nn.Linear(width, bottleneck),
+            _zero(nn.Linear(bottleneck, width)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         changed: Tensor = x + self.up(functional.relu(self.down(x)))
@@ -115,7 +153,9 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv, self.proj, self.num_heads = qkv, proj, heads
 
-    def forward(self, z: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, z: Tensor, attn_mask: None = None, is_causal: bool = False
+    ) -> Tensor:
         """`attn_mask` and `is_causal` are what timm's blocks pass besides; for images they are always empty."""
         assert attn_mask is None, "prefixes are defined for whole images"
         assert not is_causal, "prefixes are defined for whole images"
@@ -126,7 +166,9 @@ class Attention(nn.Module):
 
     def heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [B, heads, tokens, d / heads]."""
-        q, k, v = self.qkv(z).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(z).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         return q, k, v
 
 
@@ -148,15 +190,24 @@ class PrefixedAttention(Attention):
             self.prefix.add_module("tanh", nn.Tanh())
             self.prefix.add_module("up", nn.Linear(s.bottleneck, 2 * d))
         if s.start == "zero_up":
-            _zero(self.prefix if isinstance(self.prefix, nn.Linear | Tokens) else self.prefix.get_submodule("up"))
+            _zero(
+                self.prefix
+                if isinstance(self.prefix, nn.Linear | Tokens)
+                else self.prefix.get_submodule("up")
+            )
 
     def heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads(z)
         if isinstance(self.prefix, Tokens):
             size = len(z), *self.prefix.keys.shape
-            keys, values = (self.scale * p.expand(size) for p in (self.prefix.keys, self.prefix.values))
+            keys, values = (
+                self.scale * p.expand(size)
+                for p in (self.prefix.keys, self.prefix.values)
+            )
             return q, torch.cat([keys, k], 2), torch.cat([values, v], 2)
-        p_k, p_v = self.prefix(z).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        p_k, p_v = (
+            self.prefix(z).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         return q, k + self.scale * p_k, v + self.scale * p_v
 
 
@@ -165,7 +216,10 @@ class Tokens(nn.Module):
 
     def __init__(self, heads: int, number: int, size: int) -> None:
         super().__init__()
-        self.keys, self.values = (nn.Parameter(torch.randn(heads, number, size) / math.sqrt(size)) for _ in range(2))
+        self.keys, self.values = (
+            nn.Parameter(torch.randn(heads, number, size) / math.sqrt(size))
+            for _ in range(2)
+        )
 
 
 def add_prefixes(model: nn.Module, settings: Prefix) -> nn.Module:
@@ -178,16 +232,24 @@ def add_prefixes(model: nn.Module, settings: Prefix) -> nn.Module:
     blocks: list[nn.Module] = list(getattr(model, "blocks", ()))
     if not blocks or (settings.depth or 0) > len(blocks):
         found = f"{len(blocks)} blocks" if blocks else "no blocks"
-        raise SettingsError(f"model.prefix.depth = {settings.depth}: the model has {found}")
+        raise SettingsError(
+            f"model.prefix.depth = {settings.depth}: the model has {found}"
+        )
     for block in blocks[-(settings.depth or len(blocks)) :]:
         attn: nn.Module | None = getattr(block, "attn", None)
         if not all(hasattr(attn, part) for part in ("qkv", "proj", "num_heads")):
-            raise SettingsError(f"prefixes need attention with qkv, proj and num_heads; the block has {type(attn).__name__}")
+            raise SettingsError(
+                f"prefixes need attention with qkv, proj and num_heads; the block has {type(attn).__name__}"
+            )
         assert attn is not None
         for more in ("q_norm", "k_norm", "norm", "gate"):
             if not isinstance(getattr(attn, more, None), nn.Identity | None):
-                raise SettingsError(f"prefixes are not defined for attention with {more} ({type(attn).__name__})")
-        block.attn = PrefixedAttention(Attention(attn.qkv, attn.proj, attn.num_heads), settings)  # type: ignore[arg-type]
+                raise SettingsError(
+                    f"prefixes are not defined for attention with {more} ({type(attn).__name__})"
+                )
+        block.attn = PrefixedAttention(
+            Attention(attn.qkv, attn.proj, attn.num_heads), settings
+        )  # type: ignore[arg-type]
     return model
 
 

@@ -18,7 +18,9 @@ Weather = Callable[[Message], list[Message]]
 class FakeGrid:
     """Nodes 100, 101, ... which host partitions 0, 1, ..."""
 
-    def __init__(self, preset: str, nodes: int, weather: Weather = lambda reply: [reply]) -> None:
+    def __init__(
+        self, preset: str, nodes: int, weather: Weather = lambda reply: [reply]
+    ) -> None:
         self.weather = weather
         self.contexts = {100 + i: self.context(preset, i, nodes) for i in range(nodes)}
         self.replies: dict[str, list[Message]] = {}
@@ -27,13 +29,18 @@ class FakeGrid:
 
     def context(self, preset: str, partition: int, nodes: int) -> Context:
         place: dict[str, Any] = {"partition-id": partition, "num-partitions": nodes}
-        return Context(1, 100 + partition, place, RecordDict(), {"preset": preset, "set": ""})
+        return Context(
+            1, 100 + partition, place, RecordDict(), {"preset": preset, "set": ""}
+        )
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.contexts)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=node, last_activated_at=self.activated.get(node, "")) for node in self.contexts]
+        return [
+            NodeInfo(node_id=node, last_activated_at=self.activated.get(node, ""))
+            for node in self.contexts
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
@@ -53,7 +60,9 @@ class FakeGrid:
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [reply for number in message_ids for reply in self.replies.pop(number, [])]
+        return [
+            reply for number in message_ids for reply in self.replies.pop(number, [])
+        ]
 
 
 def over_the_wire(content: RecordDict) -> RecordDict:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from fedcore import certs
+from fedcore.deploy import certs
 
 ENVIRONMENT = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1"}
 
@@ -31,11 +31,15 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def until(done: Callable[[], Any], seconds: float, what: Callable[[], str] | str) -> Any:
+def until(
+    done: Callable[[], Any], seconds: float, what: Callable[[], str] | str
+) -> Any:
     """Wait for something to be true, and give it."""
     end = time.monotonic() + seconds
     while not (found := done()):
-        assert time.monotonic() < end, f"after {seconds:g} s: {what if isinstance(what, str) else what()}"
+        assert time.monotonic() < end, (
+            f"after {seconds:g} s: {what if isinstance(what, str) else what()}"
+        )
         time.sleep(0.05)
     return found
 
@@ -70,7 +74,9 @@ class Proxy:
                     continue
                 self.sockets.append(far)
                 for a, b in ((near, far), (far, near)):
-                    threading.Thread(target=self._pass, args=(a, b, self.era), daemon=True).start()
+                    threading.Thread(
+                        target=self._pass, args=(a, b, self.era), daemon=True
+                    ).start()
 
     def _pass(self, a: socket.socket, b: socket.socket, era: int) -> None:
         with suppress(OSError):
@@ -81,9 +87,13 @@ class Proxy:
                 b.sendall(data)
         for s in (a, b):
             with suppress(OSError):
-                s.shutdown(socket.SHUT_RDWR)  # each end hears that the other one has gone
+                s.shutdown(
+                    socket.SHUT_RDWR
+                )  # each end hears that the other one has gone
 
-    def cut_for(self, seconds: float, how: Literal["swallow", "hold", "reset"] = "swallow") -> None:
+    def cut_for(
+        self, seconds: float, how: Literal["swallow", "hold", "reset"] = "swallow"
+    ) -> None:
         if how == "hold":
             self.open.clear()
             time.sleep(seconds)
@@ -120,30 +130,61 @@ class Federation:
         self.proxies[i] = Proxy(self.port)
         return self.proxies[i]
 
-    def start(self, name: str, command: list[str], **environment: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, command: list[str], **environment: str
+    ) -> subprocess.Popen[bytes]:
         if inherited := ENVIRONMENT.get("PYTHONPATH"):
-            environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [environment.get("PYTHONPATH")]), inherited])
+            environment["PYTHONPATH"] = os.pathsep.join(
+                [*filter(None, [environment.get("PYTHONPATH")]), inherited]
+            )
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, env={**ENVIRONMENT, **environment}
+                command,
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**ENVIRONMENT, **environment},
             )
         self.processes[name] = process
         return process
 
-    def server(self, preset: str, *settings: str, **environment: str) -> subprocess.Popen[bytes]:
+    def server(
+        self, preset: str, *settings: str, **environment: str
+    ) -> subprocess.Popen[bytes]:
         words = [word for text in settings for word in ("--set", text)]
         return self.start(
             "server",
             fedcore(
-                "server", preset, "--certs", self.certs / "server", "--listen", f"127.0.0.1:{self.port}", "--out", self.run, *words
+                "server",
+                preset,
+                "--certs",
+                self.certs / "server",
+                "--listen",
+                f"127.0.0.1:{self.port}",
+                "--out",
+                self.run,
+                *words,
             ),
             **environment,
         )
 
-    def client(self, i: int, *words: object, **environment: str) -> subprocess.Popen[bytes]:
-        address = f"localhost:{self.proxies[i].port}" if i in self.proxies else self.address
-        place = ("--certs", self.certs / f"client-{i}", "--state", self.folder / f"state-{i}")
-        return self.start(f"client-{i}", fedcore("client", "--id", i, "--server", address, *place, *words), **environment)
+    def client(
+        self, i: int, *words: object, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        address = (
+            f"localhost:{self.proxies[i].port}" if i in self.proxies else self.address
+        )
+        place = (
+            "--certs",
+            self.certs / f"client-{i}",
+            "--state",
+            self.folder / f"state-{i}",
+        )
+        return self.start(
+            f"client-{i}",
+            fedcore("client", "--id", i, "--server", address, *place, *words),
+            **environment,
+        )
 
     def all_clients(self) -> None:
         for i in range(self.clients):
@@ -164,10 +205,22 @@ class Federation:
 
     def rows(self) -> list[dict[str, Any]]:
         file = self.run / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+        return (
+            [
+                json.loads(line)
+                for line in file.read_text().splitlines()
+                if line.endswith("}")
+            ]
+            if file.exists()
+            else []
+        )
 
     def reached(self, number: int, seconds: float = 120) -> None:
-        until(lambda: len(self.rows()) >= number, seconds, lambda: f"round {len(self.rows())} of {number}\n{self.everything()}")
+        until(
+            lambda: len(self.rows()) >= number,
+            seconds,
+            lambda: f"round {len(self.rows())} of {number}\n{self.everything()}",
+        )
 
     def facts(self) -> dict[str, Any]:
         """What the server wrote of itself."""
@@ -179,8 +232,13 @@ class Federation:
         server = self.processes["server"].pid
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == server and b"serverapp" in (folder / "cmdline").read_bytes():
+                parent = int(
+                    (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                )
+                if (
+                    parent == server
+                    and b"serverapp" in (folder / "cmdline").read_bytes()
+                ):
                     return int(folder.name)
             except (OSError, ValueError, IndexError):
                 continue
@@ -193,7 +251,9 @@ class Federation:
         except subprocess.TimeoutExpired:
             status = -1
         assert status == 0, self.everything()
-        outcome: dict[str, Any] = json.loads((self.run / "outcome.json").read_text())["result"]
+        outcome: dict[str, Any] = json.loads((self.run / "outcome.json").read_text())[
+            "result"
+        ]
         return outcome
 
     def kill(self, name: str) -> None:
@@ -202,7 +262,8 @@ class Federation:
 
     def everything(self) -> str:
         return "\n".join(
-            f"--- {file.name}\n{file.read_text(errors='replace')[-3000:]}" for file in sorted(self.folder.glob("*.log"))
+            f"--- {file.name}\n{file.read_text(errors='replace')[-3000:]}"
+            for file in sorted(self.folder.glob("*.log"))
         )
 
 
@@ -233,7 +294,10 @@ def left_behind(folder: Path) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if int(process.name) != os.getpid() and str(folder).encode() in (process / "cmdline").read_bytes():
+            if (
+                int(process.name) != os.getpid()
+                and str(folder).encode() in (process / "cmdline").read_bytes()
+            ):
                 found.append(int(process.name))
         except OSError:
             continue

@@ -20,12 +20,15 @@ import pyarrow.parquet
 import pytest
 
 from fedcore.config import Experiment
-from fedcore.loop import run
+from fedcore.rounds.loop import run
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(400),
-    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds what Flower started through /proc"),
+    pytest.mark.skipif(
+        not Path("/proc/self/environ").exists(),
+        reason="finds what Flower started through /proc",
+    ),
 ]
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,7 +68,15 @@ def flwr(clone: Path) -> Iterator[Flwr]:
 
     def call(*arguments: str) -> str:
         command = [str(Path(sys.executable).parent / "flwr"), *arguments]
-        done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        done = subprocess.run(
+            command,
+            cwd=clone,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -100,19 +111,29 @@ def started_with(variable: str) -> list[int]:
 
 
 def run_config(settings: list[str]) -> list[str]:
-    return ["--run-config", f'preset="strategies/fedavg.toml" set="{" ".join(settings)}"']
+    return [
+        "--run-config",
+        f'preset="strategies/fedavg.toml" set="{" ".join(settings)}"',
+    ]
 
 
 NODES = ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1"]
 TWO_NODES = ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
 
 
-def test_flwr_run_computes_what_sequential_computes(clone: Path, flwr: Flwr, tmp_path: Path) -> None:
+def test_flwr_run_computes_what_sequential_computes(
+    clone: Path, flwr: Flwr, tmp_path: Path
+) -> None:
     log = flwr("run", ".", "--stream", *run_config(SETTINGS), *NODES)
     files = list(clone.glob("runs/*/metrics.jsonl"))
     assert len(files) == 1, log
     rows = [json.loads(line) for line in files[0].read_text().splitlines()]
-    one = run(Experiment.load("strategies/fedavg.toml", [*SETTINGS, "engine.name=sequential"]), tmp_path / "run")
+    one = run(
+        Experiment.load(
+            "strategies/fedavg.toml", [*SETTINGS, "engine.name=sequential"]
+        ),
+        tmp_path / "run",
+    )
     assert len(rows) == 3, log
     assert all(row["dropped"] == {} for row in rows), log
     assert rows[-1]["test_loss"] == pytest.approx(one.final["test_loss"], abs=1e-4)
@@ -120,20 +141,28 @@ def test_flwr_run_computes_what_sequential_computes(clone: Path, flwr: Flwr, tmp
     assert "grid of 4 Flower nodes" in log
 
 
-def test_a_setting_that_cannot_be_used_fails_the_run_with_one_clear_line(flwr: Flwr) -> None:
-    log = flwr("run", ".", "--stream", *run_config(["rounds=0"]), *NODES)  # flwr itself exits with 0 whatever the run does
+def test_a_setting_that_cannot_be_used_fails_the_run_with_one_clear_line(
+    flwr: Flwr,
+) -> None:
+    log = flwr(
+        "run", ".", "--stream", *run_config(["rounds=0"]), *NODES
+    )  # flwr itself exits with 0 whatever the run does
     assert "fedcore: strategies/fedavg.toml: rounds = 0: " in log
     runs = json.loads(flwr("ls", "--format", "json"))["runs"]
     assert [r["status"] for r in runs if "failed" in r["status"]] == ["finished:failed"]
 
 
 @pytest.mark.timeout(900)
-def test_ten_thousand_clients_keep_their_state_out_of_the_memory_of_every_process(clone: Path, flwr: Flwr, tmp_path: Path) -> None:
+def test_ten_thousand_clients_keep_their_state_out_of_the_memory_of_every_process(
+    clone: Path, flwr: Flwr, tmp_path: Path
+) -> None:
     """640 MB of state on two nodes, against the peaks of a run of 500 clients: of each process that Flower started."""
 
     def peak_of_a_run(population: int) -> int:
         cohorts = [range(start, start + 500) for start in range(0, population, 500)]
-        (tmp_path / "trace").write_text("".join(" ".join(map(str, ids)) + "\n" for ids in cohorts))
+        (tmp_path / "trace").write_text(
+            "".join(" ".join(map(str, ids)) + "\n" for ids in cohorts)
+        )
         (tmp_path / "crowd.toml").write_text(
             f"""
             method = {{name = "fedsim", personal = ["own"], local_lr = 1e-9, personal_lr = 16.0}}
@@ -153,24 +182,42 @@ def test_ten_thousand_clients_keep_their_state_out_of_the_memory_of_every_proces
                 for pid in started_with(f"FLWR_HOME={clone.parent / 'flwr-home'}"):
                     with contextlib.suppress(OSError, TypeError):
                         status = Path(f"/proc/{pid}/status").read_text()
-                        peaks[pid] = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+                        peaks[pid] = (
+                            int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+                        )  # type: ignore[index]
 
         before, watcher = set(clone.glob("runs/*")), threading.Thread(target=watch)
         watcher.start()
-        log = flwr("run", ".", "--stream", "--run-config", f'preset="{tmp_path / "crowd.toml"}"', *TWO_NODES)
+        log = flwr(
+            "run",
+            ".",
+            "--stream",
+            "--run-config",
+            f'preset="{tmp_path / "crowd.toml"}"',
+            *TWO_NODES,
+        )
         done.set()
         watcher.join()
         (folder,) = set(clone.glob("runs/*")) - before
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [row["dropped"] for row in rows] == [{}] * len(cohorts), log
         table = pyarrow.parquet.read_table(folder / "clients.parquet").to_pylist()
-        found = {row["client"]: row["loss"] for row in table if row["function"] == "evaluate"}
+        found = {
+            row["client"]: row["loss"] for row in table if row["function"] == "evaluate"
+        }
         assert len(found) == 500
         # v <- v + 0.001 (id - v) from 0, and half the squared distance from id
-        assert found == pytest.approx({i: 0.5 * (0.999 * i) ** 2 for i in found}, rel=3e-4), "every client kept its own"
+        assert found == pytest.approx(
+            {i: 0.5 * (0.999 * i) ** 2 for i in found}, rel=3e-4
+        ), "every client kept its own"
         assert not (folder / "state").exists(), "states go with the run"
         return max(peaks.values())
 
     few, many = peak_of_a_run(500), peak_of_a_run(10_000)
-    print(f"peak of the largest process: {few / 1e6:.0f} MB with 500 clients, {many / 1e6:.0f} MB with 10 000")
+    print(
+        f"peak of the largest process: {few / 1e6:.0f} MB with 500 clients, {many / 1e6:.0f} MB with 10 000"
+    )
     assert many < few + 150_000_000, (few, many)

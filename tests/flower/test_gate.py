@@ -11,7 +11,7 @@ import pytest
 from flwr.proto import fleet_pb2
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedcore import certs
+from fedcore.deploy import certs
 from server.superlink import Gate
 
 
@@ -23,14 +23,18 @@ def test_a_client_that_comes_before_its_key_is_registered_is_told_to_wait(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     certs.make(tmp_path, ["localhost"], 2)
-    key = public_key_to_bytes(certs.load_private(tmp_path / "client-0" / "client.key").public_key())
+    key = public_key_to_bytes(
+        certs.load_private(tmp_path / "client-0" / "client.key").public_key()
+    )
     gate = Gate(1000, tmp_path / "server" / "clients")
     gate.state = lambda: Mock(get_node_id_by_public_key=lambda key: None)
     context = Mock()
     context.abort.side_effect, context.peer.return_value = Aborted, "ipv4:127.0.0.1:5"
 
     def come() -> grpc.StatusCode:
-        request: Any = fleet_pb2.ActivateNodeRequest(public_key=key, heartbeat_interval=10)
+        request: Any = fleet_pb2.ActivateNodeRequest(
+            public_key=key, heartbeat_interval=10
+        )
         with pytest.raises(Aborted):
             gate._check_node(request, key, context)
         code, details = context.abort.call_args.args

@@ -25,8 +25,12 @@ I1125 07:57:44.657750   14650 channel_trace.h:396] handshake manager 0x7f5: Fail
 
 def read(reader: Handshakes, text: str) -> tuple[list[str], list[str]]:
     """(what is told, what is left for the log)."""
-    answers = [(line, *reader.read(line.encode())) for line in text.splitlines(keepends=True)]
-    return [news for _, _, news in answers if news], [line for line, traced, _ in answers if not traced]
+    answers = [
+        (line, *reader.read(line.encode())) for line in text.splitlines(keepends=True)
+    ]
+    return [news for _, _, news in answers if news], [
+        line for line, traced, _ in answers if not traced
+    ]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +42,9 @@ def read(reader: Handshakes, text: str) -> tuple[list[str], list[str]]:
     ],
 )
 def test_who_failed_the_handshake_is_named_with_the_reason(why: str, said: str) -> None:
-    told, left = read(Handshakes(), (BEGIN + FAILED).format(why=why, peer="ipv6:%5B::1%5D:48260"))
+    told, left = read(
+        Handshakes(), (BEGIN + FAILED).format(why=why, peer="ipv6:%5B::1%5D:48260")
+    )
     assert len(told) == 1
     assert said in told[0]
     assert "(from [::1]:48260)" in told[0]
@@ -46,17 +52,31 @@ def test_who_failed_the_handshake_is_named_with_the_reason(why: str, said: str) 
 
 
 def test_a_handshake_that_went_well_is_not_mentioned_and_other_lines_stay() -> None:
-    told, left = read(Handshakes(), BEGIN.format() + "refused client-0: replay\nWARNING: something of Flower's\n src/core/\n")
+    told, left = read(
+        Handshakes(),
+        BEGIN.format()
+        + "refused client-0: replay\nWARNING: something of Flower's\n src/core/\n",
+    )
     assert told == []
-    assert left == ["refused client-0: replay\n", "WARNING: something of Flower's\n", " src/core/\n"]
+    assert left == [
+        "refused client-0: replay\n",
+        "WARNING: something of Flower's\n",
+        " src/core/\n",
+    ]
 
 
 def test_a_scan_does_not_flood_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Handshakes()
-    text = "".join(FAILED.format(why="HTTP_REQUEST", peer=f"ipv4:10.0.{i % 256}.9:{i}") for i in range(2000))
+    text = "".join(
+        FAILED.format(why="HTTP_REQUEST", peer=f"ipv4:10.0.{i % 256}.9:{i}")
+        for i in range(2000)
+    )
     told, left = read(reader, text)
     assert len(told) == MOST
     assert told[-1].endswith("no more are named for a while")
     assert left == []
     monkeypatch.setattr(server.handshakes, "REPEAT", 0.0)
-    assert len(read(reader, FAILED.format(why="HTTP_REQUEST", peer="ipv4:10.0.0.9:1"))[0]) == 1
+    assert (
+        len(read(reader, FAILED.format(why="HTTP_REQUEST", peer="ipv4:10.0.0.9:1"))[0])
+        == 1
+    )

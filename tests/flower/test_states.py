@@ -40,21 +40,37 @@ def test_runs_are_listed_the_last_used_first(folder: Path) -> None:
     out = CliRunner().invoke(app, ["states", str(folder)]).stdout.splitlines()
     assert [line.split()[2] for line in out] == ["new", "middle", "old"]
     assert "in round 101" in out[2]
-    assert all(run["clients"] == 1 and int(run["bytes"]) > 12 for run in tidy(folder)["kept"])
+    assert all(
+        run["clients"] == 1 and int(run["bytes"]) > 12 for run in tidy(folder)["kept"]
+    )
 
 
 def test_a_run_is_deleted_by_name_or_age_and_no_other(folder: Path) -> None:
-    found = json.loads(CliRunner().invoke(app, ["states", str(folder), "--older-than", "30", "--json"]).stdout)
-    assert (names(found["kept"]), names(found["deleted"])) == (["new", "middle"], ["old"])
+    found = json.loads(
+        CliRunner()
+        .invoke(app, ["states", str(folder), "--older-than", "30", "--json"])
+        .stdout
+    )
+    assert (names(found["kept"]), names(found["deleted"])) == (
+        ["new", "middle"],
+        ["old"],
+    )
     found = tidy(folder, ["middle"])
     assert (names(found["kept"]), names(found["deleted"])) == (["new"], ["middle"])
     assert names(tidy(folder)["kept"]) == ["new"]
-    assert torch.equal(Store(folder, "f", "new").load(4, Moment(200, 0), INITIAL)["c"], torch.ones(3))
+    assert torch.equal(
+        Store(folder, "f", "new").load(4, Moment(200, 0), INITIAL)["c"], torch.ones(3)
+    )
 
 
-def test_a_run_whose_states_were_deleted_is_not_gone_on_with_as_if_there_had_been_none(folder: Path) -> None:
+def test_a_run_whose_states_were_deleted_is_not_gone_on_with_as_if_there_had_been_none(
+    folder: Path,
+) -> None:
     tidy(folder, ["new"])
-    with pytest.raises(StateError, match=r"the state of run new was deleted on this device .* delete .*/state/new"):
+    with pytest.raises(
+        StateError,
+        match=r"the state of run new was deleted on this device .* delete .*/state/new",
+    ):
         Store(folder, "f", "new").load(4, Moment(200, 0), INITIAL)
 
 
@@ -68,7 +84,9 @@ def test_what_a_client_works_on_is_not_deleted_under_its_hands(folder: Path) -> 
 
 
 def test_what_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"--forget other: .* it has those of: new, middle, old"):
+    with pytest.raises(
+        SettingsError, match=r"--forget other: .* it has those of: new, middle, old"
+    ):
         tidy(folder, ["other"])
     with pytest.raises(SettingsError, match="no client has its states there"):
         tidy(tmp_path)

@@ -1,0 +1,55 @@
+"""iDLG - improved deep leakage from gradients (Zhao, Mopuri, Bilen, 2020): DLG for one example, its label read off first.
+
+With cross-entropy, G_i = p_i - 1[i = label] in the output layer's bias: the label is where the gradient is negative. Then dlg.py's
+objective over x alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fedcore.audit.attacks.base import (
+    Attack,
+    Progress,
+    Reconstruction,
+    noise,
+    part,
+    silent,
+)
+from fedcore.audit.attacks.dlg import Settings, match_gradient
+from fedcore.audit.attacks.labels import bias_of
+from fedcore.audit.observe import Observation
+
+SURE = 100.0  # logit of a label that is known: its softmax is 1 in float32
+
+
+class IDLG(Attack[Settings]):
+    needs = frozenset({"classes", "scale"})
+
+    def reconstruct(
+        self,
+        seen: Sequence[Observation],
+        labels: Sequence[Tensor | None],
+        seed: int,
+        progress: Progress = silent,
+    ) -> list[Reconstruction]:
+        found = []
+        for i, o in enumerate(seen):
+            if o.total != 1:
+                raise ValueError(f"is for one example; client {o.client} has {o.total}")
+            x = noise(o, seed, 0, (1, *o.public.shape))
+            z = x.new_zeros(1, o.public.outputs)
+            z[0, label(o)] = SURE
+            found.append(
+                match_gradient(
+                    o, x, z, self.s, part(progress, i, len(seen)), fixed=True
+                )
+            )
+        return found
+
+
+def label(o: Observation) -> int:
+    """The class of the one example: where the gradient of the output layer's bias, w0 - wT, is least."""
+    return int(bias_of(o).argmax())

@@ -1,0 +1,341 @@
+"""Who takes part in a round: an outside process that a method neither chooses nor sees.
+
+The processes follow Wang and Ji (FedAU, ICLR 2024) and its reference code: Bernoulli, two-state Markov and cyclic
+participation with a rate p_i for each client, which may be tied to the client's mix of classes. Uniform cohorts and recorded
+traces complete them.
+A process is two functions, `start() -> state` and `sample(t, state) -> (cohort, state)`; its state is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from fedcore.errors import SettingsError
+from fedcore.rng import rng
+from fedcore.types import Tree
+
+LabelCounts = Callable[[], np.ndarray]
+"""() -> [population, classes]; called only by a process that needs it."""
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class Process:
+    """Base of the processes: no state, and `members` gives who takes part."""
+
+    poisson: float | None = (
+        None  # q, where every client takes part with this probability, independently of all else
+    )
+    rates: np.ndarray | None = (
+        None  # p_i, the long-run share of rounds of each client, float64 [population], where it is known
+    )
+
+    def __init__(self, population: int, seed: int) -> None:
+        self.population, self.seed = population, seed
+
+    def start(self) -> Tree:
+        return {}
+
+    def sample(self, t: int, state: Tree) -> tuple[Tensor, Tree]:
+        """(ids of the cohort, ascending int64 [m], state after round t)."""
+        return torch.from_numpy(self.members(t)), state
+
+    def members(self, t: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def check(self, rounds: int) -> None:
+        """Raises SettingsError when the process cannot last for this many rounds."""
+
+    @property
+    def largest(self) -> int:
+        """The largest cohort to expect, in clients: of random ones, what six standard deviations above the mean allow."""
+        if self.rates is None:
+            return self.population
+        spread = 6 * float(np.sqrt((self.rates * (1 - self.rates)).sum()))
+        return min(self.population, int(np.ceil(self.rates.sum() + spread)))
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="probability that a sampled client never answers, in [0, 1)",
+    )
+
+
+class Uniform(_Settings):
+    """Every round a cohort of one size, uniformly without replacement."""
+
+    name: Literal["uniform"] = "uniform"
+    cohort: int | None = Field(
+        None, ge=1, description="clients a round; default: all of them, or `fraction`"
+    )
+    fraction: Probability | None = Field(
+        None,
+        description="share of the population a round, in (0, 1], instead of cohort",
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Uniform:
+        if self.cohort is not None and self.fraction is not None:
+            raise ValueError(
+                f"cohort = {self.cohort} and fraction = {self.fraction}: give one of the two"
+            )
+        return self
+
+    def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
+        """Raises SettingsError for a cohort of zero or one larger than the population."""
+        size = self.cohort or population
+        if self.fraction is not None:
+            size = int(population * self.fraction + 1e-9)  # 100 x 0.29 is 28.999...
+            if size == 0:
+                raise SettingsError(
+                    f"participation: a cohort of 0: population {population} x fraction {self.fraction} rounds down; "
+                    "raise the fraction or set cohort = 1"
+                )
+        if size > population:
+            raise SettingsError(
+                f"participation.cohort = {size}: the population is {population}; set a cohort of at most that, or raise population"
+            )
+        return UniformProcess(population, seed, size)
+
+
+class UniformProcess(Process):
+    def __init__(self, population: int, seed: int, size: int) -> None:
+        super().__init__(population, seed)
+        self.size = size
+        self.rates = np.full(population, size / population)
+        self.poisson = 1.0 if size == population else None
+
+    @property
+    def largest(self) -> int:
+        return self.size
+
+    def members(self, t: int) -> np.ndarray:
+        if self.size == self.population:
+            return np.arange(self.population)
+        return np.sort(
+            rng(self.seed, "participation", t).choice(
+                self.population, self.size, replace=False, shuffle=False
+            )
+        )
+
+
+class _Rates(_Settings):
+    """Settings of the processes with a rate p_i for each client."""
+
+    mean: Probability = Field(
+        0.1,
+        description="mean rate, in (0, 1]; the rate of every client unless alpha or p is given",
+    )
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="alpha_p: rates follow the class mix, weighted by one draw of Dirichlet(alpha_p); small = uneven",
+    )
+    floor: float = Field(
+        0.02, ge=0, le=1, description="p_min, the lowest rate when alpha is given"
+    )
+    p: tuple[Probability, ...] | None = Field(
+        None, description="the rate of every client, instead of mean and alpha"
+    )
+
+    def rates(self, population: int, seed: int, counts: LabelCounts) -> np.ndarray:
+        """p_i, float64 [population]. Raises SettingsError when `p` does not fit the population."""
+        if self.p is not None:
+            if len(self.p) != population:
+                raise SettingsError(
+                    f"participation.p has {len(self.p)} rates, the population is {population}: give one a client"
+                )
+            return np.array(self.p)
+        if self.alpha is None:
+            return np.full(population, self.mean)
+        count = counts()
+        classes = count.shape[1]
+        kappa = rng(seed, "rates").dirichlet(np.full(classes, self.alpha))
+        shares = count / np.maximum(count.sum(1, keepdims=True), 1)
+        # p_n = max(p_min, mean C sum_c kappa_c L_nc); clipped at 1, which the reference code forgets with many classes.
+        rates: np.ndarray = np.clip(
+            self.mean * classes * np.einsum("nc,c->n", shares, kappa), self.floor, 1.0
+        )
+        return rates
+
+
+class Bernoulli(_Rates):
+    """Client i takes part with probability p_i, independently of all else."""
+
+    name: Literal["bernoulli"] = "bernoulli"
+
+    def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
+        return _BernoulliProcess(population, seed, self.rates(population, seed, counts))
+
+
+class _BernoulliProcess(Process):
+    def __init__(self, population: int, seed: int, rates: np.ndarray) -> None:
+        super().__init__(population, seed)
+        self.p = self.rates = rates
+        self.poisson = float(rates[0]) if bool((rates == rates[0]).all()) else None
+
+    def members(self, t: int) -> np.ndarray:
+        return np.flatnonzero(
+            rng(self.seed, "participation", t).random(self.population) < self.p
+        )
+
+
+class Markov(_Rates):
+    """Client i switches between taking part and not: q01 = q from out to in, q10 = q (1/p_i - 1) from in to out.
+
+    Where q10 would exceed 1, both are divided by it, so that the long-run rate stays p_i.
+    """
+
+    name: Literal["markov"] = "markov"
+    q: Probability = Field(
+        0.05,
+        description="probability a round that an absent client comes in, in (0, 1]",
+    )
+
+    def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
+        return _MarkovProcess(
+            population, seed, self.rates(population, seed, counts), self.q
+        )
+
+
+class _MarkovProcess(Process):
+    def __init__(self, population: int, seed: int, rates: np.ndarray, q: float) -> None:
+        super().__init__(population, seed)
+        self.p = self.rates = rates
+        leave = q * (1 / rates - 1)
+        shrink = np.maximum(leave, 1.0)
+        self.enter, self.leave = q / shrink, leave / shrink
+
+    def start(self) -> Tree:
+        return {
+            "active": torch.from_numpy(
+                rng(self.seed, "participation start").random(self.population) < self.p
+            )
+        }
+
+    def sample(self, t: int, state: Tree) -> tuple[Tensor, Tree]:
+        # One transition comes before the first observed round, as in the reference.
+        draw = rng(self.seed, "participation", t).random(self.population)
+        active = np.where(
+            state["active"].numpy(), draw >= self.leave, draw < self.enter
+        )
+        return torch.from_numpy(np.flatnonzero(active)), {
+            "active": torch.from_numpy(active)
+        }
+
+
+class Cyclic(_Rates):
+    """Client i is absent for `r_i` rounds, then takes part in a_i rounds out of every cycle, in one block.
+
+    a_i = max(1, round(cycle p_i)), b_i = max(1, cycle - a_i) absent rounds, r_i uniform on 0 .. b_i - 1.
+    """
+
+    name: Literal["cyclic"] = "cyclic"
+    cycle: int = Field(100, ge=2, description="C, rounds in a cycle")
+
+    def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
+        return _CyclicProcess(
+            population, seed, self.rates(population, seed, counts), self.cycle
+        )
+
+
+class _CyclicProcess(Process):
+    def __init__(
+        self, population: int, seed: int, rates: np.ndarray, cycle: int
+    ) -> None:
+        super().__init__(population, seed)
+        self.active = np.maximum(1, np.round(cycle * rates).astype(np.int64))
+        self.absent = np.maximum(1, cycle - self.active)
+        self.delay = rng(seed, "participation").integers(0, self.absent)
+        self.rates = self.active / (self.active + self.absent)
+
+    @property
+    def largest(self) -> int:
+        """Of one cycle, after everybody's delay."""
+        start, period = int(self.delay.max()), int((self.active + self.absent).max())
+        return max(len(self.members(t)) for t in range(start, start + period))
+
+    def members(self, t: int) -> np.ndarray:
+        since = t - self.delay
+        return np.flatnonzero(
+            (since >= 0) & (since % (self.active + self.absent) < self.active)
+        )
+
+
+class Trace(_Settings):
+    """Who took part is read from a file: one line a round, client ids separated by spaces; an empty line is an empty round."""
+
+    name: Literal["trace"] = "trace"
+    file: Path = Field(
+        description="text file with at least as many lines as the run has rounds"
+    )
+
+    def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
+        """Raises SettingsError for a missing file, or ids that are no clients of the population."""
+        try:
+            lines = self.file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise SettingsError(
+                f"participation.file = {self.file}: {e}; expected a text file, one line a round"
+            ) from e
+        rounds = []
+        for number, line in enumerate(lines, 1):
+            try:
+                ids = np.unique(np.array(line.split(), dtype=np.int64))
+            except (ValueError, OverflowError) as e:
+                raise SettingsError(
+                    f"{self.file}, line {number}: {e}; expected client ids separated by spaces"
+                ) from e
+            if len(ids) and not (ids[0] >= 0 and ids[-1] < population):
+                raise SettingsError(
+                    f"{self.file}, line {number}: ids {ids[0]} to {ids[-1]}, expected ids from 0 to {population - 1}"
+                )
+            rounds.append(ids)
+        return _TraceProcess(population, seed, rounds, self.file)
+
+
+class _TraceProcess(Process):
+    def __init__(
+        self, population: int, seed: int, rounds: list[np.ndarray], file: Path
+    ) -> None:
+        super().__init__(population, seed)
+        self.rounds, self.file = rounds, file
+
+    def check(self, rounds: int) -> None:
+        if rounds > len(self.rounds):
+            raise SettingsError(
+                f"rounds = {rounds}, but {self.file} has {len(self.rounds)} lines, one a round: set rounds to at most that"
+            )
+
+    @property
+    def largest(self) -> int:
+        return max(map(len, self.rounds))
+
+    def members(self, t: int) -> np.ndarray:
+        return self.rounds[t]
+
+
+ParticipationSettings = Annotated[
+    Uniform | Bernoulli | Markov | Cyclic | Trace, Field(discriminator="name")
+]
+
+
+def answering(cohort: Tensor, dropout: float, seed: int, t: int) -> Tensor:
+    """The clients of the cohort that will answer: each drops out with this probability, keyed by round."""
+    if dropout == 0:
+        return cohort
+    return cohort[
+        torch.from_numpy(rng(seed, "dropout", t).random(len(cohort)) >= dropout)
+    ]

@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -29,6 +29,9 @@ from fedcore.messages.links import LinksSettings
 from fedcore.method import FinetuneSettings, Method, MethodSettings
 from fedcore.models import LowRank, Mlp, ModelSettings
 from fedcore.rounds.participation import ParticipationSettings, Uniform
+
+if TYPE_CHECKING:
+    from fedcore.task import Task
 
 KINDS = (
     "method",
@@ -219,10 +222,14 @@ class Experiment(_Section):
         default = cls.model_fields[str(info.field_name)].default
         return {"name": default.name, **value} if isinstance(value, Mapping) else value
 
+    def build_task(self) -> Task:
+        """The task that `task` names. Raises SettingsError when it cannot be built."""
+        from fedcore.tasks import build_task
+
+        return build_task(self)
+
     def build_method(self) -> Method[Any]:
-        method = methods.load(self.method.name)(self.method)
-        method.finetuning = self.finetune
-        return method
+        return methods.load(self.method.name)(self.method, self.finetune)
 
     def to_toml(self) -> str:
         """The resolved settings, as a preset that loads to an equal Experiment."""

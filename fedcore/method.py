@@ -1,4 +1,7 @@
-"""What a method is: two halves, as pure functions over trees of tensors, in one file of `strategies/`."""
+"""What a method is: two halves, as pure functions over trees of tensors, in one file.
+
+A method also sees a `Round`: who was asked, and the two doors to the clients.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,41 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, overload
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    TypeVar,
+    get_args,
+    overload,
+)
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedcore.errors import SettingsError
 from fedcore.local import local_sgd
+from fedcore.reports import (
+    Mean,
+    Reports,
+    RunningSum,
+    Weight,
+    by_examples,
+    weight_of,
+)
 from fedcore.split import Parts, split
 from fedcore.task import Task
 from fedcore.types import (
     Batches,
+    ClientFunction,
+    Memory,
     Metrics,
     Model,
     Params,
-    Round,
     Stateless,
     Tree,
     Tuning,
@@ -32,15 +54,31 @@ if TYPE_CHECKING:
     from fedcore.privacy import Mechanism
     from fedcore.rounds.participation import Process
 
+__all__ = ["FinetuneSettings", "Method", "MethodSettings", "Round", "on_client"]
+
 PACKAGE = "strategies"
 
 Data = Literal["train", "all", "test", "tune"]
-"""What a client function reads: the round's shuffled minibatches, every training example once, the held-out examples, or a
-`Tuning`: minibatches to fine-tune on, and the held-out examples."""
+"""The examples that a client function reads.
+
+The round's shuffled minibatches, every training example once, the held-out examples, or
+a `Tuning`: minibatches to fine-tune on, and the held-out examples.
+"""
+
+RENAMED = {
+    "fedavgm": "momentum",
+    "fedadagrad": "adagrad",
+    "fedadam": "adam",
+    "fedyogi": "yogi",
+}
+"""Methods that became one, `fedopt`, by the server optimizer that each was."""
 
 
 class FinetuneSettings(BaseModel):
-    """Training of each client's own model after the last round, measured and thrown away."""
+    """Training of each client's own model after the last round.
+
+    It is measured and thrown away.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -53,12 +91,14 @@ class FinetuneSettings(BaseModel):
     parts: Parts = Field(
         ("all",),
         min_length=1,
-        description="what is trained: parts of the model by name, or patterns of parameter names",
+        description="parts of the model that are trained, by name, or patterns of "
+        "parameter names",
     )
     penalty: float = Field(
         0.0,
         ge=0,
-        description="lambda of |v - v_start|^2, without 1/2; with parts = all, Ditto after the fact",
+        description="lambda of |v - v_start|^2, without 1/2; with parts = all, Ditto "
+        "after the fact",
     )
 
 
@@ -70,6 +110,67 @@ class MethodSettings(BaseModel):
     name: str
 
 
+@dataclass(frozen=True)
+class Round:
+    """A round: its number, its cohort, and the doors `mean` and `each` to clients."""
+
+    t: int  # from 0 on
+    cohort: Tensor  # [m] int64, ascending: who was asked. Reports say who answered.
+    population: int
+    task: Task
+    memory: Memory
+    seed: int  # for the method's own draws: rng(r.seed, "purpose", r.t, ...)
+    # p_i, [population] float64: how often an update of client i arrives, where known.
+    rates: Tensor | None = None
+    # For this round's line in metrics.jsonl, as server_<name>: a number, or a list.
+    log: dict[str, Any] = field(default_factory=dict)
+
+    def mean(
+        self,
+        fn: ClientFunction,
+        clients: Tensor,
+        down: Tree,
+        weight: Weight | Tensor = by_examples,
+    ) -> Mean:
+        """The weighted mean of the clients' updates.
+
+        `weight` is `by_examples`, `equally`, or a tensor with one weight for each of
+        `clients`, known before they are asked. No single update comes back: it may be
+        summed where clients run, in secret, or by a robust rule.
+        """
+        total = RunningSum()
+        weigh = weight_of(weight, clients)
+        for reports in self.each(fn, clients, down):
+            total.add(reports, weigh(reports.clients, reports.num_examples))
+        return total.mean(lambda: self.zero_message(fn, down))
+
+    def each(
+        self, fn: ClientFunction, clients: Tensor, down: Tree
+    ) -> Iterator[Reports]:
+        """Every client's update, one report after another.
+
+        For methods that weigh or remember single updates; a method that asks for
+        messages through this door says `needs_updates = True`.
+        """
+        raise NotImplementedError
+
+    def zero_message(self, fn: ClientFunction, down: Tree) -> Tree:
+        """Zeros in the shape of what one client sends: the sum of no updates."""
+        raise NotImplementedError
+
+    def known_rates(self) -> Tensor:
+        """p_i of every client, float64 [population], for methods that are told.
+
+        Raises SettingsError where the rates are not known.
+        """
+        if self.rates is None:
+            raise SettingsError(
+                "this participation process has no rates p_i, which the method's "
+                "settings ask for: use another"
+            )
+        return self.rates
+
+
 S = TypeVar("S", bound=MethodSettings)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,10 +180,11 @@ def on_client(fn: F) -> F: ...
 @overload
 def on_client(*, data: Data) -> Callable[[F], F]: ...
 def on_client(fn: Any = None, *, data: Data = "train") -> Any:
-    """Mark a function that runs on a client and nowhere else; engines refuse to run any other.
+    """Mark a function that runs on a client and nowhere else.
 
-    What it computes follows from its arguments and the method's settings: engines record it, and replay it with other values.
-    Its annotations `down`, and the first of the returned pair, are the wire schema.
+    Engines refuse to run any other. What it computes follows from its arguments and the
+    method's settings: engines record it, and replay it with other values. Its
+    annotations `down`, and the first of the returned pair, are the wire schema.
     """
 
     def mark(fn: F) -> F:
@@ -93,73 +195,103 @@ def on_client(fn: Any = None, *, data: Data = "train") -> Any:
 
 
 def data_of(fn: Callable[..., Any]) -> Data:
-    """Which of the client's examples `fn` reads. Raises TypeError for a function without @on_client."""
+    """The examples that `fn` reads. Raises TypeError for one without @on_client."""
     data: Data | None = getattr(fn, "client_data", None)
     if data is None:
-        raise TypeError(
-            f"{getattr(fn, '__qualname__', fn)} does not run on clients: mark it with @on_client"
-        )
+        name = getattr(fn, "__qualname__", fn)
+        raise TypeError(f"{name} does not run on clients: mark it with @on_client")
     return data
 
 
 def evaluates(fn: Callable[..., Any]) -> bool:
-    """Whether `fn` only measures: its messages arrive undisturbed, and it leaves no trace in the client's state."""
+    """Whether `fn` only measures.
+
+    Its messages arrive undisturbed, and it leaves no trace in the client's state.
+    """
     return data_of(fn) in ("test", "tune")
 
 
 class Method(Generic[S]):
-    """A method holds settings and nothing that changes: what changes is in its Server or its Client tuple."""
+    """A method holds settings and nothing that changes.
 
-    finetuning = FinetuneSettings()
-    differences = True  # whether all messages are differences to the global model, which alone can be clipped or made sparse
+    What changes is in its Server or its Client tuple.
+    """
 
-    def __init__(self, settings: S) -> None:
+    differences: ClassVar[bool] = True
+    """Whether all messages are differences to the global model.
+
+    These alone can be clipped or made sparse.
+    """
+
+    needs_updates: ClassVar[bool] = False
+    """Whether it asks for messages through `Round.each`, to weigh or remember them.
+
+    Settings under which no single update is seen refuse such a method by name.
+    """
+
+    works_unasked: ClassVar[bool] = False
+    """Whether clients outside the cohort work too, by themselves."""
+
+    def __init__(self, settings: S, finetuning: FinetuneSettings | None = None) -> None:
         self.s = settings
+        self.finetuning = finetuning or FinetuneSettings()
 
     def init_server(self, params: Params, population: int) -> Any:
-        """What the server keeps between rounds: a NamedTuple with at least `params`."""
+        """The server's state before the first round: a NamedTuple with `params`."""
         return Model(params)
 
     def init_client(self, params: Params) -> Tree:
-        """What a client keeps between rounds, before its first; `params` are the initial global parameters."""
+        """A client's state before its first round, from the initial global model."""
         return Stateless()
 
     def init_memory(self, params: Params) -> Tree:
-        """What the server keeps of each client between rounds, in `Round.memory`; nothing unless a method says so."""
+        """A client's row in `Round.memory` before its first write."""
         return Stateless()
 
     def check(self, task: Task, cohort: int) -> str | None:
-        """Before anything is written: raises SettingsError for what would fail later; or says what the user should know.
+        """A look at the run before anything is written.
 
-        `cohort` is the largest to expect, in clients.
+        Raises SettingsError for what would fail later; returns what the user should
+        know. `cohort` is the largest to expect, in clients.
         """
         return None
 
     def passes(self) -> int:
-        """Plans of batches, each freshly shuffled, that a client gets for its training in a round, one after another."""
+        """Plans of batches, each freshly shuffled, for a client's training in a round.
+
+        The client gets them one after another.
+        """
         return 1
 
     def personalises(self) -> bool:
-        """Whether a client's model is more than the server's: then a run is judged by its clients, not by the test set."""
+        """Whether a client's model is more than the server's.
+
+        Then a run is judged by its clients, not by the test set.
+        """
         return type(self).model_for is not Method.model_for
 
-    def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
-        """For an audit: (parameters a client started from, its change of them) as the server sees them in this exchange.
+    def asks_everybody_first(self) -> bool:
+        """Whether the first round asks every client of the population once."""
+        return False
 
-        None where the messages hold no such change.
+    def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
+        """For an audit: (parameters a client started from, its change of them).
+
+        As the server sees them in this exchange; None where the messages hold none.
         """
         if hasattr(down, "params") and hasattr(up, "delta"):
             return down.params, up.delta
         return None
 
     def needs_rates(self) -> bool:
-        """Whether the settings ask for the true participation rates (`Round.known_rates`)."""
+        """Whether the settings ask for `Round.known_rates`."""
         return False
 
     def mechanism(self, process: Process) -> Mechanism | None:
-        """The noise that the method's server adds by itself, for the accountant; None = it adds none.
+        """The noise that the method's server adds, for the accountant; None = none.
 
-        Raises SettingsError where `process` is not the sampling that the accountant assumes.
+        Raises SettingsError where `process` is not the sampling that the accountant
+        assumes.
         """
         return None
 
@@ -167,28 +299,40 @@ class Method(Generic[S]):
     def evaluate(
         self, task: Task, t: Tensor, down: Model, state: Tree, batches: Batches
     ) -> tuple[Metrics, Tree]:
-        """The client's own metrics on its held-out examples, with the model that it would use."""
+        """The client's metrics on its held-out examples, of the model it would use."""
         return Metrics(task.evaluate(self.model_for(down, state), batches)), state
 
     @on_client(data="tune")
     def finetune(
         self, task: Task, t: Tensor, down: Model, state: Tree, batches: Tuning
     ) -> tuple[Metrics, Tree]:
-        """`evaluate` after fine-tuning the model that the client would use; what it learns is measured and forgotten."""
-        params, s = self.model_for(down, state), self.finetuning
-        fixed, start = split(params, s.parts)
-        v = local_sgd(
-            task.loss, start, batches.train, s.lr, prox=2 * s.penalty, fixed=fixed
-        ).params
+        """`evaluate` after fine-tuning the model that the client would use.
+
+        The fine-tuned model is measured and forgotten.
+        """
+        settings = self.finetuning
+        fixed, start = split(self.model_for(down, state), settings.parts)
+        tuned = local_sgd(
+            task.loss,
+            start,
+            batches.train,
+            settings.lr,
+            prox=2 * settings.penalty,
+            fixed=fixed,
+        )
         task.model.eval()
-        return Metrics(task.evaluate({**fixed, **v}, batches.test)), state
+        metrics = task.evaluate({**fixed, **tuned.params}, batches.test)
+        return Metrics(metrics), state
 
     def round(self, server: Any, r: Round) -> Any:
         """One round: the server's state before it to the state after it."""
         raise NotImplementedError(f"{type(self).__name__} defines no round")
 
     def model_for(self, server: Any, state: Tree) -> Params:
-        """The model that a client with this state would use; `server` is anything with `params`."""
+        """The model that a client with this state would use.
+
+        `server` is anything with `params`.
+        """
         params: Params = server.params
         return params
 
@@ -198,44 +342,57 @@ def load(name: str) -> type[Method[Any]]:
 
     Raises SettingsError when there is none.
     """
-    module_name, colon, class_name = (
-        name.partition(":") if ":" in name else (f"{PACKAGE}.{name}", "", "")
-    )
-    if colon and not (class_name and module_name and not module_name.startswith(".")):
-        raise SettingsError(f'method.name = "{name}": expected "package.module:Class"')
-    if not class_name and (
-        not name.isidentifier() or importlib.util.find_spec(module_name) is None
-    ):
+    module_name, class_name = _place_of(name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f'method.name = "{name}": cannot import {module_name}: {error}'
+        ) from error
+    candidates = []
+    for attribute, value in vars(module).items():
+        is_wanted = (
+            attribute == class_name
+            if class_name
+            else getattr(value, "__module__", None) == module_name
+        )
+        if is_wanted and inspect.isclass(value) and issubclass(value, Method):
+            candidates.append(value)
+    if len(candidates) != 1:
+        raise SettingsError(
+            f'method.name = "{name}": expected one subclass of Method in '
+            f"{module_name}, found {len(candidates)}"
+        )
+    return candidates[0]
+
+
+def _place_of(name: str) -> tuple[str, str]:
+    """(module, class) of a method; the class is "" where the module has but one."""
+    if ":" in name:
+        module_name, _, class_name = name.partition(":")
+        if not class_name or not module_name or module_name.startswith("."):
+            raise SettingsError(
+                f'method.name = "{name}": expected "package.module:Class"'
+            )
+        return module_name, class_name
+    if name in RENAMED:
+        raise SettingsError(
+            f'method.name = "{name}": this is now fedopt with a server optimizer; '
+            f'write method.name = "fedopt" and method.optimizer = "{RENAMED[name]}", '
+            f"or use the preset strategies/{name}.toml"
+        )
+    module_name = f"{PACKAGE}.{name}"
+    if not name.isidentifier() or importlib.util.find_spec(module_name) is None:
         near = difflib.get_close_matches(name, names(), 1)
         hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(names())}"
         raise SettingsError(f'method.name = "{name}": there is no such method; {hint}')
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as e:
-        raise SettingsError(
-            f'method.name = "{name}": cannot import {module_name}: {e}'
-        ) from e
-    if class_name:
-        found = [vars(module)[class_name]] if class_name in vars(module) else []
-    else:
-        found = [
-            c
-            for c in vars(module).values()
-            if getattr(c, "__module__", None) == module_name
-        ]
-    found = [c for c in found if inspect.isclass(c) and issubclass(c, Method)]
-    if len(found) != 1:
-        raise SettingsError(
-            f'method.name = "{name}": expected one subclass of Method in {module_name}, found {len(found)}'
-        )
-    method: type[Method[Any]] = found[0]
-    return method
+    return module_name, ""
 
 
 def names() -> list[str]:
     """Every method in `strategies/`."""
     package = importlib.import_module(PACKAGE)
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 def settings_of(method: type[Method[Any]]) -> type[MethodSettings]:
@@ -245,5 +402,6 @@ def settings_of(method: type[Method[Any]]) -> type[MethodSettings]:
             if inspect.isclass(argument) and issubclass(argument, MethodSettings):
                 return argument
     raise TypeError(
-        f"{method.__name__} names no settings: write class {method.__name__}(Method[Settings])"
+        f"{method.__name__} names no settings: write "
+        f"class {method.__name__}(Method[Settings])"
     )

@@ -22,13 +22,15 @@ from torch import Tensor
 from fedcore import __version__, trees
 from fedcore.deploy.certs import client_id
 from fedcore.engines.base import Work, failure, one_thread
+from fedcore.engines.readout import Readout, added
 from fedcore.engines.run_client import run_client
 from fedcore.errors import RunError
 from fedcore.messages import wire
 from fedcore.method import data_of, evaluates
+from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.storage.memory import size_text
 from fedcore.storage.rows import StateStore
-from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
+from fedcore.types import Batches, ClientFunction, Tree, Tuning
 
 log = logging.getLogger("fedcore")
 
@@ -181,6 +183,17 @@ class GridEngine:
                 yield self._report(client, answers.pop(client))
         for client in todo:
             yield self._report(client, answers[client])
+
+    def mean(
+        self,
+        fn: ClientFunction,
+        clients: Tensor,
+        down: Tree,
+        t: int,
+        weight: Weight,
+        total: RunningSum,
+    ) -> Iterator[Readout]:
+        return added(self.each(fn, clients, down, t), weight, total)
 
     def _note_waiting(self, clients: set[int]) -> None:
         """For `fedcore status`. Not synced: it is only of use while this process runs."""

@@ -1,13 +1,22 @@
-"""ADMM - consensus ADMM with two variables, the baseline of RERCE-Fed (Lari et al., 2024, arXiv 2409.13451).
+"""ADMM - consensus ADMM with two variables, the baseline of RERCE-Fed.
 
-w_n  global model   w_k, z_k  model and dual of client k   K  population   rho  penalty   J_k  objective, H_k its Hessian
-N_k = (H_k + rho I)^-1   b_k = -grad J_k(0)
-    client   z_k <- z_k + rho (w_k - w_n);  w_k <- argmin J_k(w) + <z_k, w> + rho/2 |w - w_n|^2, that is N_k (b_k - z_k + rho w_n)
+Lari et al., 2024, arXiv 2409.13451.
+
+w_n  global model                w_k, z_k  model and dual of client k
+K  population    rho  penalty    J_k  objective, H_k its Hessian
+N_k = (H_k + rho I)^-1           b_k = -grad J_k(0)
+
+    client   z_k <- z_k + rho (w_k - w_n);
+             w_k <- argmin J_k(w) + <z_k, w> + rho/2 |w - w_n|^2,
+             that is N_k (b_k - z_k + rho w_n)
     server   w_{n+1} = (1/K) sum over k of w_k + z_k / rho, the vector that is sent
-Choice:  `absent` says what stands for a client that did not send this round: its "last" message, or "zero" (as figure 4.2 of the
-         first author's thesis must have it, whose curve it meets: a model shrunk by C/K, of no other use).
-         exact: J_k is the sum of the losses; every client starts from N_k b_k and sends it, once. sgd: J_k is the mean loss, every
-         client counting the same, local steps from the client's own w_k; all start from the initial model.
+
+Choice:  `absent` says what stands for a client that did not send this round: its "last"
+         message, or "zero" (as figure 4.2 of the first author's thesis must have it,
+         whose curve it meets: a model shrunk by C/K, of no other use).
+         exact: J_k is the sum of the losses; every client starts from N_k b_k and sends
+         it, once. sgd: J_k is the mean loss, every client counting the same, local
+         steps from the client's own w_k; all start from the initial model.
 Heed:    the client uses the w_n that it heard twice, in both of its lines.
 """
 
@@ -21,17 +30,18 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.proximal import Quadratic, quadratic, require_hessian, unknown
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round, Stateless, Tree
+from fedcore.types import Batches, Model, Params, Stateless, Tree
 
 
 class Settings(MethodSettings):
     rho: float = Field(
         1.0,
         gt=0,
-        description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local steps of it",
+        description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local "
+        "steps of it",
     )
     solver: Literal["exact", "sgd"] = Field(
         "sgd", description="of the local problem: exact for quadratic losses"
@@ -61,18 +71,15 @@ class Up(NamedTuple):
 
 class ADMM(Method[Settings]):
     differences = False  # w_k + z_k / rho
+    needs_updates = True  # remembers the last message of every client
 
     def init_server(self, params: Params, population: int) -> Server:
-        return Server(
-            params, trees.scale(trees.double(params), population), torch.zeros(())
-        )
+        total = trees.scale(trees.double(params), population)
+        return Server(params, total, torch.zeros(()))
 
     def init_client(self, params: Params) -> Client:
-        return Client(
-            params,
-            trees.zeros_like(params),
-            unknown(params) if self.s.solver == "exact" else Stateless(),
-        )
+        J = unknown(params) if self.s.solver == "exact" else Stateless()
+        return Client(params, trees.zeros_like(params), J)
 
     def init_memory(self, params: Params) -> Tree:
         return params if self.s.absent == "last" else Stateless()  # last message
@@ -83,16 +90,22 @@ class ADMM(Method[Settings]):
         return None
 
     def model_for(self, server: Any, state: Client) -> Params:
-        """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
+        """The client's own estimate where it is exact, as the paper measures it.
+
+        For networks it is the global model.
+        """
         return state.w if self.s.solver == "exact" else server.params
 
     def personalises(self) -> bool:
         return self.s.solver == "exact"
 
+    def asks_everybody_first(self) -> bool:
+        return self.s.solver == "exact"
+
     def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
-        return (
-            (down.params, trees.sub(up.m, down.params)) if isinstance(up, Up) else None
-        )
+        if not isinstance(up, Up):
+            return None
+        return down.params, trees.sub(up.m, down.params)
 
     @on_client(data="all")
     def start(
@@ -106,76 +119,63 @@ class ADMM(Method[Settings]):
     def solve(
         self, task: Task, t: Tensor, down: Model, state: Client, batches: Batches
     ) -> tuple[Up, Client]:
-        z = self._dual(down, state)
+        z, rho = self._dual(down, state), self.s.rho
         assert isinstance(state.J, Quadratic)
-        slope = trees.add(
-            trees.sub(trees.unravel(state.J.b, z), z),
-            trees.scale(down.params, self.s.rho),
-        )
-        w = state.J.solve(self.s.rho, slope)  # N_k (b_k - z_k + rho w_n)
-        return self._up(w, z, task.evaluate(w, batches)["loss"]), state._replace(
-            w=w, z=z
-        )
+        # N_k (b_k - z_k + rho w_n)
+        b = trees.unravel(state.J.b, z)
+        slope = trees.add(trees.sub(b, z), trees.scale(down.params, rho))
+        w = state.J.solve(rho, slope)
+        loss = task.evaluate(w, batches)["loss"]
+        return self._message(w, z, loss), state._replace(w=w, z=z)
 
     @on_client
     def train(
         self, task: Task, t: Tensor, down: Model, state: Client, batches: Batches
     ) -> tuple[Up, Client]:
-        z = self._dual(down, state)
+        z, rho, lr = self._dual(down, state), self.s.rho, self.s.local_lr
         w, steps, loss = local_sgd(
-            task.loss,
-            state.w,
-            batches,
-            self.s.local_lr,
-            z,
-            prox=self.s.rho,
-            center=down.params,
+            task.loss, state.w, batches, lr, z, prox=rho, center=down.params
         )
-        w = trees.where(
-            steps > 0, w, trees.axpy(-1 / self.s.rho, z, down.params)
-        )  # without an example J_k = 0
-        return self._up(w, z, loss), state._replace(w=w, z=z)
+        # Without an example J_k = 0.
+        w = trees.where(steps > 0, w, trees.axpy(-1 / rho, z, down.params))
+        return self._message(w, z, loss), state._replace(w=w, z=z)
 
     def _dual(self, down: Model, state: Client) -> Params:
-        z: Params = trees.axpy(
-            self.s.rho, trees.sub(state.w, down.params), state.z
-        )  # z_k + rho (w_k - w_n)
+        # z_k + rho (w_k - w_n)
+        gap = trees.sub(state.w, down.params)
+        z: Params = trees.axpy(self.s.rho, gap, state.z)
         return z
 
-    def _up(self, w: Params, z: Params, loss: Tensor) -> Up:
+    def _message(self, w: Params, z: Params, loss: Tensor) -> Up:
         return Up(trees.axpy(1 / self.s.rho, z, w), loss)
 
     def round(self, server: Server, r: Round) -> Server:
-        exact, last = self.s.solver == "exact", self.s.absent == "last"
-        if exact and not bool(server.started):
+        is_exact, keeps_last = self.s.solver == "exact", self.s.absent == "last"
+        if is_exact and not bool(server.started):
             server = self._start(server, r)
-        total = (
-            trees.map(torch.clone, server.total)
-            if last
-            else trees.zeros_like(server.total)
-        )
-        for got in r.each(
-            self.solve if exact else self.train, r.cohort, Model(server.params)
-        ):
-            m = trees.double(got.up.m)
-            news = trees.sub(m, r.memory.gather(got.clients)) if last else m
-            total = trees.add_weighted_(total, news, torch.ones(len(got.clients)))
-            if last:
-                r.memory.put(got.clients, got.up.m)
-        return Server(
-            trees.like(trees.scale(total, 1 / r.population), server.params),
-            total,
-            server.started,
-        )
+        if keeps_last:
+            total = trees.map(torch.clone, server.total)
+        else:
+            total = trees.zeros_like(server.total)
+        work = self.solve if is_exact else self.train
+        for p in r.each(work, r.cohort, Model(server.params)):
+            news = trees.double(p.up.m)
+            if keeps_last:
+                news = trees.sub(news, r.memory.gather(p.clients))
+                r.memory.put(p.clients, p.up.m)
+            total = trees.add_weighted_(total, news, torch.ones(len(p.clients)))
+        return self._mean(server, total, server.started, r.population)
 
     def _start(self, server: Server, r: Round) -> Server:
         total = trees.zeros_like(server.total)
-        for got in r.each(self.start, torch.arange(r.population), Stateless()):
-            total = trees.add_weighted_(total, got.up, torch.ones(len(got.clients)))
+        for p in r.each(self.start, torch.arange(r.population), Stateless()):
+            total = trees.add_weighted_(total, p.up, torch.ones(len(p.clients)))
             if self.s.absent == "last":
-                r.memory.put(got.clients, got.up)
-        return Server(
-            trees.like(trees.scale(total, 1 / r.population), server.params),
-            total,
-            torch.ones(()),
-        )
+                r.memory.put(p.clients, p.up)
+        return self._mean(server, total, torch.ones(()), r.population)
+
+    def _mean(
+        self, server: Server, total: Params, started: Tensor, population: int
+    ) -> Server:
+        w = trees.like(trees.scale(total, 1 / population), server.params)
+        return Server(w, total, started)

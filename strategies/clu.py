@@ -1,16 +1,27 @@
-"""CLU - RERCE-Fed with continual local updates: clients that were not asked go on (Lari et al., 2024, arXiv 2409.13451).
+"""CLU - RERCE-Fed with continual local updates: clients that were not asked go on.
 
-w_k  model of client k   sbar_k  what it received last   tbar_k  what the server received last of it   K  population
-rho  penalty   J_k  objective, H_k its Hessian   N_k = (H_k + rho I)^-1   g_k  gradient of J_k at w_k
+Lari et al., 2024, arXiv 2409.13451.
+
+w_k  model of client k           sbar_k  model that it received last
+tbar_k  its last message that the server received         K  population
+rho  penalty     J_k  objective, H_k its Hessian          N_k = (H_k + rho I)^-1
+g_k  gradient of J_k at w_k
+
     server   sends s_n to the cohort, which stores it: sbar_k <- s_n
-    client   EVERY one: v <- argmin J_k(w) - <g_k, w> + rho/2 |w - sbar_k|^2;  t_k <- 2 v - w_k;  w_k <- v
-             for a quadratic J_k: v = w_k + rho N_k (sbar_k - w_k). The cohort sends t_k, the others send nothing
+    client   EVERY one:  v <- argmin J_k(w) - <g_k, w> + rho/2 |w - sbar_k|^2;
+             t_k <- 2 v - w_k;  w_k <- v
+             for a quadratic J_k: v = w_k + rho N_k (sbar_k - w_k).
+             The cohort sends t_k, the others send nothing
     server   tbar_k <- t_k;  s_{n+1} = (1/K) sum over all K of tbar_k, fresh or not
-Choice:  the model to evaluate is w_{n+1} = (s_{n+1} + w_n) / 2, the clients' mean when everybody takes part; s_n is extrapolated.
-         Solvers as in RERCE-Fed. exact: every client starts from N_k b_k and sends twice that, once; sbar_k = 0 before the first
-         contact, as in the authors' code. sgd: all start from the initial model. K clients work a round, C of them are heard.
+
+Choice:  the model to evaluate is w_{n+1} = (s_{n+1} + w_n) / 2, the clients' mean when
+         everybody takes part; s_n is extrapolated. Solvers as in RERCE-Fed. exact:
+         every client starts from N_k b_k and sends twice that, once; sbar_k = 0 before
+         the first contact, as in the authors' code. sgd: all start from the initial
+         model. K clients work a round, C of them are heard.
 Reduces: to RERCE-Fed when everybody takes part.
-Heed:    with fewer, the limit without noise depends on the schedule; as in RERCE-Fed, noise is integrated.
+Heed:    with fewer, the limit without noise depends on the schedule; as in RERCE-Fed,
+         noise is integrated.
 """
 
 from __future__ import annotations
@@ -23,17 +34,18 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.proximal import Quadratic, quadratic, require_hessian, unknown
 from fedcore.task import Task
-from fedcore.types import Batches, Params, Round, Stateless
+from fedcore.types import Batches, Params, Stateless
 
 
 class Settings(MethodSettings):
     rho: float = Field(
         1.0,
         gt=0,
-        description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local steps of it",
+        description="rho, penalty; 1 in the paper; sgd feels rho x local_lr x local "
+        "steps of it",
     )
     solver: Literal["exact", "sgd"] = Field(
         "sgd", description="of the local problem: exact for quadratic losses"
@@ -65,6 +77,8 @@ class Up(NamedTuple):
 
 class CLU(Method[Settings]):
     differences = False  # t_k
+    needs_updates = True  # remembers the last message of every client
+    works_unasked = True
 
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.double(params), torch.zeros(()))
@@ -83,10 +97,16 @@ class CLU(Method[Settings]):
         return None
 
     def model_for(self, server: Any, state: Client) -> Params:
-        """The client's own estimate where it is exact, as the paper measures it; for networks the global model."""
+        """The client's own estimate where it is exact, as the paper measures it.
+
+        For networks it is the global model.
+        """
         return state.w if self.s.solver == "exact" else server.params
 
     def personalises(self) -> bool:
+        return self.s.solver == "exact"
+
+    def asks_everybody_first(self) -> bool:
         return self.s.solver == "exact"
 
     def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
@@ -107,9 +127,8 @@ class CLU(Method[Settings]):
         self, task: Task, t: Tensor, down: Down, state: Client, batches: Batches
     ) -> tuple[Up, Client]:
         v = self._exactly(down.s, state)
-        return Up(_beyond(v, state), task.evaluate(v, batches)["loss"]), state._replace(
-            w=v, s=down.s
-        )
+        loss = task.evaluate(v, batches)["loss"]
+        return Up(_beyond(v, state), loss), state._replace(w=v, s=down.s)
 
     @on_client(data="all")
     def solve_alone(
@@ -133,47 +152,37 @@ class CLU(Method[Settings]):
 
     def _exactly(self, s: Params, state: Client) -> Params:
         assert isinstance(state.J, Quadratic)
-        v: Params = trees.axpy(
-            self.s.rho, state.J.solve(self.s.rho, trees.sub(s, state.w)), state.w
-        )  # w_k + rho N_k (sbar_k - w_k)
+        # w_k + rho N_k (sbar_k - w_k)
+        step = state.J.solve(self.s.rho, trees.sub(s, state.w))
+        v: Params = trees.axpy(self.s.rho, step, state.w)
         return v
 
     def _by_sgd(
         self, task: Task, s: Params, state: Client, batches: Batches
     ) -> tuple[Params, Params, Tensor]:
         rho, lr = self.s.rho, self.s.local_lr
+        slope = trees.scale(state.g, -1)
         v, steps, loss = local_sgd(
-            task.loss,
-            state.w,
-            batches,
-            lr,
-            trees.scale(state.g, -1),
-            prox=rho,
-            center=s,
+            task.loss, state.w, batches, lr, slope, prox=rho, center=s
         )
-        v = trees.where(
-            steps > 0, v, trees.axpy(1 / rho, state.g, s)
-        )  # without an example J_k = 0
+        # Without an example J_k = 0.
+        v = trees.where(steps > 0, v, trees.axpy(1 / rho, state.g, s))
         return v, trees.axpy(-rho, trees.sub(v, s), state.g), loss
 
     def round(self, server: Server, r: Round) -> Server:
-        exact = self.s.solver == "exact"
-        if exact and not bool(server.started):
+        is_exact = self.s.solver == "exact"
+        if is_exact and not bool(server.started):
             server = self._start(server, r)
-        news, everyone = trees.zeros_like(server.s), torch.arange(r.population)
-        for got in r.each(
-            self.solve if exact else self.train,
-            r.cohort,
-            Down(trees.like(server.s, server.params)),
-        ):
-            change = trees.sub(trees.double(got.up.t), r.memory.gather(got.clients))
-            news = trees.add_weighted_(news, change, torch.ones(len(got.clients)))
-            r.memory.put(got.clients, got.up.t)  # tbar_k <- t_k
-        for _ in r.each(
-            self.solve_alone if exact else self.train_alone,
-            everyone[~torch.isin(everyone, r.cohort)],
-            Stateless(),
-        ):
+        news, down = trees.zeros_like(server.s), trees.like(server.s, server.params)
+        train = self.solve if is_exact else self.train
+        for p in r.each(train, r.cohort, Down(down)):
+            change = trees.sub(trees.double(p.up.t), r.memory.gather(p.clients))
+            news = trees.add_weighted_(news, change, torch.ones(len(p.clients)))
+            r.memory.put(p.clients, p.up.t)  # tbar_k <- t_k
+        everybody = torch.arange(r.population)
+        others = everybody[~torch.isin(everybody, r.cohort)]
+        go_on = self.solve_alone if is_exact else self.train_alone
+        for _ in r.each(go_on, others, Stateless()):
             pass
         s = trees.axpy(1 / r.population, news, server.s)  # s_{n+1}
         w = trees.map(lambda w, s: ((w + s) / 2).to(w.dtype), server.params, s)
@@ -181,13 +190,15 @@ class CLU(Method[Settings]):
 
     def _start(self, server: Server, r: Round) -> Server:
         total = trees.zeros_like(server.s)
-        for got in r.each(self.start, torch.arange(r.population), Stateless()):
-            total = trees.add_weighted_(total, got.up, torch.ones(len(got.clients)))
-            r.memory.put(got.clients, got.up)
+        for p in r.each(self.start, torch.arange(r.population), Stateless()):
+            total = trees.add_weighted_(total, p.up, torch.ones(len(p.clients)))
+            r.memory.put(p.clients, p.up)
         s = trees.scale(total, 1 / r.population)
-        return Server(trees.like(trees.scale(s, 0.5), server.params), s, torch.ones(()))
+        w = trees.like(trees.scale(s, 0.5), server.params)
+        return Server(w, s, torch.ones(()))
 
 
 def _beyond(v: Params, state: Client) -> Params:
-    t: Params = trees.axpy(2.0, v, trees.scale(state.w, -1))  # t_k = 2 v - w_k
+    # t_k = 2 v - w_k
+    t: Params = trees.axpy(2.0, v, trees.scale(state.w, -1))
     return t

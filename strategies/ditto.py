@@ -1,9 +1,17 @@
-"""Ditto - a personal model beside the global one, held near it (Li et al., ICML 2021, Algorithm 1 with FedAvg).
+"""Ditto - a personal model beside the global one, held near it (Li et al., ICML 2021).
 
-w_t  global parameters   v_k  personal model of client k   lambda  how near   eta  local step size of both
-    client   w^k by local SGD from w_t, sent;   v_k <- v_k - eta (grad f(v_k) + lambda (v_k - w_t)), kept
-Choice:  both train on the client's plan of batches, each with a shuffle of its own; a client that has never taken part uses w_t.
-         Another thing by this name is fine-tuning at the end with a penalty: settings `finetune.epochs` and `finetune.penalty`.
+Algorithm 1 with FedAvg.
+
+w_t  global parameters           v_k  personal model of client k
+lambda  how near                 eta  local step size of both
+
+    client   w^k by local SGD from w_t, sent;
+             v_k <- v_k - eta (grad f(v_k) + lambda (v_k - w_t)), kept
+
+Choice:  both train on the client's plan of batches, each with a shuffle of its own; a
+         client that has never taken part uses w_t. Another thing by this name is
+         fine-tuning at the end with a penalty: settings `finetune.epochs` and
+         `finetune.penalty`.
 """
 
 from __future__ import annotations
@@ -15,10 +23,10 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.personal import Own, Update, used
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round
+from fedcore.types import Batches, Model, Params
 
 
 class Settings(MethodSettings):
@@ -43,15 +51,14 @@ class Ditto(Method[Settings]):
         self, task: Task, t: Tensor, down: Model, state: Own, batches: Batches
     ) -> tuple[Update, Own]:
         half, lr = len(batches.mask) // 2, self.s.local_lr
-        w, steps, loss = local_sgd(
-            task.loss, down.params, Batches(*(x[:half] for x in batches)), lr
+        for_w = Batches(*(x[:half] for x in batches))
+        for_v = Batches(*(x[half:] for x in batches))
+        w, steps, loss = local_sgd(task.loss, down.params, for_w, lr)
+        v, _, _ = local_sgd(
+            task.loss, state.v, for_v, lr, prox=self.s.lam, center=down.params
         )
-        own = Batches(*(x[half:] for x in batches))
-        v = local_sgd(
-            task.loss, state.v, own, lr, prox=self.s.lam, center=down.params
-        ).params
         return Update(trees.sub_(w, down.params), loss), state.after(v, steps)
 
     def round(self, server: Model, r: Round) -> Model:
-        mean = trees.weighted_mean(r.each(self.train, r.cohort, server)).delta
-        return Model(trees.add(server.params, mean))
+        mean = r.mean(self.train, r.cohort, server).value
+        return Model(trees.add(server.params, mean.delta))

@@ -1,12 +1,21 @@
-"""DP-FedAvg - federated averaging with client-level differential privacy (McMahan et al., ICLR 2018, Algorithm 1).
+"""DP-FedAvg - federated averaging with client-level differential privacy.
 
-theta_t  global parameters   Delta^k  clipped update of client k   S  clipping bound (here C)   z  noise multiplier
-q  probability that a client takes part in a round   W  total weight, here N with w_k = 1   sigma  z C / (q N)
-Choices: flat clipping, over all tensors of the update together; uniform weights; the estimator with the fixed denominator q W,
-         whose sensitivity is C / (q N) (the paper's other one divides by who came, at least q W_min).
-Noise:   N(0, sigma^2) on the mean of every round, on one that nobody attended too. Drawn from the run's seed: a simulation.
-Sends:   the clipped difference and nothing else: a loss would be neither clipped nor noised.
-Guards:  the sequence of global models; the server itself reads every update. For noise on the clients: `defence`, with fedavg.
+McMahan et al., ICLR 2018, Algorithm 1.
+
+theta_t  global parameters       Delta^k  clipped update of client k
+S  clipping bound (here C)       z  noise multiplier
+q  probability that a client takes part in a round
+W  total weight, here N with w_k = 1       sigma  z C / (q N)
+
+Choices: flat clipping, over all tensors of the update together; uniform weights; the
+         estimator with the fixed denominator q W, whose sensitivity is C / (q N) (the
+         paper's other one divides by who came, at least q W_min).
+Noise:   N(0, sigma^2) on the mean of every round, on one that nobody attended too.
+         Drawn from the run's seed: a simulation.
+Sends:   the clipped difference and nothing else: a loss would be neither clipped nor
+         noised.
+Guards:  the sequence of global models; the server itself reads every update. For noise
+         on the clients: `defence`, with fedavg.
 Reduces: to FedAvg with uniform weights when z = 0, C is large, and everybody takes part.
 """
 
@@ -22,12 +31,13 @@ from fedcore import trees
 from fedcore.errors import SettingsError
 from fedcore.local import local_sgd
 from fedcore.messages.defence import clip
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.privacy import Mechanism, central
+from fedcore.reports import equally
 from fedcore.rng import rng
 from fedcore.rounds.participation import Process
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round, Stateless
+from fedcore.types import Batches, Model, Params, Stateless
 
 
 class Settings(MethodSettings):
@@ -43,7 +53,8 @@ class Settings(MethodSettings):
     noise_multiplier: float = Field(
         1.0,
         ge=0,
-        description="z, standard deviation of the noise on the sum over C; 0 = no guarantee",
+        description="z, standard deviation of the noise on the sum over C; "
+        "0 = no guarantee",
     )
 
 
@@ -53,16 +64,17 @@ class Up(NamedTuple):
 
 class DPFedAvg(Method[Settings]):
     def mechanism(self, process: Process) -> Mechanism:
-        if self.s.noise_multiplier == 0:
-            return central(0.0, 1.0)._replace(sampling="any")  # it guarantees nothing
+        if self.s.noise_multiplier == 0:  # no guarantee
+            return central(0.0, 1.0)._replace(sampling="any")
         if process.poisson is None:
             raise SettingsError(
-                "the accountant of dpfedavg assumes that every client takes part with one known probability, independently: "
-                'set participation.name = "bernoulli" and participation.mean (the rate q), or let everybody take part always'
+                "the accountant of dpfedavg assumes that every client takes part with "
+                "one known probability, independently: set participation.name = "
+                '"bernoulli" and participation.mean (the rate q), or let everybody '
+                "take part always"
             )
-        return central(
-            self.s.noise_multiplier, process.poisson
-        )  # clients that drop out make the true rate smaller still
+        # Clients that drop out make the true rate smaller still.
+        return central(self.s.noise_multiplier, process.poisson)
 
     @on_client
     def train(
@@ -72,19 +84,19 @@ class DPFedAvg(Method[Settings]):
         return Up(clip(trees.sub_(theta, down.params), self.s.clip)), state  # ClipFn
 
     def round(self, server: Model, r: Round) -> Model:
-        total = trees.zeros_like(server.params)
-        for p in r.each(self.train, r.cohort, server):
-            total = trees.add_weighted_(total, p.up.delta, torch.ones(len(p.clients)))
-        # q N, of those that do not drop out; a trace has no rate, and comes without noise.
-        expected = max(len(r.cohort), 1) if r.rates is None else float(r.rates.sum())
-        draw, deviation = (
-            rng(r.seed, "dp noise", r.t),
-            self.s.noise_multiplier * self.s.clip,
-        )
-        noisy = trees.map(
-            lambda x: (
-                x + deviation * torch.as_tensor(draw.standard_normal(x.shape)).to(x)
-            ),
-            total,
-        )
-        return Model(trees.axpy(self.s.server_lr / expected, noisy, server.params))
+        total = r.mean(self.train, r.cohort, server, equally).total.delta
+        deviation = self.s.noise_multiplier * self.s.clip
+        draw = rng(r.seed, "dp noise", r.t)
+
+        def noisy(x: Tensor) -> Tensor:
+            noise = torch.as_tensor(draw.standard_normal(x.shape)).to(x)
+            return x + deviation * noise
+
+        step = self.s.server_lr / self._expected_clients(r)
+        return Model(trees.axpy(step, trees.map(noisy, total), server.params))
+
+    def _expected_clients(self, r: Round) -> float:
+        """q N, without those that drop out; a trace has no rate, and no noise."""
+        if r.rates is None:
+            return max(len(r.cohort), 1)
+        return float(r.rates.sum())

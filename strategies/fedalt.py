@@ -1,14 +1,21 @@
 """FedAlt - partial personalisation, alternating update (Pillutla et al., ICML 2022).
 
-u  shared parameters   v_i  personal parameters of client i   v0  their start, the same for all   lambda  penalty on |v - v0|^2
-tau_u, tau_v  passes over the client's plan of batches, each freshly shuffled   gamma_u, gamma_v  step sizes   n_i  examples
-    client   tau_v passes over v with u as received:   v <- v - gamma_v (grad_v f + 2 lambda (v - v0))
+u  shared parameters             v_i  personal parameters of client i
+v0  their start, the same for all      lambda  penalty on |v - v0|^2
+tau_u, tau_v  passes over the client's plan of batches, each freshly shuffled
+gamma_u, gamma_v  step sizes     n_i  examples of client i
+
+    client   tau_v passes over v with u as received:
+                 v <- v - gamma_v (grad_v f + 2 lambda (v - v0))
              then tau_u passes over u with the new v:  u <- u - gamma_u grad_u f
     server   u <- u + eta mean of the u_i - u;  v_i stays where it is
-Choice:  weights n_i (the authors' code has the number of batches); no 1/2 in the penalty, and its centre is v0, as in their code.
-         With tau_u = tau_v = 1 it computes twice as many gradients as FedSim, each of one part only.
-Reduces: to FedAvg, bit for bit, with personal = []. FedRep (Collins et al., ICML 2021): ["output"], tau_v 10;
-         FedBABU (Oh et al., ICLR 2022): ["output"], tau_v 0, and fine-tuning at the end.
+
+Choice:  weights n_i (the authors' code has the number of batches); no 1/2 in the
+         penalty, and its centre is v0, as in their code. With tau_u = tau_v = 1 it
+         computes twice as many gradients as FedSim, each of one part only.
+Reduces: to FedAvg, bit for bit, with personal = []. FedRep (Collins et al., ICML 2021):
+         ["output"], tau_v 10; FedBABU (Oh et al., ICLR 2022): ["output"], tau_v 0, and
+         fine-tuning at the end.
 """
 
 from __future__ import annotations
@@ -18,10 +25,10 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import on_client
+from fedcore.method import Round, on_client
 from fedcore.personal import Partial, Personal, PersonalSettings, Update, initial
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Round
+from fedcore.types import Batches, Model
 
 
 class Settings(PersonalSettings):
@@ -67,10 +74,8 @@ class FedAlt(Partial[Settings]):
     ) -> tuple[Update, Personal]:
         u, v, s = down.params, state.v, self.s
         first = len(batches.mask) // self.passes() * s.shared_passes
-        for_u, for_v = (
-            Batches(*(x[part] for x in batches))
-            for part in (slice(first), slice(first, None))
-        )
+        for_u = Batches(*(x[:first] for x in batches))
+        for_v = Batches(*(x[first:] for x in batches))
         value = batches.mask.new_zeros(())
         if v and s.personal_passes:
             lr, v0 = s.personal_lr or s.local_lr, initial(task, v)
@@ -83,7 +88,5 @@ class FedAlt(Partial[Settings]):
         return Update(trees.sub_(new, u), value), Personal(v)
 
     def round(self, server: Model, r: Round) -> Model:
-        mean = trees.weighted_mean(
-            r.each(self.train, r.cohort, server)
-        ).delta  # weights n_i
-        return Model(trees.axpy(self.s.server_lr, mean, server.params))
+        mean = r.mean(self.train, r.cohort, server).value  # weights n_i
+        return Model(trees.axpy(self.s.server_lr, mean.delta, server.params))

@@ -1,15 +1,27 @@
-"""FedAMD - anchor sampling: cached large-batch gradients guide local steps (Wu et al., ICML 2023, Algorithm 1).
+"""FedAMD - anchor sampling: cached large-batch gradients guide local steps.
 
-x_t  global parameters   y_k  local parameters   v_i  cached gradient of client i on all its examples   vbar  mean of the v_i
-p  probability that a participant is an anchor, not a miner   K  local steps of a miner   eta_l, eta_s  local and server step size
+Wu et al., ICML 2023, Algorithm 1.
+
+x_t  global parameters           y_k  local parameters
+v_i  cached gradient of client i on all its examples     vbar  mean of the v_i
+p  probability that a participant is an anchor, not a miner
+K  local steps of a miner        eta_l, eta_s  local and server step size
+
     anchors   v_i <- grad f_i(x_t), after vbar was used
-    miners    g_0 = vbar;  g_k = g_{k-1} + grad f_i(y_k; B) - grad f_i(y_{k-1}; B);  y_{k+1} = y_k - eta_l g_k
-    server    x_{t+1} = x_t + eta_s (mean of y_K - x_t over the miners); x_t without miners
-Choice:  caches are the server's, as in the authors' code: a message that is lost changes nothing. Before the first round every
-         client is asked for its gradient; who did not answer has no cache, is left out of vbar, and is an anchor when it first
-         takes part. `period` is the authors' sequential schedule. The server tosses the coins, so that only miners get vbar.
-Reduces: with period 2, K = 1 and everybody taking part, to a step of gradient descent every second round; to FedAvg never (K > 1).
-Heed:    dropout, momentum or clipping inside local steps break the recursion. Anchors send raw gradients, the most telling message.
+    miners    g_0 = vbar;  g_k = g_{k-1} + grad f_i(y_k; B) - grad f_i(y_{k-1}; B);
+              y_{k+1} = y_k - eta_l g_k
+    server    x_{t+1} = x_t + eta_s (mean of y_K - x_t over the miners);
+              x_t without miners
+
+Choice:  caches are the server's, as in the authors' code: a message that is lost changes
+         nothing. Before the first round every client is asked for its gradient; a
+         client that did not answer has no cache, is left out of vbar, and is an anchor
+         when it first takes part. `period` is the authors' sequential schedule. The
+         server tosses the coins, so that only miners get vbar.
+Reduces: with period 2, K = 1 and everybody taking part, to a step of gradient descent
+         every second round; to FedAvg never (K > 1).
+Heed:    dropout, momentum or clipping inside local steps break the recursion. Anchors
+         send raw gradients, the most telling message.
 """
 
 from __future__ import annotations
@@ -23,10 +35,11 @@ from torch.func import grad_and_value
 
 from fedcore import trees
 from fedcore.local import full_gradient, wide
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.reports import equally
 from fedcore.rng import rng
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round, Stateless
+from fedcore.types import Batches, Model, Params, Stateless
 
 
 class Settings(MethodSettings):
@@ -47,8 +60,10 @@ class Settings(MethodSettings):
 
 class Server(NamedTuple):
     params: Params
-    v: Params  # vbar, the mean of the caches there are; float64, because it is a running sum
-    refreshed: Tensor  # [N] int64, rounds elapsed when the cache of client i was last refreshed; 0 = it has none
+    # vbar, the mean of the caches that there are; float64, because it is a running sum
+    v: Params
+    # [N] int64, rounds elapsed at the last refresh of client i's cache; 0 = it has none
+    refreshed: Tensor
 
 
 class Guide(NamedTuple):
@@ -67,7 +82,11 @@ class Up(NamedTuple):
 
 
 class FedAMD(Method[Settings]):
-    differences = False  # the anchors' gradients
+    differences = False  # the anchors send gradients
+    needs_updates = True  # caches them
+
+    def asks_everybody_first(self) -> bool:
+        return True
 
     def init_server(self, params: Params, population: int) -> Server:
         return Server(
@@ -95,11 +114,11 @@ class FedAMD(Method[Settings]):
         self, task: Task, t: Tensor, down: Guide, state: Stateless, batches: Batches
     ) -> tuple[Up, Stateless]:
         gradient = grad_and_value(task.loss)
-        before, y, g, dtype = down.params, down.params, down.v, wide(down.params)
+        before, y, g = down.params, down.params, down.v
+        dtype = wide(down.params)
         steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
-        for k, (x, target, mask) in enumerate(
-            zip(*(b.unbind() for b in batches), strict=True)
-        ):
+        steps_of_batches = zip(*(b.unbind() for b in batches), strict=True)
+        for k, (x, target, mask) in enumerate(steps_of_batches):
             real = (mask.sum() > 0).to(dtype)
             if k > 0:  # step 0 would add the difference of two equal gradients
                 now, loss = gradient(y, x, target, mask)  # the same B in both
@@ -111,40 +130,30 @@ class FedAMD(Method[Settings]):
 
     def round(self, server: Server, r: Round) -> Server:
         if not bool((server.refreshed > 0).any()):
-            server = self._refresh(
-                server, r, torch.arange(r.population)
-            )  # the gradients of all clients, once
+            everybody = torch.arange(r.population)
+            server = self._refresh(server, r, everybody)
         anchors, miners = self._roles(server, r)
-        guide = Guide(
-            server.params, trees.like(server.v, server.params)
-        )  # caches as of the end of the round before
-        total, reported = trees.zeros_like(server.params), 0
-        for p in r.each(self.mine, miners, guide):
-            total = trees.add_weighted_(total, p.up.delta, torch.ones(len(p.clients)))
-            reported += len(p.clients)
+        # Caches as of the end of the round before.
+        guide = Guide(server.params, trees.like(server.v, server.params))
+        mean = r.mean(self.mine, miners, guide, equally)
         after = self._refresh(server, r, anchors)
+        step = self.s.server_lr / max(len(mean.clients), 1)
+        x = trees.axpy(step, mean.total.delta, server.params)
         r.log["v_norm"] = trees.dot(guide.v, guide.v).sqrt().item()
-        r.log["cache_age"] = (
-            (r.t + 1 - after.refreshed[after.refreshed > 0]).double().mean().item()
-        )
-        return after._replace(
-            params=trees.axpy(self.s.server_lr / max(reported, 1), total, server.params)
-        )
+        ages = r.t + 1 - after.refreshed[after.refreshed > 0]
+        r.log["cache_age"] = ages.double().mean().item()
+        return after._replace(params=x)
 
     def _roles(self, server: Server, r: Round) -> tuple[Tensor, Tensor]:
         """(anchors, miners) of the cohort."""
         if self.s.period is not None:
-            anchor = torch.full((len(r.cohort),), r.t % self.s.period == 0)
+            is_anchor = torch.full((len(r.cohort),), r.t % self.s.period == 0)
         else:
-            coins = [
-                rng(r.seed, "anchor", r.t, i).random() < self.s.p
-                for i in r.cohort.tolist()
-            ]
-            anchor = torch.tensor(coins, dtype=torch.bool)
-        anchor |= (
-            server.refreshed[r.cohort] == 0
-        ).cpu()  # who has no cache has to make one
-        return r.cohort[anchor], r.cohort[~anchor]
+            coins = [rng(r.seed, "anchor", r.t, i).random() for i in r.cohort.tolist()]
+            is_anchor = torch.tensor(coins, dtype=torch.float64) < self.s.p
+        # A client without a cache has to make one.
+        is_anchor |= (server.refreshed[r.cohort] == 0).cpu()
+        return r.cohort[is_anchor], r.cohort[~is_anchor]
 
     def _refresh(self, server: Server, r: Round, clients: Tensor) -> Server:
         """v_i <- grad f_i(x_t) for these clients, and vbar with them."""

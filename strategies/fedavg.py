@@ -1,12 +1,19 @@
 """FedAvg - federated averaging (McMahan et al., AISTATS 2017, Algorithm 1).
 
-w_t  global parameters   w^k  local parameters of client k   n_k  its number of examples   eta  local step size
-S_t  clients whose update arrived   N  population   p_k  rate at which client k takes part
-Weights of the differences w^k - w_t, the last three as Wang and Ji compare them (FedAU, ICLR 2024):
+w_t  global parameters           w^k  local parameters of client k
+n_k  its number of examples      eta  local step size
+S_t  clients whose update arrived      N  population
+p_k  rate at which client k takes part
+
+Weights of the differences w^k - w_t, the last three as Wang and Ji compare them (FedAU,
+ICLR 2024):
+
     examples       n_k / n over S_t, the paper's mean of the w^k
-    participating  1 / |S_t|                 follows the clients that come often, where rates differ
-    all            1 / N                     the same, and slower by the mean rate: needs a larger server step
-    known          1 / (N p_k), the true p_k   unbiased: inverse probability, the oracle that nobody has
+    participating  1 / |S_t|           follows the clients that come often
+    all            1 / N               the same, and slower by the mean rate: needs a
+                                       larger server step
+    known          1 / (N p_k)         unbiased with the true p_k: the oracle that a
+                                       deployment does not have
 """
 
 from __future__ import annotations
@@ -19,9 +26,10 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.reports import by_examples, equally
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round, Stateless
+from fedcore.types import Batches, Model, Params, Stateless
 
 
 class Settings(MethodSettings):
@@ -44,30 +52,24 @@ class FedAvg(Method[Settings]):
     def train(
         self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
     ) -> tuple[Up, Stateless]:
-        w, _, loss = local_sgd(
-            task.loss, down.params, batches, self.s.local_lr
-        )  # ClientUpdate
+        # ClientUpdate
+        w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub_(w, down.params), loss), state
 
     def needs_rates(self) -> bool:
         return self.s.weighting == "known"
 
     def round(self, server: Model, r: Round) -> Model:
-        reports = r.each(self.train, r.cohort, server)
-        if self.s.weighting == "examples":
-            mean = trees.weighted_mean(reports).delta  # weights n_k / n
-        elif self.s.weighting == "participating":
-            mean = trees.uniform_mean(reports).delta
+        if self.s.weighting in ("examples", "participating"):
+            weight = by_examples if self.s.weighting == "examples" else equally
+            mean = r.mean(self.train, r.cohort, server, weight).value.delta
         else:
-            total = trees.zeros_like(server.params)
-            for p in reports:
-                inverse = (
-                    1 / r.known_rates()[p.clients]
-                    if self.needs_rates()
-                    else torch.ones(len(p.clients))
-                )
-                total = trees.add_weighted_(total, p.up.delta, inverse)
-            mean = trees.scale(
-                total, 1 / r.population
-            )  # a round without updates moves nothing
+            total = r.mean(self.train, r.cohort, server, self._weights(r)).total.delta
+            mean = trees.scale(total, 1 / r.population)  # nothing moves without updates
         return Model(trees.axpy(self.s.server_lr, mean, server.params))
+
+    def _weights(self, r: Round) -> Tensor:
+        """1 or 1 / p_k, [cohort]."""
+        if self.s.weighting == "known":
+            return 1 / r.known_rates()[r.cohort]
+        return torch.ones(len(r.cohort))

@@ -1,20 +1,31 @@
-"""FedLAW - learnable aggregation weights, fitted on proxy data of the server (Li et al., ICML 2023).
+"""FedLAW - learnable aggregation weights, fitted on proxy data of the server.
 
-w  global model   w_k  local model, D_k = w_k - w   n_k  examples   P  proxy set   lam_k  weights, sum 1   gam  shrinking factor
+Li et al., ICML 2023.
+
+w  global model      w_k  local model, D_k = w_k - w      n_k  examples
+P  proxy set         lam_k  weights, sum 1                gam  shrinking factor
+
     client   E epochs of SGD with momentum and L2, at rate eta_t = eta_0 decay^t
-    server   for each minibatch of P, E_s epochs:  u = gam sum_k lam_k w_k;  a step on (x, r) along the gradient of L_P(u), where
+    server   for each minibatch of P, E_s epochs:  u = gam sum_k lam_k w_k;
+             a step on (x, r) along the gradient of L_P(u), where
              "exp":   lam = softmax(x / tau), x = tau ln(n_k / n);  gam = exp(r), r = 0
-             "quad":  lam = x^2 / sum x^2, x = m^(-1/2), so lam starts uniform;  gam = r^2, r = 1
+             "quad":  lam = x^2 / sum x^2, x = m^(-1/2), so lam starts uniform;
+                      gam = r^2, r = 1
              w <- gam sum_k lam_k w_k, the last iterate
-Choice:  u = gam (w + sum_k lam_k D_k), the same because the lam_k sum to one. Gradients in closed form, with G = grad L_P(u) and
-         s_k = <G, D_k>: dL/dlam_k = gam (s_k - sum_j lam_j s_j), dL/dgam = <G, u / gam>; a step is one pass of the model and two
-         products with the matrix of the D_k. tau = 1 is the paper; x, r and the optimiser start anew every round. Clients keep no
-         momentum between rounds, unlike in the authors' code, and the proxy set is the server's own: no client has it, nor the test
-         set. `swa` is the authors' two stages: lam alone, averaged over its epochs from the seventh on; then gam alone.
-Reduces: to FedAvg with no server epochs (from "exp"); learn_gamma = false is attentive LAW, learn_lambda = false adaptive GWS,
-         both false a fixed gamma times FedAvg.
-Heed:    gam also calibrates: models that are too unsure get gam > 1 round after round (see gamma_product). The server needs every
-         single w_k, cohort x parameters in memory: no secure aggregation.
+
+Choice:  u = gam (w + sum_k lam_k D_k), the same because the lam_k sum to one. Gradients
+         in closed form, with G = grad L_P(u) and s_k = <G, D_k>:
+         dL/dlam_k = gam (s_k - sum_j lam_j s_j), dL/dgam = <G, u / gam>; a step is one
+         pass of the model and two products with the matrix of the D_k. tau = 1 is the
+         paper; x, r and the optimiser start anew every round. Clients keep no momentum
+         between rounds, unlike in the authors' code, and the proxy set is the server's
+         own: no client has it, nor the test set. `swa` is the authors' two stages: lam
+         alone, averaged over its epochs from the seventh on; then gam alone.
+Reduces: to FedAvg with no server epochs (from "exp"); learn_gamma = false is attentive
+         LAW, learn_lambda = false adaptive GWS, both false a fixed gamma times FedAvg.
+Heed:    gam also calibrates: models that are too unsure get gam > 1 round after round
+         (see gamma_product). The server needs every single w_k, cohort x parameters in
+         memory: no secure aggregation.
 """
 
 from __future__ import annotations
@@ -27,18 +38,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import grad
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 from torch.optim.swa_utils import SWALR
 
 from fedcore import trees
 from fedcore.data.federated import Examples
 from fedcore.errors import SettingsError, TooFewReports
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.reports import Reports, RunningSum, by_examples
 from fedcore.rng import rng
-from fedcore.storage import memory as limits
+from fedcore.storage import memory
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Reports, Round, Stateless
+from fedcore.types import Batches, Model, Params, Stateless
 
 SWA_FROM = 6  # zero-based epoch from which lam is averaged, as in the authors' code
 
@@ -64,7 +76,8 @@ class Settings(MethodSettings):
     server_lr: float = Field(
         0.01,
         gt=0,
-        description="eta_s, halved after every 20 server epochs; authors: 0.01 on CIFAR-10, else 0.005",
+        description="eta_s, halved after every 20 server epochs; authors: 0.01 on "
+        "CIFAR-10, else 0.005",
     )
     server_optimizer: Literal["adam", "sgd"] = Field(
         "adam", description="Adam(0.5, 0.999), or SGD with momentum 0.9"
@@ -81,32 +94,35 @@ class Settings(MethodSettings):
     )
     swa: bool = Field(
         False,
-        description="two stages, lam averaged over epochs and then gam; takes 14 server epochs or more",
+        description="two stages, lam averaged over epochs and then gam; takes 14 server "
+        "epochs or more",
     )
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
         if self.learn_gamma and self.gamma != 1:
             raise ValueError(
-                f"gamma = {self.gamma}, but it is learned: set learn_gamma = false to hold it there"
+                f"gamma = {self.gamma}, but it is learned: set learn_gamma = false to "
+                "hold it there"
             )
-        if (
-            self.gamma_bounds
-            and not 0 < self.gamma_bounds[0] <= 1 <= self.gamma_bounds[1]
-        ):
+        if self.gamma_bounds:
+            least, largest = self.gamma_bounds
+            if not 0 < least <= 1 <= largest:
+                raise ValueError(
+                    f"gamma_bounds = {[least, largest]}: expected 0 < least <= 1 <= "
+                    "largest, as gam starts at 1"
+                )
+            if not self.learn_gamma:
+                raise ValueError(
+                    f"gamma_bounds = {[least, largest]}, but gam is held at gamma: "
+                    "leave the bounds out"
+                )
+        needed = 2 * SWA_FROM + 2
+        if self.swa and (self.server_epochs < needed or not self.learn_lambda):
             raise ValueError(
-                f"gamma_bounds = {list(self.gamma_bounds)}: expected 0 < least <= 1 <= largest, as gam starts at 1"
-            )
-        if self.gamma_bounds and not self.learn_gamma:
-            raise ValueError(
-                f"gamma_bounds = {list(self.gamma_bounds)}, but gam is held at gamma: leave the bounds out"
-            )
-        if self.swa and (
-            self.server_epochs < 2 * SWA_FROM + 2 or not self.learn_lambda
-        ):
-            raise ValueError(
-                f"swa averages lam from its {SWA_FROM + 1}th epoch on, of server_epochs / 2 = {self.server_epochs // 2}: "
-                f"set server_epochs to {2 * SWA_FROM + 2} or more and learn_lambda = true"
+                f"swa averages lam from its {SWA_FROM + 1}th epoch on, of "
+                f"server_epochs / 2 = {self.server_epochs // 2}: set server_epochs to "
+                f"{needed} or more and learn_lambda = true"
             )
         return self
 
@@ -122,11 +138,15 @@ class Up(NamedTuple):
 
 
 class Mixture:
-    """u = gam (w + sum_k lam_k D_k), and its derivatives in the variables x and r, which an optimizer moves in place."""
+    """u = gam (w + sum_k lam_k D_k), and its derivatives in the variables x and r.
+
+    An optimizer moves x and r in place.
+    """
 
     def __init__(self, s: Settings, w: Tensor, D: Tensor, n: Tensor) -> None:
         """`w` [d], `D` [m, d], `n` [m] float64, all positive."""
         self.s, self.w, self.D, self.lam0 = s, w, D, n / n.sum()
+        self.gamma_is_learned = s.learn_gamma
         if s.parametrisation == "exp":
             self.x, self.r = s.temperature * self.lam0.log(), n.new_zeros(())
         else:
@@ -140,7 +160,7 @@ class Mixture:
         return self.x.square() / self.x.square().sum()
 
     def gam(self) -> Tensor:
-        if not self.s.learn_gamma:
+        if not self.gamma_is_learned:
             return self.r.new_tensor(self.s.gamma)
         return self.r.exp() if self.s.parametrisation == "exp" else self.r.square()
 
@@ -159,10 +179,8 @@ class Mixture:
         if self.s.parametrisation == "exp":
             self.x.grad, self.r.grad = lam * by_lam / self.s.temperature, gam * by_gam
         else:
-            self.x.grad, self.r.grad = (
-                2 * self.x / self.x.square().sum() * by_lam,
-                2 * self.r * by_gam,
-            )
+            self.x.grad = 2 * self.x / self.x.square().sum() * by_lam
+            self.r.grad = 2 * self.r * by_gam
 
     def clamp(self) -> None:
         if self.s.gamma_bounds is not None:
@@ -170,7 +188,13 @@ class Mixture:
             self.r.clamp_(*map(inverse, self.s.gamma_bounds))
 
 
+ProxyLoss = Callable[[Tensor, Tensor], Tensor]
+"""(flat parameters [d], rows of the proxy set) -> mean loss, 0-d."""
+
+
 class FedLAW(Method[Settings]):
+    needs_updates = True  # weighs every one of them
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, torch.ones((), dtype=torch.float64))
 
@@ -178,12 +202,11 @@ class FedLAW(Method[Settings]):
     def train(
         self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
     ) -> tuple[Up, Stateless]:
-        lr = self.s.local_lr * self.s.lr_decay**t
         w, _, loss = local_sgd(
             task.loss,
             down.params,
             batches,
-            lr,
+            lr=self.s.local_lr * self.s.lr_decay**t,
             momentum=self.s.momentum,
             weight_decay=self.s.weight_decay,
         )
@@ -194,22 +217,24 @@ class FedLAW(Method[Settings]):
             return None
         if task.proxy is None:
             raise SettingsError(
-                "method fedlaw fits its weights on a proxy set of the server, and the task has none: set proxy to a number of "
-                "examples, e.g. proxy = 200, or give your own Task one"
+                "method fedlaw fits its weights on a proxy set of the server, and the "
+                "task has none: set proxy to a number of examples, e.g. proxy = 200, "
+                "or give your own Task one"
             )
-        learned = [
-            p.detach() for p in task.model.parameters() if p.requires_grad
-        ]  # no copies: it may be large
-        what = f"FedLAW holds the models of a cohort, {cohort:,} x {sum(p.numel() for p in learned):,} parameters"
-        return limits.require(cohort * trees.nbytes(learned), task.device, what)
+        # Without copies: they may be large.
+        learned = [p.detach() for p in task.model.parameters() if p.requires_grad]
+        size = sum(p.numel() for p in learned)
+        return memory.require(
+            cohort * trees.nbytes(learned),
+            task.device,
+            f"FedLAW holds the models of a cohort, {cohort:,} x {size:,} parameters",
+        )
 
     def _learns(self) -> bool:
-        started_elsewhere = (
-            self.s.parametrisation == "quad" and self.s.learn_lambda
-        )  # from uniform weights
-        return (self.s.learn_lambda or self.s.learn_gamma) and (
-            self.s.server_epochs > 0 or started_elsewhere
-        )
+        # "quad" starts elsewhere than FedAvg: at uniform weights.
+        starts_elsewhere = self.s.parametrisation == "quad" and self.s.learn_lambda
+        moves = self.s.server_epochs > 0 or starts_elsewhere
+        return (self.s.learn_lambda or self.s.learn_gamma) and moves
 
     def round(self, server: Server, r: Round) -> Server:
         reports = r.each(self.train, r.cohort, Model(server.params))
@@ -217,14 +242,12 @@ class FedLAW(Method[Settings]):
             w, gamma = self._fitted(server, r, reports)
         else:
             gamma = self.s.gamma
-            w = trees.add(server.params, trees.weighted_mean(reports).delta)
+            w = trees.add(server.params, _mean_delta(reports))
             w = w if gamma == 1 else trees.scale(w, gamma)
         product = server.gamma_product * gamma
-        r.log.update(
-            gamma=gamma,
-            gamma_product=product.item(),
-            params_norm=trees.dot(w, w).sqrt().item(),
-        )
+        r.log["gamma"] = gamma
+        r.log["gamma_product"] = product.item()
+        r.log["params_norm"] = trees.dot(w, w).sqrt().item()
         return Server(w, product)
 
     def _fitted(
@@ -235,24 +258,11 @@ class FedLAW(Method[Settings]):
         pieces = torch.split(torch.arange(len(_proxy(r).x)), 1000)
 
         def proxy_loss(u: Tensor) -> float:
-            return sum(loss(u, rows).item() * len(rows) for rows in pieces) / sum(
-                map(len, pieces)
-            )
+            total = sum(loss(u, rows).item() * len(rows) for rows in pieces)
+            return total / sum(map(len, pieces))
 
         r.log["proxy_loss_before"] = proxy_loss(mix.model())
-        if self.s.swa:
-            half = self.s.server_epochs // 2
-            learn_gamma, mix.s = (
-                self.s.learn_gamma,
-                self.s.model_copy(update={"learn_gamma": False}),
-            )  # stage 1: gam = 1
-            steps = self._optimise(mix, [mix.x], loss, r, range(half), average=True)
-            mix.s = self.s
-            if learn_gamma:
-                steps += self._optimise(mix, [mix.r], loss, r, range(half, 2 * half))
-        else:
-            learned = [mix.x] * self.s.learn_lambda + [mix.r] * self.s.learn_gamma
-            steps = self._optimise(mix, learned, loss, r, range(self.s.server_epochs))
+        steps = self._fit(mix, loss, r)
         u, lam = mix.model(), mix.lam()
         r.log["proxy_loss"] = proxy_loss(u)
         r.log["steps"] = steps
@@ -261,6 +271,19 @@ class FedLAW(Method[Settings]):
         if len(lam) > 1:
             r.log["coherence"] = _coherence(mix.D)
         return trees.unravel(u, server.params), mix.gam().item()
+
+    def _fit(self, mix: Mixture, loss: ProxyLoss, r: Round) -> int:
+        """Move the variables of `mix`; the number of steps."""
+        if not self.s.swa:
+            learned = [mix.x] * self.s.learn_lambda + [mix.r] * self.s.learn_gamma
+            return self._optimise(mix, learned, loss, r, range(self.s.server_epochs))
+        half = self.s.server_epochs // 2
+        mix.gamma_is_learned = False  # stage 1: gam = 1
+        steps = self._optimise(mix, [mix.x], loss, r, range(half), average=True)
+        mix.gamma_is_learned = self.s.learn_gamma
+        if self.s.learn_gamma:
+            steps += self._optimise(mix, [mix.r], loss, r, range(half, 2 * half))
+        return steps
 
     def _optimise(
         self,
@@ -271,37 +294,40 @@ class FedLAW(Method[Settings]):
         epochs: range,
         average: bool = False,
     ) -> int:
-        """Steps on `variables` over these passes of the proxy set; the number of steps. `average`: x ends at its SWA mean."""
+        """Steps on `variables` over these passes of the proxy set; their number.
+
+        With `average` x ends at its SWA mean.
+        """
         gradient = grad(loss)
-        optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(variables, self.s.server_lr, betas=(0.5, 0.999))
-            if self.s.server_optimizer == "adam"
-            else torch.optim.SGD(variables, self.s.server_lr, momentum=0.9)
-        )
-        anneal = (
-            CosineAnnealingLR(optimizer, T_max=100)
-            if average
-            else StepLR(optimizer, 20, 0.5)
-        )
-        constant = SWALR(optimizer, swa_lr=0.05) if average else None
-        steps, seen = 0, []
+        optimizer = self._optimizer(variables)
+        anneal: LRScheduler
+        constant: SWALR | None
+        if average:
+            anneal = CosineAnnealingLR(optimizer, T_max=100)
+            constant = SWALR(optimizer, swa_lr=0.05)
+        else:
+            anneal, constant = StepLR(optimizer, 20, 0.5), None
+        steps, averaged = 0, []
         for epoch in epochs:
-            order = torch.from_numpy(
-                rng(r.seed, "proxy", r.t, epoch).permutation(len(_proxy(r).x))
-            )
-            for rows in torch.split(order, self.s.server_batch):
+            shuffled = rng(r.seed, "proxy", r.t, epoch).permutation(len(_proxy(r).x))
+            for rows in torch.split(torch.from_numpy(shuffled), self.s.server_batch):
                 mix.differentiate(gradient(mix.model(), rows))
                 optimizer.step()
                 mix.clamp()
                 steps += 1
             if constant is not None and epoch >= SWA_FROM:
-                seen.append(mix.x.clone())
+                averaged.append(mix.x.clone())
                 constant.step()
             else:
                 anneal.step()
-        if seen:
-            mix.x.copy_(torch.stack(seen).mean(0))
+        if averaged:
+            mix.x.copy_(torch.stack(averaged).mean(0))
         return steps
+
+    def _optimizer(self, variables: list[Tensor]) -> torch.optim.Optimizer:
+        if self.s.server_optimizer == "adam":
+            return torch.optim.Adam(variables, self.s.server_lr, betas=(0.5, 0.999))
+        return torch.optim.SGD(variables, self.s.server_lr, momentum=0.9)
 
     def _proxy_loss(self, server: Server, r: Round) -> ProxyLoss:
         proxy, like = _proxy(r), server.params
@@ -309,46 +335,43 @@ class FedLAW(Method[Settings]):
 
         def loss(u: Tensor, rows: Tensor) -> Tensor:
             x, y = proxy.x[rows], proxy.y[rows]
-            return r.task.loss(
-                trees.unravel(u, like), x, y, torch.ones(len(rows), device=x.device)
-            )
+            ones = torch.ones(len(rows), device=x.device)
+            return r.task.loss(trees.unravel(u, like), x, y, ones)
 
         return loss
 
     def _stack(self, server: Server, r: Round, reports: Iterable[Reports]) -> Mixture:
-        """Rows in the order of client ids, without those who have no example: ln 0 is no weight."""
-        w = trees.ravel(server.params)
-        limits.require(
-            len(r.cohort) * trees.nbytes(w),
-            w.device,
-            f"FedLAW holds the models of a cohort of {len(r.cohort):,}",
-        )
-        row_of = {client: row for row, client in enumerate(r.cohort.tolist())}
-        D, n = (
-            w.new_empty(len(r.cohort), len(w)),
-            torch.zeros(len(r.cohort), dtype=torch.float64),
-        )
+        """Rows in the order of client ids, without clients that have no example.
+
+        ln 0 is no weight.
+        """
+        w, cohort = trees.ravel(server.params), len(r.cohort)
+        what = f"FedLAW holds the models of a cohort of {cohort:,}"
+        memory.require(cohort * trees.nbytes(w), w.device, what)
+        D, n = w.new_empty(cohort, len(w)), torch.zeros(cohort, dtype=torch.float64)
         for p in reports:
             if len(p.clients) == 0:
                 continue
-            rows = torch.tensor([row_of[client] for client in p.clients.tolist()])
-            D[rows] = torch.cat(
-                [x.reshape(len(rows), -1) for x in trees.leaves(p.up.delta)], 1
-            )
+            rows = torch.searchsorted(r.cohort, p.clients)
+            deltas = [x.reshape(len(rows), -1) for x in trees.leaves(p.up.delta)]
+            D[rows] = torch.cat(deltas, 1)
             n[rows] = p.num_examples.double().cpu()
-        there = n.nonzero()[:, 0].tolist()
-        if not there:
-            raise TooFewReports("nobody reported with an example to its name")
-        for row, source in enumerate(
-            there
-        ):  # in place: a copy would need the memory twice
+        reported = n.nonzero()[:, 0].tolist()
+        if not reported:
+            raise TooFewReports("no client reported that has an example")
+        for row, source in enumerate(reported):  # in place: a copy would need it twice
             if row != source:
                 D[row] = D[source]
-        return Mixture(self.s, w, D[: len(there)], n[there].to(w.device))
+        return Mixture(self.s, w, D[: len(reported)], n[reported].to(w.device))
 
 
-ProxyLoss = Callable[[Tensor, Tensor], Tensor]
-"""(flat parameters [d], rows of the proxy set) -> mean loss, 0-d."""
+def _mean_delta(reports: Iterable[Reports]) -> Params:
+    """The mean by number of examples, as FedAvg takes it."""
+    total = RunningSum()
+    for p in reports:
+        total.add(p, by_examples(p.clients, p.num_examples))
+    delta: Params = total.mean(lambda: None).value.delta
+    return delta
 
 
 def _proxy(r: Round) -> Examples:
@@ -359,7 +382,10 @@ def _proxy(r: Round) -> Examples:
 
 
 def _coherence(D: Tensor) -> float:
-    """Mean cosine of two different clients' differences, from the norm of the sum of their directions."""
+    """Mean cosine of two different clients' differences.
+
+    From the norm of the sum of their directions.
+    """
     inverse = 1 / D.norm(dim=1).clamp(min=torch.finfo(D.dtype).tiny)
     total, m = D.T @ inverse, len(D)
     return float(((total @ total).item() - m) / (m * (m - 1)))

@@ -1,9 +1,12 @@
-"""FedProx - FedAvg with a proximal term on the clients (Li et al., MLSys 2020, Algorithm 2).
+"""FedProx - FedAvg with a proximal term on the clients (Li et al., MLSys 2020, Alg. 2).
 
-w_t  global parameters   w^k  local parameters of client k   mu  weight of the proximal term   eta  local step size
+w_t  global parameters           w^k  local parameters of client k
+mu   weight of the proximal term       eta  local step size
+
 Client k minimises h_k(w; w_t) = F_k(w) + mu/2 |w - w_t|^2, inexactly, by local SGD.
-Choice:  clients are weighted by number of examples, as in the authors' experiments; stragglers' partial work is a smaller number of
-         local steps, not a setting here.
+
+Choice:  clients are weighted by number of examples, as in the authors' experiments;
+         stragglers' partial work is a smaller number of local steps, not a setting here.
 Reduces: to FedAvg with mu = 0.
 """
 
@@ -16,9 +19,9 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round, Stateless
+from fedcore.types import Batches, Model, Params, Stateless
 
 
 class Settings(MethodSettings):
@@ -38,11 +41,12 @@ class FedProx(Method[Settings]):
     def train(
         self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
     ) -> tuple[Up, Stateless]:
+        # argmin h_k
         w, _, loss = local_sgd(
             task.loss, down.params, batches, self.s.local_lr, prox=self.s.mu
-        )  # argmin h_k
+        )
         return Up(trees.sub_(w, down.params), loss), state
 
     def round(self, server: Model, r: Round) -> Model:
-        mean = trees.weighted_mean(r.each(self.train, r.cohort, server))
+        mean = r.mean(self.train, r.cohort, server).value
         return Model(trees.add(server.params, mean.delta))

@@ -1,12 +1,18 @@
 """FedSim - partial personalisation, simultaneous update (Pillutla et al., ICML 2022).
 
-u  shared parameters   v_i  personal parameters of client i   v0  their start, the same for all   lambda  penalty on |v - v0|^2
-gamma_u, gamma_v  local step sizes   n_i  examples of client i
-    client   both gradients at the same point:  v <- v - gamma_v (grad_v f + 2 lambda (v - v0)),  u <- u - gamma_u grad_u f
+u  shared parameters             v_i  personal parameters of client i
+v0  their start, the same for all      lambda  penalty on |v - v0|^2
+gamma_u, gamma_v  local step sizes     n_i  examples of client i
+
+    client   both gradients at the same point:
+             v <- v - gamma_v (grad_v f + 2 lambda (v - v0)),  u <- u - gamma_u grad_u f
     server   u <- u + eta mean of the u_i - u;  v_i stays where it is
-Choice:  weights n_i (the authors' code has the number of batches); no 1/2 in the penalty, and its centre is v0, as in their code.
-Reduces: to FedAvg, bit for bit, with personal = []; to local training with ["all"]. FedPer: ["output"]; LG-FedAvg: ["body"];
-         FedBN: ["norm"]; pFedPara: ["factors"] of a pfedpara model; FedPerfix: ["prefix", "output"] of a vit with prefixes.
+
+Choice:  weights n_i (the authors' code has the number of batches); no 1/2 in the
+         penalty, and its centre is v0, as in their code.
+Reduces: to FedAvg, bit for bit, with personal = []; to local training with ["all"].
+         FedPer: ["output"]; LG-FedAvg: ["body"]; FedBN: ["norm"]; pFedPara: ["factors"]
+         of a pfedpara model; FedPerfix: ["prefix", "output"] of a vit with prefixes.
 """
 
 from __future__ import annotations
@@ -16,10 +22,10 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import on_client
+from fedcore.method import Round, on_client
 from fedcore.personal import Partial, Personal, PersonalSettings, Update, initial
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round
+from fedcore.types import Batches, Model
 
 
 class Settings(PersonalSettings):
@@ -49,26 +55,26 @@ class FedSim(Partial[Settings]):
         u, v, s = down.params, state.v, self.s
         v0 = initial(task, v)
 
-        def penalised(w: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-            value = task.loss(w, x, y, mask)
+        def penalised(params: dict[str, Tensor], *batch: Tensor) -> Tensor:
+            value = task.loss(params, *batch)
             for name, start in v0.items():
-                value = value + s.penalty * (w[name] - start).square().sum()
+                value = value + s.penalty * (params[name] - start).square().sum()
             return value
 
-        rates = {
-            name: (s.personal_lr or s.local_lr) if name in v else s.local_lr
-            for name in (*u, *v)
-        }
         loss = penalised if s.penalty else task.loss
-        w, _, value = local_sgd(
-            loss, {**u, **v}, batches, rates if s.personal_lr else s.local_lr
-        )
-        return Update({name: w[name] - u[name] for name in u}, value), Personal(
-            {name: w[name] for name in v}
-        )
+        w, _, value = local_sgd(loss, {**u, **v}, batches, self._step_sizes(u, v))
+        delta = {name: w[name] - u[name] for name in u}
+        return Update(delta, value), Personal({name: w[name] for name in v})
+
+    def _step_sizes(
+        self, u: dict[str, Tensor], v: dict[str, Tensor]
+    ) -> float | dict[str, float]:
+        """gamma_u for shared parameters, gamma_v for personal ones."""
+        if not self.s.personal_lr:
+            return self.s.local_lr
+        shared = dict.fromkeys(u, self.s.local_lr)
+        return shared | dict.fromkeys(v, self.s.personal_lr)
 
     def round(self, server: Model, r: Round) -> Model:
-        mean = trees.weighted_mean(
-            r.each(self.train, r.cohort, server)
-        ).delta  # weights n_i
-        return Model(trees.axpy(self.s.server_lr, mean, server.params))
+        mean = r.mean(self.train, r.cohort, server).value  # weights n_i
+        return Model(trees.axpy(self.s.server_lr, mean.delta, server.params))

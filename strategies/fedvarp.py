@@ -1,12 +1,21 @@
-"""FedVARP - variance reduction by the last update of every client (Jhunjhunwala et al., UAI 2022, Algorithm 1).
+"""FedVARP - variance reduction by the last update of every client.
 
-w_t  global parameters   w_i  local parameters   Delta_i = w_i - w_t   y_i  last Delta_i that arrived, 0 before the first
-y = (1/N) sum_j y_j   S_t  clients whose update arrived   p_i  rate at which client i takes part   N  population
-    v = y + (1/|S_t|) sum_{i in S_t} (Delta_i - y_i);   w_{t+1} = w_t + eta_s v;   y_i <- Delta_i for i in S_t
-Choice:  a round without updates moves along y, as the equation says (the code of the FedAU paper stands still there). The paper
-         samples cohorts of one size; where clients take part at rates of their own, weighting = "known" puts 1 / (N p_i) in the
-         place of 1/|S_t|, which keeps v unbiased.
-Reduces: to FedAvg with weighting "participating" when everybody always takes part; with "known" it is FedStale at beta = 1.
+Jhunjhunwala et al., UAI 2022, Algorithm 1.
+
+w_t  global parameters           w_i  local parameters    Delta_i = w_i - w_t
+y_i  last Delta_i that arrived, 0 before the first        y = (1/N) sum_j y_j
+S_t  clients whose update arrived      p_i  rate at which client i takes part
+N  population
+
+    v = y + (1/|S_t|) sum_{i in S_t} (Delta_i - y_i);   w_{t+1} = w_t + eta_s v;
+    y_i <- Delta_i for i in S_t
+
+Choice:  a round without updates moves along y, as the equation says (the code of the
+         FedAU paper stands still there). The paper samples cohorts of one size; where
+         clients take part at rates of their own, weighting = "known" puts 1 / (N p_i)
+         in the place of 1/|S_t|, which keeps v unbiased.
+Reduces: to FedAvg with weighting "participating" when everybody always takes part; with
+         "known" it is FedStale at beta = 1.
 """
 
 from __future__ import annotations
@@ -19,9 +28,9 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round, Stateless
+from fedcore.types import Batches, Model, Params, Stateless
 
 
 class Settings(MethodSettings):
@@ -34,7 +43,8 @@ class Settings(MethodSettings):
 
 class Server(NamedTuple):
     params: Params
-    y: Params  # mean of the memory over the population; float64, because it is a running sum
+    # Mean of the memory over the population; float64, because it is a running sum.
+    y: Params
 
 
 class Up(NamedTuple):
@@ -43,6 +53,8 @@ class Up(NamedTuple):
 
 
 class FedVARP(Method[Settings]):
+    needs_updates = True  # remembers the last of every client
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.zeros_like(params, torch.float64))
 
@@ -60,21 +72,19 @@ class FedVARP(Method[Settings]):
         return self.s.weighting == "known"
 
     def round(self, server: Server, r: Round) -> Server:
-        fresh, news, arrived = (
-            trees.zeros_like(server.params),
-            trees.zeros_like(server.y),
-            0,
-        )
-        for reported in r.each(self.train, r.cohort, Model(server.params)):
-            clients, delta = reported.clients, reported.up.delta
-            y, ones = r.memory.gather(clients), torch.ones(len(clients))
-            weight = 1 / r.known_rates()[clients] if self.needs_rates() else ones
+        fresh, news = trees.zeros_like(server.params), trees.zeros_like(server.y)
+        arrived = 0
+        for p in r.each(self.train, r.cohort, Model(server.params)):
+            delta, y = p.up.delta, r.memory.gather(p.clients)
+            ones = torch.ones(len(p.clients))
+            weight = 1 / r.known_rates()[p.clients] if self.needs_rates() else ones
             fresh = trees.add_weighted_(fresh, trees.sub(delta, y), weight)
             news = trees.add_weighted_(news, trees.sub(trees.double(delta), y), ones)
-            r.memory.put(clients, delta)  # y_i <- Delta_i
-            arrived += len(clients)
+            r.memory.put(p.clients, delta)  # y_i <- Delta_i
+            arrived += len(p.clients)
         count = r.population if self.needs_rates() else max(arrived, 1)
-        v = trees.axpy(1.0, trees.like(server.y, fresh), trees.scale(fresh, 1 / count))
+        y_before = trees.like(server.y, fresh)
+        v = trees.axpy(1.0, y_before, trees.scale(fresh, 1 / count))
         return Server(
             trees.axpy(self.s.server_lr, v, server.params),
             trees.axpy(1 / r.population, news, server.y),

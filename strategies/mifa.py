@@ -1,10 +1,16 @@
-"""MIFA - memory-augmented impatient federated averaging (Gu et al., NeurIPS 2021, Algorithm 1).
+"""MIFA - memory-augmented impatient federated averaging (Gu et al., NeurIPS 2021).
 
-w_t  global parameters   w_i  local parameters   Delta_i = w_i - w_t   G_i  last Delta_i that arrived, 0 before the first
-N  population   S_t  clients whose update arrived
+Algorithm 1.
+
+w_t  global parameters           w_i  local parameters    Delta_i = w_i - w_t
+G_i  last Delta_i that arrived, 0 before the first
+N  population                    S_t  clients whose update arrived
+
     G_i <- Delta_i for i in S_t, first;   w_{t+1} = w_t + eta_s (1/N) sum_j G_j
-Choice:  the paper lets every client take part in its first round; here G starts at zero and the divisor is N from the start, as in
-         the comparison of Wang and Ji (ICLR 2024), so that it starts slowly. A round without updates moves along the memory.
+
+Choice:  the paper lets every client take part in its first round; here G starts at zero
+         and the divisor is N from the start, as in the comparison of Wang and Ji (ICLR
+         2024), so that it starts slowly. A round without updates moves along the memory.
 Reduces: to FedAvg with weighting "participating" when everybody always takes part.
 """
 
@@ -18,9 +24,9 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round, Stateless
+from fedcore.types import Batches, Model, Params, Stateless
 
 
 class Settings(MethodSettings):
@@ -30,7 +36,8 @@ class Settings(MethodSettings):
 
 class Server(NamedTuple):
     params: Params
-    g: Params  # mean of the memory over the population; float64, because it is a running sum
+    # Mean of the memory over the population; float64, because it is a running sum.
+    g: Params
 
 
 class Up(NamedTuple):
@@ -39,6 +46,8 @@ class Up(NamedTuple):
 
 
 class Mifa(Method[Settings]):
+    needs_updates = True  # remembers the last of every client
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.zeros_like(params, torch.float64))
 
@@ -58,9 +67,7 @@ class Mifa(Method[Settings]):
             change = trees.sub(trees.double(p.up.delta), r.memory.gather(p.clients))
             news = trees.add_weighted_(news, change, torch.ones(len(p.clients)))
             r.memory.put(p.clients, p.up.delta)  # G_i <- Delta_i
-        g = trees.axpy(
-            1 / r.population, news, server.g
-        )  # before the step, unlike FedVARP and FedStale
-        return Server(
-            trees.axpy(self.s.server_lr, trees.like(g, server.params), server.params), g
-        )
+        # Before the step, unlike in FedVARP and FedStale.
+        g = trees.axpy(1 / r.population, news, server.g)
+        step = trees.like(g, server.params)
+        return Server(trees.axpy(self.s.server_lr, step, server.params), g)

@@ -1,11 +1,18 @@
-"""pFedMe - personalisation by Moreau envelopes (T. Dinh, Tran and Nguyen, NeurIPS 2020, Algorithm 1).
+"""pFedMe - personalisation by Moreau envelopes (T. Dinh, Tran, Nguyen, NeurIPS 2020).
 
-w  global parameters   w_i  local copy   theta_i  personal model   lambda  of 1/2 |theta - w_i|^2   eta, gamma  step sizes
-    client   for each batch: theta <- w_i, K steps of theta <- theta - gamma (grad f(theta) + lambda (theta - w_i)) on that batch;
+Algorithm 1.
+
+w  global parameters     w_i  local copy      theta_i  personal model
+lambda  of 1/2 |theta - w_i|^2                eta, gamma  step sizes
+
+    client   for each batch: theta <- w_i, K steps on that batch of
+             theta <- theta - gamma (grad f(theta) + lambda (theta - w_i));
              w_i <- w_i - eta lambda (w_i - theta)
     server   w <- (1 - beta) w + beta mean of the w_i, every client counting the same
-Choice:  the last theta is the client's model; one that has never taken part uses w. The gradient of the penalty is really there: in
-         the code that FedSim's and FedAlt's authors compare with it has no effect.
+
+Choice:  the last theta is the client's model; one that has never taken part uses w. The
+         gradient of the penalty is really there: in the code that FedSim's and FedAlt's
+         authors compare with it has no effect.
 """
 
 from __future__ import annotations
@@ -17,10 +24,11 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.personal import Own, Update, used
+from fedcore.reports import equally
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round
+from fedcore.types import Batches, Model, Params
 
 
 class Settings(MethodSettings):
@@ -47,18 +55,20 @@ class PFedMe(Method[Settings]):
         s, w, theta = self.s, down.params, down.params
         steps = total = batches.mask.new_zeros(())
         for k in range(len(batches.mask)):
-            again = Batches(
-                *(x[k].expand(s.inner_steps, *x.shape[1:]) for x in batches)
-            )
+            again = _repeated(batches, k, s.inner_steps)
             near, _, loss = local_sgd(task.loss, w, again, s.personal_lr, prox=s.lam)
             real = batches.mask[k].sum() > 0
             theta = trees.where(real, near, theta)
             w = trees.axpy(-s.local_lr * s.lam, trees.sub(w, near), w)
             steps, total = steps + real, total + loss
-        return Update(
-            trees.sub(w, down.params), total / steps.clamp(min=1)
-        ), state.after(theta, steps)
+        update = Update(trees.sub(w, down.params), total / steps.clamp(min=1))
+        return update, state.after(theta, steps)
 
     def round(self, server: Model, r: Round) -> Model:
-        mean = trees.uniform_mean(r.each(self.train, r.cohort, server)).delta
-        return Model(trees.axpy(self.s.server_lr, mean, server.params))
+        mean = r.mean(self.train, r.cohort, server, equally).value
+        return Model(trees.axpy(self.s.server_lr, mean.delta, server.params))
+
+
+def _repeated(batches: Batches, k: int, steps: int) -> Batches:
+    """Batch k, `steps` times."""
+    return Batches(*(x[k].expand(steps, *x.shape[1:]) for x in batches))

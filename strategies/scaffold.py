@@ -1,26 +1,31 @@
-"""SCAFFOLD - stochastic controlled averaging (Karimireddy et al., ICML 2020, Algorithm 1).
+"""SCAFFOLD - stochastic controlled averaging (Karimireddy et al., ICML 2020, Alg. 1).
 
-x  global parameters   y  local parameters   c, c_i  control variates   K  local steps   N  population   S  clients that reported
+x  global parameters     y  local parameters     c, c_i  control variates
+K  local steps           N  population           S  clients that reported
 eta_l, eta_g  local and server step size
-Choice:  option II for c_i, from the difference that is sent anyway: no extra gradient, noisier than option I when K is small.
-         Clients count the same, as in the paper; c_i starts at zero. A client whose report is lost on the way keeps its new c_i, as
-         it cannot know: c is then off by that change for good, while c_i itself stays right.
-Reduces: to FedAvg with weighting "participating" while all control variates are zero (the first round of every run).
+
+Choice:  option II for c_i, from the difference that is sent anyway: no extra gradient,
+         noisier than option I when K is small. Clients count the same, as in the paper;
+         c_i starts at zero. A client whose report is lost on the way keeps its new c_i,
+         as it cannot know: c is then off by that change for good, while c_i itself
+         stays right.
+Reduces: to FedAvg with weighting "participating" while all control variates are zero
+         (the first round of every run).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.reports import equally
 from fedcore.task import Task
-from fedcore.types import Batches, Params, Round
+from fedcore.types import Batches, Params
 
 
 class Settings(MethodSettings):
@@ -50,36 +55,21 @@ class Scaffold(Method[Settings]):
     def train(
         self, task: Task, t: Tensor, down: Server, state: Params, batches: Batches
     ) -> tuple[Up, Params]:
+        lr = self.s.local_lr
         drift = trees.sub(down.c, state)  # c - c_i
-        y, steps, loss = local_sgd(
-            task.loss, down.params, batches, self.s.local_lr, drift
-        )
+        y, steps, loss = local_sgd(task.loss, down.params, batches, lr, drift)
         delta = trees.sub_(y, down.params)
-        slope = trees.scale(
-            delta, -1 / (steps.clamp(min=1) * self.s.local_lr)
-        )  # (x - y) / (K eta_l)
-        dc = trees.scale(
-            trees.axpy(-1.0, down.c, slope), (steps > 0).to(steps.dtype)
-        )  # c_i^+ - c_i, option II; 0 without a step
+        # (x - y) / (K eta_l)
+        slope = trees.scale(delta, -1 / (steps.clamp(min=1) * lr))
+        # c_i^+ - c_i, option II; 0 without a step
+        change = trees.axpy(-1.0, down.c, slope)
+        dc = trees.scale(change, (steps > 0).to(steps.dtype))
         return Up(delta, dc, loss), trees.add(state, dc)
 
     def round(self, server: Server, r: Round) -> Server:
-        delta, dc, reported = (
-            trees.zeros_like(server.params),
-            trees.zeros_like(server.c),
-            0,
-        )
-        for p in r.each(self.train, r.cohort, server):
-            ones = torch.ones(len(p.clients))
-            delta = trees.add_weighted_(delta, p.up.delta, ones)
-            dc = trees.add_weighted_(dc, p.up.dc, ones)
-            reported += len(p.clients)
-        mean = trees.scale(delta, 1 / max(reported, 1))
-        return Server(
-            trees.axpy(
-                self.s.server_lr, mean, server.params
-            ),  # x + eta_g / |S| sum delta
-            trees.axpy(
-                1 / r.population, dc, server.c
-            ),  # c + |S| / N mean dc: the mean of all c_i
-        )
+        mean = r.mean(self.train, r.cohort, server, equally)
+        # x + eta_g / |S| sum delta
+        x = trees.axpy(self.s.server_lr, mean.value.delta, server.params)
+        # c + |S| / N mean dc: the mean of all c_i
+        c = trees.axpy(1 / r.population, mean.total.dc, server.c)
+        return Server(x, c)

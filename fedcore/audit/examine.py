@@ -61,6 +61,7 @@ from fedcore.errors import FedcoreError, SettingsError
 from fedcore.rng import rng, seed_of
 from fedcore.rounds import loop
 from fedcore.rounds.rundir import read_history, stored
+from fedcore.rounds.signals import signals
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.task import Task
 from fedcore.tasks import build_task
@@ -500,7 +501,7 @@ def examine(
     done: list[dict[str, Any]] = []
     warnings: list[str] = []
     failed: dict[str, str] = {}
-    with loop.signals(stop):
+    with signals(stop):
         for number, cell in enumerate(cells):
             observer.cell(number, len(cells), cell.name)
             file = out / "cells" / f"{_key(cell, plan)}.json"

@@ -27,15 +27,17 @@ from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.sources import Pixels
 from fedcore.engines.base import Work
+from fedcore.engines.message_shape import message_shape
 from fedcore.engines.sequential import Sequential
 from fedcore.errors import RunError, SettingsError
-from fedcore.method import Method, data_of
+from fedcore.method import Method, Round, data_of
+from fedcore.reports import Reports
 from fedcore.rng import rng
 from fedcore.rounds.participation import UniformProcess
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.rows import StateStore
 from fedcore.task import PerExample, Task, cross_entropy
-from fedcore.types import ClientFunction, Params, Reports, Round, Tree
+from fedcore.types import ClientFunction, Params, Tree
 
 FOLDER = "captures"
 
@@ -426,14 +428,20 @@ def simulate(e: Experiment, task: Task, clients: int, examples: int) -> list[Sub
     engine, everyone = Sequential(work, states), frozenset(range(clients))
     found: list[Exchange] = []
 
-    def each(fn: ClientFunction, ids: Tensor, down: Tree) -> Iterator[Reports]:
-        for r in engine.each(fn, ids, down, 0):
-            if r.failed:
-                raise RunError(
-                    f"client {next(iter(r.failed))} failed in a synthetic round: {next(iter(r.failed.values()))}"
-                )
-            found.extend(exchanges(method, 0, fn, down, r, everyone))
-            yield r
+    class SyntheticRound(Round):
+        def each(
+            self, fn: ClientFunction, ids: Tensor, down: Tree
+        ) -> Iterator[Reports]:
+            for r in engine.each(fn, ids, down, 0):
+                for client, reason in r.failed.items():
+                    raise RunError(
+                        f"client {client} failed in a synthetic round: {reason}"
+                    )
+                found.extend(exchanges(method, 0, fn, down, r, everyone))
+                yield r
+
+        def zero_message(self, fn: ClientFunction, down: Tree) -> Tree:
+            return trees.zeros_like(message_shape(work, fn, down, 0))
 
     memory = StateStore(method.init_memory(params), 10**9, Path)
     process = UniformProcess(clients, e.seed, clients)
@@ -441,7 +449,7 @@ def simulate(e: Experiment, task: Task, clients: int, examples: int) -> list[Sub
     rates = torch.from_numpy(np.asarray(process.rates))
     method.round(
         method.init_server(params, clients),
-        Round(0, cohort, clients, small, each, memory, e.seed, rates),
+        SyntheticRound(0, cohort, clients, small, memory, e.seed, rates),
     )
     last = {
         x.client: x for x in found

@@ -1,4 +1,4 @@
-"""Where client functions run, by name."""
+"""The engines, by name: where client functions run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def make(settings: EngineSettings, work: Work, states: StateStore) -> Engine:
-    """The in-process engine that the settings name, with the task moved to its device."""
+    """The in-process engine that the settings name, with the task on its device."""
     device = device_for(settings)
     if settings.name == "ray":
         from fedcore.engines.ray import Ray
@@ -29,5 +29,6 @@ def make(settings: EngineSettings, work: Work, states: StateStore) -> Engine:
 
         return Vectorised(work, states, settings.chunk)
     raise SettingsError(
-        'engine.name = "grid": clients are Flower nodes, which a Flower server has to start: use "flwr run .", see docs/flower.md'
+        'engine.name = "grid": clients are Flower nodes, which a Flower server has to '
+        'start: use "flwr run .", see docs/flower.md'
     )

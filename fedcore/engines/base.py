@@ -1,4 +1,4 @@
-"""What an engine is: where client functions run. The only door between a method and its clients."""
+"""What an engine is: the place where client functions run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.engines.readout import Readout, added, read
 from fedcore.engines.run_client import run_client
 from fedcore.errors import SettingsError
 from fedcore.messages.defence import Defence, DefenceSettings
 from fedcore.messages.links import Links, LinksSettings
-from fedcore.method import Method, data_of, evaluates
+from fedcore.method import Data, Method, data_of, evaluates
+from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.rng import seed_of, torch_seed
-from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning
+from fedcore.types import Batches, ClientFunction, Tree, Tuning
 
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings
@@ -32,22 +34,39 @@ log = logging.getLogger("fedcore")
 class Engine(Protocol):
     """Runs client functions somewhere, and brings back their reports."""
 
-    choices: dict[
-        str, Any
-    ]  # what the engine measured and chose (JSON), so that a resumed run computes the same bits
-    late: int  # answers, so far, that came when nobody waited for them any more; they change nothing
+    # Measurements and choices (JSON), so that a resumed run computes the same bits.
+    choices: dict[str, Any]
+    # Answers, so far, that came too late; they change nothing.
+    late: int
 
     @property
     def states(self) -> StateStore | None:
-        """What clients keep between rounds; None where they keep it themselves."""
+        """Rows that clients keep between rounds; None where they keep them."""
         ...
 
     def each(
         self, fn: ClientFunction, clients: Tensor, down: Tree, t: int
     ) -> Iterator[Reports]:
-        """Run `fn` for every client of `clients` (ascending ids) in round t; reports in any grouping, failures in `failed`.
+        """Run `fn` for every client of `clients` (ascending ids) in round t.
 
-        Reports of nobody are a pause, in which the run may be stopped. An engine that can sum where clients run returns `Answers`.
+        Reports come in any grouping, failures in `failed`. Reports of nobody are a
+        pause, in which the run may be stopped.
+        """
+        ...
+
+    def mean(
+        self,
+        fn: ClientFunction,
+        clients: Tensor,
+        down: Tree,
+        t: int,
+        weight: Weight,
+        total: RunningSum,
+    ) -> Iterator[Readout]:
+        """As `each`, with updates added to `total` instead of handed over.
+
+        An engine sums where clients run, if it can. Updates that are not finite are
+        left out, and named in `failed`.
         """
         ...
 
@@ -61,7 +80,10 @@ class Engine(Protocol):
 
 
 class Work:
-    """One client's work, as every engine does it: task, method, batch plan, defence, links and seed."""
+    """One client's work, as every engine does it.
+
+    Task, method, batch plan, defence, links and seed.
+    """
 
     def __init__(
         self,
@@ -71,39 +93,47 @@ class Work:
         seed: int,
         links: LinksSettings | None = None,
         defence: DefenceSettings | None = None,
+        *,
+        few_widths: bool = False,
     ) -> None:
-        """`defence` protects what clients send, `links` disturb what is sent; by default nothing does."""
+        """`defence` protects messages of clients, `links` disturb all messages.
+
+        By default neither does. With `few_widths` batches are padded to few widths, for
+        engines that record steps by shape.
+        """
         self.task, self.method, self.local, self.seed = task, method, local, seed
-        self.links, self.defence = (
-            Links(links or LinksSettings(), seed),
-            Defence(defence or DefenceSettings(), seed),
-        )
-        self.even = False  # batches padded to few widths, for engines that record steps by shape
+        self._noise = links or LinksSettings(), defence or DefenceSettings()
+        self.links = Links(self._noise[0], seed)
+        self.defence = Defence(self._noise[1], seed)
+        self.few_widths = few_widths
         self._now = (-1, torch.empty(0))
+
+    def with_few_widths(self) -> Work:
+        """The same work, with batches padded to few widths."""
+        task, method, local = self.task, self.method, self.local
+        return Work(task, method, local, self.seed, *self._noise, few_widths=True)
 
     def batches(
         self, fn: ClientFunction, clients: list[int], t: int
     ) -> Batches | Tuning:
-        """Stacked over the clients, [n, K, B, ...]."""
-        data, ids, kind = self.task.data, np.asarray(clients), data_of(fn)
+        """Batches stacked over the clients, [n, K, B, ...]."""
+        kind = data_of(fn)
         if kind == "tune":
-            train = data.batches(
-                ids, "train", self._tuning(), self.seed, t, 0, self.even
-            )
-            return Tuning(
-                train, data.batches(ids, "test", self.local, self.seed, t, 0, self.even)
-            )
-        plans = [
-            data.batches(ids, kind, self.local, self.seed, t, plan, self.even)
-            for plan in range(self.passes(fn))
-        ]
-        return (
-            plans[0]
-            if len(plans) == 1
-            else Batches(
-                *(_one_after_another(pieces) for pieces in zip(*plans, strict=True))
-            )
-        )
+            train = self._plan("train", clients, t, 0, self._tuning())
+            return Tuning(train, self._plan("test", clients, t, 0, self.local))
+        plans = []
+        for number in range(self.passes(fn)):
+            plans.append(self._plan(kind, clients, t, number, self.local))
+        if len(plans) == 1:
+            return plans[0]
+        fields = zip(*plans, strict=True)
+        return Batches(*(_one_after_another(pieces) for pieces in fields))
+
+    def _plan(
+        self, kind: Data, clients: list[int], t: int, number: int, local: LocalSettings
+    ) -> Batches:
+        ids, widths = np.asarray(clients), self.few_widths
+        return self.task.data.batches(ids, kind, local, self.seed, t, number, widths)
 
     def passes(self, fn: ClientFunction) -> int:
         """Plans of batches that `fn` gets."""
@@ -117,18 +147,16 @@ class Work:
         return self.passes(fn) * self.task.data.steps(clients, kind, self.local)
 
     def _tuning(self) -> LocalSettings:
-        return self.local.model_copy(
-            update={"epochs": self.method.finetuning.epochs, "steps": None}
-        )
+        epochs = self.method.finetuning.epochs
+        return self.local.model_copy(update={"epochs": epochs, "steps": None})
 
     def num_examples(self, fn: ClientFunction, clients: list[int]) -> Tensor:
-        """float32 [n]; of a fine-tuning, those that it is measured on."""
+        """float32 [n]; for a fine-tuning, the examples that it is measured on."""
         kind = "test" if data_of(fn) == "tune" else data_of(fn)
-        counts = self.task.data.num_examples(np.asarray(clients, dtype=np.int64), kind)
-        found: Tensor = trees.to(
-            torch.from_numpy(counts.astype(np.float32)), self.task.device
-        )
-        return found
+        ids = np.asarray(clients, dtype=np.int64)
+        counts = self.task.data.num_examples(ids, kind).astype(np.float32)
+        moved: Tensor = trees.to(torch.from_numpy(counts), self.task.device)
+        return moved
 
     def now(self, t: int) -> Tensor:
         """The round as a client function gets it: 0-d, on the task's device."""
@@ -139,7 +167,10 @@ class Work:
     def one(
         self, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int
     ) -> tuple[Tree, Tree]:
-        """(what arrives of `up`, new state) of one client; `state` is on the task's device."""
+        """(`up` as it arrives, new state) of one client.
+
+        `state` is on the task's device.
+        """
         batches = trees.at(self.batches(fn, [client], t), 0)
         down = self.links.carry(down, "downlink", fn, t, client)
         with self.model_noise(fn, t, client):
@@ -147,10 +178,9 @@ class Work:
         return self.send(up, fn, t, client), new
 
     def send(self, up: Tree, fn: ClientFunction, t: int, client: int) -> Tree:
-        """What arrives of a message: protected before it leaves, then disturbed on its way."""
-        return self.links.carry(
-            self.defence.protect(up, fn, t, client), "uplink", fn, t, client
-        )
+        """A message as it arrives: protected before it leaves, then disturbed."""
+        protected = self.defence.protect(up, fn, t, client)
+        return self.links.carry(protected, "uplink", fn, t, client)
 
     def arrives_as_is(self, fn: ClientFunction) -> bool:
         """Whether `send` changes nothing."""
@@ -158,70 +188,91 @@ class Work:
 
     @contextmanager
     def model_noise(self, fn: ClientFunction, t: int, client: int) -> Iterator[None]:
-        """Dropout and its like: on in training alone, and drawn from a key instead of from wherever the generator stands."""
-        training = data_of(fn) != "test"
-        if self.task.model.training != training:
-            self.task.model.train(training)
+        """Dropout and its like: on in training alone, and drawn from a key."""
+        is_training = data_of(fn) != "test"
+        if self.task.model.training != is_training:
+            self.task.model.train(is_training)
         with torch_seed(self.seed, "model", t, client):
-            if (
-                self.task.device.type == "cuda"
-            ):  # a generator of its own, which nothing else of ours draws from
+            if self.task.device.type == "cuda":
+                # A generator of its own, which nothing else here draws from.
                 torch.cuda.manual_seed(seed_of(self.seed, "model", t, client))
             yield
 
 
 def _one_after_another(plans: tuple[Tensor, ...]) -> Tensor:
-    """[n, K, ...] of each to [n, sum of K, ...], step by step in memory as `FederatedData.batches` has them."""
+    """[n, K, ...] of each to [n, sum of K, ...].
+
+    Step by step in memory, as `FederatedData.batches` has them.
+    """
     return torch.cat([x.transpose(0, 1) for x in plans]).transpose(0, 1)
 
 
-def report(work: Work, fn: ClientFunction, client: int, up: Tree) -> Reports:
-    """One client's report."""
-    stacked = trees.map(lambda x: x[None], up)
-    return Reports(torch.tensor([client]), stacked, work.num_examples(fn, [client]))
-
-
 class Done(NamedTuple):
-    """Clients that have done their work."""
+    """Clients that have done their work.
+
+    With a `total` no single update is needed: `reports.up` then has its scalars, and is
+    empty elsewhere.
+    """
 
     reports: Reports
     states: Tree  # new, stacked; nothing of those who failed
+    total: Tree = None  # sum_i weight_i up_i
 
 
-def alone(
+def run_alone(
     work: Work, fn: ClientFunction, client: int, down: Tree, state: Tree, t: int
 ) -> Done:
     """One client's work, as `sequential` does it; `state` is on the task's device."""
     try:
         up, new = work.one(fn, client, down, state, t)
-        return Done(report(work, fn, client, up), trees.map(lambda x: x[None], new))
-    except Exception as e:  # a client may fail in any way; the round goes on without it
-        return Done(failure([client], e), {})
+        num_examples = work.num_examples(fn, [client])
+    except Exception as error:  # a client may fail in any way; the round goes on
+        return Done(failure([client], error), {})
+    reports = Reports(torch.tensor([client]), _with_client_axis(up), num_examples)
+    return Done(reports, _with_client_axis(new))
 
 
-def keep(states: StateStore, fn: ClientFunction, done: Done) -> Reports:
-    """What came back, once the clients' new states are stored."""
+def _with_client_axis(tree: Tree) -> Tree:
+    return trees.map(lambda x: x[None], tree)
+
+
+def keep_states(states: StateStore, fn: ClientFunction, done: Done) -> Reports:
+    """The reports, once the clients' new states are stored."""
     if len(done.reports.clients) and not evaluates(fn):
         states.put(done.reports.clients, done.states)
     return done.reports
 
 
+def added_done(done: Done, weight: Weight, total: RunningSum) -> Iterator[Readout]:
+    """The readout of clients whose sum, or single updates, are added to `total`."""
+    reports = done.reports
+    if done.total is None:
+        yield from added([reports], weight, total)
+        return
+    weights = weight(reports.clients, reports.num_examples)
+    total.add_sum(reports.clients, done.total, weights)
+    for _, readout in read([reports]):
+        yield readout._replace(nbytes=len(reports.clients) * trees.nbytes(done.total))
+
+
 def failure(clients: list[int], error: BaseException | str) -> Reports:
-    """A report of nothing but why these clients have none. The reason is counted by its text before the first colon."""
+    """Reports that hold only why these clients have none.
+
+    The reason is counted by its text before the first colon.
+    """
     if isinstance(error, BaseException):
         log.debug("client %s failed", clients, exc_info=error)
         error = f"error: {type(error).__name__}: {error}"
-    return Reports(
-        torch.empty(0, dtype=torch.int64),
-        {},
-        torch.empty(0),
-        dict.fromkeys(clients, error),
-    )
+    nobody = torch.empty(0, dtype=torch.int64)
+    return Reports(nobody, {}, torch.empty(0), dict.fromkeys(clients, error))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Client work on one thread, whatever engine: the number of threads changes the order of sums, hence the bits."""
+    """Client work on one thread, whatever engine.
+
+    The number of threads changes the order of sums, hence the bits.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -232,10 +283,10 @@ def one_thread() -> Iterator[None]:
 
 def device_for(settings: EngineSettings) -> torch.device:
     """The device that the settings name. Raises SettingsError for cuda without one."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    has_cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_cuda:
         raise SettingsError(
-            'engine.device = "cuda": PyTorch sees no CUDA device here; set engine.device = "cpu" or "auto"'
+            'engine.device = "cuda": PyTorch sees no CUDA device here; set '
+            'engine.device = "cpu" or "auto"'
         )
-    return torch.device(
-        "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
-    )
+    return torch.device("cuda" if settings.device != "cpu" and has_cuda else "cpu")

@@ -1,4 +1,4 @@
-"""The one function that every engine calls for a client's work, in whatever process or batch that is."""
+"""The one function that every engine calls for a client's work."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def run_client(
 ) -> tuple[Tree, Tree]:
     """The client function: (what is sent, the client's new state).
 
-    A client whose work is not finite keeps its old state: one diverged round must not stay with it for good.
+    A client whose work is not finite keeps its old state: one diverged round must not
+    stay with it for good.
     """
     up, new = fn(task, t, down, state, batches)
     if trees.leaves(new):
-        ok = trees.finite(up) & trees.finite(new)
-        new = trees.where(ok, new, state)
+        is_finite = trees.finite(up) & trees.finite(new)
+        new = trees.where(is_finite, new, state)
     return up, new

@@ -1,4 +1,4 @@
-"""One client after another: obviously correct, and the oracle that every other engine is tested against."""
+"""One client after another: the oracle that every other engine is tested against."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.engines.base import Work, alone, keep, one_thread
+from fedcore.engines.base import Work, keep_states, one_thread, run_alone
+from fedcore.engines.readout import Readout, added
+from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.storage.rows import StateStore
-from fedcore.types import ClientFunction, Reports, Tree
+from fedcore.types import ClientFunction, Tree
 
 
 class Sequential:
@@ -25,12 +27,23 @@ class Sequential:
         self, fn: ClientFunction, clients: Tensor, down: Tree, t: int
     ) -> Iterator[Reports]:
         device = self.work.task.device
-        with one_thread():  # between clients too: to wake a second thread for each costs more than it brings
+        # Between clients too: waking a second thread for each costs more than it saves.
+        with one_thread():
             for client in clients.tolist():
                 state = trees.to(self.states.get(client), device)
-                yield keep(
-                    self.states, fn, alone(self.work, fn, client, down, state, t)
-                )
+                done = run_alone(self.work, fn, client, down, state, t)
+                yield keep_states(self.states, fn, done)
+
+    def mean(
+        self,
+        fn: ClientFunction,
+        clients: Tensor,
+        down: Tree,
+        t: int,
+        weight: Weight,
+        total: RunningSum,
+    ) -> Iterator[Readout]:
+        return added(self.each(fn, clients, down, t), weight, total)
 
     def describe(self) -> str:
         return f"sequential on {self.work.task.device}"

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fedcore import __version__
 from fedcore.config import Experiment
+from fedcore.engines.readout import Readout
 from fedcore.errors import SettingsError
-from fedcore.rounds.readout import Readout
 from fedcore.storage.checkpoint import write_atomically
 
 log = logging.getLogger("fedcore")

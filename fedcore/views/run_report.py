@@ -343,7 +343,7 @@ def _at_hand(task: str, data_folder: Path | None) -> bool:
 
 def _params_sha256(r: Run) -> str | None:
     """Of the last round's parameters, as `fedcore run --json` prints it; None where the checkpoint is gone or older."""
-    from fedcore.rounds.loop import params_sha256
+    from fedcore.rounds.result import params_sha256
 
     checkpoint = Checkpoint(r.folder / "checkpoint")
     try:

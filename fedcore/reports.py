@@ -1,0 +1,141 @@
+"""Reports of clients, and weighted sums and means of what they sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.errors import TooFewReports
+from fedcore.types import Tree
+
+__all__ = ["Mean", "Reports", "RunningSum", "Weight", "by_examples", "equally"]
+
+
+class Reports(NamedTuple):
+    """The reports of n clients; every tensor has a leading client axis."""
+
+    clients: Tensor  # [n] int64 logical ids, ascending
+    up: Tree  # [n, ...]
+    num_examples: Tensor  # [n] float32, the examples that the work was done on
+    # Clients that did not report, with the reason.
+    failed: Mapping[int, str] = MappingProxyType({})
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """The scalars among what the clients sent, by field name, each [n].
+
+        The loop logs them.
+        """
+        if not hasattr(self.up, "_asdict"):
+            return {}
+        fields: dict[str, Any] = self.up._asdict()
+        scalars: dict[str, Tensor] = {}
+        for name, value in fields.items():
+            if isinstance(value, Tensor) and value.ndim == 1:
+                scalars[name] = value
+        return scalars | dict(fields.get("metrics", {}))
+
+
+Weight = Callable[[Tensor, Tensor], Tensor]
+"""(client ids [n], their numbers of examples [n]) -> the weight of each, [n]."""
+
+
+def by_examples(clients: Tensor, num_examples: Tensor) -> Tensor:
+    """Weights of a mean in which every example counts the same, [n].
+
+    >>> by_examples(torch.tensor([4, 7]), torch.tensor([10.0, 30.0]))
+    tensor([10., 30.])
+    """
+    return num_examples
+
+
+def equally(clients: Tensor, num_examples: Tensor) -> Tensor:
+    """Weights of a mean in which every client counts the same, [n].
+
+    >>> equally(torch.tensor([4, 7]), torch.tensor([10.0, 30.0]))
+    tensor([1., 1.])
+    """
+    return torch.ones_like(num_examples)
+
+
+def weight_of(weight: Weight | Tensor, clients: Tensor) -> Weight:
+    """A weight as a function; a tensor holds one weight for each of `clients`.
+
+    Raises ValueError where a tensor has another length.
+    """
+    if not isinstance(weight, Tensor):
+        return weight
+    if weight.shape != clients.shape:
+        raise ValueError(
+            f"weights of shape {tuple(weight.shape)} for {len(clients)} clients: "
+            "expected one weight a client"
+        )
+
+    def by_client(asked: Tensor, num_examples: Tensor) -> Tensor:
+        return weight[torch.searchsorted(clients, asked)]
+
+    return by_client
+
+
+class Mean(NamedTuple):
+    """The weighted sum of the updates that arrived, and what to divide it by.
+
+    >>> mean = Mean(torch.tensor([8.0]), torch.tensor(4.0), torch.tensor([1, 2]))
+    >>> mean.value
+    tensor([2.])
+    """
+
+    total: Tree  # sum_i w_i up_i; zeros where nobody reported
+    weight: Tensor  # 0-d float64, sum_i w_i
+    clients: Tensor  # int64, the clients whose update is in it, as they arrived
+
+    @property
+    def value(self) -> Tree:
+        """total / weight. Raises TooFewReports where the weight is zero."""
+        if not bool(self.weight > 0):
+            raise TooFewReports("no client reported that has an example")
+        return trees.like(trees.scale(self.total, 1 / self.weight), self.total)
+
+
+class RunningSum:
+    """sum_i w_i up_i as updates come in: one model of memory, whatever the cohort."""
+
+    def __init__(self) -> None:
+        self._total: Tree = None
+        self._weight = torch.zeros((), dtype=torch.float64)
+        self._clients: list[Tensor] = []
+
+    def add(self, reports: Reports, weights: Tensor) -> None:
+        """Single updates, with one weight each, [n]."""
+        if len(reports.clients) == 0:
+            return
+        if self._total is None:
+            self._total = trees.weighted_sum(reports.up, weights)
+        else:
+            trees.add_weighted_(self._total, reports.up, weights)
+        self._count(reports.clients, weights)
+
+    def add_sum(self, clients: Tensor, total: Tree, weights: Tensor) -> None:
+        """The weighted sum of the updates of these clients, made elsewhere."""
+        if self._total is None:
+            self._total = trees.map(torch.clone, total)
+        else:
+            trees.map(torch.Tensor.add_, self._total, total)
+        self._count(clients, weights)
+
+    def _count(self, clients: Tensor, weights: Tensor) -> None:
+        self._clients.append(clients)
+        # In float64: a float32 sum is off by up to 6e-8 of a step.
+        self._weight = self._weight.to(weights.device) + weights.double().sum()
+
+    def mean(self, zeros: Callable[[], Tree]) -> Mean:
+        """The sum so far; `zeros()` is a message of zeros, for a sum of nothing."""
+        if self._total is None:
+            nobody = torch.empty(0, dtype=torch.int64)
+            return Mean(zeros(), self._weight, nobody)
+        return Mean(self._total, self._weight, torch.cat(self._clients))

@@ -1,0 +1,86 @@
+"""The outcome of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from fedcore.types import Params
+
+
+@dataclass
+class Result:
+    """The outcome of a run; `fedcore run --json` prints it."""
+
+    method: str
+    engine: str
+    seed: int
+    rounds: int
+    population: int
+    cohort: float  # mean clients asked a round
+    final: dict[str, Any]
+    history: list[dict[str, Any]]
+    clients_trained: int
+    clients_per_second: float
+    first_round_s: float
+    bytes_down: int
+    bytes_up: int
+    dropped: dict[str, int]
+    late_answers: int
+    params_sha256: str
+    run_dir: str
+    params: Params = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the parameters, ready for JSON."""
+        names = [f.name for f in fields(self) if f.name != "params"]
+        return {name: getattr(self, name) for name in names}
+
+
+def params_sha256(params: Params) -> str:
+    """SHA-256 over names, types, shapes and bytes, in order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        value = params[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        if value.numel():
+            digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def final_measures(rows: list[dict[str, Any]], evaluated_on: str) -> dict[str, Any]:
+    """The last evaluation: test set, clients, fine-tuning, privacy."""
+    final: dict[str, Any] = {
+        "test_loss": None,
+        "test_accuracy": None,
+        "client_accuracy": None,
+    }
+    evaluated = [row for row in rows if "test_loss" in row]
+    measured = evaluated[-1] if evaluated else {}
+    for key, value in measured.items():
+        if key.startswith(("test_", "client_", "finetuned_", "nmsd_")):
+            final[key] = value
+    if "privacy" in measured:
+        final["privacy"] = measured["privacy"]
+    final["clients_evaluated_on"] = evaluated_on
+    return final
+
+
+def dropped(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Clients left out in all rounds, by reason."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update(row["dropped"])
+    return dict(total)
+
+
+def clients_per_second(rows: list[dict[str, Any]]) -> float:
+    """Speed without the first round, which also warms up, where there are others."""
+    later = rows[1:] or rows
+    reports = sum(row["reports"] for row in later)
+    seconds = sum(row["seconds"] for row in later)
+    return float(reports / max(seconds, 1e-9))

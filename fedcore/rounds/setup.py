@@ -1,0 +1,128 @@
+"""The parts of a run, made in an order that matters, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedcore import engines, privacy, trees
+from fedcore.engines.base import Engine, Work
+from fedcore.method import Method
+from fedcore.rounds import refusals
+from fedcore.rounds.participation import Process
+from fedcore.rounds.result import params_sha256
+from fedcore.rounds.saving import Start
+from fedcore.split import split
+from fedcore.storage.rows import StateStore
+from fedcore.types import Params
+
+if TYPE_CHECKING:
+    from fedcore.config import Experiment
+    from fedcore.task import Task
+
+MakeEngine = Callable[[Work], Engine]
+
+
+class Parts(NamedTuple):
+    """Everything that a run computes with."""
+
+    task: Task  # on the engine's device
+    method: Method[Any]
+    process: Process
+    rates: Tensor | None  # p_i, float64 [population], where they are known
+    mechanism: privacy.Mechanism | None
+    params: Params  # initial, on the CPU
+    start: Start | None
+    work: Work
+    engine: Engine
+    memory: StateStore  # rows that the server keeps of single clients
+
+
+def prepare(
+    experiment: Experiment,
+    folder: Path,
+    make_engine: MakeEngine | None,
+    note: Callable[[str], None],
+) -> Parts:
+    """The parts of a run in `folder`.
+
+    Raises SettingsError for everything that can be found wrong; what the user should
+    know goes to `note`.
+    """
+    task = experiment.build_task()
+    task.check()
+    method = experiment.build_method()
+    process = refusals.participation_process(experiment, task)
+    refusals.refuse_unknown_rates(experiment, method, process)
+    mechanism = refusals.noise_mechanism(experiment, method, process)
+    params = task.init_params()
+    if experiment.finetune.epochs:
+        split(
+            params, experiment.finetune.parts
+        )  # refused now, not after the last round
+    work = Work(
+        task,
+        method,
+        experiment.local,
+        experiment.seed,
+        experiment.links,
+        experiment.defence,
+    )
+    client_row, memory_row = method.init_client(params), method.init_memory(params)
+    ram = _ram_of_a_store(experiment, [client_row, memory_row])
+    clients = StateStore(client_row, ram, partial(_spill, folder, "clients"))
+    if make_engine is None:
+        engine = engines.make(experiment.engine, work, clients)
+    else:
+        engine = make_engine(work)
+    # The task is on the engine's device now.
+    advice = method.check(task, process.largest)
+    if advice:
+        note(advice)
+    spill = partial(_spill, folder, "memory")
+    return Parts(
+        task=task,
+        method=method,
+        process=process,
+        rates=_arrival_rates(experiment, process),
+        mechanism=mechanism,
+        params=params,
+        start=_start(experiment, params),
+        work=work,
+        engine=engine,
+        memory=StateStore(memory_row, ram, spill, task.device),
+    )
+
+
+def _arrival_rates(experiment: Experiment, process: Process) -> Tensor | None:
+    """How often an update of each client arrives: it takes part and does not drop out."""
+    if process.rates is None:
+        return None
+    return torch.from_numpy(process.rates * (1 - experiment.participation.dropout))
+
+
+def _start(experiment: Experiment, params: Params) -> Start | None:
+    if experiment.initial is None:
+        return None
+    return Start(experiment.initial, params_sha256(params))
+
+
+def _ram_of_a_store(experiment: Experiment, rows: list[Any]) -> int:
+    """Bytes for each store that keeps anything."""
+    used = sum(trees.nbytes(row) > 0 for row in rows)
+    return int(experiment.checkpoint.state_ram_gb * 1e9) // max(used, 1)
+
+
+def _spill(run_dir: Path, name: str) -> Path:
+    """Where a store's mapped files go.
+
+    No method: a store that knew its loop would keep a finished run in memory.
+    """
+    folder = run_dir / "state" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -143,7 +143,8 @@ def to(tree: Tree, device: torch.device) -> Tree:
 
 def _pinned(x: Tensor) -> Tensor:
     # A row that stands for all has no memory of its own to write to.
-    return (x.contiguous() if 0 in x.stride() else x).pin_memory()
+    whole = x.contiguous() if 0 in x.stride() else x
+    return whole.pin_memory()
 
 
 def fetch(tree: T) -> Callable[[], T]:
@@ -264,7 +265,8 @@ def weighted_sum(tree: Tree, weights: Tensor) -> Tree:
     def summed(x: Tensor) -> Tensor:
         if _has_equal_rows(x):
             return x[0] * weights.to(x).sum()
-        return torch.tensordot(weights.to(x), x, 1)
+        total: Tensor = torch.tensordot(weights.to(x), x, 1)
+        return total
 
     return map(summed, tree)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -150,22 +151,14 @@ class Chunks:
         down_dim = 0 if has_own_down else None
         in_dims = (None, down_dim, 0 if trees.leaves(states) else None, 0)
 
-        def client(
-            now: Tensor, down: Tree, state: Tree, batch: Batches | Tuning
-        ) -> tuple[Tree, Tree]:
-            return run_client(fn, work.task, now, down, state, batch)
-
-        def clients(inputs: Tree) -> tuple[Tree, Tree]:
-            batched = vmap(client, in_dims=in_dims, randomness="different")
-            outputs: tuple[Tree, Tree] = batched(*inputs)
-            return outputs
-
+        client = partial(run_client, fn, work.task)
+        clients = vmap(client, in_dims=in_dims, randomness="different")
         inputs = (work.now(t), down, states, batches)
         if self.graphs is None:
-            up, new = clients(inputs)
+            up, new = clients(*inputs)
         else:
             kind = (fn.__name__, in_dims, work.task.model.training)
-            up, new = self.graphs.run(kind, clients, inputs)
+            up, new = self.graphs.run(kind, lambda own: clients(*own), inputs)
         assert all(len(x) == n for x in trees.leaves(up))
         if chunk is not None and trees.leaves(up) and not work.arrives_as_is(fn):
             sent = []

@@ -150,10 +150,9 @@ class Vectorised:
             if self._is_cuda:
                 yield from self._on_gpu(call, chunks)
                 return
-            while chunks and not (len(chunks) > 1 and self._may_fork(call)):
-                yield from self._stored(call, self._here(call, chunks.pop(0)))
-            if chunks:
-                yield from self._side_by_side(call, chunks)
+            for done in self._on_cpu(call, chunks):
+                keep_states(self.states, fn, done)
+                yield done
 
     def _chunk_size(
         self, fn: ClientFunction, ids: np.ndarray, down: Tree, t: int
@@ -167,10 +166,8 @@ class Vectorised:
 
     def chunks(self, fn: ClientFunction, clients: np.ndarray) -> list[list[int]]:
         """Chunks of these clients, the longest first, once the size is known."""
-        size, steps = (
-            self.chunk or self.choices[fn.__name__],
-            self.work.steps(fn, clients),
-        )
+        size = self.chunk or self.choices[fn.__name__]
+        steps = self.work.steps(fn, clients)
         order = np.argsort(-steps, kind="stable")
         ordered = clients[order].tolist()
         processes = self.choices.setdefault(PROCESSES, self.processes)
@@ -204,11 +201,6 @@ class Vectorised:
             return None
         num_examples = self.work.num_examples(call.fn, chunk)
         return call.weight(torch.tensor(chunk), num_examples)
-
-    def _stored(self, call: Call, done: list[Done]) -> Iterator[Done]:
-        for clients in done:
-            keep_states(self.states, call.fn, clients)
-            yield clients
 
     # On a GPU
 
@@ -257,15 +249,15 @@ class Vectorised:
 
     # On all cores
 
-    def _may_fork(self, call: Call) -> bool:
-        """Whether forks know the structures that this call needs."""
-        forms = self._forms.get(call.name)
-        if self.processes == 1 or forms is None:
-            return False
-        return bool(forms.down == pytree.tree_structure(call.down))
+    def _on_cpu(self, call: Call, chunks: list[list[int]]) -> Iterator[Done]:
+        """Chunks in this process, until forks know all that they need; then in forks.
 
-    def _side_by_side(self, call: Call, chunks: list[list[int]]) -> Iterator[Done]:
-        """Chunks on all processes; handed on in their order."""
+        Handed on in their order.
+        """
+        while chunks and not (len(chunks) > 1 and self._may_fork(call)):
+            yield from self._here(call, chunks.pop(0))
+        if not chunks:
+            return
         if self._forks is None or self._forms_in_forks != self._forms:
             self.close()
             self._forms_in_forks = dict(self._forms)
@@ -274,10 +266,16 @@ class Vectorised:
         answers = self._forks.run(jobs, trees.leaves(call.down))
         for chunk, (outcomes, tensors) in zip(chunks, answers, strict=True):
             if outcomes is None:
-                done = self._here(call, chunk)
+                yield from self._here(call, chunk)
             else:
-                done = self._unpacked(call, outcomes, tensors)
-            yield from self._stored(call, done)
+                yield from self._unpacked(call, outcomes, tensors)
+
+    def _may_fork(self, call: Call) -> bool:
+        """Whether forks know the structures that this call needs."""
+        forms = self._forms.get(call.name)
+        if self.processes == 1 or forms is None:
+            return False
+        return bool(forms.down == pytree.tree_structure(call.down))
 
     def _job(self, call: Call, chunk: list[int]) -> tuple[Job, list[Tensor]]:
         weights, states = self._weights(call, chunk), self._gathered(chunk)

@@ -86,28 +86,28 @@ class OpenRound(Round):
     ) -> Mean:
         total, weigh = RunningSum(), weight_of(weight, clients)
         clients = self._ask(fn, clients, down)
-        if len(clients):
-            for readout in self._summed(fn, clients, down, weigh, total):
+        if len(clients) and self.desk.captures.wanted:
+            self._capture(fn, clients, down, weigh, total)
+        elif len(clients):
+            engine = self.desk.engine
+            for readout in engine.mean(fn, clients, down, self.t, weigh, total):
                 self._count(fn, readout)
         return total.mean(lambda: self.zero_message(fn, down))
 
-    def _summed(
+    def _capture(
         self,
         fn: ClientFunction,
         clients: Tensor,
         down: Tree,
         weigh: Weight,
         total: RunningSum,
-    ) -> Iterator[Readout]:
-        engine, captures = self.desk.engine, self.desk.captures
-        if not captures.wanted:
-            yield from engine.mean(fn, clients, down, self.t, weigh, total)
-            return
-        reports = engine.each(fn, clients, down, self.t)
+    ) -> None:
+        """The sum in a round that an audit looks at, which needs single updates."""
+        reports = self.desk.engine.each(fn, clients, down, self.t)
         for usable, readout in read_finite(reports):
             total.add(usable, weigh(usable.clients, usable.num_examples))
-            captures.add(self.t, fn, down, usable)
-            yield readout
+            self.desk.captures.add(self.t, fn, down, usable)
+            self._count(fn, readout)
 
     def _ask(self, fn: ClientFunction, clients: Tensor, down: Tree) -> Tensor:
         """The clients that hear the message, entered as asked."""

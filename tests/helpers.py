@@ -16,7 +16,9 @@ from fedcore.config import Experiment
 from fedcore.errors import TooFewReports
 from fedcore.rounds.loop import Loop, Quiet
 from fedcore.storage.rows import StateStore
-from fedcore.types import Reports, Round, Tree
+from fedcore.method import Round
+from fedcore.reports import Reports
+from fedcore.types import Tree
 
 STRATEGIES = sorted(
     p.stem for p in (Path(__file__).parent.parent / "strategies").glob("[!_]*.py")

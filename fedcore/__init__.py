@@ -1,4 +1,4 @@
-"""fedcore: federated learning that is simulated, deployed and audited with the same method file."""
+"""fedcore: federated learning, simulated, deployed and audited with one method file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import importlib
 import os
 from typing import Any
 
-__version__ = "0.1.0"  # as in pyproject.toml, where Flower wants to read it; inside a Flower app there is no installed version
+# As in pyproject.toml, where Flower wants to read it; inside a Flower app there is no
+# installed version.
+__version__ = "0.1.0"
 
-# PyTorch's threads would spin for milliseconds when they wait, on cores that clients need. Heard only before PyTorch is imported.
+# PyTorch's threads would spin for milliseconds when they wait, on cores that clients
+# need. Heard only before PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOME = {

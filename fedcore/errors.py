@@ -1,8 +1,14 @@
-"""What goes wrong in a way a person can act on. Messages say what was found, what was expected and what to do."""
+"""Errors that a person can act on.
+
+Messages say what was found, what was expected and what to do.
+"""
 
 
 class FedcoreError(Exception):
-    """Base of every error of ours; the command line prints its message alone and exits with `exit_status`."""
+    """Base of every error of fedcore.
+
+    The command line prints its message alone and exits with `exit_status`.
+    """
 
     exit_status = 1
 
@@ -18,4 +24,7 @@ class RunError(FedcoreError):
 
 
 class TooFewReports(RunError):
-    """Fewer clients reported than the round needs; the loop leaves the server as it was and goes on."""
+    """Fewer clients reported than the round needs.
+
+    The loop leaves the server as it was and goes on.
+    """

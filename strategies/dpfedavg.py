@@ -16,7 +16,8 @@ Sends:   the clipped difference and nothing else: a loss would be neither clippe
          noised.
 Guards:  the sequence of global models; the server itself reads every update. For noise
          on the clients: `defence`, with fedavg.
-Reduces: to FedAvg with uniform weights when z = 0, C is large, and everybody takes part.
+Reduces: to FedAvg with uniform weights when z = 0, C is large, and everybody takes
+         part.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ class Settings(PersonalSettings):
     def _works(self) -> Settings:
         if self.shared_passes + self.personal_passes == 0:
             raise ValueError(
-                "shared_passes and personal_passes are both 0: expected one of them to be positive"
+                "shared_passes and personal_passes are both 0: expected one of them to "
+                "be positive"
             )
         return self
 

@@ -13,8 +13,8 @@ K  local steps of a miner        eta_l, eta_s  local and server step size
     server    x_{t+1} = x_t + eta_s (mean of y_K - x_t over the miners);
               x_t without miners
 
-Choice:  caches are the server's, as in the authors' code: a message that is lost changes
-         nothing. Before the first round every client is asked for its gradient; a
+Choice:  caches are the server's, as in the authors' code: a message that is lost
+         changes nothing. Before the first round every client is asked for its gradient; a
          client that did not answer has no cache, is left out of vbar, and is an anchor
          when it first takes part. `period` is the authors' sequential schedule. The
          server tosses the coins, so that only miners get vbar.
@@ -54,7 +54,7 @@ class Settings(MethodSettings):
     period: int | None = Field(
         None,
         ge=2,
-        description="tau: all are anchors every tau-th round, and miners else; replaces p",
+        description="tau: all are anchors every tau-th round, else miners; replaces p",
     )
 
 

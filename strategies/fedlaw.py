@@ -94,8 +94,8 @@ class Settings(MethodSettings):
     )
     swa: bool = Field(
         False,
-        description="two stages, lam averaged over epochs and then gam; takes 14 server "
-        "epochs or more",
+        description="two stages, lam averaged over epochs and then gam; takes 14 "
+        "server epochs or more",
     )
 
     @model_validator(mode="after")

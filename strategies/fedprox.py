@@ -6,7 +6,7 @@ mu   weight of the proximal term       eta  local step size
 Client k minimises h_k(w; w_t) = F_k(w) + mu/2 |w - w_t|^2, inexactly, by local SGD.
 
 Choice:  clients are weighted by number of examples, as in the authors' experiments;
-         stragglers' partial work is a smaller number of local steps, not a setting here.
+         stragglers' partial work is fewer local steps, not a setting here.
 Reduces: to FedAvg with mu = 0.
 """
 

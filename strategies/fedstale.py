@@ -1,4 +1,6 @@
-"""FedStale - a mixture of fresh and stale updates (Rodio, Neglia, arXiv 2405.04171, 2024).
+"""FedStale - a mixture of fresh and stale updates (Rodio and Neglia, 2024).
+
+arXiv 2405.04171.
 
 w_t  global parameters           w_i  local parameters
 Delta_i = w_i - w_t (the paper's sign is the opposite)    beta  stale weight

@@ -10,7 +10,8 @@ N  population                    S_t  clients whose update arrived
 
 Choice:  the paper lets every client take part in its first round; here G starts at zero
          and the divisor is N from the start, as in the comparison of Wang and Ji (ICLR
-         2024), so that it starts slowly. A round without updates moves along the memory.
+         2024), so that it starts slowly. A round without updates moves along the
+         memory.
 Reduces: to FedAvg with weighting "participating" when everybody always takes part.
 """
 

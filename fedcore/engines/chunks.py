@@ -40,7 +40,7 @@ class Chunks:
         self.work = work if self.noisy else work.with_few_widths()
         self.recorder = None if self.noisy else Recorder()
         self.graphs = Graphs() if is_cuda and not self.noisy else None
-        # Most clients at once, by function, since the GPU had no room for twice as many.
+        # Most clients at once, by function, since a GPU had no room for twice as many.
         self._room: dict[str, int] = {}
 
     def run(

@@ -4,8 +4,8 @@ Every worker holds the task once (its arrays shared, not copied, on one machine)
 receives client ids and one broadcast of the server's message, and runs clients exactly
 as `sequential` does; reports are handed on one client at a time, in ascending order. So
 the result has the bits of `sequential`, whatever the number of workers. With
-`engine.chunk` workers run chunks of so many clients as `vectorised` does: the same up to
-rounding, and the same bits for any number of workers.
+`engine.chunk` workers run chunks of so many clients as `vectorised` does: the same up
+to rounding, and the same bits for any number of workers.
 """
 
 from __future__ import annotations

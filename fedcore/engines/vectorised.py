@@ -1,7 +1,7 @@
 """Clients in chunks, each one batched computation, side by side on all cores.
 
-The default engine. Local steps run from recordings (`fedcore.speed.recording`). On a CPU
-every chunk is the work of one process, a fork of this one, on one thread: no core waits
+The default engine. Local steps run from recordings (`fedcore.speed.recording`). On a
+CPU every chunk is the work of one process, a fork of this one, on one thread: no core waits
 for another at every small operation, and the process that does it changes no bit.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cached_property
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,12 +22,12 @@ from fedcore.engines.base import (
     Done,
     Work,
     added_done,
-    failure,
     keep_states,
     one_thread,
 )
 from fedcore.engines.calibration import Calibration
 from fedcore.engines.chunks import Chunks, pack
+from fedcore.engines.packing import Forms, Job, Outcome, packed, unpacked
 from fedcore.engines.readout import Readout, added
 from fedcore.method import evaluates
 from fedcore.reports import Reports, RunningSum, Weight
@@ -38,36 +37,6 @@ from fedcore.types import ClientFunction, Tree
 
 PIECE = 8  # clients that a process takes at once where they go one by one
 PROCESSES = "processes"  # beside the chunk sizes by function in `choices`
-
-
-class Forms(NamedTuple):
-    """The structures of a client function's trees.
-
-    A fork knows them, and only their leaves are sent.
-    """
-
-    down: pytree.TreeSpec
-    state: pytree.TreeSpec
-    up: pytree.TreeSpec
-    new: pytree.TreeSpec
-
-
-class Job(NamedTuple):
-    """A chunk for a fork; its tensors are the weights, if any, and the states."""
-
-    function: str
-    chunk: list[int]
-    t: int
-    size: int
-    has_weights: bool
-
-
-class Outcome(NamedTuple):
-    """Clients of a chunk as a fork answers them, without their tensors."""
-
-    clients: list[int]
-    failed: dict[int, str]
-    has_total: bool
 
 
 class Call(NamedTuple):
@@ -268,7 +237,7 @@ class Vectorised:
             if outcomes is None:
                 yield from self._here(call, chunk)
             else:
-                yield from self._unpacked(call, outcomes, tensors)
+                yield from unpacked(outcomes, tensors, self._forms[call.name])
 
     def _may_fork(self, call: Call) -> bool:
         """Whether forks know the structures that this call needs."""
@@ -282,25 +251,6 @@ class Vectorised:
         job = Job(call.name, chunk, call.t, call.size, weights is not None)
         tensors = [] if weights is None else [weights]
         return job, tensors + trees.leaves(states)
-
-    def _unpacked(
-        self, call: Call, outcomes: list[Outcome], tensors: list[Tensor]
-    ) -> list[Done]:
-        """A fork's answer, with the structures that it left out."""
-        forms, rest, done = self._forms[call.name], iter(tensors), []
-
-        def next_tree(form: pytree.TreeSpec) -> Tree:
-            return pytree.tree_unflatten(islice(rest, form.num_leaves), form)
-
-        for clients, failed, has_total in outcomes:
-            if failed:
-                done.append(Done(failure([], "")._replace(failed=failed), {}))
-                continue
-            num_examples = next(rest)
-            up, new = next_tree(forms.up), next_tree(forms.new)
-            reports = Reports(torch.tensor(clients), up, num_examples)
-            done.append(Done(reports, new, next_tree(forms.up) if has_total else None))
-        return done
 
     def _in_fork(
         self, job: Job, down: list[Tensor], tensors: list[Tensor]
@@ -317,20 +267,7 @@ class Vectorised:
             job.size,
             weights,
         )
-        outcomes, answer = [], list[Tensor]()
-        for reports, new, total in done:
-            has_total = total is not None
-            clients, failed = reports.clients.tolist(), dict(reports.failed)
-            outcomes.append(Outcome(clients, failed, has_total))
-            if failed:
-                continue
-            structures = pytree.tree_structure(reports.up), pytree.tree_structure(new)
-            if structures != (forms.up, forms.new):
-                return None, []
-            answer += [reports.num_examples, *trees.leaves(reports.up)]
-            answer += trees.leaves(new)
-            answer += trees.leaves(total) if has_total else []
-        return outcomes, answer
+        return packed(done, forms)
 
     def describe(self) -> str:
         chosen = []

@@ -58,8 +58,8 @@ def run(
 ) -> Result:
     """Run an experiment to its last round, or a stopped one from where it is.
 
-    `out` is the run directory (default: a new one in runs/), `resume` an existing one to
-    go on with. `engine` makes another engine than the one that the settings name.
+    `out` is the run directory (default: a new one in runs/), `resume` an existing one
+    to go on with. `engine` makes another engine than the one that the settings name.
     Raises SettingsError, RunError, and Interrupted (after a checkpoint) on SIGINT.
     """
     folder = open_run_dir(experiment, out, resume)

@@ -49,8 +49,8 @@ def refuse_unknown_rates(
     """Raises SettingsError where the method asks for rates that nobody knows."""
     if process.rates is None and method.needs_rates():
         raise SettingsError(
-            f'participation.name = "{experiment.participation.name}" has no known rates '
-            "p_i, which the settings of the method ask for"
+            f'participation.name = "{experiment.participation.name}" has no known '
+            "rates p_i, which the settings of the method ask for"
         )
 
 
@@ -65,9 +65,9 @@ def noise_mechanism(
     needs_differences = defence.clip is not None or defence.top_k < 1
     if not method.differences and needs_differences:
         raise SettingsError(
-            "defence.clip and defence.top_k act on differences to the global model, but "
-            f"{name} sends other things (whole models, or gradients): leave them out, or "
-            "choose a method whose messages are differences, e.g. fedavg"
+            "defence.clip and defence.top_k act on differences to the global model, "
+            f"but {name} sends other things (whole models, or gradients): leave them "
+            "out, or choose a method whose messages are differences, e.g. fedavg"
         )
     try:
         own = method.mechanism(process)
@@ -89,7 +89,7 @@ def noise_mechanism(
         )
     if own.noise_multiplier and experiment.min_reports:
         raise SettingsError(
-            f"min_reports = {experiment.min_reports}: a round that is skipped would tell "
-            f"who was there; with {name} set min_reports = 0"
+            f"min_reports = {experiment.min_reports}: a round that is skipped would "
+            f"tell who was there; with {name} set min_reports = 0"
         )
     return own

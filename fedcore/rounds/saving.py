@@ -150,7 +150,7 @@ def read_header(
     header = checkpoint.read()
     if header["round"] > rounds:
         raise SettingsError(
-            f"rounds = {rounds}, but {folder} has done {header['round']}: set rounds to "
-            "at least that"
+            f"rounds = {rounds}, but {folder} has done {header['round']}: set rounds "
+            "to at least that"
         )
     return header

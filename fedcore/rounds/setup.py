@@ -100,7 +100,7 @@ def prepare(
 
 
 def _arrival_rates(experiment: Experiment, process: Process) -> Tensor | None:
-    """How often an update of each client arrives: it takes part and does not drop out."""
+    """How often each client's update arrives: it takes part, and does not drop out."""
     if process.rates is None:
         return None
     return torch.from_numpy(process.rates * (1 - experiment.participation.dropout))

@@ -66,7 +66,7 @@ class Tally:
             )
 
     def messages(self, before: Tensor) -> Tensor:
-        """Messages of each client up to this round, int64; [0] where none are counted."""
+        """Messages of each client so far, int64; [0] where they are not counted."""
         after = before.clone()
         if len(before):
             for senders in self.senders.values():

@@ -14,10 +14,10 @@ K  local steps of a miner        eta_l, eta_s  local and server step size
               x_t without miners
 
 Choice:  caches are the server's, as in the authors' code: a message that is lost
-         changes nothing. Before the first round every client is asked for its gradient; a
-         client that did not answer has no cache, is left out of vbar, and is an anchor
-         when it first takes part. `period` is the authors' sequential schedule. The
-         server tosses the coins, so that only miners get vbar.
+         changes nothing. Before the first round every client is asked for its
+         gradient; a client that did not answer has no cache, is left out of vbar, and
+         is an anchor when it first takes part. `period` is the authors' sequential
+         schedule. The server tosses the coins, so that only miners get vbar.
 Reduces: with period 2, K = 1 and everybody taking part, to a step of gradient descent
          every second round; to FedAvg never (K > 1).
 Heed:    dropout, momentum or clipping inside local steps break the recursion. Anchors

@@ -1,8 +1,8 @@
 """Clients in chunks, each one batched computation, side by side on all cores.
 
 The default engine. Local steps run from recordings (`fedcore.speed.recording`). On a
-CPU every chunk is the work of one process, a fork of this one, on one thread: no core waits
-for another at every small operation, and the process that does it changes no bit.
+CPU every chunk is the work of one process, a fork of this one, on one thread: no core
+waits for another at every small operation, and the process that does it changes no bit.
 """
 
 from __future__ import annotations

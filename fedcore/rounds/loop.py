@@ -32,11 +32,11 @@ from fedcore.errors import RunError, SettingsError, TooFewReports
 from fedcore.messages.links import LinkSettings
 from fedcore.method import Method, evaluates
 from fedcore.rng import rng
+from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.participation import Process, UniformProcess, answering
 from fedcore.rounds.readout import Readout, read
 from fedcore.rounds.rundir import (
     PERCENTILES,
-    ClientTable,
     lock,
     make_run_dir,
     open_run_dir,
@@ -238,7 +238,7 @@ class Loop:
             0, trees.to(server, self.task.device), self.process.start(), sent
         )
         self.history: list[dict[str, Any]] = []
-        self.clients = ClientTable(folder / "clients.parquet")
+        self.clients = ClientTable(folder)
         self.captures = Captures(folder, e, self.method)
         if facts is not None:
             self._restore(facts)
@@ -248,6 +248,7 @@ class Loop:
         self.history = read_history(folder, self.state.t)
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(folder / "metrics.jsonl", lines.encode())
+        self.clients.cut(self.state.t)
         self._evaluated = self._evaluated_clients()
         self._saved = time.perf_counter()
         self._warned: set[str] = set()
@@ -255,6 +256,7 @@ class Loop:
 
     def close(self) -> None:
         self.engine.close()
+        self.clients.merge()
         if self._lock is not None:
             self._lock.close()
         shutil.rmtree(self.folder / "state", ignore_errors=True)
@@ -595,7 +597,6 @@ class Loop:
         for name, store in self.stores.items():
             if name in facts:
                 store.load(facts[name], partial(self._block, name))
-        self.clients.read(t)
 
     def _block(self, name: str, number: int) -> dict[str, Tensor]:
         return self.checkpoint.part(f"{name}-{number}")

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors.torch import load, save
 from torch import Tensor
@@ -23,15 +24,30 @@ VERSION = 1
 STATE = "state.json"
 
 
-def write_atomically(file: Path, content: bytes, sync: bool = True) -> None:
-    """The file holds either what it held or `content`, whatever happens; without `sync`, whatever happens to this process."""
+@contextmanager
+def replacing(file: Path, sync: bool = True) -> Iterator[IO[bytes]]:
+    """A new file to write to, which takes the place of `file` at the end.
+
+    Whatever happens to this process, and with `sync` to the machine, the file holds
+    what it held before or all that was written.
+    """
     part = file.with_name(f".{file.name}.part")
-    with part.open("wb") as f:
-        f.write(content)
-        if sync:
-            f.flush()
-            os.fsync(f.fileno())
-    part.replace(file)
+    try:
+        with part.open("wb") as sink:
+            yield sink
+            if sync:
+                sink.flush()
+                os.fsync(sink.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(file: Path, content: bytes, sync: bool = True) -> None:
+    """Replace the file by `content` in one step, as `replacing` does."""
+    with replacing(file, sync) as sink:
+        sink.write(content)
 
 
 class Checkpoint:

@@ -154,7 +154,7 @@ class Chunks:
         own_down = (
             chunk is not None
             and bool(trees.leaves(down))
-            and not work.links.silent("downlink", fn)
+            and not work.links.is_silent("downlink", fn)
         )
         if chunk is not None and own_down:  # each client receives a message of its own
             down = trees.stack(

@@ -643,8 +643,8 @@ class Loop:
                 f'participation.name = "{e.participation.name}": {error}'
             ) from error
         if own is None:
-            return privacy.local(e.defence) if e.defence.active else None
-        if e.defence.active:
+            return privacy.local(e.defence) if e.defence.is_active else None
+        if e.defence.is_active:
             raise SettingsError(
                 f"{name} clips and adds its own noise: leave out defence.clip, noise_multiplier, top_k and bits"
             )

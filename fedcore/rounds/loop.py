@@ -555,7 +555,7 @@ class Loop:
         facts["initial"] = self._initial
         keep: set[str] = set()
         for name, store in self.stores.items():
-            if not store.stateless:
+            if not store.is_stateless:
                 facts[name] = store.clients()
                 keep |= {
                     f"{name}-{n}" for n in store.in_use() if n not in store.changed

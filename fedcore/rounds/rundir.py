@@ -192,7 +192,7 @@ def write_settings(folder: Path, experiment: Experiment) -> None:
 
 def _commit() -> str | None:
     """The commit of the source tree, where this is one."""
-    source = Path(__file__).parent.parent
+    source = str(Path(__file__).parent.parent)
     command = ["git", "-C", source, "rev-parse", "HEAD"]
     try:
         done = subprocess.run(

@@ -1,12 +1,10 @@
-"""Experiment: everything that a run depends on, from a preset (TOML), from overrides, or from Python."""
+"""Experiment: everything that a run depends on, from a preset, overrides or Python."""
 
 from __future__ import annotations
 
 import difflib
 import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +19,7 @@ from pydantic import (
 )
 
 from fedcore import method as methods
+from fedcore.config_errors import explain
 from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
 from fedcore.errors import SettingsError
@@ -33,13 +32,10 @@ from fedcore.rounds.participation import ParticipationSettings, Uniform
 if TYPE_CHECKING:
     from fedcore.task import Task
 
-KINDS = (
-    "method",
-    "model",
-    "partition",
-    "participation",
-)  # sections whose keys depend on their name
-ALTERNATIVES = (  # one of two
+# Sections whose keys depend on their name.
+KINDS = ("method", "model", "partition", "participation")
+# Of these pairs of keys one replaces the other.
+ALTERNATIVES = (
     ("local.epochs", "local.steps"),
     ("participation.cohort", "participation.fraction"),
     ("links.downlink.variance", "links.downlink.snr_db"),
@@ -62,7 +58,8 @@ class EngineSettings(_Section):
     chunk: int | None = Field(
         None,
         ge=1,
-        description="clients in one batch, 1 = one after another; default: vectorised measures, ray 1",
+        description="clients in one batch, 1 = one after another; "
+        "default: vectorised measures, ray 1",
     )
     workers: int | None = Field(
         None,
@@ -82,17 +79,20 @@ class EngineSettings(_Section):
     rejoin_timeout: float = Field(
         0.0,
         ge=0,
-        description="grid: seconds for which a round waits for a client that went away in it, to ask it again",
+        description="grid: seconds for which a round waits for a client that "
+        "went away in it, to ask it again",
     )
     min_clients: int | None = Field(
         None,
         ge=1,
-        description="grid: nodes that must be there for a round to start; default: all, for 120 s, and then any",
+        description="grid: nodes that must be there for a round to start; "
+        "default: all, for 120 s, and then any",
     )
     report_goal: int | None = Field(
         None,
         ge=1,
-        description="grid: a round ends with this many reports; ask more clients than that to over-sample",
+        description="grid: a round ends with this many reports; "
+        "ask more clients than that to over-sample",
     )
     message_limit_mb: float = Field(
         512.0,
@@ -137,7 +137,8 @@ class AuditSettings(_Section):
     capture: int = Field(
         0,
         ge=0,
-        description="clients of a round whose updates are kept, drawn from the cohort; 0 = none",
+        description="clients of a round whose updates are kept, drawn from the "
+        "cohort; 0 = none",
     )
     rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (),
@@ -146,14 +147,15 @@ class AuditSettings(_Section):
 
 
 class Experiment(_Section):
-    """All settings of one run. Frozen; disagreements are refused here, not in round 40."""
+    """All settings of one run. Frozen; what disagrees is refused when they load."""
 
     method: SerializeAsAny[MethodSettings] = Field(
         description="the method by name, and its settings"
     )
     task: str = Field(
         "digits",
-        description='digits, fashion-mnist, cifar10, least-squares, or your own "package.module:make_task"',
+        description="digits, fashion-mnist, cifar10, least-squares, "
+        'or your own "package.module:make_task"',
     )
     rounds: int = Field(30, ge=1, description="T, rounds")
     seed: int = Field(0, ge=0, description="of everything that is drawn")
@@ -170,19 +172,22 @@ class Experiment(_Section):
         0.2,
         ge=0,
         lt=1,
-        description="share of each client's examples kept for its own evaluation, in [0, 1)",
+        description="share of each client's examples kept for its own evaluation, "
+        "in [0, 1)",
     )
     proxy: int = Field(
         0,
         ge=0,
-        description="labelled examples that the server holds itself, class-balanced; no client has them",
+        description="labelled examples that the server holds itself, class-balanced; "
+        "no client has them",
     )
     options: dict[str, Any] = Field({}, description="for your own task, as it pleases")
     model: ModelSettings = Mlp()
     lowrank: LowRank = LowRank()
     initial: Path | None = Field(
         None,
-        description="run directory, or .safetensors file, whose parameters the model starts with",
+        description="run directory, or .safetensors file, whose parameters the model "
+        "starts with",
     )
     partition: PartitionSettings = Dirichlet()
     local: LocalSettings = LocalSettings()
@@ -192,7 +197,8 @@ class Experiment(_Section):
     min_reports: int = Field(
         1,
         ge=0,
-        description="a round with fewer reports leaves the server as it was; 0: the method decides",
+        description="a round with fewer reports leaves the server as it was; "
+        "0: the method decides",
     )
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -207,29 +213,38 @@ class Experiment(_Section):
             value = {"name": value}
         if not isinstance(value, Mapping):
             return value
-        if not isinstance(value.get("name"), str):
+        settings = _settings_of_method(value)
+        if settings is None:
             raise ValueError(
                 'expected the name of a method, e.g. method.name = "fedavg"'
             )
-        return methods.settings_of(methods.load(value["name"])).model_validate(
-            dict(value)
-        )
+        return settings.model_validate(dict(value))
 
     @field_validator("model", "partition", "participation", mode="before")
     @classmethod
     def _named(cls, value: Any, info: ValidationInfo) -> Any:
         """A section without a name is of the default kind."""
+        if not isinstance(value, Mapping):
+            return value
         default = cls.model_fields[str(info.field_name)].default
-        return {"name": default.name, **value} if isinstance(value, Mapping) else value
+        return {"name": default.name, **value}
+
+    def build_method(self) -> Method[Any]:
+        """The method, with its settings."""
+        return methods.load(self.method.name)(self.method, self.finetune)
 
     def build_task(self) -> Task:
-        """The task that `task` names. Raises SettingsError when it cannot be built."""
+        """The task: data spread over clients, model, loss and metrics, on the CPU.
+
+        Raises SettingsError where these settings and the data do not fit.
+
+        >>> experiment = Experiment.parse({"method": "fedavg", "population": 20})
+        >>> experiment.build_task().population
+        20
+        """
         from fedcore.tasks import build_task
 
         return build_task(self)
-
-    def build_method(self) -> Method[Any]:
-        return methods.load(self.method.name)(self.method, self.finetune)
 
     def to_toml(self) -> str:
         """The resolved settings, as a preset that loads to an equal Experiment."""
@@ -241,7 +256,15 @@ class Experiment(_Section):
     def load(
         cls, preset: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()
     ) -> Experiment:
-        """From a TOML file and `key=value` overrides. Raises SettingsError with one line for every fault."""
+        """The settings of a TOML file, or of a method's preset by its name.
+
+        `overrides` are `key=value`, as `--set` takes them, or values by dotted key.
+        Raises SettingsError with one line for every fault.
+
+        >>> experiment = Experiment.load("fedprox", ["method.mu=0.5", "rounds=3"])
+        >>> experiment.method.mu, experiment.rounds
+        (0.5, 3)
+        """
         return cls.parse(read_preset(preset), overrides, source=str(preset))
 
     @classmethod
@@ -251,58 +274,62 @@ class Experiment(_Section):
         overrides: Sequence[str] | Mapping[str, Any] = (),
         source: str = "settings",
     ) -> Experiment:
-        """From nested settings, and overrides by dotted key."""
+        """The settings in a nested dict, and overrides as `load` takes them.
+
+        `source` is what error messages call the dict. Raises SettingsError with one
+        line for every fault.
+
+        >>> experiment = Experiment.parse({"method": "fedavg"}, {"local.steps": 5})
+        >>> experiment.local.steps
+        5
+        """
         merged: dict[str, Any] = _copy(values)
-        pairs = list(
-            overrides.items()
-            if isinstance(overrides, Mapping)
-            else (_assignment(text) for text in overrides)
-        )
-        given = {key for key, _ in pairs}
-        for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
-            if (
-                one in given and other not in given
-            ):  # given here, it replaces the other of the preset
-                _drop(merged, other)
-        # A kind first: choosing another method or model drops the settings of the one before.
-        for key, value in sorted(
-            pairs,
-            key=lambda pair: (
-                not (
-                    pair[0].removesuffix(".name") in KINDS and isinstance(pair[1], str)
-                )
-            ),
-        ):
+        if isinstance(overrides, Mapping):
+            pairs = list(overrides.items())
+        else:
+            pairs = [_assignment(text) for text in overrides]
+        _drop_replaced(merged, dict(pairs).keys())
+        # A kind first: another method or model drops the settings of the one before.
+        for key, value in sorted(pairs, key=lambda pair: not _chooses_kind(*pair)):
             _set(merged, key, value)
         try:
             return cls.model_validate(merged)
-        except ValidationError as e:
-            raise SettingsError(explain(e, cls, source, merged)) from e
+        except ValidationError as error:
+            settings = _settings_of_method(merged.get("method"))
+            raise SettingsError(explain(error, cls, source, settings)) from error
 
 
 def read_preset(preset: str | Path) -> dict[str, Any]:
-    """The values of a TOML file. Raises SettingsError when it is missing or no TOML."""
-    # As given; in the source tree or Flower app that this is part of; or the preset of a method by its name.
-    places = (Path(preset), ROOT / preset, ROOT / "strategies" / f"{preset}.toml")
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        known = sorted(
-            f"strategies/{p.name}" for p in (ROOT / "strategies").glob("*.toml")
-        )
-        near = difflib.get_close_matches(str(preset), known, 1)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else "expected a TOML file, e.g. strategies/fedavg.toml"
-        )
+    """The values of a TOML file. Raises SettingsError when it is missing or no TOML.
+
+    The file is looked for as given, in the source tree or Flower app that this is part
+    of, and among the presets of methods by name.
+    """
+    folder = ROOT / "strategies"
+    for file in (Path(preset), ROOT / preset, folder / f"{preset}.toml"):
+        if file.is_file():
+            break
+    else:
+        presets = sorted(f"strategies/{file.name}" for file in folder.glob("*.toml"))
+        hint = "expected a TOML file, e.g. strategies/fedavg.toml"
+        for nearest in difflib.get_close_matches(str(preset), presets, 1):
+            hint = f"did you mean {nearest}?"
         raise SettingsError(f"{preset}: there is no such preset; {hint}")
     try:
         return tomllib.loads(file.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise SettingsError(f"{preset} is not valid TOML: {e}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{preset} is not valid TOML: {error}") from error
+
+
+def _settings_of_method(section: Any) -> type[MethodSettings] | None:
+    """The settings class of the method that a section names; None without a name."""
+    if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
+        return None
+    return methods.settings_of(methods.load(section["name"]))
 
 
 def _assignment(text: str) -> tuple[str, Any]:
+    """(dotted key, value) of `key=value`; a bare word is a string."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise SettingsError(
@@ -311,7 +338,21 @@ def _assignment(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()  # a bare word is a string
+        return key.strip(), value.strip()
+
+
+def _chooses_kind(key: str, value: Any) -> bool:
+    """Whether an override names the kind of a section."""
+    return key.removesuffix(".name") in KINDS and isinstance(value, str)
+
+
+def _drop_replaced(values: dict[str, Any], given: Set[str]) -> None:
+    """Drop what an override replaces: of two alternatives, the one not `given`."""
+    for one, other in ALTERNATIVES:
+        if one in given and other not in given:
+            _drop(values, other)
+        if other in given and one not in given:
+            _drop(values, one)
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -322,7 +363,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
             inner = values[section] = {"name": inner}
         if not isinstance(inner, dict):
             raise SettingsError(
-                f'--set {key}: "{section}" is a value, not a section; set {section} itself'
+                f'--set {key}: "{section}" is a value, not a section; '
+                f"set {section} itself"
             )
         values = inner
     if last == "name" and key.removesuffix(".name") in KINDS:
@@ -343,99 +385,18 @@ def _drop(values: dict[str, Any], key: str) -> None:
 
 
 def _copy(values: Any) -> Any:
-    return (
-        {k: _copy(v) for k, v in values.items()}
-        if isinstance(values, Mapping)
-        else values
-    )
+    """The same values, with dicts of their own."""
+    if not isinstance(values, Mapping):
+        return values
+    return {key: _copy(value) for key, value in values.items()}
 
 
 def _without_none(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {k: _without_none(v) for k, v in values.items() if v is not None}
-    return values
-
-
-def explain(
-    error: ValidationError,
-    model: type[BaseModel],
-    source: str,
-    values: Mapping[str, Any],
-) -> str:
-    """One line a fault: the key as the user typed it, what was found, what was expected."""
-    method = values.get("method", {})
-    settings = (
-        methods.settings_of(methods.load(method["name"]))
-        if isinstance(method, Mapping) and isinstance(method.get("name"), str)
-        else None
-    )
-    return "\n".join(
-        _explain_one(dict(fault), model, source, settings) for fault in error.errors()
-    )
-
-
-def _explain_one(
-    fault: dict[str, Any],
-    model: type[BaseModel],
-    source: str,
-    method: type[BaseModel] | None,
-) -> str:
-    section, path = model, []
-    choices: list[type[BaseModel]] = []
-    for part in fault["loc"]:
-        if choices and any(
-            _tag(c) == part for c in choices
-        ):  # the tag of a union is no key of the user's
-            section, choices = next(c for c in choices if _tag(c) == part), []
-            continue
-        path.append(str(part))
-        field = section.model_fields.get(str(part)) if section else None
-        choices = _models_in(field.annotation) if field else []
-        if len(choices) == 1:
-            section = method if path == ["method"] and method else choices[0]
-    key = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        return f"{source}: unknown key {key}{_near(path[-1], list(section.model_fields), path[:-1])}"
-    if fault["type"] == "missing":
-        return f"{source}: {key} is missing{_described(section, path[-1])}"
-    if fault["type"] == "union_tag_invalid":
-        expected = fault["ctx"]["expected_tags"].replace("'", '"')
-        return f'{source}: {key}.name = "{fault["ctx"]["tag"]}": expected one of {expected}'
-    if fault["type"] == "union_tag_not_found":
-        return f"{source}: {key}.name is missing: expected one of {', '.join(str(_tag(c)) for c in choices)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    found = (
-        f" = {fault['input']!r}"
-        if not isinstance(fault["input"], Mapping | BaseModel)
-        else ""
-    )
-    return f"{source}: {key}{found}: {message[0].lower() + message[1:]}"
-
-
-def _near(name: str, known: list[str], section: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    if near:
-        return f"; did you mean {'.'.join([*section, near[0]])}?"
-    return f"; known: {', '.join(known)}" if known else ""
-
-
-def _described(section: type[BaseModel], name: str) -> str:
-    field = section.model_fields.get(name)
-    return f": {field.description}" if field and field.description else ""
-
-
-def _tag(model: type[BaseModel]) -> Any:
-    field = model.model_fields.get("name")
-    return field.default if field else None
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType):
-        return [
-            model
-            for argument in typing.get_args(annotation)
-            for model in _models_in(argument)
-        ]
-    return []
+    """The same values without those that are None, which TOML does not have."""
+    if not isinstance(values, dict):
+        return values
+    kept = {}
+    for key, value in values.items():
+        if value is not None:
+            kept[key] = _without_none(value)
+    return kept

@@ -393,7 +393,7 @@ def test_a_store_is_the_same_in_memory_and_in_files_and_after_a_checkpoint(
     for s in (store, other):
         assert s.gather(clients)["n"].tolist() == clients
         assert s.get(1001)["n"].item() == 0
-    assert StateStore(Stateless(), ram, lambda: tmp_path).stateless
+    assert StateStore(Stateless(), ram, lambda: tmp_path).is_stateless
 
 
 def test_a_store_is_saved_whole_whichever_blocks_its_rows_move_to(tmp_path) -> None:  # type: ignore[no-untyped-def]

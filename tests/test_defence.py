@@ -115,6 +115,18 @@ def test_noise_has_its_deviation_on_every_entry_and_scalars_say_nothing() -> Non
     assert (sent.loss.item(), sent.count.tolist()) == (0, [0, 0, 0, 0])
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0], ids=["within the bound", "clipped"])
+def test_two_tensors_of_one_message_get_different_noise_and_roundings(
+    scale: float,
+) -> None:
+    x = torch.linspace(-scale, scale, 50)
+    same = {"a": x, "b": x.clone()}
+    noised = protected(same, clip=1.0, noise_multiplier=1.0)
+    assert not bool((noised["a"] == noised["b"]).any())
+    rounded = protected(same, bits=3)
+    assert not torch.equal(rounded["a"], rounded["b"])
+
+
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.333, 0.999])
 def test_top_k_keeps_exactly_the_largest_over_the_whole_message(share: float) -> None:
     m = message()

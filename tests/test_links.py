@@ -93,6 +93,14 @@ def test_noise_has_a_key_and_differs_by_seed_round_client_direction_and_function
         assert not torch.equal(heard(), heard(**change)), change  # type: ignore[arg-type]
 
 
+def test_two_tensors_of_one_message_hear_different_noise() -> None:
+    same = {"a": torch.zeros(50), "b": torch.zeros(50)}
+    for direction in ("uplink", "downlink"):
+        both = links(uplink={"variance": 1.0}, downlink={"variance": 1.0})
+        heard = both.carry(same, direction, FedAvg.train, 1, 2)  # type: ignore[arg-type]
+        assert not bool((heard["a"] == heard["b"]).any()), direction
+
+
 def test_a_measurement_hears_no_noise(tmp_path: Path) -> None:
     loop = loop_of(
         small("fedavg", links__downlink__variance=1.0, links__uplink__variance=1.0),

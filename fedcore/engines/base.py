@@ -184,7 +184,7 @@ class Work:
 
     def arrives_as_is(self, fn: ClientFunction) -> bool:
         """Whether `send` changes nothing."""
-        return self.defence.silent(fn) and self.links.silent("uplink", fn)
+        return self.defence.is_silent(fn) and self.links.is_silent("uplink", fn)
 
     @contextmanager
     def model_noise(self, fn: ClientFunction, t: int, client: int) -> Iterator[None]:

@@ -144,7 +144,7 @@ class Chunks:
         """
         n, work = len(trees.leaves(batches)[0]), self.work
         is_sent = chunk is not None and bool(trees.leaves(down))
-        has_own_down = is_sent and not work.links.silent("downlink", fn)
+        has_own_down = is_sent and not work.links.is_silent("downlink", fn)
         if chunk is not None and has_own_down:  # each client receives its own message
             received = [work.links.carry(down, "downlink", fn, t, i) for i in chunk]
             down = trees.stack(received)

@@ -1,8 +1,10 @@
-"""What happens to a message on its way, down to a client and up to the server: white Gaussian noise, by its power or by the SNR.
+"""Noise on the links, down to clients and up to the server: white and Gaussian.
 
-An analogue channel, as the noise-robust methods assume it: the tensors of a message are disturbed, its scalars (a loss, a counter)
-are not. Noise is independent over clients, rounds, links and client functions, and drawn from that key on the CPU: the same bits
-in every engine, on every device. A client keeps what it sent undisturbed; evaluation is a measurement, and hears no noise.
+An analogue channel, as the noise-robust methods assume it: the tensors of a message are
+disturbed, by a variance or at a signal-to-noise ratio (SNR), and its scalars (a loss, a
+counter) are not. Noise is independent over clients, rounds, links and client functions,
+and drawn from that key on the CPU: the same bits in every engine, on every device. A
+client keeps what it sent undisturbed; evaluation is a measurement, and hears no noise.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class LinkSettings(BaseModel):
     variance: float = Field(
         0.0,
         ge=0,
-        description="sigma^2, variance of the noise on every entry of a message's tensors",
+        description="sigma^2, variance of the noise on every entry of a message's "
+        "tensors",
     )
     snr_db: float | None = Field(
         None,
@@ -43,9 +46,15 @@ class LinkSettings(BaseModel):
     def _one_of(self) -> LinkSettings:
         if self.variance and self.snr_db is not None:
             raise ValueError(
-                f"variance = {self.variance} and snr_db = {self.snr_db}: give one of the two"
+                f"variance = {self.variance} and snr_db = {self.snr_db}: "
+                "give one of the two"
             )
         return self
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether messages arrive as they were sent."""
+        return self.variance == 0 and self.snr_db is None
 
     def deviation(self, tensors: list[Tensor]) -> float:
         """sigma for a message with these tensors."""
@@ -69,12 +78,15 @@ class Links:
     """The two channels of a run."""
 
     def __init__(self, settings: LinksSettings, seed: int) -> None:
-        self.s, self.seed = settings, seed
+        self.seed = seed
+        self._links: dict[Direction, LinkSettings] = {
+            "downlink": settings.downlink,
+            "uplink": settings.uplink,
+        }
 
-    def silent(self, direction: Direction, fn: ClientFunction) -> bool:
-        """Whether messages of this client function arrive in this direction as they were sent."""
-        link: LinkSettings = getattr(self.s, direction)
-        return (link.variance == 0 and link.snr_db is None) or evaluates(fn)
+    def is_silent(self, direction: Direction, fn: ClientFunction) -> bool:
+        """Whether messages of a client function arrive as they were sent."""
+        return self._links[direction].is_silent or evaluates(fn)
 
     def carry(
         self,
@@ -85,25 +97,21 @@ class Links:
         client: int,
     ) -> Tree:
         """The message as it arrives."""
-        if self.silent(direction, fn):
+        if self.is_silent(direction, fn):
             return message
-        link: LinkSettings = getattr(self.s, direction)
-        sigma = link.deviation([x for x in trees.leaves(message) if _carried(x)])
-        draw = torch.Generator().manual_seed(
-            seed_of(self.seed, f"{direction} {fn.__name__}", t, client)
-        )
+        disturbed = [x for x in trees.leaves(message) if _is_disturbed(x)]
+        sigma = self._links[direction].deviation(disturbed)
+        key = seed_of(self.seed, f"{direction} {fn.__name__}", t, client)
+        draw = torch.Generator().manual_seed(key)
 
         def disturb(x: Tensor) -> Tensor:
-            if not _carried(x):
+            if not _is_disturbed(x):
                 return x
-            return torch.add(
-                x,
-                torch.randn(x.shape, generator=draw, dtype=x.dtype).to(x.device),
-                alpha=sigma,
-            )
+            noise = torch.randn(x.shape, generator=draw, dtype=x.dtype)
+            return torch.add(x, noise.to(x.device), alpha=sigma)
 
         return trees.map(disturb, message)
 
 
-def _carried(x: Tensor) -> bool:
+def _is_disturbed(x: Tensor) -> bool:
     return x.is_floating_point() and x.ndim > 0

@@ -26,8 +26,8 @@ from fedcore.types import ClientFunction, Tree
 
 if TYPE_CHECKING:
     from fedcore.audit.observe import Captures
+    from fedcore.rounds.client_table import ClientTable
     from fedcore.rounds.observer import Notes, Observer
-    from fedcore.rounds.rundir import ClientTable
     from fedcore.rounds.signals import StopRequest
 
 
@@ -131,7 +131,7 @@ class OpenRound(Round):
         desk.note_failed(self.t, readout.failed)
         desk.observer.client_done(self.t, len(tally.reported), len(tally.asked))
         if len(readout.clients):
-            desk.table.add(self.t + 1, fn.__name__, readout.clients, readout)
+            desk.table.add(self.t + 1, fn.__name__, readout)
 
     def zero_message(self, fn: ClientFunction, down: Tree) -> Tree:
         return trees.zeros_like(message_shape(self.desk.work, fn, down, self.t))

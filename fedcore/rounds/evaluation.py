@@ -13,7 +13,8 @@ from fedcore.engines.base import Engine
 from fedcore.engines.readout import read
 from fedcore.method import Method
 from fedcore.rng import rng
-from fedcore.rounds.rundir import PERCENTILES, ClientTable
+from fedcore.rounds.client_table import ClientTable
+from fedcore.rounds.rundir import PERCENTILES
 from fedcore.types import ClientFunction, Model
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Evaluation:
             failed.update(report.failed)
             if len(report.clients) == 0:
                 continue
-            self._table.add(t + 1, fn.__name__, report.clients, readout)
+            self._table.add(t + 1, fn.__name__, readout)
             has_examples = readout.num_examples > 0
             num_examples = readout.num_examples[has_examples].double()
             for name, values in readout.metrics.items():

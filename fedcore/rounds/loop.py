@@ -16,6 +16,7 @@ import torch
 from fedcore import privacy, trees
 from fedcore.audit.observe import Captures
 from fedcore.errors import RunError, TooFewReports
+from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.doors import Desk, OpenRound
 from fedcore.rounds.evaluation import Evaluation
 from fedcore.rounds.observer import Notes, Observer, Quiet
@@ -28,7 +29,6 @@ from fedcore.rounds.result import (
     params_sha256,
 )
 from fedcore.rounds.rundir import (
-    ClientTable,
     lock,
     make_run_dir,
     open_run_dir,
@@ -102,7 +102,7 @@ class Loop:
         self.stores = {"memory": parts.memory}
         if parts.engine.states is not None:
             self.stores["clients"] = parts.engine.states
-        self.clients = ClientTable(folder / "clients.parquet")
+        self.clients = ClientTable(folder)
         self.captures = Captures(folder, experiment, self.method)
         self._saving = Saving(
             checkpoint, parts.engine, self.stores, self.clients, parts.start
@@ -116,6 +116,7 @@ class Loop:
         self.history = read_history(folder, self.state.t)
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(folder / "metrics.jsonl", lines.encode())
+        self.clients.cut(self.state.t)
         self._stop = StopRequest(
             f"interrupted after round {{round}} of {experiment.rounds}; go on with: "
             f"fedcore run --resume {folder}"
@@ -149,6 +150,7 @@ class Loop:
 
     def close(self) -> None:
         self.engine.close()
+        self.clients.merge()
         if self._lock is not None:
             self._lock.close()
         shutil.rmtree(self.folder / "state", ignore_errors=True)

@@ -1,9 +1,10 @@
-"""Who takes part in a round: an outside process that a method neither chooses nor sees.
+"""Participation: an outside process that a method neither chooses nor sees.
 
-The processes follow Wang and Ji (FedAU, ICLR 2024) and its reference code: Bernoulli, two-state Markov and cyclic
-participation with a rate p_i for each client, which may be tied to the client's mix of classes. Uniform cohorts and recorded
-traces complete them.
-A process is two functions, `start() -> state` and `sample(t, state) -> (cohort, state)`; its state is in the checkpoint.
+The processes follow Wang and Ji (FedAU, ICLR 2024) and its reference code: Bernoulli,
+two-state Markov and cyclic participation with a rate p_i for each client, which may be
+tied to the client's mix of classes. Uniform cohorts and recorded traces complete them.
+A process is two functions, `start() -> state` and `sample(t, state) -> (cohort,
+state)`; its state is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 
 
 class Process:
-    """Base of the processes: no state, and `members` gives who takes part."""
+    """Base of the processes: no state, and `members` gives the cohort."""
 
-    poisson: float | None = (
-        None  # q, where every client takes part with this probability, independently of all else
-    )
-    rates: np.ndarray | None = (
-        None  # p_i, the long-run share of rounds of each client, float64 [population], where it is known
-    )
+    # p_i, the long-run share of rounds of each client, float64 [population]; None where
+    # it is not known.
+    rates: np.ndarray | None = None
+    # q, where every client takes part with this probability, independently of all else.
+    poisson: float | None = None
 
     def __init__(self, population: int, seed: int) -> None:
         self.population, self.seed = population, seed
 
     def start(self) -> Tree:
+        """The state before the first round."""
         return {}
 
     def sample(self, t: int, state: Tree) -> tuple[Tensor, Tree]:
@@ -48,6 +49,7 @@ class Process:
         return torch.from_numpy(self.members(t)), state
 
     def members(self, t: int) -> np.ndarray:
+        """The ids of the cohort of round t, ascending int64 [m]."""
         raise NotImplementedError
 
     def check(self, rounds: int) -> None:
@@ -55,11 +57,15 @@ class Process:
 
     @property
     def largest(self) -> int:
-        """The largest cohort to expect, in clients: of random ones, what six standard deviations above the mean allow."""
+        """The largest cohort to expect, in clients.
+
+        Of random cohorts, the mean and six standard deviations.
+        """
         if self.rates is None:
             return self.population
-        spread = 6 * float(np.sqrt((self.rates * (1 - self.rates)).sum()))
-        return min(self.population, int(np.ceil(self.rates.sum() + spread)))
+        variance = (self.rates * (1 - self.rates)).sum()
+        size = self.rates.sum() + 6 * float(np.sqrt(variance))
+        return min(self.population, int(np.ceil(size)))
 
 
 class _Settings(BaseModel):
@@ -89,28 +95,33 @@ class Uniform(_Settings):
     def _one_of(self) -> Uniform:
         if self.cohort is not None and self.fraction is not None:
             raise ValueError(
-                f"cohort = {self.cohort} and fraction = {self.fraction}: give one of the two"
+                f"cohort = {self.cohort} and fraction = {self.fraction}: "
+                "give one of the two"
             )
         return self
 
     def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
-        """Raises SettingsError for a cohort of zero or one larger than the population."""
+        """Raises SettingsError for a cohort of zero or one above the population."""
         size = self.cohort or population
         if self.fraction is not None:
             size = int(population * self.fraction + 1e-9)  # 100 x 0.29 is 28.999...
             if size == 0:
                 raise SettingsError(
-                    f"participation: a cohort of 0: population {population} x fraction {self.fraction} rounds down; "
+                    f"participation: a cohort of 0: population {population} x "
+                    f"fraction {self.fraction} rounds down; "
                     "raise the fraction or set cohort = 1"
                 )
         if size > population:
             raise SettingsError(
-                f"participation.cohort = {size}: the population is {population}; set a cohort of at most that, or raise population"
+                f"participation.cohort = {size}: the population is {population}; "
+                "set a cohort of at most that, or raise population"
             )
         return UniformProcess(population, seed, size)
 
 
 class UniformProcess(Process):
+    """A cohort of `size` clients in every round."""
+
     def __init__(self, population: int, seed: int, size: int) -> None:
         super().__init__(population, seed)
         self.size = size
@@ -124,10 +135,9 @@ class UniformProcess(Process):
     def members(self, t: int) -> np.ndarray:
         if self.size == self.population:
             return np.arange(self.population)
+        draw = rng(self.seed, "participation", t)
         return np.sort(
-            rng(self.seed, "participation", t).choice(
-                self.population, self.size, replace=False, shuffle=False
-            )
+            draw.choice(self.population, self.size, replace=False, shuffle=False)
         )
 
 
@@ -136,12 +146,14 @@ class _Rates(_Settings):
 
     mean: Probability = Field(
         0.1,
-        description="mean rate, in (0, 1]; the rate of every client unless alpha or p is given",
+        description="mean rate, in (0, 1]; the rate of every client unless alpha or p "
+        "is given",
     )
     alpha: float | None = Field(
         None,
         gt=0,
-        description="alpha_p: rates follow the class mix, weighted by one draw of Dirichlet(alpha_p); small = uneven",
+        description="alpha_p: rates follow the class mix, weighted by one draw of "
+        "Dirichlet(alpha_p); small = uneven",
     )
     floor: float = Field(
         0.02, ge=0, le=1, description="p_min, the lowest rate when alpha is given"
@@ -151,11 +163,15 @@ class _Rates(_Settings):
     )
 
     def rates(self, population: int, seed: int, counts: LabelCounts) -> np.ndarray:
-        """p_i, float64 [population]. Raises SettingsError when `p` does not fit the population."""
+        """p_i, float64 [population].
+
+        Raises SettingsError when `p` does not fit the population.
+        """
         if self.p is not None:
             if len(self.p) != population:
                 raise SettingsError(
-                    f"participation.p has {len(self.p)} rates, the population is {population}: give one a client"
+                    f"participation.p has {len(self.p)} rates, the population is "
+                    f"{population}: give one a client"
                 )
             return np.array(self.p)
         if self.alpha is None:
@@ -164,11 +180,11 @@ class _Rates(_Settings):
         classes = count.shape[1]
         kappa = rng(seed, "rates").dirichlet(np.full(classes, self.alpha))
         shares = count / np.maximum(count.sum(1, keepdims=True), 1)
-        # p_n = max(p_min, mean C sum_c kappa_c L_nc); clipped at 1, which the reference code forgets with many classes.
-        rates: np.ndarray = np.clip(
-            self.mean * classes * np.einsum("nc,c->n", shares, kappa), self.floor, 1.0
-        )
-        return rates
+        # p_n = max(p_min, mean C sum_c kappa_c L_nc), at most 1; the reference code
+        # leaves that out, and exceeds 1 with many classes.
+        rates = self.mean * classes * np.einsum("nc,c->n", shares, kappa)
+        clipped: np.ndarray = np.clip(rates, self.floor, 1.0)
+        return clipped
 
 
 class Bernoulli(_Rates):
@@ -177,7 +193,9 @@ class Bernoulli(_Rates):
     name: Literal["bernoulli"] = "bernoulli"
 
     def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
-        return _BernoulliProcess(population, seed, self.rates(population, seed, counts))
+        """Raises SettingsError when `p` does not fit the population."""
+        rates = self.rates(population, seed, counts)
+        return _BernoulliProcess(population, seed, rates)
 
 
 class _BernoulliProcess(Process):
@@ -187,15 +205,15 @@ class _BernoulliProcess(Process):
         self.poisson = float(rates[0]) if bool((rates == rates[0]).all()) else None
 
     def members(self, t: int) -> np.ndarray:
-        return np.flatnonzero(
-            rng(self.seed, "participation", t).random(self.population) < self.p
-        )
+        draws = rng(self.seed, "participation", t).random(self.population)
+        return np.flatnonzero(draws < self.p)
 
 
 class Markov(_Rates):
-    """Client i switches between taking part and not: q01 = q from out to in, q10 = q (1/p_i - 1) from in to out.
+    """Client i switches between taking part and not, with a long-run rate of p_i.
 
-    Where q10 would exceed 1, both are divided by it, so that the long-run rate stays p_i.
+    q01 = q from out to in, q10 = q (1/p_i - 1) from in to out. Where q10 would exceed
+    1, both are divided by it, so that the long-run rate stays p_i.
     """
 
     name: Literal["markov"] = "markov"
@@ -205,9 +223,9 @@ class Markov(_Rates):
     )
 
     def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
-        return _MarkovProcess(
-            population, seed, self.rates(population, seed, counts), self.q
-        )
+        """Raises SettingsError when `p` does not fit the population."""
+        rates = self.rates(population, seed, counts)
+        return _MarkovProcess(population, seed, rates, self.q)
 
 
 class _MarkovProcess(Process):
@@ -219,36 +237,32 @@ class _MarkovProcess(Process):
         self.enter, self.leave = q / shrink, leave / shrink
 
     def start(self) -> Tree:
-        return {
-            "active": torch.from_numpy(
-                rng(self.seed, "participation start").random(self.population) < self.p
-            )
-        }
+        draws = rng(self.seed, "participation start").random(self.population)
+        return {"active": torch.from_numpy(draws < self.p)}
 
     def sample(self, t: int, state: Tree) -> tuple[Tensor, Tree]:
         # One transition comes before the first observed round, as in the reference.
-        draw = rng(self.seed, "participation", t).random(self.population)
-        active = np.where(
-            state["active"].numpy(), draw >= self.leave, draw < self.enter
-        )
-        return torch.from_numpy(np.flatnonzero(active)), {
-            "active": torch.from_numpy(active)
-        }
+        draws = rng(self.seed, "participation", t).random(self.population)
+        was_active = state["active"].numpy()
+        active = np.where(was_active, draws >= self.leave, draws < self.enter)
+        cohort = torch.from_numpy(np.flatnonzero(active))
+        return cohort, {"active": torch.from_numpy(active)}
 
 
 class Cyclic(_Rates):
-    """Client i is absent for `r_i` rounds, then takes part in a_i rounds out of every cycle, in one block.
+    """Client i takes part in a_i rounds of every cycle, in one block, after r_i rounds.
 
-    a_i = max(1, round(cycle p_i)), b_i = max(1, cycle - a_i) absent rounds, r_i uniform on 0 .. b_i - 1.
+    a_i = max(1, round(cycle p_i)), b_i = max(1, cycle - a_i) absent rounds, and r_i
+    uniform on 0 .. b_i - 1.
     """
 
     name: Literal["cyclic"] = "cyclic"
     cycle: int = Field(100, ge=2, description="C, rounds in a cycle")
 
     def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
-        return _CyclicProcess(
-            population, seed, self.rates(population, seed, counts), self.cycle
-        )
+        """Raises SettingsError when `p` does not fit the population."""
+        rates = self.rates(population, seed, counts)
+        return _CyclicProcess(population, seed, rates, self.cycle)
 
 
 class _CyclicProcess(Process):
@@ -257,25 +271,27 @@ class _CyclicProcess(Process):
     ) -> None:
         super().__init__(population, seed)
         self.active = np.maximum(1, np.round(cycle * rates).astype(np.int64))
-        self.absent = np.maximum(1, cycle - self.active)
-        self.delay = rng(seed, "participation").integers(0, self.absent)
-        self.rates = self.active / (self.active + self.absent)
+        absent = np.maximum(1, cycle - self.active)
+        self.period = self.active + absent
+        self.delay = rng(seed, "participation").integers(0, absent)
+        self.rates = self.active / self.period
 
     @property
     def largest(self) -> int:
-        """Of one cycle, after everybody's delay."""
-        start, period = int(self.delay.max()), int((self.active + self.absent).max())
-        return max(len(self.members(t)) for t in range(start, start + period))
+        """The largest cohort of one cycle, after the longest delay."""
+        start, rounds = int(self.delay.max()), int(self.period.max())
+        return max(len(self.members(t)) for t in range(start, start + rounds))
 
     def members(self, t: int) -> np.ndarray:
         since = t - self.delay
-        return np.flatnonzero(
-            (since >= 0) & (since % (self.active + self.absent) < self.active)
-        )
+        return np.flatnonzero((since >= 0) & (since % self.period < self.active))
 
 
 class Trace(_Settings):
-    """Who took part is read from a file: one line a round, client ids separated by spaces; an empty line is an empty round."""
+    """Cohorts are read from a file: one line a round, client ids separated by spaces.
+
+    An empty line is an empty round.
+    """
 
     name: Literal["trace"] = "trace"
     file: Path = Field(
@@ -283,48 +299,57 @@ class Trace(_Settings):
     )
 
     def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
-        """Raises SettingsError for a missing file, or ids that are no clients of the population."""
+        """Raises SettingsError for a missing file, or ids outside the population."""
         try:
             lines = self.file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as e:
+        except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(
-                f"participation.file = {self.file}: {e}; expected a text file, one line a round"
-            ) from e
-        rounds = []
+                f"participation.file = {self.file}: {error}; "
+                "expected a text file, one line a round"
+            ) from error
+        cohorts = []
         for number, line in enumerate(lines, 1):
-            try:
-                ids = np.unique(np.array(line.split(), dtype=np.int64))
-            except (ValueError, OverflowError) as e:
-                raise SettingsError(
-                    f"{self.file}, line {number}: {e}; expected client ids separated by spaces"
-                ) from e
-            if len(ids) and not (ids[0] >= 0 and ids[-1] < population):
-                raise SettingsError(
-                    f"{self.file}, line {number}: ids {ids[0]} to {ids[-1]}, expected ids from 0 to {population - 1}"
-                )
-            rounds.append(ids)
-        return _TraceProcess(population, seed, rounds, self.file)
+            where = f"{self.file}, line {number}"
+            cohorts.append(_ids_in(line, population, where))
+        return _TraceProcess(population, seed, cohorts, self.file)
+
+
+def _ids_in(line: str, population: int, where: str) -> np.ndarray:
+    """The ids in one line of a trace, ascending int64 [m]."""
+    try:
+        ids = np.unique(np.array(line.split(), dtype=np.int64))
+    except (ValueError, OverflowError) as error:
+        raise SettingsError(
+            f"{where}: {error}; expected client ids separated by spaces"
+        ) from error
+    if len(ids) and not (ids[0] >= 0 and ids[-1] < population):
+        raise SettingsError(
+            f"{where}: ids {ids[0]} to {ids[-1]}, "
+            f"expected ids from 0 to {population - 1}"
+        )
+    return ids
 
 
 class _TraceProcess(Process):
     def __init__(
-        self, population: int, seed: int, rounds: list[np.ndarray], file: Path
+        self, population: int, seed: int, cohorts: list[np.ndarray], file: Path
     ) -> None:
         super().__init__(population, seed)
-        self.rounds, self.file = rounds, file
+        self.cohorts, self.file = cohorts, file
 
     def check(self, rounds: int) -> None:
-        if rounds > len(self.rounds):
+        if rounds > len(self.cohorts):
             raise SettingsError(
-                f"rounds = {rounds}, but {self.file} has {len(self.rounds)} lines, one a round: set rounds to at most that"
+                f"rounds = {rounds}, but {self.file} has {len(self.cohorts)} lines, "
+                "one a round: set rounds to at most that"
             )
 
     @property
     def largest(self) -> int:
-        return max(map(len, self.rounds))
+        return max(map(len, self.cohorts))
 
     def members(self, t: int) -> np.ndarray:
-        return self.rounds[t]
+        return self.cohorts[t]
 
 
 ParticipationSettings = Annotated[
@@ -333,9 +358,11 @@ ParticipationSettings = Annotated[
 
 
 def answering(cohort: Tensor, dropout: float, seed: int, t: int) -> Tensor:
-    """The clients of the cohort that will answer: each drops out with this probability, keyed by round."""
+    """The clients of the cohort that answer in round t: each drops out with `dropout`.
+
+    The draws are keyed by seed and round.
+    """
     if dropout == 0:
         return cohort
-    return cohort[
-        torch.from_numpy(rng(seed, "dropout", t).random(len(cohort)) >= dropout)
-    ]
+    draws = rng(seed, "dropout", t).random(len(cohort))
+    return cohort[torch.from_numpy(draws >= dropout)]

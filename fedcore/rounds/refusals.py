@@ -76,8 +76,8 @@ def noise_mechanism(
             f'participation.name = "{experiment.participation.name}": {error}'
         ) from error
     if own is None:
-        return privacy.local(defence) if defence.active else None
-    if defence.active:
+        return privacy.local(defence) if defence.is_active else None
+    if defence.is_active:
         raise SettingsError(
             f"{name} clips and adds its own noise: leave out defence.clip, "
             "noise_multiplier, top_k and bits"

@@ -1,170 +1,180 @@
-"""The run directory: config.toml, environment.json, metrics.jsonl, clients.parquet, checkpoint/, report.html, lock."""
+"""The run directory: its settings, its history, and who may write to it.
+
+It holds config.toml, environment.json, metrics.jsonl, clients.parquet, checkpoint/,
+report.html and lock.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 import logging
-import math
 import os
 import platform
 import subprocess
 import tomllib
-from array import array
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedcore import __version__
-from fedcore.config import Experiment
-from fedcore.engines.readout import Readout
 from fedcore.errors import SettingsError
 from fedcore.storage.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from fedcore.config import Experiment
 
 log = logging.getLogger("fedcore")
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)  # of a measure over clients
-MAY_CHANGE = (
-    "rounds",
-    "engine",
-    "checkpoint",
-)  # settings that a resumed run may have otherwise
+# Settings that a resumed run may have otherwise.
+MAY_CHANGE = ("rounds", "engine", "checkpoint")
 
 
 def open_run_dir(
-    e: Experiment, out: Path | str | None, resume: Path | str | None
+    experiment: Experiment, out: Path | str | None, resume: Path | str | None
 ) -> Path:
-    """The directory to write to. Raises SettingsError when it holds another run, or cannot be resumed with these settings."""
+    """The directory to write to: `resume`, `out`, or a new one in runs/.
+
+    Raises SettingsError when it holds another run, or one that cannot go on with these
+    settings.
+    """
     if resume is not None:
         folder = Path(resume)
-        _refuse_changes(e, folder)
+        _refuse_changes(experiment, folder)
         return folder
-    folder = (
-        Path(out)
-        if out is not None
-        else fresh(f"{e.method.name}-{e.task.replace(':', '-')}-seed{e.seed}")
-    )
+    if out is None:
+        task = experiment.task.replace(":", "-")
+        return fresh(f"{experiment.method.name}-{task}-seed{experiment.seed}")
+    folder = Path(out)
     if (folder / "config.toml").exists():
         raise SettingsError(
-            f"{folder} already holds a run: resume it with --resume {folder}, or choose another --out"
+            f"{folder} already holds a run: resume it with --resume {folder}, "
+            "or choose another --out"
         )
-    if folder.is_dir() and any(
-        folder.iterdir()
-    ):  # a run writes and deletes in its directory
+    # A run writes and deletes in its directory.
+    if folder.is_dir() and any(folder.iterdir()):
         raise SettingsError(
-            f"--out {folder} is not empty and holds no run: expected a new or empty directory"
+            f"--out {folder} is not empty and holds no run: "
+            "expected a new or empty directory"
         )
     return folder
 
 
-def make_run_dir(folder: Path, e: Experiment) -> None:
-    """Make it and write the settings, when everything else has gone well. Raises SettingsError when that cannot be done."""
+def make_run_dir(folder: Path, experiment: Experiment) -> None:
+    """Make it and write the settings, when everything else has gone well.
+
+    Raises SettingsError when that cannot be done.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_settings(folder, e)
+        write_settings(folder, experiment)
     except OSError as error:
         raise SettingsError(
-            f"--out {folder}: {error.strerror}; expected a directory that can be made and written to"
+            f"--out {folder}: {error.strerror}; "
+            "expected a directory that can be made and written to"
         ) from error
 
 
 def lock(folder: Path) -> IO[bytes]:
-    """What is held while this process writes to the run: until it is closed, or the process ends in any way.
+    """The lock of a run, held until it is closed or this process ends in any way.
 
-    A lock of the process and not of the file, so that forks which outlive a killed run for a moment do not hold it. Raises
-    SettingsError where another process has it. Where there are no locks, nobody is refused.
+    It is a lock of the process and not of the file, so that forks which outlive a
+    killed run for a moment do not hold it. Raises SettingsError where another process
+    has it. On a system without locks every process gets it.
     """
     try:
         file = (folder / "lock").open("wb")
-    except OSError as e:
-        raise SettingsError(f"{folder} cannot be written to: {e.strerror}") from e
+    except OSError as error:
+        raise SettingsError(
+            f"{folder} cannot be written to: {error.strerror}"
+        ) from error
     try:
         import fcntl  # not on Windows
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:
+    except (BlockingIOError, PermissionError) as error:
         file.close()
         raise SettingsError(
-            f"{folder} is being written by another process: wait until it ends, or stop it"
-        ) from e
-    except (ImportError, OSError) as e:
-        log.debug("%s cannot be locked: %s", folder, e)
+            f"{folder} is being written by another process: "
+            "wait until it ends, or stop it"
+        ) from error
+    except (ImportError, OSError) as error:
+        log.debug("%s cannot be locked: %s", folder, error)
     return file
 
 
 def fresh(name: str) -> Path:
-    """A new directory in runs/, named after the time and `name`; made at once, so that no other process takes it."""
+    """A new directory in runs/, named after the time and `name`.
+
+    It is made at once, so that no other process takes it.
+    """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     for number in itertools.count(1):
-        folder = Path("runs") / (
-            f"{stamp}-{name}" if number == 1 else f"{stamp}-{name}-{number}"
-        )
+        suffix = "" if number == 1 else f"-{number}"
+        folder = Path("runs") / f"{stamp}-{name}{suffix}"
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             continue
-        except OSError as e:
+        except OSError as error:
             raise SettingsError(
-                f"{folder} cannot be made: {e.strerror}; choose a directory with --out"
-            ) from e
+                f"{folder} cannot be made: {error.strerror}; "
+                "choose a directory with --out"
+            ) from error
     raise AssertionError("unreachable")
 
 
 def stored(folder: Path | str) -> dict[str, Any]:
-    """The resolved settings of a run directory. Raises SettingsError when there are none."""
+    """The resolved settings of a run directory. Raises SettingsError without any."""
     file = Path(folder) / "config.toml"
     try:
         return tomllib.loads(file.read_text())
-    except FileNotFoundError as e:
+    except FileNotFoundError as error:
         raise SettingsError(
             f"{folder} is no run directory: expected config.toml in it"
-        ) from e
-    except (OSError, ValueError) as e:
-        raise SettingsError(f"{file} is damaged: {e}") from e
+        ) from error
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file} is damaged: {error}") from error
 
 
-def _refuse_changes(e: Experiment, folder: Path) -> None:
-    before = _leaves(
-        Experiment.parse(stored(folder), source=str(folder / "config.toml")).model_dump(
-            mode="json"
-        )
-    )
-    now = _leaves(e.model_dump(mode="json"))
-    changed = [
-        key
-        for key in before.keys() | now.keys()
-        if before.get(key) != now.get(key) and key.split(".")[0] not in MAY_CHANGE
-    ]
-    if changed:
-        lines = [
-            f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
-            for key in sorted(changed)
-        ]
+def _refuse_changes(experiment: Experiment, folder: Path) -> None:
+    source = str(folder / "config.toml")
+    settings = type(experiment).parse(stored(folder), source=source)
+    before = _leaves(settings.model_dump(mode="json"))
+    now = _leaves(experiment.model_dump(mode="json"))
+    changes = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new and key.split(".")[0] not in MAY_CHANGE:
+            changes.append(f"{key} was {old!r} and is now {new!r}")
+    if changes:
         raise SettingsError(
-            f"{folder} cannot be resumed with other settings: {'; '.join(lines)}. "
+            f"{folder} cannot be resumed with other settings: {'; '.join(changes)}. "
             f"Only {', '.join(MAY_CHANGE)} may change; start a new run"
         )
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """The values of nested dicts, by dotted key."""
+    leaves: dict[str, Any] = {}
     for key, value in values.items():
-        found |= (
-            _leaves(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return found
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
 
 
-def write_settings(folder: Path, e: Experiment) -> None:
-    write_atomically(folder / "config.toml", e.to_toml().encode())
-    facts = {
+def write_settings(folder: Path, experiment: Experiment) -> None:
+    """Write config.toml, and environment.json with what else the run depends on."""
+    write_atomically(folder / "config.toml", experiment.to_toml().encode())
+    has_cuda = torch.cuda.is_available()
+    environment = {
         "fedcore": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
@@ -173,22 +183,20 @@ def write_settings(folder: Path, e: Experiment) -> None:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_device_name() if has_cuda else None,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_atomically(folder / "environment.json", json.dumps(facts, indent=1).encode())
+    content = json.dumps(environment, indent=1).encode()
+    write_atomically(folder / "environment.json", content)
 
 
 def _commit() -> str | None:
     """The commit of the source tree, where this is one."""
+    source = str(Path(__file__).parent.parent)
+    command = ["git", "-C", source, "rev-parse", "HEAD"]
     try:
-        source = Path(__file__).parent.parent
         done = subprocess.run(
-            ["git", "-C", source, "rev-parse", "HEAD"],
-            capture_output=True,
-            check=False,
-            text=True,
-            timeout=5,
+            command, capture_output=True, check=False, text=True, timeout=5
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -196,88 +204,23 @@ def _commit() -> str | None:
 
 
 def read_history(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to this round. Raises SettingsError when one is missing."""
+    """The lines of metrics.jsonl up to round `rounds`.
+
+    Raises SettingsError when one is missing.
+    """
     file = folder / "metrics.jsonl"
+    text = file.read_text(errors="replace") if file.exists() else ""
     rows: list[dict[str, Any]] = []
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+    for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break  # the line that a killed process did not finish
-    rows = [row for row in rows if row["round"] <= rounds]
+        if row["round"] <= rounds:
+            rows.append(row)
     if [row["round"] for row in rows] != list(range(1, rounds + 1)):
         raise SettingsError(
-            f"{file} is damaged: expected a line for each of the {rounds} rounds of the checkpoint; start the run anew"
+            f"{file} is damaged: expected a line for each of the {rounds} rounds "
+            "of the checkpoint; start the run anew"
         )
     return rows
-
-
-class ClientTable:
-    """clients.parquet: one row a (round, client function, client), with what it reported of itself."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        # Compact and growing in place: a small tensor a report, kept, would hold on to the large freed ones around it.
-        self._columns: dict[str, list[str] | array[float]] = {
-            name: array("d") for name in ("round", "client", "num_examples")
-        }
-        self._columns["function"] = []
-
-    def add(self, number: int, function: str, clients: Tensor, seen: Readout) -> None:
-        n = len(clients)
-        facts: dict[str, list[Any]] = {
-            "round": [number] * n,
-            "function": [function] * n,
-            "client": clients.tolist(),
-        }
-        facts |= {
-            "num_examples": seen.num_examples.tolist(),
-            **{name: x.tolist() for name, x in seen.metrics.items()},
-        }
-        self._append(facts, n)
-
-    def _append(self, columns: dict[str, list[Any]], n: int) -> None:
-        rows = len(self._columns["round"])
-        for name in columns.keys() | self._columns.keys():
-            column = self._columns.setdefault(name, array("d", [math.nan]) * rows)
-            column.extend(columns.get(name, [math.nan] * n))
-
-    def write(self, rounds: int) -> None:
-        """Replace the file by the rows up to this round."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-
-        if not self._columns["round"]:
-            return
-        integers = {"round": np.int32, "client": np.int64}
-        columns = {name: np.asarray(values) for name, values in self._columns.items()}
-        table = pa.table(
-            {
-                name: values.astype(integers.get(name, values.dtype))
-                for name, values in columns.items()
-            }
-        )
-        table = table.filter(pc.less_equal(table["round"], rounds))
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        write_atomically(self.file, sink.getvalue().to_pybytes())
-
-    def read(self, rounds: int) -> None:
-        """Take over rows up to this round, from the file; a missing or damaged file costs these rows and nothing else."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.read_table(self.file)
-        except (OSError, pa.ArrowException) as e:
-            log.warning(
-                "%s cannot be read (%s); its rows up to round %d are lost",
-                self.file,
-                e,
-                rounds,
-            )
-            return
-        table = table.filter(pc.less_equal(table["round"], rounds))
-        self._append(table.to_pydict(), len(table))

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedcore import __version__, trees
 from fedcore.engines.base import Engine
 from fedcore.errors import SettingsError
-from fedcore.rounds.rundir import ClientTable
+from fedcore.rounds.client_table import ClientTable
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.storage.rows import StateStore
 from fedcore.types import Tree
@@ -73,7 +73,7 @@ class Saving:
         }
         unchanged: set[str] = set()
         for name, store in self._stores.items():
-            if store.stateless:
+            if store.is_stateless:
                 continue
             header[name] = store.clients()
             kept = set(store.in_use()) - store.changed
@@ -119,7 +119,6 @@ class Saving:
         for name, store in self._stores.items():
             if name in header:
                 store.load(header[name], partial(self._block, name))
-        self._table.read(t)
         return State(t, trees.to(server, device), participation, sent)
 
     def _block(self, name: str, number: int) -> dict[str, Tensor]:

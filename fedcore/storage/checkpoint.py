@@ -1,8 +1,9 @@
 """Checkpoints: tensors as safetensors, the rest as JSON, replaced in one step.
 
-`state.json` names every file of the checkpoint with its SHA-256. New files are written beside the old under names of their own;
-renaming the new `state.json` over the old is the moment at which the new checkpoint counts; what it does not name then goes.
-A process killed at any instant leaves the old checkpoint or the new one, whole.
+`state.json` names every file of the checkpoint with its SHA-256. New files are written
+beside the old under names of their own. Renaming the new `state.json` over the old is
+the moment at which the new checkpoint counts; files that it does not name then go. A
+process killed at any instant leaves the old checkpoint or the new one, whole.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors.torch import load, save
 from torch import Tensor
@@ -21,17 +23,33 @@ from fedcore.errors import SettingsError
 
 VERSION = 1
 STATE = "state.json"
+WHOLE = "."  # the path of a tree that is one tensor; safetensors takes no empty name
+
+
+@contextmanager
+def replacing(file: Path, sync: bool = True) -> Iterator[IO[bytes]]:
+    """A new file to write to, which takes the place of `file` at the end.
+
+    Whatever happens to this process, and with `sync` to the machine, the file holds
+    what it held before or all that was written.
+    """
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("wb") as sink:
+            yield sink
+            if sync:
+                sink.flush()
+                os.fsync(sink.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_atomically(file: Path, content: bytes, sync: bool = True) -> None:
-    """The file holds either what it held or `content`, whatever happens; without `sync`, whatever happens to this process."""
-    part = file.with_name(f".{file.name}.part")
-    with part.open("wb") as f:
-        f.write(content)
-        if sync:
-            f.flush()
-            os.fsync(f.fileno())
-    part.replace(file)
+    """Replace the file by `content` in one step, as `replacing` does."""
+    with replacing(file, sync) as sink:
+        sink.write(content)
 
 
 class Checkpoint:
@@ -39,14 +57,18 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, dict[str, str]] = {}  # part -> {"file", "sha256"}
+        # By part: its "file" and "sha256".
+        self._files: dict[str, dict[str, str]] = {}
 
     def exists(self) -> bool:
-        """Raises SettingsError when there are parts of a checkpoint, and nothing that says which."""
+        """Whether there is a checkpoint.
+
+        Raises SettingsError when there are parts of one, and no file that names them.
+        """
         if (self.folder / STATE).is_file():
             return True
         if any(self.folder.glob("*.safetensors")):
-            raise self._damaged(
+            raise _damaged(
                 self.folder / STATE, "missing, beside the parts of a checkpoint"
             )
         return False
@@ -58,84 +80,107 @@ class Checkpoint:
         parts: Iterable[tuple[str, dict[str, Tensor]]],
         keep: set[str] | None = None,
     ) -> None:
-        """Write `parts` (names and flat trees of tensors, one after another) and `facts` (JSON) as checkpoint `number`.
+        """Write `facts` (JSON) and `parts` as checkpoint `number`.
 
+        A part is a name and a flat tree of tensors; they are written one after another.
         Parts named in `keep` are taken over from the previous checkpoint as they are.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {part: self._files[part] for part in keep or set()}
         for part, tensors in parts:
-            content = save(
-                {
-                    path or ".": x.detach().cpu().contiguous()
-                    for path, x in tensors.items()
-                }
-            )
-            name = f"{part}-{number:06d}.safetensors"
-            write_atomically(self.folder / name, content)
-            files[part] = {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
+            files[part] = self._write(f"{part}-{number:06d}.safetensors", tensors)
         state = {"version": VERSION, **facts, "files": files}
-        write_atomically(
-            self.folder / STATE,
-            json.dumps({**state, "sha256": _digest(state)}, indent=1).encode(),
-        )
+        text = json.dumps({**state, "sha256": _digest(state)}, indent=1)
+        write_atomically(self.folder / STATE, text.encode())
         sync_folder(self.folder)
         self._files = files
-        current = {entry["file"] for entry in files.values()} | {STATE}
+        self._delete_others()
+
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+        """Write the file of one part; its entry in `files` is returned."""
+        plain = {}
+        for path, x in tensors.items():
+            plain[path or WHOLE] = x.detach().cpu().contiguous()
+        content = save(plain)
+        write_atomically(self.folder / name, content)
+        return {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
+
+    def _delete_others(self) -> None:
+        """Delete the files that the newest checkpoint does not name."""
+        current = {entry["file"] for entry in self._files.values()}
         for file in self.folder.iterdir():
-            if file.is_file() and file.name not in current:
+            if file.is_file() and file.name not in current | {STATE}:
                 file.unlink(missing_ok=True)
 
     def read(self) -> dict[str, Any]:
-        """The facts of the checkpoint. Raises SettingsError when there is none, or it is damaged."""
+        """The facts of the checkpoint.
+
+        Raises SettingsError when there is no checkpoint, or it is damaged.
+        """
         file = self.folder / STATE
         try:
             facts: dict[str, Any] = json.loads(file.read_bytes())
-            self._files = {
-                part: {"file": str(e["file"]), "sha256": str(e["sha256"])}
-                for part, e in facts["files"].items()
-            }
-        except FileNotFoundError as e:
+            files: dict[str, dict[str, str]] = {}
+            for part, entry in facts["files"].items():
+                files[part] = {
+                    "file": str(entry["file"]),
+                    "sha256": str(entry["sha256"]),
+                }
+        except FileNotFoundError as error:
             raise SettingsError(
-                f"{self.folder} holds no checkpoint: expected {STATE} in it; start the run anew without --resume"
-            ) from e
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise self._damaged(file, "not the JSON that was written") from e
+                f"{self.folder} holds no checkpoint: expected {STATE} in it; "
+                "start the run anew without --resume"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(file, "not the JSON that was written") from error
         if facts.get("version") != VERSION:
             raise SettingsError(
-                f"{file} has version {facts.get('version')}, expected {VERSION}: resume it with the fedcore that wrote it"
+                f"{file} has version {facts.get('version')}, expected {VERSION}: "
+                "resume it with the fedcore that wrote it"
             )
         if facts.pop("sha256", None) != _digest(facts):
-            raise self._damaged(file, "its SHA-256 is not the one that it names")
+            raise _damaged(file, "its SHA-256 is not the one that it names")
+        self._files = files
         return facts
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one part, after `read`. Raises SettingsError when they are missing or not what was written."""
+        """The tensors of one part, after `read`.
+
+        Raises SettingsError when they are missing or not those that were written.
+        """
         if name not in self._files:
-            raise self._damaged(self.folder / STATE, f'no part "{name}"')
+            raise _damaged(self.folder / STATE, f'no part "{name}"')
         file = self.folder / self._files[name]["file"]
         try:
             content = file.read_bytes()
-        except OSError as e:
-            raise self._damaged(file, e.strerror or str(e)) from e
+        except OSError as error:
+            raise _damaged(file, error.strerror or str(error)) from error
         if hashlib.sha256(content).hexdigest() != self._files[name]["sha256"]:
-            raise self._damaged(file, "its SHA-256 is not the one in state.json")
-        return {"" if path == "." else path: x for path, x in load(content).items()}
+            raise _damaged(file, f"its SHA-256 is not the one in {STATE}")
+        tensors = load(content)
+        if WHOLE in tensors:
+            tensors[""] = tensors.pop(WHOLE)
+        return tensors
 
-    def _damaged(self, file: Path, what: str) -> SettingsError:
-        return SettingsError(
-            f"{file} is damaged ({what}): restore it from a copy, or start the run anew without --resume"
-        )
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a directory durable.
+
+    A file that was renamed into it survives a loss of power.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a directory durable: a file that was renamed into it survives a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _damaged(file: Path, problem: str) -> SettingsError:
+    return SettingsError(
+        f"{file} is damaged ({problem}): "
+        "restore it from a copy, or start the run anew without --resume"
+    )

@@ -1,6 +1,7 @@
-"""One row for each client that ever took part, in memory up to a cap and in mapped files beyond it.
+"""Rows by client: one for each client that ever took part.
 
-What clients keep between rounds is in such a store, and what the server keeps of each of them (`Round.memory`) in another.
+Client states are in such a store, and what the server keeps of single clients
+(`Round.memory`) in another.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ CPU = torch.device("cpu")
 
 
 class StateStore:
-    """Rows by client id. A client that never took part costs nothing and reads as the initial row.
+    """Rows by client id. A client that never took part costs nothing.
 
-    What a round writes goes into rows of its own, which take the place of the old ones at `commit`: so an interrupted round leaves
-    no trace, and a round of any size stays within the cap.
+    It reads as the initial row. A round writes to rows of its own, which take the place
+    of the old ones at `commit`: so an interrupted round leaves no trace, and a round of
+    any size stays within the cap on memory.
     """
 
     def __init__(
@@ -33,24 +35,26 @@ class StateStore:
         spill: Callable[[], Path],
         device: torch.device = CPU,
     ) -> None:
-        """`ram` is the cap in bytes, `spill()` the directory of the mapped files beyond it; `gather` brings rows to `device`."""
+        """`ram` is the cap in bytes; blocks beyond it are in mapped files.
+
+        `spill()` is the directory of these files. `gather` brings rows to `device`.
+        """
         self.initial = initial
         self.row_bytes = trees.nbytes(initial)
-        self.blocks: list[Tree] = []  # leaves [ROWS, ...]
+        self.blocks = Blocks(initial, ram, spill)
         self.row_of: dict[int, int] = {}
-        self.changed: set[int] = (
-            set()
-        )  # blocks that are not in the last checkpoint as they are now
-        self._ram, self._spill, self._device = ram, spill, device
-        self._maps: dict[int, list[mmap.mmap]] = {}  # of the blocks in files
-        self._pending: dict[int, int] = {}  # row of what this round wrote, by client
-        self._replaced: list[
-            int
-        ] = []  # rows that this round wrote twice; they may still be read
+        # Blocks that are not in the last checkpoint as they are now.
+        self.changed: set[int] = set()
+        self._device = device
+        # The row that this round wrote, by client.
+        self._pending: dict[int, int] = {}
+        # Rows that this round wrote anew; until its end they may still be read.
+        self._replaced: list[int] = []
         self._free: list[int] = []
 
     @property
-    def stateless(self) -> bool:
+    def is_stateless(self) -> bool:
+        """Whether a row is empty, so that there is nothing to keep."""
         return self.row_bytes == 0
 
     def get(self, client: int) -> Tree:
@@ -58,51 +62,45 @@ class StateStore:
         return trees.at(self.gather([client]), 0)
 
     def gather(self, clients: Tensor | list[int]) -> Tree:
-        """Rows stacked, [n, ...]."""
-        if self.stateless:
+        """Rows stacked, [n, ...], in the order of `clients`."""
+        if self.is_stateless:
             return self.initial
-        ids = clients.tolist() if isinstance(clients, Tensor) else clients
-        found = [self._pending.get(i, self.row_of.get(i)) for i in ids]
-        blocks = {row // ROWS for row in found if row is not None}
-        rows = trees.stack(
-            [
-                self.initial
-                if row is None
-                else trees.at(self.blocks[row // ROWS], row % ROWS)
-                for row in found
-            ]
-        )
-        self._release(blocks)
-        return trees.to(rows, self._device)
+        rows: list[Tree] = []
+        touched: set[int] = set()
+        for client in _ids(clients):
+            row = self._pending.get(client, self.row_of.get(client))
+            if row is None:
+                rows.append(self.initial)
+            else:
+                rows.append(trees.at(self.blocks[row // ROWS], row % ROWS))
+                touched.add(row // ROWS)
+        stacked = trees.stack(rows)
+        self.blocks.release(touched)
+        return trees.to(stacked, self._device)
 
     def put(self, clients: Tensor | list[int], rows: Tree) -> None:
-        """New rows, stacked [n, ...], from any device; they count from now on, and are kept by the next `commit`."""
-        if self.stateless:
+        """New rows, stacked [n, ...], from any device.
+
+        They count from now on, and are kept by the next `commit`.
+        """
+        if self.is_stateless:
             return
-        rows, touched = trees.to(rows, CPU), set[int]()
-        for i, client in enumerate(
-            clients.tolist() if isinstance(clients, Tensor) else clients
-        ):
+        rows = trees.to(rows, CPU)
+        touched: set[int] = set()
+        for i, client in enumerate(_ids(clients)):
             if client in self._pending:
                 self._replaced.append(self._pending[client])
-            if not self._free:
-                self._free = list(
-                    reversed(
-                        range(len(self.blocks) * ROWS, (len(self.blocks) + 1) * ROWS)
-                    )
-                )
-                self.changed.add(len(self.blocks))
-                self.blocks.append(self._allocate())
-            row = self._pending[client] = self._free.pop()
+            row = self._pending[client] = self._take_free_row()
             touched.add(row // ROWS)
             trees.map(
                 lambda block, new, at=row % ROWS, i=i: block[at].copy_(new[i]),
                 self.blocks[row // ROWS],
                 rows,
             )
-        self._release(touched)
+        self.blocks.release(touched)
 
     def commit(self) -> None:
+        """Keep what was written since the last `commit`."""
         for client, row in self._pending.items():
             if client in self.row_of:
                 self._replaced.append(self.row_of[client])
@@ -112,85 +110,122 @@ class StateStore:
         self.rollback()
 
     def rollback(self) -> None:
+        """Forget what was written since the last `commit`."""
         self._free += [*self._pending.values(), *self._replaced]
         self._pending.clear()
         self._replaced.clear()
 
-    def _allocate(self) -> Tree:
-        number, size = len(self.blocks), ROWS * self.row_bytes
-        if (number + 1) * size <= self._ram:
-            return trees.map(
-                lambda x: torch.zeros((ROWS, *x.shape), dtype=x.dtype), self.initial
-            )
-        self._maps[number] = []
+    def _take_free_row(self) -> int:
+        if not self._free:
+            number = self.blocks.add()
+            self.changed.add(number)
+            self._free = list(range((number + 1) * ROWS - 1, number * ROWS - 1, -1))
+        return self._free.pop()
 
-        def mapped(x: Tensor) -> Tensor:
-            if x.numel() == 0:
-                return torch.empty((ROWS, *x.shape), dtype=x.dtype)
-            length = ROWS * x.numel() * x.element_size()
-            with (self._spill() / f"block-{number}-{len(self._maps[number])}.bin").open(
-                "wb+"
-            ) as file:
-                file.truncate(length)
-                self._maps[number].append(mmap.mmap(file.fileno(), length))
-            return torch.frombuffer(self._maps[number][-1], dtype=x.dtype).view(
-                ROWS, *x.shape
-            )
-
-        return trees.map(mapped, self.initial)
-
-    def _release(self, numbers: Iterable[int]) -> None:
-        """Give back the memory in which mapped blocks were read and written: the kernel would leave it with us for long."""
-        for number in numbers:
-            for piece in self._maps.get(number, []):
-                piece.madvise(mmap.MADV_DONTNEED)
-
-    # For the checkpoint: blocks as flat tensors, and which client is in which row.
+    # For the checkpoint: blocks as flat tensors, and the client of each row.
 
     def clients(self) -> list[int]:
         """The client of each row, -1 where there is none."""
-        found = [-1] * (max(self.row_of.values(), default=-1) + 1)
+        clients = [-1] * (max(self.row_of.values(), default=-1) + 1)
         for client, row in self.row_of.items():
-            found[row] = client
-        return found
+            clients[row] = client
+        return clients
 
     def in_use(self) -> range:
         """Numbers of the blocks up to the last row that a client has."""
         return range(-(-len(self.clients()) // ROWS))
 
     def save_blocks(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """The changed ones of the blocks in use."""
-        rows = len(self.clients())
+        """(number, flat tensors) of each block in use that has changed."""
+        num_rows = len(self.clients())
         for number in sorted(self.changed & set(self.in_use())):
-            yield (
-                number,
-                {
-                    path: x[: rows - number * ROWS]
-                    for path, x in trees.flatten(self.blocks[number]).items()
-                },
-            )
-            self._release([number])
+            flat = trees.flatten(self.blocks[number])
+            end = num_rows - number * ROWS
+            yield number, {path: x[:end] for path, x in flat.items()}
+            self.blocks.release([number])
 
     def saved(self) -> None:
-        """What `save_blocks` gave is now in the last checkpoint."""
+        """Note that the last checkpoint has the blocks that `save_blocks` gave."""
         self.changed = set(range(len(self.blocks))) - set(self.in_use())
 
     def load(
         self, clients: list[int], block: Callable[[int], dict[str, Tensor]]
     ) -> None:
-        """`clients` as `clients()` gave them, and `block(number)` as `save_blocks` did."""
-        self.row_of = {client: row for row, client in enumerate(clients) if client >= 0}
-        self.blocks, self.changed = [], set()
+        """Fill an empty store from a checkpoint.
+
+        `clients` are as `clients()` gave them, `block(number)` as `save_blocks` did.
+        """
+        assert not self.row_of, "this store holds rows already"
+        for row, client in enumerate(clients):
+            if client >= 0:
+                self.row_of[client] = row
         for number in range(-(-len(clients) // ROWS)):
-            self.blocks.append(self._allocate())
+            self.blocks.add()
             saved = trees.unflatten(block(number), self.initial)
             trees.map(
                 lambda target, source: target[: len(source)].copy_(source),
                 self.blocks[number],
                 saved,
             )
-            self._release([number])
-        self._free = sorted(
-            set(range(len(self.blocks) * ROWS)) - set(self.row_of.values()),
-            reverse=True,
-        )
+            self.blocks.release([number])
+        taken = set(self.row_of.values())
+        free = set(range(len(self.blocks) * ROWS)) - taken
+        self._free = sorted(free, reverse=True)
+
+
+class Blocks:
+    """Blocks of ROWS rows, in memory up to a cap and in mapped files beyond it."""
+
+    def __init__(self, row: Tree, ram: int, spill: Callable[[], Path]) -> None:
+        """`row` is like a row of a block; for `ram` and `spill` see StateStore."""
+        self._row, self._ram, self._spill = row, ram, spill
+        self._size = ROWS * trees.nbytes(row)
+        self._blocks: list[Tree] = []  # leaves [ROWS, ...]
+        self._maps: dict[int, list[mmap.mmap]] = {}  # by number, of those in files
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, number: int) -> Tree:
+        return self._blocks[number]
+
+    def add(self) -> int:
+        """Add a block of zeros; its number is returned."""
+        number = len(self._blocks)
+        if (number + 1) * self._size <= self._ram:
+            block = trees.map(_zeros, self._row)
+        else:
+            self._maps[number] = []
+            block = trees.map(lambda x: self._mapped(number, x), self._row)
+        self._blocks.append(block)
+        return number
+
+    def _mapped(self, number: int, row: Tensor) -> Tensor:
+        """Zeros for ROWS rows of one leaf, in a file of their own."""
+        if row.numel() == 0:
+            return _zeros(row)
+        pieces = self._maps[number]
+        file = self._spill() / f"block-{number}-{len(pieces)}.bin"
+        length = ROWS * row.numel() * row.element_size()
+        with file.open("wb+") as opened:
+            opened.truncate(length)
+            pieces.append(mmap.mmap(opened.fileno(), length))
+        flat = torch.frombuffer(pieces[-1], dtype=row.dtype)
+        return flat.view(ROWS, *row.shape)
+
+    def release(self, numbers: Iterable[int]) -> None:
+        """Give back the memory in which mapped blocks were read and written.
+
+        The kernel would leave it with this process for long.
+        """
+        for number in numbers:
+            for piece in self._maps.get(number, []):
+                piece.madvise(mmap.MADV_DONTNEED)
+
+
+def _zeros(row: Tensor) -> Tensor:
+    return torch.zeros((ROWS, *row.shape), dtype=row.dtype)
+
+
+def _ids(clients: Tensor | list[int]) -> list[int]:
+    return clients.tolist() if isinstance(clients, Tensor) else clients

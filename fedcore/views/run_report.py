@@ -26,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from fedcore import __version__
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.privacy import COVERS, describe
+from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.rundir import PERCENTILES, stored
 from fedcore.storage.checkpoint import Checkpoint, write_atomically
 from fedcore.storage.memory import byte_unit, size_text
@@ -277,15 +278,9 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 def _last_evaluation(r: Run, function: str) -> dict[str, np.ndarray]:
     """What every client measured at the last evaluation, or fine-tuning, that clients.parquet has."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    file = r.folder / "clients.parquet"
-    if not file.exists():
-        return {}
     try:
-        table = pq.read_table(
-            file, filters=[("function", "==", function), ("round", "<=", len(r.rows))]
-        )
+        table = read_clients(r.folder, function, up_to=len(r.rows))
         columns = {name: table[name].to_numpy() for name in table.column_names}
         if not len(table):
             return {}

@@ -46,7 +46,7 @@ def test_lines_after_the_rounds_that_count_are_not_looked_at(tmp_path: Path) -> 
 
 def test_fewer_lines_than_rounds_that_count_are_refused(tmp_path: Path) -> None:
     file = written(tmp_path, [row(1)], '{"round"')
-    with pytest.raises(SettingsError, match="each of the 2 rounds.*found 1; start"):
+    with pytest.raises(SettingsError, match=r"each of the 2 rounds.*found 1; start"):
         History.read(file, rounds=2)
 
 

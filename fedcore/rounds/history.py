@@ -120,7 +120,7 @@ class History:
 
     @property
     def measure(self) -> str:
-        """The measure that judges the run: "accuracy" where there is one, else "loss"."""
+        """The measure that judges the run: "accuracy" where it is there, or "loss"."""
         for key in ("test_accuracy", "client_accuracy"):
             if self.last(key) is not None:
                 return "accuracy"

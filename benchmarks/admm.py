@@ -31,8 +31,9 @@ from fedcore import Experiment
 from fedcore.rounds.loop import run
 from fedcore.task import Task
 from fedcore.tasks import TASKS, build_task
-from fedcore.views.compare import Run, compare
-from fedcore.views.run_report import SERIES, STYLE, svg
+from fedcore.views.compare import compare
+from fedcore.views.comparison import Run
+from fedcore.views.figures import SERIES, STYLE, svg
 from fedcore.views.terminal import Terminal
 
 LOW, HIGH = 6.25e-4, 1e-2
@@ -74,14 +75,14 @@ def nmsd(runs: list[Run], first: float, last: float) -> float:
     values = [
         row["client_nmsd"]["mean"]
         for r in runs
-        for row in r.rows
+        for row in r.history.rows
         if "client_nmsd" in row and first < row["round"] <= last
     ]
     return 10 * math.log10(np.mean(values))
 
 
 def settled(runs: list[Run]) -> float:
-    rounds = len(runs[0].rows)
+    rounds = len(runs[0].history.rows)
     return nmsd(runs, 0.75 * rounds, rounds)
 
 
@@ -192,10 +193,10 @@ def draw(
 def by_round(found: Measured) -> dict[str, tuple[list[float], list[float]]]:
     curves = {}
     for label, runs in found.items():
-        rounds = [row["round"] for row in runs[0].rows if "client_nmsd" in row]
+        rounds = [row["round"] for row in runs[0].history.rows if "client_nmsd" in row]
         values = np.mean(
             [
-                [row["client_nmsd"]["mean"] for row in r.rows if "client_nmsd" in row]
+                [row["client_nmsd"]["mean"] for row in r.history.rows if "client_nmsd" in row]
                 for r in runs
             ],
             axis=0,

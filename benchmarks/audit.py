@@ -34,7 +34,7 @@ from fedcore.audit.attacks.sme import SME, SurrogateSettings
 from fedcore.audit.observe import Subject, aggregate, moved, simulate
 from fedcore.rounds.loop import Quiet
 from fedcore.tasks import build_task
-from fedcore.views.run_report import STYLE, svg
+from fedcore.views.figures import STYLE, svg
 
 CNN = {"name": "cnn", "channels": [16, 32], "kernel": 3, "hidden": 64, "pool": "avg"}
 SMALL: dict[str, Any] = {

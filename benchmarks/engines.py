@@ -486,7 +486,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     from fedcore.views.page import THEME
-    from fedcore.views.run_report import SERIES, STYLE, svg
+    from fedcore.views.figures import SERIES, STYLE, svg
 
     names = list(
         dict.fromkeys(name for model in found.values() for name in model["rounds"])

@@ -30,7 +30,8 @@ from fedcore.local import local_sgd
 from fedcore.rng import rng
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Round
-from fedcore.views.compare import Run, compare
+from fedcore.views.compare import compare
+from fedcore.views.comparison import Run
 from fedcore.views.terminal import Terminal
 from strategies import fedlaw
 
@@ -145,13 +146,13 @@ def experiment(
 
 def late(runs: list[Run], value: Callable[[dict[str, Any]], float]) -> str:
     """Of the last ten rounds, mean and standard deviation over seeds."""
-    means = [statistics.fmean(value(row) for row in run.rows[-LAST:]) for run in runs]
+    means = [statistics.fmean(value(row) for row in run.history.rows[-LAST:]) for run in runs]
     return f"{statistics.fmean(means):.3f} ± {statistics.stdev(means) if len(means) > 1 else 0:.3f}"
 
 
 def percent(runs: list[Run]) -> str:
     means = [
-        100 * statistics.fmean(row["test_accuracy"] for row in run.rows[-LAST:])
+        100 * statistics.fmean(row["test_accuracy"] for row in run.history.rows[-LAST:])
         for run in runs
     ]
     return f"{statistics.fmean(means):.1f} ± {statistics.stdev(means) if len(means) > 1 else 0:.1f}"
@@ -237,7 +238,7 @@ def weights(out: Path, seeds: int) -> None:
         rows = {label: [percent(runs)] for label, runs in found.items()}
 
         def share(runs: list[Run], t: int, first: int = first) -> str:
-            values = [sum(run.rows[t - 1]["server_lambda"][:first]) for run in runs]
+            values = [sum(run.history.rows[t - 1]["server_lambda"][:first]) for run in runs]
             return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
 
         for label in ("attentive LAW", "FedLAW"):

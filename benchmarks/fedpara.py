@@ -23,9 +23,10 @@ from benchmarks.personal import table
 from fedcore import Experiment
 from fedcore.errors import RunError
 from fedcore.storage.memory import size_text
-from fedcore.views.compare import Run, compare, curve
+from fedcore.views.compare import compare
+from fedcore.views.comparison import Run, curve
 from fedcore.views.page import THEME
-from fedcore.views.run_report import SERIES, STYLE, svg
+from fedcore.views.figures import SERIES, STYLE, svg
 from fedcore.views.terminal import Terminal
 
 Values = dict[str, Any]
@@ -81,10 +82,10 @@ def study(out: Path, seeds: int, picture: Path | None) -> None:
             experiments, seeds, out / spread.lower().replace(" ", "-"), Terminal()
         ).runs
         for form, runs in found[spread].items():
-            last = [100 * run.rows[-1]["test_accuracy"] for run in runs]
+            last = [100 * run.history.rows[-1]["test_accuracy"] for run in runs]
             accuracy = f"{statistics.fmean(last):.1f} ± {statistics.stdev(last) if len(last) > 1 else 0:.1f}"
             total = size_text(
-                sum(row["bytes_down"] + row["bytes_up"] for row in runs[0].rows)
+                sum(row["bytes_down"] + row["bytes_up"] for row in runs[0].history.rows)
             )
             rows.append(
                 [
@@ -155,7 +156,7 @@ def rates(out: Path) -> None:
             except RunError:
                 cells.append("diverges")
                 continue
-            cells.append(f"{100 * run.rows[-1]['test_accuracy']:.1f}")
+            cells.append(f"{100 * run.history.rows[-1]['test_accuracy']:.1f}")
         rows.append([form, *cells])
     table(["test accuracy, %", *map(str, STEPS)], rows)
 

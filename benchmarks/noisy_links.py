@@ -23,7 +23,8 @@ from fedcore import Experiment
 from fedcore import method as methods
 from fedcore.config import read_preset
 from fedcore.errors import RunError
-from fedcore.views.compare import Run, compare
+from fedcore.views.compare import compare
+from fedcore.views.comparison import Run
 from fedcore.views.terminal import Terminal
 
 CHANNELS: dict[str, dict[str, float]] = {
@@ -76,7 +77,7 @@ def score(
     """Mean over the last evaluations until that round."""
     values = []
     for run in runs:
-        rows = [row for row in run.rows[:until] if "test_accuracy" in row][
+        rows = [row for row in run.history.rows[:until] if "test_accuracy" in row][
             -evaluations:
         ]
         values.append(100 * statistics.fmean(map(accuracy, rows)))

@@ -24,8 +24,9 @@ from fedcore import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.rng import rng
 from fedcore.task import Task, squared_error
-from fedcore.views.compare import Comparison, compare, curve
-from fedcore.views.run_report import SERIES, STYLE, svg
+from fedcore.views.compare import compare
+from fedcore.views.comparison import Comparison, curve
+from fedcore.views.figures import SERIES, STYLE, svg
 from fedcore.views.terminal import Terminal
 
 PROCESSES = ("bernoulli", "markov", "cyclic")
@@ -117,8 +118,8 @@ def late(c: Comparison, label: str, key: str) -> tuple[float, float]:
     for run in c.runs[label]:
         last = [
             row[key]
-            for row in run.rows
-            if key in row and row["round"] > 0.75 * len(run.rows)
+            for row in run.history.rows
+            if key in row and row["round"] > 0.75 * len(run.history.rows)
         ]
         values.append(statistics.fmean(last))
     return statistics.fmean(values), statistics.stdev(values) if len(

@@ -27,7 +27,8 @@ from fedcore.data.federated import Examples, FederatedData
 from fedcore.rng import rng
 from fedcore.storage.memory import size_text
 from fedcore.task import Task
-from fedcore.views.compare import Run, compare
+from fedcore.views.compare import compare
+from fedcore.views.comparison import Run
 from fedcore.views.terminal import Terminal
 
 MLP = {"name": "mlp", "hidden": [64]}
@@ -67,9 +68,9 @@ def experiment(method: Values, model: Values, base: Values, **more: Any) -> Expe
 def measured(runs: Sequence[Run], kind: str, part: str) -> str:
     """Mean and standard deviation over seeds of a number at the end, in percent; - where there is none."""
     found = [
-        run.rows[-1][f"{kind}_accuracy"][part]
+        run.history.rows[-1][f"{kind}_accuracy"][part]
         for run in runs
-        if f"{kind}_accuracy" in run.rows[-1]
+        if f"{kind}_accuracy" in run.history.rows[-1]
     ]
     if not found:
         return "-"
@@ -244,7 +245,7 @@ def parts(out: Path, seeds: int) -> None:
         found = compare(after, 1, out / f"second-{seed}", Terminal()).runs
         plain = of_clients(found["fine-tuning, full"][0], "evaluate")
         for label, runs in found.items():
-            last = runs[0].rows[-1]
+            last = runs[0].history.rows[-1]
             hurt.setdefault(label, []).append(
                 int((of_clients(runs[0], "finetune") < plain).sum())
             )

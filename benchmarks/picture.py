@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from fedcore.views.run_report import STYLE, svg
+from fedcore.views.figures import STYLE, svg
 
 
 def main() -> None:

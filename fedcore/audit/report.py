@@ -23,19 +23,18 @@ from fedcore.config import Experiment
 from fedcore.errors import SettingsError
 from fedcore.privacy import describe
 from fedcore.storage.checkpoint import write_atomically
-from fedcore.views.page import render
-from fedcore.views.run_report import (
+from fedcore.views.figures import (
     INK,
     SERIES,
     SOFT,
     STYLE,
-    Fact,
     Plot,
     new_figure,
     plot,
     ticks,
-    time_text,
 )
+from fedcore.views.page import Fact, render
+from fedcore.views.text import time_text
 
 LEVELS = {  # in the order of the table
     "class means": "class means, labels known",

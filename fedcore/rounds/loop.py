@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,26 +18,21 @@ from fedcore.errors import RunError, TooFewReports
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.doors import Desk, OpenRound
 from fedcore.rounds.evaluation import Evaluation
+from fedcore.rounds.history import History
 from fedcore.rounds.observer import Notes, Observer, Quiet
 from fedcore.rounds.participation import answering
-from fedcore.rounds.result import (
-    Result,
-    clients_per_second,
-    dropped,
-    final_measures,
-    params_sha256,
-)
+from fedcore.rounds.result import Result, final_measures, params_sha256
 from fedcore.rounds.rundir import (
     lock,
     make_run_dir,
     open_run_dir,
-    read_history,
 )
 from fedcore.rounds.saving import Saving, State, read_header
 from fedcore.rounds.setup import MakeEngine, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
 from fedcore.rounds.tally import Tally
 from fedcore.storage.checkpoint import Checkpoint, write_atomically
+from fedcore.storage.json import without_nan
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -113,7 +107,7 @@ class Loop:
         make_run_dir(folder, experiment)
         self._lock = self._lock or lock(folder)
         # Lines that were logged after the checkpoint go: those rounds are run again.
-        self.history = read_history(folder, self.state.t)
+        self.history = History.read(folder / "metrics.jsonl", self.state.t)
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(folder / "metrics.jsonl", lines.encode())
         self.clients.cut(self.state.t)
@@ -175,7 +169,7 @@ class Loop:
                         store.rollback()
                     self._saving.save(self.state, metrics)
                     raise
-                self.history.append(row)
+                self.history.add(row)
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
                 self.observer.round_done(row)
@@ -220,7 +214,7 @@ class Loop:
         if t == 0:
             row["first_round_s"] = round(now - self.begin, 3)
         row |= self._evaluated()
-        return {key: finite_json(value) for key, value in row.items()}
+        return {key: without_nan(value) for key, value in row.items()}
 
     def open_round(self, t: int, cohort: torch.Tensor) -> OpenRound:
         """Round t with this cohort, whose doors lead to the engine."""
@@ -263,11 +257,11 @@ class Loop:
         PATIENCE rounds in a row without any usable update, or every round that there
         was.
         """
-        lost = len(list(takewhile(is_without_use, reversed(self.history))))
+        lost = self.history.fruitless
         is_whole_run = lost == self.state.t == self.experiment.rounds
         if lost < PATIENCE and not is_whole_run:
             return None
-        counts = self.history[-1]["dropped"].items()
+        counts = self.history.rows[-1]["dropped"].items()
         reasons = ", ".join(f"{reason} ({n})" for reason, n in counts)
         return (
             f"round {self.state.t}: no usable update in {lost} round(s) in a row; the "
@@ -305,45 +299,24 @@ class Loop:
 
     def result(self) -> Result:
         """The outcome so far."""
-        rows, params = self.history, self.state.server.params
+        history, params = self.history, self.state.server.params
         return Result(
             method=self.experiment.method.name,
             engine=self.experiment.engine.name,
             seed=self.experiment.seed,
             rounds=self.state.t,
             population=self.task.population,
-            cohort=sum(row["cohort"] for row in rows) / max(len(rows), 1),
-            final=final_measures(rows, self.task.data.evaluated_on),
-            history=rows,
-            clients_trained=sum(row["reports"] for row in rows),
-            clients_per_second=round(clients_per_second(rows), 2),
-            first_round_s=rows[0]["first_round_s"],
-            bytes_down=sum(row["bytes_down"] for row in rows),
-            bytes_up=sum(row["bytes_up"] for row in rows),
-            dropped=dropped(rows),
-            late_answers=sum(row.get("late_answers", 0) for row in rows),
+            cohort=history.total("cohort") / max(len(history), 1),
+            final=final_measures(history, self.task.data.evaluated_on),
+            history=history.rows,
+            clients_trained=int(history.total("reports")),
+            clients_per_second=round(history.clients_per_second, 2),
+            first_round_s=history.rows[0]["first_round_s"],
+            bytes_down=int(history.total("bytes_down")),
+            bytes_up=int(history.total("bytes_up")),
+            dropped=dict(history.dropped()),
+            late_answers=int(history.total("late_answers")),
             params_sha256=params_sha256(params),
             run_dir=str(self.folder),
             params=params,
         )
-
-
-def is_without_use(row: dict[str, Any]) -> bool:
-    """Whether clients were asked in this round, and not one update could be used.
-
-    Clients that drop out have not failed.
-    """
-    reasons = row["dropped"]
-    if reasons.get("server not finite"):
-        return True
-    return bool(row["reports"] == 0 and row["cohort"] > reasons.get("dropout", 0))
-
-
-def finite_json(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite_json(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite_json(inner) for inner in value]
-    is_number = isinstance(value, float)
-    return None if is_number and value - value != 0 else value

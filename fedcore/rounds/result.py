@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
+from fedcore.rounds.history import History
 from fedcore.types import Params
 
 
@@ -52,35 +52,15 @@ def params_sha256(params: Params) -> str:
     return digest.hexdigest()
 
 
-def final_measures(rows: list[dict[str, Any]], evaluated_on: str) -> dict[str, Any]:
+def final_measures(history: History, evaluated_on: str) -> dict[str, Any]:
     """The last evaluation: test set, clients, fine-tuning, privacy."""
     final: dict[str, Any] = {
         "test_loss": None,
         "test_accuracy": None,
         "client_accuracy": None,
     }
-    evaluated = [row for row in rows if "test_loss" in row]
-    measured = evaluated[-1] if evaluated else {}
-    for key, value in measured.items():
-        if key.startswith(("test_", "client_", "finetuned_", "nmsd_")):
+    for key, value in history.evaluated.items():
+        if key.startswith(("test_", "client_", "finetuned_", "nmsd_", "privacy")):
             final[key] = value
-    if "privacy" in measured:
-        final["privacy"] = measured["privacy"]
     final["clients_evaluated_on"] = evaluated_on
     return final
-
-
-def dropped(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Clients left out in all rounds, by reason."""
-    total: Counter[str] = Counter()
-    for row in rows:
-        total.update(row["dropped"])
-    return dict(total)
-
-
-def clients_per_second(rows: list[dict[str, Any]]) -> float:
-    """Speed without the first round, which also warms up, where there are others."""
-    later = rows[1:] or rows
-    reports = sum(row["reports"] for row in later)
-    seconds = sum(row["seconds"] for row in later)
-    return float(reports / max(seconds, 1e-9))

@@ -1,4 +1,4 @@
-"""What a model is made of: its layers dense and factored, what is sent and what stays on the client, which part to personalise."""
+"""The parts of a model: parameters of its layers, and which of them are personal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from fedcore.models.lowrank import Layer, layers
 from fedcore.split import PARTS, split
 from fedcore.tasks import build_task
 from fedcore.types import Params
+from fedcore.views.text import table_text
+
+__all__ = ["Anatomy", "anatomy", "sensitivity", "show", "size"]
 
 
 class Anatomy(NamedTuple):
@@ -23,123 +26,109 @@ class Anatomy(NamedTuple):
     shared: Params
     personal: Params
 
+    @property
+    def dense_size(self) -> int:
+        """The number of parameters without factors."""
+        return sum(layer.dense for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """The layers, sizes and names, ready for JSON."""
         sizes = {
             "shared": size(self.shared),
             "personal": size(self.personal),
-            "dense": sum(layer.dense for layer in self.layers),
-        }
-        names = {
-            "shared_names": list(self.shared),
-            "personal_names": list(self.personal),
+            "dense": self.dense_size,
         }
         return {
             "layers": [layer._asdict() for layer in self.layers],
             "parameters": sizes,
-            **names,
+            "shared_names": list(self.shared),
+            "personal_names": list(self.personal),
         }
 
 
 def size(params: Params) -> int:
+    """The number of parameters."""
     return sum(x.numel() for x in trees.leaves(params))
 
 
-def anatomy(e: Experiment) -> Anatomy:
-    """Raises SettingsError where the task cannot be built, or a personal part is not there."""
-    model = build_task(e).model
-    params: Params = {
-        name: p for name, p in model.named_parameters() if p.requires_grad
-    }
-    dense = build_task(
-        e.model_copy(update={"lowrank": LowRank(), "initial": None})
-    ).model
-    return Anatomy(
-        layers(dense, model), *split(params, getattr(e.method, "personal", ()))
-    )
+def anatomy(experiment: Experiment) -> Anatomy:
+    """The model of an experiment in parts.
 
-
-def show(a: Anatomy) -> None:
-    """The tables, on stdout."""
-    factored = any(layer.rank for layer in a.layers)
-    rows = [["layer", "parameters", *(["dense", "rank"] if factored else [])]]
-    for layer in a.layers:
-        rows.append(
-            [
-                layer.name,
-                f"{layer.size:,}",
-                *([f"{layer.dense:,}", str(layer.rank or "-")] if factored else []),
-            ]
-        )
-    total, dense = (
-        size(a.shared) + size(a.personal),
-        sum(layer.dense for layer in a.layers),
-    )
-    rows.append(
-        [
-            "in all",
-            f"{total:,}",
-            *([f"{dense:,}", f"{total / dense:.1%}"] if factored else []),
-        ]
-    )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for first, *others in rows:
-        print(
-            "  ".join(
-                [
-                    first.ljust(widths[0]),
-                    *(
-                        text.rjust(width)
-                        for text, width in zip(others, widths[1:], strict=True)
-                    ),
-                ]
-            )
-        )
-    print(
-        f"sent each way: {size(a.shared):,} parameters; kept by the client: {size(a.personal):,}"
-    )
-    if a.personal:
-        print(f"personal: {', '.join(a.personal)}")
-
-
-def sensitivity(e: Experiment) -> list[tuple[str, Experiment]]:
-    """FedSim with each kind of layer personal, alone and with the output layer, beside FedAvg and local training, with labels.
-
-    The study of Sun et al. (FedPerfix, ICCV 2023, Table 1). Kinds that the model lacks are left out, and those that come to the
-    same parameters as one before. Raises SettingsError for a method without a `local_lr`.
+    Raises SettingsError where the task cannot be built, or a personal part is not
+    there.
     """
-    lr = getattr(e.method, "local_lr", None)
+    model = build_task(experiment).model
+    params: Params = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            params[name] = parameter
+    without_factors = {"lowrank": LowRank(), "initial": None}
+    dense = build_task(experiment.model_copy(update=without_factors)).model
+    # Only methods with personal parts have the setting.
+    personal_parts = getattr(experiment.method, "personal", ())
+    shared, personal = split(params, personal_parts)
+    return Anatomy(layers(dense, model), shared, personal)
+
+
+def show(parts: Anatomy) -> None:
+    """Print the tables on stdout."""
+    is_factored = any(layer.rank for layer in parts.layers)
+    shared, personal = size(parts.shared), size(parts.personal)
+    total, dense = shared + personal, parts.dense_size
+    rows = [["layer", "parameters", "dense", "rank"]]
+    for layer in parts.layers:
+        rank = str(layer.rank or "-")
+        rows.append([layer.name, f"{layer.size:,}", f"{layer.dense:,}", rank])
+    rows.append(["in all", f"{total:,}", f"{dense:,}", f"{total / dense:.1%}"])
+    if not is_factored:
+        rows = [row[:2] for row in rows]
+    print(table_text(rows))
+    print(f"sent each way: {shared:,} parameters; kept by the client: {personal:,}")
+    if parts.personal:
+        print(f"personal: {', '.join(parts.personal)}")
+
+
+def sensitivity(experiment: Experiment) -> list[tuple[str, Experiment]]:
+    """FedSim with each kind of layer personal, FedAvg and local training, with labels.
+
+    Each kind is personal alone and with the output layer: the study of Sun et al.
+    (FedPerfix, ICCV 2023, Table 1). Kinds that the model lacks are left out, and those
+    that come to the same parameters as one before. Raises SettingsError for a method
+    without a `local_lr`.
+    """
+    lr = getattr(experiment.method, "local_lr", None)
     if lr is None:
         raise SettingsError(
-            f'method.name = "{e.method.name}" has no local_lr: take a preset whose method has, e.g. fedavg'
+            f'method.name = "{experiment.method.name}" has no local_lr: '
+            "take a preset whose method has, e.g. fedavg"
         )
-    params = build_task(e).init_params()
-    found: dict[frozenset[str], tuple[str, ...]] = {}
+    params = build_task(experiment).init_params()
+    choices: dict[frozenset[str], tuple[str, ...]] = {}
     for parts in _choices():
         try:
-            personal = frozenset(split(params, parts)[1])
+            _, personal = split(params, parts)
         except SettingsError:
             continue  # the model has no such layers
-        found.setdefault(personal, parts)
+        choices.setdefault(frozenset(personal), parts)
     names = {(): "nothing (FedAvg)", ("all",): "everything (local)"}
-    return [
-        (
-            names.get(parts) or " + ".join(parts),
-            e.model_copy(update={"method": _fedsim(e, lr, parts)}),
-        )
-        for parts in found.values()
-    ]
+    labelled = []
+    for parts in choices.values():
+        label = names.get(parts) or " + ".join(parts)
+        method = _fedsim(lr, parts)
+        labelled.append((label, experiment.model_copy(update={"method": method})))
+    return labelled
 
 
 def _choices() -> Iterator[tuple[str, ...]]:
-    yield from ((), ("all",), ("output",))
+    yield ()
+    yield ("all",)
+    yield ("output",)
     for kind in PARTS:
         if kind not in ("all", "output", "body"):
             yield (kind,)
             yield kind, "output"
 
 
-def _fedsim(e: Experiment, lr: float, personal: tuple[str, ...]) -> MethodSettings:
-    return Experiment.parse(
-        {"method": {"name": "fedsim", "local_lr": lr, "personal": list(personal)}}
-    ).method
+def _fedsim(lr: float, personal: tuple[str, ...]) -> MethodSettings:
+    settings = {"name": "fedsim", "local_lr": lr, "personal": list(personal)}
+    return Experiment.parse({"method": settings}).method

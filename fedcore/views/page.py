@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
@@ -28,6 +28,16 @@ THEME = {
     "s8": ("#6f7a32", "#a3ae5e"),
     "s9": ("#8b93a0", "#7d8692"),
 }
+
+
+class Fact(NamedTuple):
+    """A number in a box at the top of a page."""
+
+    name: str
+    value: str
+    detail: str
+
+
 LIGHT, DARK = (
     " ".join(f"--{name}: {pair[mode]};" for name, pair in THEME.items())
     for mode in (0, 1)

@@ -1,4 +1,7 @@
-"""What a person sees while a run goes on: on stderr, a bar in a terminal, a line now and then elsewhere."""
+"""The progress of runs and audits on stderr, and the result of a run on stdout.
+
+Progress is a bar in a terminal, and a line now and then elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,11 @@ from rich.progress import (
 from fedcore import privacy
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine
+from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.storage.memory import size_text
+
+__all__ = ["AuditTerminal", "Terminal", "show_result"]
 
 EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -43,21 +49,26 @@ class Terminal:
             console=self.console,
             disable=not self.console.is_terminal,
         )
+        self._task = self._bar.add_task("round", total=None, facts="")
+        self._rounds = 0
+        self._engine: Engine | None = None  # until it has been described
         self._printed = time.monotonic()
-        self._test = ""
+        self._test = ""  # the last test measures
 
     def started(
         self, experiment: Experiment, engine: Engine, population: int, first: int
     ) -> None:
-        self._engine = engine
-        where = f" from round {first + 1}" if first else ""
-        facts = f"{experiment.method.name} on {experiment.task}, {population} clients, seed {experiment.seed}"
-        self.console.print(
-            f"{facts}, {experiment.rounds} rounds{where}", highlight=False
+        self._engine, self._rounds, self._test = engine, experiment.rounds, ""
+        line = (
+            f"{experiment.method.name} on {experiment.task}, {population} clients, "
+            f"seed {experiment.seed}, {experiment.rounds} rounds"
         )
-        self._rounds, self._seen, self._announced = experiment.rounds, 0, False
-        self._task = self._bar.add_task(
-            "round", total=experiment.rounds, completed=first, facts=""
+        if first:
+            line += f" from round {first + 1}"
+        self.console.print(line, highlight=False)
+        rounds = experiment.rounds
+        self._bar.reset(
+            self._task, total=rounds, completed=first, description="round", facts=""
         )
         self._bar.start()
 
@@ -65,52 +76,53 @@ class Terminal:
         self._bar.update(self._task, description=f"round {t + 1}, client {n}/{cohort}")
 
     def round_done(self, row: dict[str, Any]) -> None:
-        if not self._announced:  # engines that measure know what they do only now
+        if self._engine is not None:
+            # Only now do engines that measure know how they work.
             self.console.print(self._engine.describe(), highlight=False)
-            self._announced = True
-        if row.get("test_loss") is not None:
-            self._test = f", test loss {row['test_loss']:.4f}"
-            if row.get("test_accuracy") is not None:
-                self._test = f", test accuracy {row['test_accuracy']:.1%}"
-        speed = row["reports"] / max(row["seconds"], 1e-9)
-        loss = (
-            f", loss {row['train_loss']:.4f}"
-            if row.get("train_loss") is not None
-            else ""
-        )
-        facts = f"{speed:,.0f} clients/s{loss}{self._test}"
-        self._bar.update(
-            self._task, description="round", completed=row["round"], facts=facts
-        )
-        last = row["round"] == self._rounds
-        if not self.console.is_terminal and (
-            last or time.monotonic() - self._printed > EVERY
-        ):
+            self._engine = None
+        facts = self._facts(row)
+        number, is_last = row["round"], row["round"] == self._rounds
+        self._bar.update(self._task, description="round", completed=number, facts=facts)
+        is_due = is_last or time.monotonic() - self._printed > EVERY
+        if is_due and not self.console.is_terminal:
             self._printed = time.monotonic()
-            self.console.print(
-                f"round {row['round']}/{self._rounds}: {facts}",
-                highlight=False,
-                soft_wrap=True,
-            )
-        if last:
+            line = f"round {number}/{self._rounds}: {facts}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+        if is_last:
             self._bar.stop()
 
+    def _facts(self, row: dict[str, Any]) -> str:
+        """Speed and losses of a round, and the last test measures."""
+        loss, accuracy = row.get("test_loss"), row.get("test_accuracy")
+        if accuracy is not None and loss is not None:
+            self._test = f", test loss {loss:.4f}, test accuracy {accuracy:.1%}"
+        elif loss is not None:
+            self._test = f", test loss {loss:.4f}"
+        facts = f"{History([row]).clients_per_second:,.0f} clients/s"
+        if row.get("train_loss") is not None:
+            facts += f", loss {row['train_loss']:.4f}"
+        return facts + self._test
+
     def note(self, message: str) -> None:
-        # Escaped, for it may quote what a client sent, and markup that does not close would end the run.
-        self.console.print(
-            f"[yellow]note[/yellow] {escape(message)}", highlight=False, soft_wrap=True
-        )
+        _note(self.console, message)
+
+    def close(self) -> None:
+        """Stop the bar; what is printed then stays."""
+        self._bar.stop()
 
     def __enter__(self) -> Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self.close()
 
 
 class AuditTerminal:
-    """An observer of an audit (`fedcore.audit.examine.Observer`). It shows the objective, which an attacker has too, and
-    never a distance to the truth."""
+    """An observer of an audit (`fedcore.audit.examine.Observer`).
+
+    It shows the objective, which an attacker has too, and never a distance to the
+    truth.
+    """
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -126,19 +138,17 @@ class AuditTerminal:
         )
         self._task = self._bar.add_task("audit", total=1, facts="", left="-")
         self._begin = self._printed = time.monotonic()
-        self._first: float | None = (
-            None  # cells done when the first attack began: those before are read from files
-        )
+        # Cells done when the first attack began: those before are read from files.
+        self._first: float | None = None
         self._number, self._cells, self._name = 0, 1, ""
-        self._runs: list[Terminal] = []
+        self._training: Terminal | None = None
 
     def cell(self, number: int, cells: int, name: str) -> None:
         self._end_training()
         self._number, self._cells, self._name = number, cells, name
         if number == 0:
-            self.console.print(
-                f"audit of {cells} cell{'s' if cells > 1 else ''}", highlight=False
-            )
+            line = f"audit of {cells} cell{'s' if cells > 1 else ''}"
+            self.console.print(line, highlight=False)
         self._bar.update(
             self._task,
             description=f"cell {number + 1}/{cells}",
@@ -151,55 +161,49 @@ class AuditTerminal:
         self._end_training()
         self._bar.start()
         done = self._number + share
-        self._first = done if self._first is None else self._first
-        left = self._left(done)
-        facts = f"{what}" + (
-            f", objective {objective:.4f}" if objective is not None else ""
-        )
+        if self._first is None:
+            self._first = done
+        left = self._time_left(done - self._first, done)
+        facts = what if objective is None else f"{what}, objective {objective:.4f}"
+        cell = f"cell {self._number + 1}/{self._cells}"
         self._bar.update(
-            self._task,
-            description=f"cell {self._number + 1}/{self._cells}",
-            completed=done,
-            facts=facts,
-            left=left,
+            self._task, description=cell, completed=done, facts=facts, left=left
         )
-        if not self.console.is_terminal and time.monotonic() - self._printed > EVERY:
-            self._printed = time.monotonic()
-            line = f"cell {self._number + 1}/{self._cells} ({self._name}), {share:.0%}: {facts}"
-            elapsed = timedelta(seconds=round(time.monotonic() - self._begin))
-            self.console.print(
-                f"{line}; {elapsed} so far, {left} left",
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
-            )
+        if self.console.is_terminal or time.monotonic() - self._printed <= EVERY:
+            return
+        self._printed = time.monotonic()
+        elapsed = timedelta(seconds=round(time.monotonic() - self._begin))
+        line = (
+            f"{cell} ({self._name}), {share:.0%}: {facts}; "
+            f"{elapsed} so far, {left} left"
+        )
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    def _left(self, done: float) -> str:
-        """By what has been done since the first attack began, training included."""
-        assert self._first is not None
-        if done <= self._first:
+    def _time_left(self, attacked: float, done: float) -> str:
+        """The time for the other cells, by that of the cells attacked until now.
+
+        The training in between counts.
+        """
+        if attacked <= 0:
             return "-"
         elapsed = time.monotonic() - self._begin
-        return str(
-            timedelta(
-                seconds=round(elapsed * (self._cells - done) / (done - self._first))
-            )
-        )
+        seconds = elapsed * (self._cells - done) / attacked
+        return str(timedelta(seconds=round(seconds)))
 
     def note(self, message: str) -> None:
-        self.console.print(
-            f"[yellow]note[/yellow] {escape(message)}", highlight=False, soft_wrap=True
-        )
+        _note(self.console, message)
 
     def training(self) -> Terminal:
-        """The observer of a run that the audit trains; two bars do not share a terminal."""
-        self._bar.stop()
-        self._runs.append(Terminal())
-        return self._runs[-1]
+        """The observer of a run that the audit trains."""
+        self._bar.stop()  # two bars do not share a terminal
+        self._end_training()
+        self._training = Terminal()
+        return self._training
 
     def _end_training(self) -> None:
-        while self._runs:
-            self._runs.pop().__exit__()
+        if self._training is not None:
+            self._training.close()
+            self._training = None
 
     def __enter__(self) -> AuditTerminal:
         return self
@@ -209,43 +213,51 @@ class AuditTerminal:
         self._bar.stop()
 
 
+def _note(console: Console, message: str) -> None:
+    # Escaped, as it may quote a client, and markup that does not close ends the run.
+    line = f"[yellow]note[/yellow] {escape(message)}"
+    console.print(line, highlight=False, soft_wrap=True)
+
+
 def show_result(result: Result, report: Path | None) -> None:
-    """The final table, on stdout."""
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2%}"
-
+    """Print the final table on stdout; `report` is the page's file."""
     final = result.final
-    clients, tuned = (
-        final["client_accuracy"] or {},
-        final.get("finetuned_accuracy") or {},
+    lines = {"method": f"{result.method}, {result.engine} engine, seed {result.seed}"}
+    if final["test_accuracy"] is not None:
+        lines["test accuracy"] = _percent(final["test_accuracy"])
+    loss = final["test_loss"]
+    lines["test loss"] = "-" if loss is None else f"{loss:.4f}"
+    if final["test_accuracy"] is not None:
+        lines["accuracy per client"] = _spread_text(final["client_accuracy"] or {})
+    tuned = final.get("finetuned_accuracy")
+    if tuned:
+        mean, worst = _percent(tuned.get("mean")), _percent(tuned.get("lowest_tenth"))
+        lines["after fine-tuning"] = f"mean {mean}, worst tenth {worst}"
+    cohort = f"{result.cohort:.4g} of {result.population} clients each"
+    lines["rounds"] = f"{result.rounds}, {cohort}"
+    speed = f"{result.clients_per_second:,.0f} clients/s"
+    lines["speed"] = f"{speed}, first round done after {result.first_round_s:.1f} s"
+    down, up = size_text(result.bytes_down), size_text(result.bytes_up)
+    lines["sent"] = f"{down} down, {up} up"
+    reasons = [f"{reason} {n}" for reason, n in result.dropped.items()]
+    lines["left out"] = ", ".join(reasons) or "none"
+    if result.late_answers:
+        lines["late answers"] = str(result.late_answers)
+    if "privacy" in final:
+        lines["privacy"] = ", ".join(privacy.describe(final["privacy"]))
+    lines["parameters"] = f"sha256 {result.params_sha256[:16]}"
+    lines["report"] = str(report or "-")
+    for name, text in lines.items():
+        print(f"{name:<21}{text}")
+
+
+def _spread_text(clients: dict[str, float | None]) -> str:
+    """An accuracy over clients in words."""
+    mean, low, high, worst = (
+        _percent(clients.get(part)) for part in ("mean", "p10", "p90", "lowest_tenth")
     )
-    facts: dict[str, Any] = {
-        "method": f"{result.method}, {result.engine} engine, seed {result.seed}",
-        "test accuracy": percent(final["test_accuracy"]),
-        "test loss": "-" if final["test_loss"] is None else f"{final['test_loss']:.4f}",
-        "accuracy per client": f"mean {percent(clients.get('mean'))}, 10th percentile {percent(clients.get('p10'))}, "
-        f"90th {percent(clients.get('p90'))}, worst tenth {percent(clients.get('lowest_tenth'))}",
-        "after fine-tuning": f"mean {percent(tuned.get('mean'))}, worst tenth {percent(tuned.get('lowest_tenth'))}",
-        "rounds": f"{result.rounds}, {result.cohort:.4g} of {result.population} clients each",
-        "speed": f"{result.clients_per_second:,.0f} clients/s, first round done after {result.first_round_s:.1f} s",
-        "sent": f"{size_text(result.bytes_down)} down, {size_text(result.bytes_up)} up",
-        "left out": ", ".join(f"{reason} {n}" for reason, n in result.dropped.items())
-        or "nobody",
-        "late answers": result.late_answers,
-        "privacy": ", ".join(privacy.describe(final["privacy"]))
-        if "privacy" in final
-        else "",
-        "parameters": f"sha256 {result.params_sha256[:16]}",
-        "report": str(report or "-"),
-    }
-    if final["test_accuracy"] is None:
-        del facts["test accuracy"], facts["accuracy per client"]
-    if not facts["privacy"]:
-        del facts["privacy"]
-    if not result.late_answers:
-        del facts["late answers"]
-    if not tuned:
-        del facts["after fine-tuning"]
-    for name, value in facts.items():
-        print(f"{name:<21}{value}")
+    return f"mean {mean}, 10th percentile {low}, 90th {high}, worst tenth {worst}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

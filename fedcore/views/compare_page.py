@@ -1,0 +1,245 @@
+"""The table of a comparison, and its files: compare.json, .svg and .html."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fedcore import __version__
+from fedcore.storage.checkpoint import write_atomically
+from fedcore.storage.memory import byte_unit, size_text
+from fedcore.views.comparison import MEASURES, Comparison, Stat, curve
+from fedcore.views.figures import (
+    LABEL_ROOM,
+    SERIES,
+    STYLE,
+    Plot,
+    new_figure,
+    plot,
+    shape_axes,
+    svg,
+    thin,
+)
+from fedcore.views.page import THEME, render
+
+__all__ = ["explanation", "stat_text", "table", "write"]
+
+LINES = ("-", "--", ":", "-.")  # after nine labels the colours begin again
+COLOURS = 9
+
+
+def write(comparison: Comparison) -> None:
+    """Write compare.json, compare.svg and compare.html."""
+    with rc_context(STYLE):
+        files = {
+            "compare.json": json.dumps(comparison.to_dict(), indent=1),
+            "compare.svg": _picture(comparison),
+            "compare.html": _page(comparison),
+        }
+    for name, content in files.items():
+        write_atomically(comparison.folder / name, content.encode())
+
+
+# Tables and words
+
+
+def table(comparison: Comparison) -> list[list[str]]:
+    """A row for each label, the head first; a measure that no run has is left out."""
+    rows: list[list[str]] = [["", *map(str, comparison.runs)]]
+    for measure, name in MEASURES.items():
+        stats = [comparison.stat(label, measure) for label in comparison.runs]
+        if name and any(stats):
+            rows.append([name, *(stat_text(measure, stat) for stat in stats)])
+    return [list(row) for row in zip(*rows, strict=True)]
+
+
+def stat_text(measure: str, stat: Stat | None) -> str:
+    """Mean and standard deviation in the measure's unit.
+
+    >>> stat_text("test_accuracy", Stat(0.8123, 0.012, [0.80, 0.82]))
+    '81.23% ± 1.20%'
+    """
+    if stat is None:
+        return "-"
+    if measure == "bytes":
+        return size_text(stat.mean)
+    if measure in ("seconds", "clients_per_second"):
+        return f"{stat.mean:,.0f}" if stat.mean >= 100 else f"{stat.mean:.3g}"
+    if measure in ("test_loss", "test_distance", "nmsd_db"):
+        mean, std = f"{stat.mean:.4g}", f"{stat.std or 0:.2g}"
+    else:
+        mean, std = f"{stat.mean:.2%}", f"{stat.std or 0:.2%}"
+    return mean if stat.std is None else f"{mean} ± {std}"
+
+
+def explanation(comparison: Comparison) -> str:
+    """The sentences below the table."""
+    sentences = ["One seed: nothing is known of the spread."]
+    if comparison.seeds > 1:
+        sentences = [f"Mean ± standard deviation over {comparison.seeds} seeds."]
+    sentences.append("Clients are measured on their own examples.")
+    if comparison.is_personal:
+        sentences.append(
+            "The test set is measured with the model of a client that never took part."
+        )
+    return " ".join(sentences)
+
+
+def _summary(comparison: Comparison) -> str:
+    experiments, seeds = len(comparison.runs), comparison.seeds
+    text = (
+        f"{experiments} experiment{'s' if experiments > 1 else ''} "
+        f"on {seeds} seed{'s' if seeds > 1 else ''} each."
+    )
+    what, measure = f"Test {comparison.measure}", f"test_{comparison.measure}"
+    if comparison.is_personal:
+        what, measure = "Mean accuracy of the clients", "client_mean"
+    ranked = []
+    for label in comparison.runs:
+        stat = comparison.stat(label, measure)
+        if stat is not None:
+            ranked.append((stat, label))
+    largest_first = comparison.measure == "accuracy"
+    ranked.sort(key=lambda pair: pair[0].mean, reverse=largest_first)
+    if ranked:
+        named = [f"{label} {stat_text(measure, stat)}" for stat, label in ranked]
+        text += f" {what} at the end, best first: {'; '.join(named)}."
+    return text
+
+
+def _differences(comparison: Comparison) -> list[list[str]]:
+    """Settings that are not the same in all experiments, the head first."""
+    flat: dict[str, dict[str, Any]] = {}
+    keys: dict[str, None] = {}  # in the order in which they appear
+    for label, experiment in comparison.experiments.items():
+        settings = _flat(experiment.model_dump(mode="json"))
+        flat[label] = settings
+        keys |= dict.fromkeys(settings)
+    rows = [["setting", *flat]]
+    for key in keys:
+        values = [str(settings.get(key, "-")) for settings in flat.values()]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    return rows
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of sections by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+# Page and pictures
+
+
+def _page(comparison: Comparison) -> str:
+    folders = []
+    for label, runs in comparison.runs.items():
+        folders += [(f"{label}, seed {run.seed}", run.folder) for run in runs]
+    failed = comparison.failed.items()
+    return render(
+        "compare",
+        title=", ".join(comparison.runs),
+        summary=_summary(comparison),
+        notes=[f"Left out: {name}: {why}" for name, why in failed],
+        results=table(comparison),
+        explained=explanation(comparison),
+        plots=_plots(comparison),
+        differences=_differences(comparison),
+        runs=folders,
+        version=__version__,
+        folder=comparison.folder,
+    )
+
+
+def _plots(comparison: Comparison) -> list[Plot]:
+    """Every measure by round and by bytes."""
+    measures = dict.fromkeys((comparison.measure, "loss", "distance"))
+    keys = [f"test_{measure}" for measure in measures]
+    if comparison.is_personal:
+        keys = ["client_accuracy", *keys]
+    caption = "One seed."
+    if comparison.seeds > 1:
+        caption = (
+            "The line is the mean over seeds, "
+            "the band goes from the lowest to the highest."
+        )
+    plots = []
+    for key in keys:
+        name = key.replace("_", " ").capitalize()
+        if key == "client_accuracy":
+            name = "Accuracy of single clients, their mean,"
+        for against in ("round", "bytes"):
+            figure, axes = new_figure(height=3.2)
+            if not _draw(axes, comparison, key, against):
+                continue
+            labels = len(comparison.runs)
+            if labels > 1:
+                figure.legend(loc="outside upper left", ncols=min(labels, 3))
+            plots.append(plot(figure, f"{name} by {axes.get_xlabel()}", caption))
+    return plots
+
+
+def _picture(comparison: Comparison) -> str:
+    """Both curves side by side on white, for a paper or a README."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    key = f"test_{comparison.measure}"
+    if comparison.is_personal:
+        key = "client_accuracy"
+    has_left = _draw(left, comparison, key, "round")
+    has_right = _draw(right, comparison, key, "bytes")
+    if has_left and has_right:
+        handles, labels = left.get_legend_handles_labels()
+        columns = min(len(labels), 5)
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+    right.set_ylabel("")
+    return svg(figure, transparent=False, facecolor=THEME["card"][0])
+
+
+def _draw(axes: Axes, comparison: Comparison, key: str, against: str) -> bool:
+    """Draw a line and a band for each label; False where there is nothing to draw."""
+    curves = {}
+    for label, runs in comparison.runs.items():
+        measured = curve(runs, key)
+        if len(measured.rounds):
+            curves[label] = measured
+    if not curves:
+        return False
+    size, unit = byte_unit(max(float(one.sent[-1]) for one in curves.values()))
+    right = 0.0
+    everything: list[float] = []
+    for number, (label, one) in enumerate(curves.items()):
+        x = one.rounds if against == "round" else one.sent / size
+        right = max(right, float(x[-1]))
+        everything += one.values.ravel().tolist()
+        index = thin(range(len(x)))
+        _line_and_band(axes, number, label, x[index], one.values[:, index])
+    xlabel = "round" if against == "round" else f"{unit} sent"
+    axes.set(xlabel=xlabel, ylabel=key.replace("_", " "))
+    room = 1.02 if len(curves) > 1 else LABEL_ROOM
+    shape_axes(axes, key.partition("_")[2], everything, room * right or 1)
+    return True
+
+
+def _line_and_band(
+    axes: Axes, number: int, label: str, x: np.ndarray, y: np.ndarray
+) -> None:
+    """The mean of y [seeds, points] at x [points], and its range."""
+    colour = SERIES[number % COLOURS]
+    style = LINES[number // COLOURS % len(LINES)]
+    marker = "o" if len(x) == 1 else ""
+    axes.plot(x, y.mean(0), label=label, marker=marker, color=colour, linestyle=style)
+    if len(y) > 1:
+        band: dict[str, Any] = {"alpha": 0.18, "linewidth": 0, "color": colour}
+        axes.fill_between(x, y.min(0), y.max(0), **band)

@@ -1,0 +1,164 @@
+"""The results of a comparison: every measure of each experiment over its seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedcore.config import Experiment
+from fedcore.rounds.history import History
+from fedcore.storage.json import without_nan
+
+__all__ = ["MEASURES", "Comparison", "Curve", "Run", "Stat", "curve"]
+
+CLIENT_PARTS = ("mean", "std", "lowest_tenth", "p10", "p90")
+TUNED_PARTS = ("mean", "lowest_tenth")
+MEASURES = {  # as the table names them; "" = in compare.json only
+    "test_accuracy": "test accuracy",
+    "test_loss": "test loss",
+    "test_distance": "distance",
+    "nmsd_db": "NMSD, dB",
+    "client_mean": "client mean",
+    "client_std": "client std",
+    "client_lowest_tenth": "worst tenth",
+    "client_p10": "",
+    "client_p90": "",
+    "finetuned_mean": "fine-tuned",
+    "finetuned_lowest_tenth": "",
+    "bytes": "sent",
+    "seconds": "seconds",
+    "clients_per_second": "clients/s",
+}
+
+
+class Run(NamedTuple):
+    """One finished run of a comparison."""
+
+    seed: int
+    folder: Path
+    history: History
+
+    def values(self) -> dict[str, float | None]:
+        """Every measure at the end; None where the task has no such measure."""
+        last = self.history.evaluated
+        clients = last.get("client_accuracy") or {}
+        tuned = last.get("finetuned_accuracy") or {}
+        sent = self.history.total("bytes_down") + self.history.total("bytes_up")
+        values: dict[str, float | None] = {
+            "bytes": float(sent),
+            "seconds": round(self.history.total("seconds"), 4),
+            "clients_per_second": round(self.history.clients_per_second, 2),
+        }
+        for key in ("test_accuracy", "test_loss", "test_distance", "nmsd_db"):
+            values[key] = last.get(key)
+        for part in CLIENT_PARTS:
+            values[f"client_{part}"] = clients.get(part)
+        for part in TUNED_PARTS:
+            values[f"finetuned_{part}"] = tuned.get(part)
+        return values
+
+
+class Stat(NamedTuple):
+    """A measure over seeds."""
+
+    mean: float
+    std: float | None  # n - 1 in the denominator; None for one seed
+    values: list[float]  # a seed
+
+
+class Curve(NamedTuple):
+    """A measure by round, over seeds."""
+
+    rounds: np.ndarray  # [points]
+    sent: np.ndarray  # [points], mean bytes sent until then
+    values: np.ndarray  # [seeds, points]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of each experiment, by label."""
+
+    folder: Path
+    seeds: int
+    experiments: dict[str, Experiment]
+    runs: dict[str, list[Run]]  # one a seed, without those that failed
+    failed: dict[str, str] = field(default_factory=dict)  # "label, seed s" -> why
+
+    def stat(self, label: str, measure: str) -> Stat | None:
+        """A measure over the seeds; None where the task has no such measure."""
+        values = []
+        for run in self.runs[label]:
+            value = run.values()[measure]
+            if value is not None:
+                values.append(value)
+        if not values:
+            return None
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return Stat(statistics.fmean(values), std, values)
+
+    @property
+    def measure(self) -> str:
+        """The measure that judges the runs, "accuracy" or "loss"."""
+        has_accuracy = any(self.stat(label, "test_accuracy") for label in self.runs)
+        return "accuracy" if has_accuracy else "loss"
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether some clients have models of their own.
+
+        The runs are then judged by the accuracy that clients get.
+        """
+        if self.measure != "accuracy":
+            return False
+        experiments = self.experiments.values()
+        return any(one.build_method().personalises() for one in experiments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Mean, standard deviation and values of every measure, ready for JSON."""
+        methods: dict[str, Any] = {}
+        for label, runs in self.runs.items():
+            experiment = self.experiments[label]
+            entry: dict[str, Any] = {
+                "method": experiment.method.name,
+                "rounds": experiment.rounds,
+                "seeds": [run.seed for run in runs],
+                "runs": [str(run.folder) for run in runs],
+            }
+            for measure in MEASURES:
+                stat = self.stat(label, measure)
+                entry[measure] = None if stat is None else stat._asdict()
+            methods[label] = entry
+        content = {
+            "folder": str(self.folder),
+            "seeds": self.seeds,
+            "methods": methods,
+            "failed": self.failed,
+        }
+        ready: dict[str, Any] = without_nan(content)
+        return ready
+
+
+def curve(runs: Sequence[Run], key: str) -> Curve:
+    """A measure at the rounds in which every seed was evaluated.
+
+    Where the measure is a spread over clients, the curve is that of their mean.
+    """
+    rounds: set[int] | None = None
+    seeds: list[dict[int, float]] = []
+    sent: list[np.ndarray] = []
+    for run in runs:
+        values: dict[int, float] = {}
+        for number, value in run.history.points(key):
+            values[number] = value["mean"] if isinstance(value, dict) else value
+        seeds.append(values)
+        sent.append(run.history.sent())
+        rounds = values.keys() & (values.keys() if rounds is None else rounds)
+    points = sorted(rounds or ())
+    mean_sent = [np.mean([totals[number - 1] for totals in sent]) for number in points]
+    measured = [[values[number] for number in points] for values in seeds]
+    return Curve(np.array(points), np.array(mean_sent), np.array(measured))

@@ -1,0 +1,205 @@
+"""The contents of a run directory, read for its report, with notes on what is amiss."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedcore import method as methods
+from fedcore.config import Experiment
+from fedcore.errors import FedcoreError, SettingsError
+from fedcore.privacy import COVERS
+from fedcore.rounds.client_table import read_clients
+from fedcore.rounds.history import History
+from fedcore.rounds.result import params_sha256
+from fedcore.rounds.rundir import stored
+from fedcore.storage.checkpoint import Checkpoint
+from fedcore.tasks import build_task
+from fedcore.views.text import shortened
+
+__all__ = ["RunRecord", "read_run"]
+
+PARTITION_LIMIT = 20_000  # clients; a larger partition is not drawn
+EXPECTED = {"task": str, "rounds": int, "seed": int, "method": dict}  # in config.toml
+WITHOUT_DATA = ("digits", "least-squares", "weighted-least-squares")
+WITH_IMAGES = ("fashion-mnist", "cifar10")
+SHARED_DATA = Path("/usr/share/datasets")
+
+Measured = dict[str, np.ndarray]  # by metric, and "round"; [clients]
+
+
+class Federation(NamedTuple):
+    """The method and the clients of a run, as far as they are at hand."""
+
+    reference: str  # the first line of the method's docstring
+    is_personal: bool  # whether clients have models of their own
+    population: int | None
+    label_counts: np.ndarray | None  # [population, classes]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The contents of a run directory; `notes` name what should be there and is not."""
+
+    folder: Path
+    settings: dict[str, Any]
+    history: History
+    environment: dict[str, Any]
+    clients: Measured  # at the last evaluation
+    tuned: Measured  # at the last evaluation after fine-tuning
+    federation: Federation
+    notes: list[str]
+
+    @property
+    def is_done(self) -> bool:
+        return _is_done(self.history, self.settings)
+
+    @property
+    def measure(self) -> str:
+        """The measure that judges the run, "accuracy" or "loss"."""
+        return self.history.measure
+
+    def params_sha256(self) -> str | None:
+        """The hash of the final parameters, as `fedcore run --json` prints it.
+
+        None for an unfinished run, and where the checkpoint is gone or older.
+        """
+        checkpoint = Checkpoint(self.folder / "checkpoint")
+        if not self.is_done or not checkpoint.exists():
+            return None
+        try:
+            if checkpoint.read()["round"] != len(self.history):
+                return None
+            server = checkpoint.part("server")
+        except FedcoreError:
+            return None
+        params = {}
+        for path, value in server.items():
+            if path.startswith("params/"):
+                params[path.removeprefix("params/")] = value
+        return params_sha256(params) if params else None
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run directory for its report.
+
+    Raises SettingsError when it is none, or its settings or metrics are damaged.
+    """
+    settings = _settings(folder)
+    history = History.read(folder / "metrics.jsonl")
+    notes: list[str] = []
+    if not _is_done(history, settings):
+        command = f"fedcore run --resume {shlex.quote(str(folder))}"
+        notes.append(f"This run is not finished. Go on with: {command}")
+    environment = _environment(folder, notes)
+    if (spent := history.last("privacy")) is not None:
+        notes.append(COVERS[spent["view"]])
+    clients = _last_evaluation(folder, len(history), "evaluate", notes)
+    tuned = _last_evaluation(folder, len(history), "finetune", notes)
+    federation = _federation(folder, settings, notes)
+    return RunRecord(
+        folder, settings, history, environment, clients, tuned, federation, notes
+    )
+
+
+def _is_done(history: History, settings: dict[str, Any]) -> bool:
+    return len(history) >= int(settings["rounds"])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    settings = stored(folder)
+    missing = [
+        key for key, kind in EXPECTED.items() if not isinstance(settings.get(key), kind)
+    ]
+    if not missing and "name" not in settings["method"]:
+        missing = ["method.name"]
+    if missing:
+        raise SettingsError(
+            f"{folder / 'config.toml'}: {missing[0]} is missing or damaged; "
+            "expected the settings of a run"
+        )
+    return settings
+
+
+def _environment(folder: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "environment.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        notes.append(
+            f"environment.json cannot be read ({_brief(error)}): "
+            "versions and machine of this run are not known."
+        )
+        return {}
+
+
+def _last_evaluation(
+    folder: Path, rounds: int, function: str, notes: list[str]
+) -> Measured:
+    """Measures of each client with examples, the last time that `function` ran."""
+    import pyarrow as pa
+
+    try:
+        table = read_clients(folder, function, up_to=rounds)
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        if len(table) == 0:
+            return {}
+        is_last = columns["round"] == columns["round"].max()
+        kept = is_last & (columns["num_examples"] > 0)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        note = (
+            f"clients.parquet cannot be read ({_brief(error)}): "
+            "the spread over clients is not drawn."
+        )
+        if note not in notes:
+            notes.append(note)
+        return {}
+    del columns["function"]
+    return {name: values[kept] for name, values in columns.items()}
+
+
+def _federation(folder: Path, settings: dict[str, Any], notes: list[str]) -> Federation:
+    """The method's reference, and the clients' labels where the data is at hand.
+
+    Method or data may be elsewhere than when the run was made; that is a note.
+    """
+    federation = Federation("", False, settings.get("population"), None)
+    try:
+        experiment = Experiment.parse(settings, source=str(folder / "config.toml"))
+        module = sys.modules[methods.load(experiment.method.name).__module__]
+        first_line = (module.__doc__ or "").strip().partition("\n")[0]
+        federation = federation._replace(
+            reference=first_line.rstrip("."),
+            is_personal=experiment.build_method().personalises(),
+        )
+        if not _is_at_hand(experiment.task, experiment.data_folder):
+            return federation
+        data = build_task(experiment).data
+    except FedcoreError as error:
+        notes.append(f"Not drawn: how the data is spread over clients. {error}")
+        return federation
+    federation = federation._replace(population=data.population)
+    has_classes = not data.y.is_floating_point() and data.y.ndim == 1
+    if has_classes and data.population <= PARTITION_LIMIT:
+        counts = data.label_counts(int(data.y.max()) + 1)
+        federation = federation._replace(label_counts=counts)
+    return federation
+
+
+def _is_at_hand(task: str, data_folder: Path | None) -> bool:
+    """Whether a bundled task is built in a moment; a report downloads nothing."""
+    if task in WITHOUT_DATA:
+        return True
+    has_folder = data_folder is not None or "FEDCORE_DATA" in os.environ
+    return task in WITH_IMAGES and (has_folder or (SHARED_DATA / task).exists())
+
+
+def _brief(error: Exception) -> str:
+    first_line = str(error).partition("\n")[0]
+    return shortened(first_line or type(error).__name__, 80)

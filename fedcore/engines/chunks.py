@@ -14,8 +14,9 @@ from torch.func import vmap
 from fedcore import trees
 from fedcore.engines.base import Done, Work, alone
 from fedcore.engines.run_client import run_client
+from fedcore.local import steps_run_by
+from fedcore.speed import loss_recorder
 from fedcore.speed.cuda_graphs import Graphs
-from fedcore.speed.recording import Recorder, recorded
 from fedcore.types import Batches, ClientFunction, Reports, Tree, Tuning, Weight
 
 log = logging.getLogger("fedcore")
@@ -51,14 +52,21 @@ class Chunks:
             if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0
         ]
         """Layers that draw for each example: what they draw depends on shapes, so that these stay as `sequential` has them."""
-        self.recorder = None if self.noisy else Recorder()
+        self.recorder = None if self.noisy else loss_recorder(work.task)
         self.graphs = (
-            Graphs() if work.task.device.type == "cuda" and not self.noisy else None
+            Graphs(self.recorder)
+            if work.task.device.type == "cuda" and not self.noisy
+            else None
         )
         self._room: dict[
             str, int
         ] = {}  # clients at most, by function, since the GPU had no room for twice as many
         work.even = not self.noisy
+
+    @property
+    def impure(self) -> str | None:
+        """Why the task's loss follows from more than its arguments; None if it does not."""
+        return None if self.recorder is None else self.recorder.reason
 
     def run(
         self,
@@ -74,7 +82,7 @@ class Chunks:
 
         With `weight` nobody needs more of a batch than its sum. A batch for which a GPU has no room is cut into halves.
         """
-        with recorded(self.recorder):
+        with steps_run_by(self.recorder):
             if size == 1 or len(piece) == 1:
                 return self._one_by_one(fn, piece, down, states, t)
             if len(piece) <= self._room.get(fn.__name__, len(piece)):

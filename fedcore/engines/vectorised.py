@@ -28,9 +28,9 @@ from fedcore import __version__, trees
 from fedcore.engines.base import Done, Work, failure, keep, one_thread
 from fedcore.engines.chunks import Chunks, pack, row
 from fedcore.engines.run_client import run_client
+from fedcore.local import steps_run_by
 from fedcore.method import evaluates
 from fedcore.speed import forks
-from fedcore.speed.recording import recorded
 from fedcore.storage import cache
 from fedcore.storage.rows import StateStore
 from fedcore.types import Answers, ClientFunction, Reports, Tree, Weight
@@ -105,13 +105,18 @@ class Vectorised:
         if len(clients) == 0:
             return
         with one_thread() if self.work.task.device.type == "cpu" else nullcontext():
+            if self._one.recorder is not None:
+                self._one.recorder.begin_round(t)
             size = self._chunk(fn, clients.numpy(), down, t)
             pieces = self.chunks(fn, clients.numpy())
             if self.work.task.device.type == "cuda":
                 yield from self._on_gpu(fn, pieces, down, t, size)
                 return
             while pieces and (
-                self.processes == 1 or len(pieces) == 1 or not self._known(fn, down)
+                self.processes == 1
+                or len(pieces) == 1
+                or self._one.impure is not None
+                or not self._known(fn, down)
             ):
                 yield from self._keep(
                     fn, self._here(fn, pieces.pop(0), down, t, size, weight)
@@ -240,7 +245,9 @@ class Vectorised:
         for piece, (found, tensors) in zip(
             pieces, self._forks.run(jobs, trees.leaves(down)), strict=True
         ):
-            if found is None:
+            if isinstance(found, str) and self._one.recorder is not None:
+                self._one.recorder.give_up(found)
+            if found is None or self._one.impure is not None:
                 yield from self._keep(fn, self._here(fn, piece, down, t, size, weight))
                 continue
             rest, done = iter(tensors), []
@@ -263,6 +270,8 @@ class Vectorised:
                         )
                     )
             yield from self._keep(fn, done)
+        if self._one.impure is not None:
+            self.close()
 
     def _there(
         self,
@@ -302,6 +311,8 @@ class Vectorised:
                     *trees.leaves(new),
                 ]
                 tensors += [] if reports.total is None else trees.leaves(reports.total)
+        if self._one.impure is not None:
+            return self._one.impure, []
         return found, tensors
 
     def _states(self, clients: list[int]) -> Tree:
@@ -422,7 +433,7 @@ class Vectorised:
         ):  # the first two record, and compare the recording with what it stands for
             begin = clock()
             batches = trees.map(lambda x: x[:, :few], self.work.batches(fn, chunk, t))
-            with recorded(self._one.recorder):
+            with steps_run_by(self._one.recorder):
                 if batched:
                     self._one.batched(fn, down, states, batches, t)
                 else:

@@ -48,9 +48,16 @@ def movement(output: Tensor, inputs: list[Tensor], by_client: bool) -> Tensor:
     """
     nearest = largest(output, by_client)
     for x in inputs:
-        if _replaceable(x, output, by_client):
+        if may_replace(output, x, by_client):
             nearest = nearest.minimum(largest(output - x, by_client))
     return nearest
+
+
+def may_replace(output: Tensor, x: Tensor, by_client: bool) -> bool:
+    """Whether the output may stand in place of the input x in the next step."""
+    shapes = [output.shape, output.shape[1:]] if by_client else [output.shape]
+    has_axes = output.ndim > by_client and output.numel() > 0
+    return has_axes and x.is_floating_point() and x.shape in shapes
 
 
 def largest(x: Tensor, by_client: bool) -> Tensor:
@@ -71,7 +78,7 @@ def shake(
     """
     return [
         x
-        if any(_replaceable(x, output, by_client) for output in outputs)
+        if any(may_replace(output, x, by_client) for output in outputs)
         else _shaken(x)
         for x in inputs
     ]
@@ -93,11 +100,6 @@ def _share(
     # 0 / 0 is no difference; what is not finite on one side alone is one without bounds.
     share = share.where(excess > 0, 0.0).where(difference.isfinite(), torch.inf)
     return float(share.max())
-
-
-def _replaceable(x: Tensor, output: Tensor, by_client: bool) -> bool:
-    shapes = [output.shape, output.shape[1:]] if by_client else [output.shape]
-    return output.ndim > by_client and x.is_floating_point() and x.shape in shapes
 
 
 def _shaken(x: Tensor) -> Tensor:

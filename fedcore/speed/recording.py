@@ -35,7 +35,13 @@ from torch.func import vmap
 from fedcore import trees
 from fedcore.local import Step
 from fedcore.speed import functorch
-from fedcore.speed.comparison import deviation, movement, shake, tolerance
+from fedcore.speed.comparison import (
+    deviation,
+    may_replace,
+    movement,
+    shake,
+    tolerance,
+)
 from fedcore.speed.rewriting import rewrite
 from fedcore.speed.tape import Tape, UnrecordableError
 from fedcore.types import Tree
@@ -201,8 +207,7 @@ class Recorder:
         if not self._checking:
             return Recording(code, places[0]), code(*call.leaves)
         outputs = code(*_copies(call))
-        if not _is_alike(outputs, expected, call):
-            log.debug("a step runs unrecorded: its recording computes something else")
+        if not self._is_alike(outputs, expected, call):
             return Recording(None, places[0]), expected
         if self._sample is None and self._rounds:
             self._sample = Sample.of(call, expected)
@@ -216,24 +221,44 @@ class Recorder:
     def _compared(self, recording: Recording, call: Call) -> list[Tensor]:
         """The recording's outputs; the step's, for good, where these are others."""
         assert recording.code is not None
-        written = call.flat()[0]
-        expected = written(*call.leaves)
+        expected = call.flat()[0](*call.leaves)
         outputs = recording.code(*_copies(call))
-        if _is_alike(outputs, expected, call):
+        if self._is_alike(outputs, expected, call):
             return outputs
-        again = written(*call.leaves)
-        repeated = deviation(again, expected, call.leaves, call.is_batched)
-        if repeated > tolerance(expected):
-            self.give_up(_described("two steps in a row", repeated))
-        else:
-            self._check_sample()
-        log.debug("a step runs unrecorded: its recording computes something else")
         recording.code = None
         return expected
 
-    def _check_sample(self) -> None:
-        if self._sample is None:
+    def _is_alike(
+        self, outputs: list[Tensor], expected: list[Tensor], call: Call
+    ) -> bool:
+        """Whether a recording computes what the step does, up to rounding."""
+        limit = tolerance(expected)
+        if deviation(outputs, expected, call.leaves, call.is_batched) <= limit:
+            return True
+        self._ask_step(call, expected)
+        if self.reason is not None:
+            return False
+        # Near an optimum a movement may be nothing but rounding. How large that is
+        # shows where the inputs are changed by as little as can be.
+        leaves = shake(call.leaves, expected, call.is_batched)
+        shaken = call.flat()[0](*leaves)
+        share = deviation(outputs, expected, call.leaves, call.is_batched, shaken)
+        if share > limit:
+            log.debug("a step runs unrecorded: its recording computes something else")
+        return share <= limit
+
+    def _ask_step(self, call: Call, expected: list[Tensor]) -> None:
+        """Give up where the step itself does not compute what it did."""
+        if self._sample is not None:
+            self._check_sample()
             return
+        again = call.flat()[0](*call.leaves)
+        share = deviation(again, expected, call.leaves, call.is_batched)
+        if share > tolerance(expected):
+            self.give_up(_described("two steps in a row", share))
+
+    def _check_sample(self) -> None:
+        assert self._sample is not None
         share = self._sample.deviation()
         if share > self._sample.tolerance:
             self.give_up(_described("a step and the same step in an earlier round", share))
@@ -254,10 +279,10 @@ class Sample:
 
     @classmethod
     def of(cls, call: Call, outputs: list[Tensor]) -> Sample | None:
-        """The step of the client that moved most; None where no client moved."""
+        """The step of the client whose parameters moved most; None if none moved."""
         moved = torch.zeros(call.num_clients, dtype=torch.float64)
         for output in outputs:
-            if output.is_floating_point() and output.numel():
+            if any(may_replace(output, x, call.is_batched) for x in call.leaves):
                 largest = movement(output, call.leaves, call.is_batched)
                 moved += largest.flatten().double().cpu()
         if not bool(moved.max() > 0):
@@ -275,19 +300,6 @@ class Sample:
         with torch.no_grad():
             outputs = self._call.flat()[0](*self._call.leaves)
         return deviation(outputs, self._outputs, self._call.leaves, by_client=False)
-
-
-def _is_alike(outputs: list[Tensor], expected: list[Tensor], call: Call) -> bool:
-    """Whether a recording computes what the step does, up to rounding."""
-    limit = tolerance(expected)
-    if deviation(outputs, expected, call.leaves, call.is_batched) <= limit:
-        return True
-    # Near an optimum a movement may be nothing but rounding. How large that is shows
-    # where the inputs are changed by as little as can be.
-    leaves = shake(call.leaves, expected, call.is_batched)
-    shaken = call.flat()[0](*leaves)
-    share = deviation(outputs, expected, call.leaves, call.is_batched, shaken)
-    return share <= limit
 
 
 def _copies(call: Call) -> list[Tensor]:

@@ -23,7 +23,7 @@ from fedcore.task import Task
 from fedcore.types import Batches, Params, Tree
 
 Loss = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
-"""(params, x [B, ...], y [B, ...], mask [B]) -> mean loss over the real examples, 0-d."""
+"""(params, x [B, ...], y [B, ...], mask [B]) -> mean loss over real examples, 0-d."""
 
 Step = Callable[[Any], Tree]
 """A pure function of one tree of tensors."""
@@ -33,7 +33,7 @@ class StepRunner(Protocol):
     """A faster way of running local steps."""
 
     def run(self, step: Step, kind: Hashable, inputs: Tree, own: Tree) -> Tree:
-        """`step(inputs)`. The tensors of `own`, which are in inputs, may be overwritten.
+        """`step(inputs)`. The tensors of `own`, some of the inputs, may be overwritten.
 
         `kind` is all that shapes the step but the tensors' own shapes: what it closes
         over, and the structure of its inputs.
@@ -119,7 +119,7 @@ class _Hooks(NamedTuple):
 
 
 class _Constants(NamedTuple):
-    """The tensors that stay the same from step to step; empty where they do not count."""
+    """The tensors that stay from step to step; empty where they do not count."""
 
     fixed: Params
     correction: Params

@@ -1,4 +1,4 @@
-"""A release of PyTorch that lacks a name: one warning, and everything runs as before."""
+"""A release of PyTorch that lacks a name: one warning, and the same results."""
 
 from __future__ import annotations
 

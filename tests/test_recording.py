@@ -1,4 +1,7 @@
-"""Recorded local steps: the same numbers as steps that run as they are written, whatever the model, the hooks and the batching."""
+"""Recorded local steps: the numbers of steps that run as they are written.
+
+Whatever the model, the hooks and the batching.
+"""
 
 from __future__ import annotations
 
@@ -112,9 +115,9 @@ def test_a_recorded_step_computes_what_the_step_does(settings: Any, hooks: str) 
         )
         assert_close(vmap(client)(b), expected, 1e-11, "batched")
         assert_close(vmap(client)(b), expected, 1e-11, "batched again")
-    assert (
-        len(recorder._recordings) == 4
-    )  # the first step, which may not write to what it was given, and the others; alone and batched
+    # The first step, which may not write to what it was given, and the others; each
+    # alone and batched.
+    assert len(recorder._recordings) == 4
     assert_close(params, before, 0.0, "what the client was sent")
 
 
@@ -365,7 +368,9 @@ def test_recorded_averages_are_pytorchs(pool: nn.Module, size: tuple[int, int]) 
     for _ in range(3):
         found = vmap(lambda x: recorder.run(step, "pool", (x,), ()))(x)
         torch.testing.assert_close(found, vmap(lambda x: step((x,)))(x))
-    assert all(recording.code is not None for recording in recorder._recordings.values())
+    assert all(
+        recording.code is not None for recording in recorder._recordings.values()
+    )
 
 
 def by_channels(x: Tensor) -> Tensor:
@@ -402,7 +407,9 @@ def test_layouts_are_as_pytorch_has_them(change: Any) -> None:
     for _ in range(3):
         found = vmap(lambda *given: recorder.run(step, "layout", given, ()))(*inputs)
         torch.testing.assert_close(found, vmap(lambda *given: step(given))(*inputs))
-    assert all(recording.code is not None for recording in recorder._recordings.values())
+    assert all(
+        recording.code is not None for recording in recorder._recordings.values()
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 10, 40])
@@ -417,4 +424,6 @@ def test_recorded_softmax_is_pytorchs(classes: int) -> None:
     for scale in (1.0, far, far):
         found = vmap(lambda x: recorder.run(step, "softmax", (x,), ()))(scale * x)
         torch.testing.assert_close(found, vmap(lambda x: step((x,)))(scale * x))
-    assert all(recording.code is not None for recording in recorder._recordings.values())
+    assert all(
+        recording.code is not None for recording in recorder._recordings.values()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +104,21 @@ class Fading:
         return self.weight * squared_error(outputs, y)
 
 
-def losses(engine: str, folder: Path, rounds: int, chunk: int | None = 2) -> list[float]:
-    """Training losses by round, the weight halved after each of the first three."""
-    settings = {"engine__name": engine, "participation__cohort": 12}
+def squared_norms(engine: str, folder: Path, rounds: int) -> list[float]:
+    """The parameters' squared norm after each round; the weight is halved each time."""
+    settings: dict[str, Any] = {"engine__name": engine, "participation__cohort": 12}
     if engine == "vectorised":
-        settings["engine__chunk"] = chunk
+        settings["engine__chunk"] = 2
     loop = loop_of(small("fedavg", rounds=rounds, **settings), folder)
     fading = loop.task.metrics["loss"] = Fading()
-    parameters = []
-    for t in range(rounds):
+    norms = []
+    for _ in range(rounds):
         loop.round()
-        parameters.append(float(trees.dot(*2 * (loop.state.server.params,))))
-        if t < 3:
-            fading.weight /= 2
+        params = loop.state.server.params
+        norms.append(float(trees.dot(params, params)))
+        fading.weight /= 2
     loop.close()
-    return parameters
+    return norms
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -126,15 +127,15 @@ def test_a_loss_that_changes_each_round_trains_as_it_is_written(
 ) -> None:
     if processes > 1 and not forks.possible():
         pytest.skip("no forks on this system")
-    expected = losses("sequential", tmp_path / "sequential", 4)
+    expected = squared_norms("sequential", tmp_path / "sequential", 4)
     torch.set_num_threads(processes)
     with caplog.at_level(logging.WARNING, "fedcore"):
-        found = losses("vectorised", tmp_path / "vectorised", 4)
+        found = squared_norms("vectorised", tmp_path / "vectorised", 4)
     assert found == pytest.approx(expected, rel=1e-5)
     (warning,) = [r.getMessage() for r in caplog.records if "depends on" in r.message]
     assert 'the loss "tests.test_recording_checks.Fading"' in warning
     assert "50 % of their movement" in warning
-    assert "outputs and targets" in warning
+    assert "docs/your-own-task.md" in warning
 
 
 def test_a_loss_is_asked_again_after_1_2_4_8_rounds() -> None:
@@ -189,18 +190,16 @@ def test_a_change_that_only_forks_see_is_told_once_and_ends_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     torch.set_num_threads(3)
-    e = small("fedavg", engine__name="vectorised", engine__chunk=2, rounds=3)
-    loop = loop_of(e.model_copy(update={"population": 12}), tmp_path)
-    parent, count = torch.multiprocessing.current_process().pid, Counting()
-    task = loop.task
+    settings = {"engine__name": "vectorised", "engine__chunk": 2}
+    settings["participation__cohort"] = 12
+    loop = loop_of(small("fedavg", **settings), tmp_path)
+    parent, calls = os.getpid(), [0]
 
     def in_forks(outputs: Tensor, y: Tensor) -> Tensor:
-        import os
+        calls[0] += os.getpid() != parent
+        return squared_error(outputs, y) / (1 + calls[0])
 
-        count.calls += os.getpid() != parent
-        return squared_error(outputs, y) / (1 + count.calls)
-
-    task.metrics["loss"] = in_forks
+    loop.task.metrics["loss"] = in_forks
     for _ in range(3):
         loop.round()
     engine: Any = loop.engine

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def deviation(
     worst = 0.0
     for i, (value, right) in enumerate(zip(values, expected, strict=True)):
         if not right.is_floating_point():
-            share = 0.0 if torch.equal(value, right) else torch.inf
+            share = 0.0 if torch.equal(value, right) else math.inf
         elif right.numel() == 0:
             continue
         else:
@@ -61,7 +63,7 @@ def may_replace(output: Tensor, x: Tensor, by_client: bool) -> bool:
 
 
 def largest(x: Tensor, by_client: bool) -> Tensor:
-    """The largest finite magnitude, 0-d, or [n, 1, ...] for each row of the first axis."""
+    """The largest finite magnitude, 0-d, or of each row by itself, [n, 1, ...]."""
     sizes = x.nan_to_num(0, 0, 0).abs()
     if not by_client:
         return sizes.max()
@@ -69,9 +71,7 @@ def largest(x: Tensor, by_client: bool) -> Tensor:
     return sizes.amax(axes, keepdim=True) if axes else sizes
 
 
-def shake(
-    inputs: list[Tensor], outputs: list[Tensor], by_client: bool
-) -> list[Tensor]:
+def shake(inputs: list[Tensor], outputs: list[Tensor], by_client: bool) -> list[Tensor]:
     """The inputs, each number changed by one eps, up or down.
 
     Those that an output may replace stay: its movement starts from them.
@@ -97,7 +97,7 @@ def _share(
     if noise is not None:
         excess = excess - NOISE * largest(noise, by_client)
     share = excess.clamp(min=0) / movement(right, inputs, by_client)
-    # 0 / 0 is no difference; what is not finite on one side alone is one without bounds.
+    # 0 / 0 is no difference; what is finite on one side alone has one without bounds.
     share = share.where(excess > 0, 0.0).where(difference.isfinite(), torch.inf)
     return float(share.max())
 
@@ -111,5 +111,4 @@ def _shaken(x: Tensor) -> Tensor:
 
 
 def _eps(x: Tensor) -> float:
-    return torch.finfo(x.dtype).eps
-
+    return float(torch.finfo(x.dtype).eps)

@@ -88,7 +88,7 @@ class Graphs:
         self._uses.clear()
 
     def _checked(self, key: Hashable, graph: Graph, work: Work, inputs: Tree) -> Tree:
-        """A replay; or what the work computes, for good, where that is something else."""
+        """A replay; or the work, for good, where that computes something else."""
         graph.next_check *= 10
         expected = work(inputs)
         outputs = graph.replay(trees.leaves(inputs))
@@ -98,15 +98,13 @@ class Graphs:
         del self._graphs[key]
         return expected
 
-    def _capture(
-        self, key: Hashable, work: Work, inputs: Tree, expected: Tree
-    ) -> None:
+    def _capture(self, key: Hashable, work: Work, inputs: Tree, expected: Tree) -> None:
         if len(self._graphs) >= MOST_GRAPHS:
             return
         unchecked = self._recorder.unchecked() if self._recorder else nullcontext()
         try:
             with unchecked:
-                # Waiting for the device would spoil the capture, and with it the stream.
+                # Waiting for the device would spoil the capture, and the stream.
                 with waiting_refused():
                     work(inputs)
                 graph = _captured(work, inputs)

@@ -1,7 +1,7 @@
-"""A local step as a flat list of tensor operations, recorded once a shape.
+"""A local step as a flat list of tensor operations, recorded once for each shape.
 
 It then runs without autograd, vmap and the module. `local_sgd` gives its steps to the
-runner of the moment (`fedcore.local.steps_run_by`), which for an engine is a `Recorder`.
+runner of the moment (`fedcore.local.steps_run_by`): `Recorder` is one.
 A recording holds the operations by which PyTorch computed the first step of its kind,
 batched over clients where the engine batches, and rewritten for speed: above all, a
 matrix product that is only scaled and added to the parameters is added in one pass,
@@ -51,6 +51,13 @@ Dims = tuple[int | None, ...]
 
 Flat = Callable[..., list[Tensor]]
 """A step on a flat list of inputs."""
+
+IMPURE = (
+    "%s depends on more than its arguments: %s. From here on it runs as it is written, "
+    "in one process, which is slower; the rounds before may have used an older value. "
+    "A loss may depend on its arguments and on what never changes "
+    '(docs/your-own-task.md); with engine.name = "sequential" every step calls it'
+)
 
 log = logging.getLogger("fedcore")
 
@@ -161,15 +168,7 @@ class Recorder:
         self._recordings.clear()
         self._sample = None
         if os.getpid() == self._process:
-            log.warning(
-                "%s depends on more than its arguments: %s. From here on it runs as it "
-                "is written, in one process, which is slower; rounds before this one "
-                "may have used an earlier value. A loss may depend on the outputs and "
-                "targets that it is given, and on what never changes; one that changes "
-                'from round to round trains as it is meant to with engine.name = "sequential"',
-                self.subject,
-                reason,
-            )
+            log.warning(IMPURE, self.subject, reason)
 
     def _run(self, kind: Hashable, call: Call) -> Tree:
         shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in call.leaves)
@@ -261,7 +260,9 @@ class Recorder:
         assert self._sample is not None
         share = self._sample.deviation()
         if share > self._sample.tolerance:
-            self.give_up(_described("a step and the same step in an earlier round", share))
+            self.give_up(
+                _described("a step and the same step of an earlier round", share)
+            )
 
 
 class Sample:

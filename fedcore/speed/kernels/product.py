@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -11,4 +12,4 @@ def product(w: Tensor, columns: Tensor, places: tuple[int, int]) -> Tensor:
     columns [..., C k k, B h w] to [..., B, D, h, w], where `places` are (h, w).
     """
     y = w.flatten(-3) @ columns  # [..., D, B h w]
-    return y.unflatten(-1, (-1, *places)).transpose(-4, -3)
+    return torch.unflatten(y, -1, (-1, *places)).transpose(-4, -3)

@@ -1,6 +1,6 @@
 """Unfolding: every place of a convolution's kernel as a column, and its adjoint.
 
-    n clients   B images   C channels   k k kernel   h w places of the kernel
+n clients   B images   C channels   k k kernel   h w places of the kernel
 """
 
 from __future__ import annotations

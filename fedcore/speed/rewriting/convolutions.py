@@ -93,7 +93,7 @@ def _form_of(w: fx.Node) -> Form | None:
 
 
 def _by_client(graph: fx.Graph, x: fx.Node, clients: int) -> fx.Node:
-    """[B, n C, H, W] as [n, B, C, H, W]: the node that it was made of, if there is one."""
+    """[B, n C, H, W] as [n, B, C, H, W]: the node that it was made of, if any."""
     source: Any = x
     while source.target in COPIES:
         source = source.args[0]

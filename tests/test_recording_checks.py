@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +18,9 @@ from fedcore import trees
 from fedcore.local import local_sgd, steps_run_by
 from fedcore.models import Logistic, Mlp
 from fedcore.rounds.loop import run
-from fedcore.speed import forks
+from fedcore.speed import cuda_graphs, forks
 from fedcore.speed.comparison import deviation, tolerance
+from fedcore.speed.cuda_graphs import EAGER, Graph, Graphs, _is_alike
 from fedcore.speed.kernels.softmax import log_softmax_backward
 from fedcore.speed.recording import Recorder
 from fedcore.speed.rewriting import layers
@@ -81,6 +84,40 @@ def test_movement_is_from_the_nearest_input_and_each_clients_own() -> None:
     assert apart == pytest.approx(0.5, rel=0.05)
     assert deviation([wrong], [right], [before], by_client=False) < 0.01
     assert deviation([wrong], [right], [], by_client=True) < tolerance([right])
+
+
+def test_graphs_are_compared_by_what_is_sent_and_by_how_states_moved() -> None:
+    sent, state = 5 * torch.randn(3, 40), torch.randn(3, 40).double()
+    step = 1e-6 * torch.randn(3, 40)
+    inputs = ({"params": sent[0]}, state)
+    expected = ({"params": sent[0] + 100 * step}, state + step)
+    assert _is_alike(expected, expected, inputs)
+    opposite = ({"params": sent[0] - 100 * step}, state + step)
+    assert not _is_alike(opposite, expected, inputs)
+    opposite = ({"params": sent[0] + 100 * step}, state - step)
+    assert not _is_alike(opposite, expected, inputs)
+
+
+def test_a_graph_that_would_keep_an_old_value_is_noticed_and_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a GPU: a graph is something that goes on as it was when captured."""
+    factor, x = [2.0], torch.ones(4)
+
+    def captured(work: Any, inputs: Tensor) -> Graph:
+        place, outputs, then = inputs.clone(), inputs.clone(), factor[0]
+        frozen: Any = SimpleNamespace(replay=lambda: outputs.copy_(then * place))
+        return Graph(frozen, [place], outputs)
+
+    monkeypatch.setattr(cuda_graphs, "_captured", captured)
+    monkeypatch.setattr(cuda_graphs, "waiting_refused", nullcontext)
+    graphs, values = Graphs(Recorder("the loss")), []
+    for use in range(20):
+        if use == EAGER + 5:
+            factor[0] = 3.0
+        values.append(float(graphs.run("f", lambda x: factor[0] * x, x)[0]))
+        assert len(graphs._graphs) == (EAGER <= use < EAGER + 10)
+    assert values[EAGER + 9 :] == [2.0] + [3.0] * (20 - EAGER - 10)
 
 
 def test_what_is_not_finite_on_one_side_alone_is_a_difference() -> None:

@@ -1,8 +1,10 @@
-"""A factored layer's forward and backward pass against the dense layer's, and their parameters: part of `make bench`.
+"""A factored layer's passes against the dense layer's, and their parameters.
 
-On one core, batch 20; contenders take turns, and what is printed are medians and their ratios. "twice" is what a FedPara layer
-costs that forms W anew for the backward pass (activation checkpointing of the composition), for comparison. Arithmetic that the
-composition adds: 2 R m n multiplications of a linear layer each way, whatever the batch; so its share falls with the batch.
+Part of `make bench`: forward and backward on one core, batch 20; contenders take turns,
+and the medians and their ratios are printed. "twice" is the cost of a FedPara layer
+that composes W anew for the backward pass (activation checkpointing), for comparison.
+The composition adds 2 R m n multiplications of a linear layer each way, whatever the
+batch: its share falls with the batch.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +27,27 @@ from fedcore.models.lowrank import (
     size_of,
 )
 
-CASES: list[tuple[str, nn.Linear | nn.Conv2d, tuple[int, ...]]] = [
-    ("linear 256 -> 256", nn.Linear(256, 256), (256,)),
-    ("linear 3136 -> 512", nn.Linear(3136, 512), (3136,)),
-    (
+BATCH = 20
+WARM_UP = 3  # turns that do not count
+
+
+class Case(NamedTuple):
+    """A layer and the shape of one input."""
+
+    name: str
+    dense: nn.Linear | nn.Conv2d
+    shape: tuple[int, ...]
+
+
+CASES = [
+    Case("linear 256 -> 256", nn.Linear(256, 256), (256,)),
+    Case("linear 3136 -> 512", nn.Linear(3136, 512), (3136,)),
+    Case(
         "convolution 64 -> 64, 3x3, on 14x14",
         nn.Conv2d(64, 64, 3, padding=1),
         (64, 14, 14),
     ),
-    (
+    Case(
         "convolution 256 -> 256, 3x3, on 8x8",
         nn.Conv2d(256, 256, 3, padding=1),
         (256, 8, 8),
@@ -48,69 +63,75 @@ class Twice(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = checkpoint(self.layer, x, use_reentrant=False)
-        return found
+        y: Tensor = checkpoint(self.layer, x, use_reentrant=False)
+        return y
 
 
 def factored(
     dense: nn.Linear | nn.Conv2d, rank: int
 ) -> FactoredLinear | FactoredConv2d:
-    s = LowRank(form="fedpara")
-    return (
-        FactoredLinear(dense, rank, s)
-        if isinstance(dense, nn.Linear)
-        else FactoredConv2d(dense, rank, s)
-    )
+    settings = LowRank(form="fedpara")
+    if isinstance(dense, nn.Linear):
+        return FactoredLinear(dense, rank, settings)
+    return FactoredConv2d(dense, rank, settings)
 
 
 def passes(layer: nn.Module, x: Tensor) -> Callable[[], None]:
-    def one() -> None:
+    """One forward and backward pass of the layer."""
+
+    def run() -> None:
         layer.zero_grad(set_to_none=True)
         layer(x).square().sum().backward()
 
-    return one
+    return run
 
 
 def medians(contenders: dict[str, Callable[[], None]], turns: int) -> dict[str, float]:
-    """Milliseconds, by name."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(turns + 3):
-        for name in list(contenders)[:: 1 if turn % 2 else -1]:
+    """Milliseconds of each contender, by its name; they take turns, back and forth."""
+    names = list(contenders)
+    milliseconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(turns + WARM_UP):
+        for name in names if turn % 2 else reversed(names):
             begin = time.perf_counter()
             contenders[name]()
-            if turn >= 3:
-                seconds[name].append(1000 * (time.perf_counter() - begin))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            if turn >= WARM_UP:
+                milliseconds[name].append(1000 * (time.perf_counter() - begin))
+    return {name: statistics.median(values) for name, values in milliseconds.items()}
+
+
+def row(case: Case, gamma: float, turns: int) -> str:
+    """One line of the table."""
+    x = torch.randn(BATCH, *case.shape)
+    shape = tuple(case.dense.weight.shape)
+    rank = rank_of(shape, gamma)
+    layer = factored(case.dense, rank)
+    contenders = {
+        "dense": passes(case.dense, x),
+        "once": passes(layer, x),
+        "twice": passes(Twice(layer), x),
+    }
+    times = medians(contenders, turns)
+    share = size_of(shape, rank, "fedpara") / case.dense.weight.numel()
+    once, twice = times["once"] / times["dense"], times["twice"] / times["dense"]
+    return (
+        f"{case.name + f', gamma {gamma:g}':<38}{rank:>4}{share:>8.1%}"
+        f"{times['dense']:>10.2f}{times['once']:>9.2f}{once:>9.2f}{twice:>8.2f}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    title = __doc__.splitlines()[0] if __doc__ else None
+    parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--turns", type=int, default=100)
     turns = parser.parse_args().turns
     torch.set_num_threads(1)
     print(
-        f"\n{'forward and backward, batch 20':<38}{'R':>4}{'size':>8}{'dense ms':>10}{'FedPara':>9}{'x dense':>9}{'twice':>8}"
+        f"\n{f'forward and backward, batch {BATCH}':<38}{'R':>4}{'size':>8}"
+        f"{'dense ms':>10}{'FedPara':>9}{'x dense':>9}{'twice':>8}"
     )
-    for name, dense, shape in CASES:
-        x = torch.randn(20, *shape)
+    for case in CASES:
         for gamma in (0.0, 0.5):
-            weight = tuple(dense.weight.shape)
-            rank = rank_of(weight, gamma)
-            layer = factored(dense, rank)
-            found = medians(
-                {
-                    "dense": passes(dense, x),
-                    "once": passes(layer, x),
-                    "twice": passes(Twice(layer), x),
-                },
-                turns,
-            )
-            share = size_of(weight, rank, "fedpara") / dense.weight.numel()
-            once, base = found["once"], found["dense"]
-            numbers = f"{rank:>4}{share:>8.1%}{base:>10.2f}{once:>9.2f}{once / base:>9.2f}{found['twice'] / base:>8.2f}"
-            print(f"{name + f', gamma {gamma:g}':<38}{numbers}", flush=True)
+            print(row(case, gamma, turns), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,61 @@
-"""What clients compute: local SGD with hooks, and the full gradient. Pure, and batchable over clients."""
+"""A client's work: local SGD with hooks, and the full gradient.
+
+Both are pure, and batch over clients. Whoever runs clients may give local steps to a
+runner of its own (`steps_run_by`), which computes the same faster; without one, as in
+the sequential engine and on devices, a step runs as it is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
 from fedcore import trees
-from fedcore.speed import recording
 from fedcore.task import Task
 from fedcore.types import Batches, Params, Tree
 
 Loss = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
-"""(params, x [B, ...], y [B, ...], mask [B]) -> mean loss over the real examples, 0-d."""
+"""(params, x [B, ...], y [B, ...], mask [B]) -> mean loss over real examples, 0-d."""
+
+Step = Callable[[Any], Tree]
+"""A pure function of one tree of tensors."""
+
+
+class StepRunner(Protocol):
+    """A faster way of running local steps."""
+
+    def run(self, step: Step, kind: Hashable, inputs: Tree, own: Tree) -> Tree:
+        """`step(inputs)`. The tensors of `own`, some of the inputs, may be overwritten.
+
+        `kind` is all that shapes the step but the tensors' own shapes: what it closes
+        over, and the structure of its inputs.
+        """
+        ...
+
+
+_runner: ContextVar[StepRunner | None] = ContextVar("step runner", default=None)
+
+
+@contextmanager
+def steps_run_by(runner: StepRunner | None) -> Iterator[None]:
+    """Inside, `runner` runs the steps of local training; None: as they are written."""
+    token = _runner.set(runner)
+    try:
+        yield
+    finally:
+        _runner.reset(token)
 
 
 class LocalWork(NamedTuple):
-    """Where local training ended."""
+    """The end of local training."""
 
     params: Params
     steps: Tensor  # 0-d, the steps that had an example
@@ -40,80 +76,55 @@ def local_sgd(
 ) -> LocalWork:
     """SGD over `batches`, one step each, from y = params and v = 0:
 
-        v <- momentum v + g(y) + correction + prox (y - center) + weight_decay y;  y <- y - lr v
+        v <- momentum v + g(y) + correction + prox (y - center) + weight_decay y
+        y <- y - lr v
 
-    `lr` is one step size, or one a parameter; `center` is params unless given; `fixed` are parameters of the
-    model that stay. A batch that is all padding moves nothing, whatever the hooks: ragged clients train side by side.
+    `lr` is one step size, or one a parameter; `center` is params unless given; `fixed`
+    are parameters of the model that stay. A batch that is all padding moves nothing,
+    whatever the hooks: ragged clients train side by side.
     """
-    y, dtype = params, wide(params)
-    center, v = (
-        params if center is None else center,
-        trees.zeros_like(params) if momentum else {},
-    )
-    tensor = lr if isinstance(lr, Tensor) else ()
-    number = (
-        tuple(lr.items())
-        if isinstance(lr, dict)
-        else None
-        if isinstance(lr, Tensor)
-        else lr
-    )
-    # What a recording of the step depends on. A loss that is not the task's own may hold tensors that change: never recorded.
-    task = getattr(loss, "__self__", None)
+    hooks = _Hooks(None if isinstance(lr, Tensor) else lr, prox, momentum, weight_decay)
+    step = functools.partial(_step, loss, hooks)
     names = tuple(params), tuple(fixed or ()), bool(correction)
-    kind = (
-        (prox, momentum, weight_decay, number, task.model.training, names)
-        if isinstance(task, Task)
-        else None
+    kind = _kind_of(loss, hooks, names)
+    runner = _runner.get() if kind is not None else None
+
+    y, v = params, trees.zeros_like(params) if momentum else {}
+    center = (params if center is None else center) if prox else {}
+    constants = _Constants(
+        fixed or {}, correction or {}, center, lr if isinstance(lr, Tensor) else ()
     )
-
-    def step(i: _Inputs) -> _Outputs:
-        real = (i.mask.sum() > 0).to(dtype)
-        g, value = grad_and_value(
-            lambda y: loss({**i.fixed, **y}, i.x, i.target, i.mask)
-        )(i.y)
-        if i.correction:
-            g = trees.add(g, i.correction)
-        if prox:
-            g = trees.map(lambda g, a, b: g + prox * (a - b), g, i.y, i.center)
-        if weight_decay:
-            g = trees.axpy(weight_decay, i.y, g)
-        v = i.v
-        if momentum:
-            g = v = trees.axpy(real, g, trees.scale(v, 1 - real * (1 - momentum)))
-        if isinstance(lr, dict):
-            y = {
-                name: torch.addcmul(value, g[name], -lr[name] * real)
-                for name, value in i.y.items()
-            }
+    steps = total = torch.zeros((), dtype=wide(params), device=batches.mask.device)
+    own: Params = {}  # of the last step, which the next one may overwrite
+    for batch in zip(*(tensor.unbind() for tensor in batches), strict=True):
+        inputs = _Inputs(y, v, constants, *batch)
+        if runner is None:
+            y, v, real, value = step(inputs)
         else:
-            y = trees.axpy(-(i.lr if isinstance(i.lr, Tensor) else lr) * real, g, i.y)
-        return _Outputs(y, v, real, value)
-
-    steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
-    own: Params = {}
-    for x, target, mask in zip(
-        batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True
-    ):
-        inputs = _Inputs(
-            y,
-            v,
-            fixed or {},
-            correction or {},
-            center if prox else {},
-            x,
-            target,
-            mask,
-            tensor,
-        )
-        y, v, real, value = recording.run(step, kind, inputs, own)
+            y, v, real, value = runner.run(step, kind, inputs, own)
         own = y
         steps, total = steps + real, total + real * value
     if not len(batches.mask):
-        y = trees.map(
-            torch.clone, y
-        )  # the caller's own, also where there was nothing to do
+        y = trees.map(torch.clone, y)  # the caller's own, as after any step
     return LocalWork(y, steps, total / steps.clamp(min=1))
+
+
+class _Hooks(NamedTuple):
+    """The numbers of a step."""
+
+    lr: float | dict[str, float] | None  # None: a tensor among the inputs
+    prox: float
+    momentum: float
+    weight_decay: float
+
+
+class _Constants(NamedTuple):
+    """The tensors that stay from step to step; empty where they do not count."""
+
+    fixed: Params
+    correction: Params
+    center: Params
+    lr: Tree  # a 0-d tensor, where it is not a number
 
 
 class _Inputs(NamedTuple):
@@ -121,20 +132,71 @@ class _Inputs(NamedTuple):
 
     y: Params
     v: Params
-    fixed: Params
-    correction: Params
-    center: Params
+    constants: _Constants
     x: Tensor
     target: Tensor
     mask: Tensor
-    lr: Tree  # a 0-d tensor, where it is not a number
 
 
 class _Outputs(NamedTuple):
+    """The result of a step."""
+
     y: Params
     v: Params
     real: Tensor  # 0-d, 1 where the batch had an example
     value: Tensor  # 0-d, the loss before the update
+
+
+def _kind_of(loss: Loss, hooks: _Hooks, names: Hashable) -> Hashable:
+    """All that a step depends on but its inputs; None where that is unknown.
+
+    A loss that is not the task's own may hold tensors that change.
+    """
+    task = loss.__self__ if inspect.ismethod(loss) else None
+    if not isinstance(task, Task):
+        return None
+    lr = tuple(hooks.lr.items()) if isinstance(hooks.lr, dict) else hooks.lr
+    return hooks._replace(lr=None), lr, task.model.training, names
+
+
+def _step(loss: Loss, hooks: _Hooks, inputs: _Inputs) -> _Outputs:
+    def at(y: Params) -> Tensor:
+        params = {**inputs.constants.fixed, **y}
+        return loss(params, inputs.x, inputs.target, inputs.mask)
+
+    y, constants = inputs.y, inputs.constants
+    real = (inputs.mask.sum() > 0).to(wide(y))
+    slope, value = grad_and_value(at)(y)
+    if constants.correction:
+        slope = trees.add(slope, constants.correction)
+    if hooks.prox:
+        slope = trees.map(
+            lambda g, here, center: g + hooks.prox * (here - center),
+            slope,
+            y,
+            constants.center,
+        )
+    if hooks.weight_decay:
+        slope = trees.axpy(hooks.weight_decay, y, slope)
+    v = inputs.v
+    if hooks.momentum:
+        kept = trees.scale(v, 1 - real * (1 - hooks.momentum))
+        slope = v = trees.axpy(real, slope, kept)
+    return _Outputs(_moved(y, slope, hooks, constants, real), v, real, value)
+
+
+def _moved(
+    y: Params, slope: Params, hooks: _Hooks, constants: _Constants, real: Tensor
+) -> Params:
+    """y - lr slope, where the batch was real."""
+    if isinstance(hooks.lr, dict):
+        return {
+            name: torch.addcmul(value, slope[name], -hooks.lr[name] * real)
+            for name, value in y.items()
+        }
+    lr = constants.lr if hooks.lr is None else hooks.lr
+    moved: Params = trees.axpy(-lr * real, slope, y)
+    return moved
 
 
 def full_gradient(
@@ -142,20 +204,20 @@ def full_gradient(
 ) -> tuple[Params, Tensor]:
     """Gradient and value of the mean loss over all real examples of `batches`."""
     dtype = wide(params)
-    total = batches.mask.sum().clamp(min=1).to(dtype)
-    gradient, value = (
-        trees.zeros_like(params),
-        torch.zeros((), dtype=dtype, device=batches.mask.device),
-    )
-    for x, y, mask in zip(
-        batches.x.unbind(), batches.y.unbind(), batches.mask.unbind(), strict=True
-    ):
-        share = mask.sum() / total
-        g, v = grad_and_value(loss)(params, x, y, mask)
-        gradient, value = trees.axpy(share, g, gradient), value + share * v
+    examples = batches.mask.sum().clamp(min=1).to(dtype)
+    gradient = trees.zeros_like(params)
+    value = torch.zeros((), dtype=dtype, device=batches.mask.device)
+    for x, y, mask in zip(*(tensor.unbind() for tensor in batches), strict=True):
+        share = mask.sum() / examples
+        slope, mean = grad_and_value(loss)(params, x, y, mask)
+        gradient = trees.axpy(share, slope, gradient)
+        value = value + share * mean
     return gradient, value
 
 
 def wide(params: Params) -> torch.dtype:
-    """For step sizes and counters: float32 would round a float64 model, and bfloat16 counts to 256."""
+    """The type of step sizes and counters, float32 at least.
+
+    float32 would round a float64 model, and bfloat16 counts to 256.
+    """
     return torch.promote_types(next(iter(params.values())).dtype, torch.float32)

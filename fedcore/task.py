@@ -41,6 +41,7 @@ class Task:
     """What is learned, from which data, and how it is judged.
 
     `loss` and each of `metrics` map (outputs, targets) to one value an example; means over real examples are taken here.
+    They may depend on what they are given and on what never changes; on nothing that changes from round to round.
     `proxy` is data that the server holds itself, for methods that need it.
     """
 

@@ -1,4 +1,7 @@
-"""On a CUDA device: the numbers of the CPU, CUDA graphs, and no waiting inside a round. Skipped where there is none."""
+"""On a CUDA device: the numbers of the CPU, CUDA graphs, no waiting inside a round.
+
+Skipped where there is none.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ from fedcore.audit.attacks.inverting_gradients import IG
 from fedcore.audit.attacks.inverting_gradients import Settings as IGSettings
 from fedcore.audit.attacks.sme import SME, SurrogateSettings
 from fedcore.audit.observe import moved
-from fedcore.local import local_sgd
+from fedcore.local import local_sgd, steps_run_by
 from fedcore.method import on_client
 from fedcore.rounds.loop import Loop, Tally, run
-from fedcore.speed.cuda_graphs import EAGER, Graphs, _nobody_waits
-from fedcore.speed.recording import Recorder, recorded
+from fedcore.speed.cuda_graphs import EAGER, Graphs, waiting_refused
+from fedcore.speed.recording import Recorder
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.types import Batches, Model, Stateless, Tree
 from strategies.fedavg import FedAvg, Up
@@ -46,6 +49,7 @@ from tests.test_recording import (
     task_of,
     train,
 )
+from tests.test_recording_checks import Fading
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,32 +109,30 @@ def test_recordings_and_graphs_compute_what_the_cpu_does(
     )
     task.to(torch.device("cuda"))
     b, params = trees.to(batches(), torch.device("cuda")), task.init_params()
-    hook = (
-        trees.to(HOOKS[hooks]["lr"], torch.device("cuda"))
-        if isinstance(HOOKS[hooks].get("lr"), Tensor)
-        else None
-    )
-    with_hooks = HOOKS[hooks] | ({} if hook is None else {"lr": hook})
+    there = {
+        key: value.cuda() if isinstance(value, Tensor) else value
+        for key, value in HOOKS[hooks].items()
+    }
 
     def client(params: Tree, b: Batches) -> Tree:
-        return train(task, params, b, with_hooks)
+        return train(task, params, b, there)
 
-    graphs = Graphs()
-    with recorded(Recorder()):
+    recorder = Recorder("the loss")
+    graphs = Graphs(recorder)
+    with steps_run_by(recorder):
         for i in range(EAGER + 3):
-            found = graphs.run(
+            ends = graphs.run(
                 "train",
                 lambda inputs: vmap(client, in_dims=(None, 0))(*inputs),
                 (params, b),
             )
-            assert_close(
-                trees.to(found, torch.device("cpu")), expected, 1e-9, f"use {i + 1}"
-            )
+            ends = trees.to(ends, torch.device("cpu"))
+            assert_close(ends, expected, 1e-9, f"use {i + 1}")
     assert len(graphs._graphs) == 1
 
 
 def checkpoint_rows(run_dir: Path) -> Tree:
-    """What each client keeps, after the last round, by its number; of a population that fits one block."""
+    """The state of each client after the last round, by its number; of one block."""
     checkpoint = Checkpoint(run_dir / "checkpoint")
     ids: list[int] = checkpoint.read().get("clients", [])
     block = checkpoint.part("clients-0") if ids else {}
@@ -140,25 +142,24 @@ def checkpoint_rows(run_dir: Path) -> Tree:
 def after_rounds(
     name: str, folder: Path, rounds: int = EAGER + 3, **settings: Any
 ) -> Loop:
-    digits = {
-        key: value for key, value in DIGITS.items() if key != "partition__alpha"
-    } | {"partition__name": "iid"}
-    more = {
-        **digits,
+    values = {
+        **DIGITS,
         **CUDA,
+        "partition__name": "iid",
         "engine__chunk": 4,
         "evaluation__every": 100,
         "participation__cohort": 8,
         **settings,
     }
-    loop = loop_of(small(name, **more), folder)
+    del values["partition__alpha"]
+    loop = loop_of(small(name, **values), folder)
     for _ in range(rounds):
         loop.round()
     return loop
 
 
 def has_graphs(loop: Loop) -> dict[str, bool]:
-    """By client function, whether all shapes that came often have one."""
+    """For each client function, whether all shapes that came often have one."""
     graphs = loop.engine._one.graphs  # type: ignore[attr-defined]
     tried = {key[0][0]: True for key in graphs._graphs}
     return tried | {key[0][0]: False for key in graphs._refused}
@@ -169,7 +170,7 @@ def test_nothing_waits_for_the_device_inside_a_round(name: str, tmp_path: Path) 
     loop = after_rounds(name, tmp_path, participation__cohort=12)
     fn, chunks = loop.method.train, 0  # type: ignore[attr-defined]
     down = Model(loop.state.server.params) if name == "fedavg" else loop.state.server
-    with _nobody_waits():  # to wait for an event is allowed
+    with waiting_refused():  # to wait for an event is allowed
         for r in loop._each(fn, torch.arange(12), down, 9, Tally(set()), None):
             trees.weighted_sum(r.up, r.num_examples)
             chunks += 1
@@ -183,13 +184,18 @@ def test_a_chunk_is_read_while_the_next_is_computed(
     loop = after_rounds("fedavg", tmp_path, participation__cohort=12)
     order: list[str] = []
     one, add = loop.engine._one, loop.clients.add  # type: ignore[attr-defined]
-    whole = one.run
-    monkeypatch.setattr(
-        one, "run", lambda *args: (order.append("computed"), whole(*args))[1]
-    )
-    monkeypatch.setattr(
-        loop.clients, "add", lambda *args: (order.append("read"), add(*args))[1]
-    )
+    run_piece = one.run
+
+    def computed(*arguments: Any) -> Any:
+        order.append("computed")
+        return run_piece(*arguments)
+
+    def read(*arguments: Any) -> Any:
+        order.append("read")
+        return add(*arguments)
+
+    monkeypatch.setattr(one, "run", computed)
+    monkeypatch.setattr(loop.clients, "add", read)
     loop.round()
     loop.close()
     assert order == ["computed", "computed", "read", "computed", "read", "read"]
@@ -213,6 +219,41 @@ class Copies(FedAvg):
         return Up(trees.sub(w, down.params), loss), state
 
 
+def test_a_graph_that_would_keep_an_old_value_is_noticed_and_left() -> None:
+    factor, x = [2.0], torch.ones(4, device="cuda")
+    graphs = Graphs(None)
+    values = []
+    for use in range(20):
+        if use == EAGER + 5:
+            factor[0] = 3.0
+        values.append(float(graphs.run("f", lambda x: factor[0] * x, x)[0]))
+    first_check = values.index(3.0)
+    assert first_check == EAGER + 10  # captured at use 3, and its tenth replay
+    assert values[first_check:] == [3.0] * (20 - first_check)
+    assert graphs._graphs == {}
+
+
+def test_a_loss_that_changes_is_noticed_on_a_gpu(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    norms = {}
+    for engine in ("sequential", "vectorised"):
+        values = {**CUDA, "engine__name": engine, "participation__cohort": 12}
+        if engine == "vectorised":
+            values["engine__chunk"] = 4
+        loop = loop_of(small("fedavg", rounds=12, **values), tmp_path / engine)
+        fading = loop.task.metrics["loss"] = Fading()
+        for t in range(12):
+            if t == 8:  # graphs are there, and this round's check comes in time
+                fading.weight = 0.5
+            loop.round()
+        params = loop.state.server.params
+        norms[engine] = float(trees.dot(params, params))
+        loop.close()
+    assert norms["vectorised"] == pytest.approx(norms["sequential"], rel=1e-4)
+    assert len([r for r in caplog.records if "depends on" in r.message]) == 1
+
+
 def test_what_no_graph_can_hold_runs_as_it_is_written(tmp_path: Path) -> None:
     plain = after_rounds("fedavg", tmp_path / "plain", method__local_lr=0.05)
     copies = after_rounds(
@@ -227,7 +268,7 @@ def test_what_no_graph_can_hold_runs_as_it_is_written(tmp_path: Path) -> None:
 
 
 def test_graphs_can_be_dropped_and_made_again() -> None:
-    graphs, x = Graphs(), torch.ones(4, device="cuda")
+    graphs, x = Graphs(None), torch.ones(4, device="cuda")
     for _ in range(2):
         for i in range(EAGER + 3):
             assert (
@@ -242,7 +283,7 @@ def test_graphs_can_be_dropped_and_made_again() -> None:
     [lambda x: x * x.sum().item(), lambda x: torch.linalg.eigvalsh(x[:, None] * x)],
 )
 def test_work_that_waits_is_refused_before_it_spoils_the_stream(waits: Any) -> None:
-    graphs, x = Graphs(), torch.ones(4, device="cuda")
+    graphs, x = Graphs(None), torch.ones(4, device="cuda")
     for _ in range(EAGER + 2):
         assert_close(graphs.run("waits", waits, x), waits(x), 1e-6, "what it computes")
     assert graphs._graphs == {}
@@ -251,7 +292,7 @@ def test_work_that_waits_is_refused_before_it_spoils_the_stream(waits: Any) -> N
 
 
 def test_functions_of_other_structure_have_graphs_of_their_own() -> None:
-    graphs, x = Graphs(), torch.ones(4, device="cuda")
+    graphs, x = Graphs(None), torch.ones(4, device="cuda")
     for _ in range(EAGER + 2):
         for name, expected in (("a", 2.0), ("b", 3.0)):
             found = graphs.run(
@@ -276,8 +317,9 @@ def test_a_chunk_too_large_for_the_gpu_is_cut(
         fn: Any, down: Tree, states: Tree, b: Tree, t: int, chunk: Any = None
     ) -> Any:
         held.append(
+            # More than there is, for three.
             torch.empty(free // 3 * len(b.mask), dtype=torch.uint8, device="cuda")
-        )  # more than there is, for three
+        )
         held.clear()
         return batched(fn, down, states, b, t, chunk)
 

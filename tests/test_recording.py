@@ -1,4 +1,7 @@
-"""Recorded local steps: the same numbers as steps that run as they are written, whatever the model, the hooks and the batching."""
+"""Recorded local steps: the numbers of steps that run as they are written.
+
+Whatever the model, the hooks and the batching.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,17 @@ from torch.nn import functional
 from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.engines.chunks import PADDING, pack
-from fedcore.local import local_sgd
+from fedcore.local import local_sgd, steps_run_by
 from fedcore.models import Cnn, LeNet, Logistic, Mlp, ResNet, Vit
 from fedcore.rounds.loop import run
-from fedcore.speed.kernels import (
+from fedcore.speed.kernels.convolution import (
     convolutions,
     convolutions_backward,
-    patches,
     products,
     products_backward,
-    spread,
 )
-from fedcore.speed.recording import Recorder, recorded
+from fedcore.speed.kernels.unfolding import patches, patches_adjoint
+from fedcore.speed.recording import Recorder
 from fedcore.split import split
 from fedcore.task import Task, cross_entropy
 from fedcore.types import Batches, Params, Tree
@@ -102,9 +104,9 @@ def test_a_recorded_step_computes_what_the_step_does(settings: Any, hooks: str) 
     def client(b: Batches) -> Tree:
         return train(task, params, b, HOOKS[hooks])
 
-    recorder = Recorder()
+    recorder = Recorder("the loss")
     expected = trees.stack([client(trees.at(b, i)) for i in range(CLIENTS)])
-    with recorded(recorder):
+    with steps_run_by(recorder):
         assert_close(
             trees.stack([client(trees.at(b, i)) for i in range(CLIENTS)]),
             expected,
@@ -113,19 +115,19 @@ def test_a_recorded_step_computes_what_the_step_does(settings: Any, hooks: str) 
         )
         assert_close(vmap(client)(b), expected, 1e-11, "batched")
         assert_close(vmap(client)(b), expected, 1e-11, "batched again")
-    assert (
-        len(recorder._known) == 4
-    )  # the first step, which may not write to what it was given, and the others; alone and batched
+    # The first step, which may not write to what it was given, and the others; each
+    # alone and batched.
+    assert len(recorder._recordings) == 4
     assert_close(params, before, 0.0, "what the client was sent")
 
 
 def test_products_are_added_to_the_parameters_in_one_pass_and_in_place() -> None:
-    task, recorder = task_of(Mlp(hidden=(9, 7)).build(SHAPE, 10)), Recorder()
-    with recorded(recorder):
+    task, recorder = task_of(Mlp(hidden=(9, 7)).build(SHAPE, 10)), Recorder("the loss")
+    with steps_run_by(recorder):
         vmap(lambda b: train(task, task.init_params(), b, {}))(batches(torch.float32))
     first, later = (
         [str(node.target) for node in r.code.__self__.graph.nodes]
-        for r in recorder._known.values()
+        for r in recorder._recordings.values()
     )  # type: ignore[attr-defined]
     assert first.count("aten.baddbmm.default") == 3
     assert "aten.baddbmm_.default" not in first
@@ -146,7 +148,7 @@ def test_parameters_that_stay_are_part_of_the_model_and_stay() -> None:
         return task.loss({**fixed, **v}, x, y, mask)
 
     expected = local_sgd(loss, moving, b, 0.1)
-    with recorded(Recorder()):
+    with steps_run_by(Recorder("the loss")):
         assert_close(
             local_sgd(task.loss, moving, b, 0.1, fixed=fixed),
             expected,
@@ -177,7 +179,7 @@ def test_who_differentiates_through_local_training_still_can() -> None:
         return local_sgd(task.loss, params, b, 0.1).loss
 
     expected = grad(after)(task.init_params())
-    with recorded(Recorder()):
+    with steps_run_by(Recorder("the loss")):
         assert_close(grad(after)(task.init_params()), expected, 0.0, "gradient")
 
 
@@ -188,7 +190,7 @@ def test_a_loss_that_looks_at_values_runs_unrecorded() -> None:
     )
     b = trees.at(batches(), 1)
     expected = train(task, task.init_params(), b, {})
-    with recorded(Recorder()):
+    with steps_run_by(Recorder("the loss")):
         assert_close(train(task, task.init_params(), b, {}), expected, 0.0, "training")
 
 
@@ -207,7 +209,7 @@ def test_a_loss_that_looks_at_values_behind_the_recorders_back_is_found_out() ->
         ]
 
     expected = both()
-    with recorded(Recorder()):
+    with steps_run_by(Recorder("the loss")):
         assert_close(both(), expected, 1e-11, "training")
 
 
@@ -218,7 +220,7 @@ def test_a_loss_that_is_not_the_tasks_is_never_recorded() -> None:
     def loss(params: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         return scale[0] * task.loss(params, x, y, mask)
 
-    with recorded(Recorder()):
+    with steps_run_by(Recorder("the loss")):
         before = local_sgd(loss, task.init_params(), b, 0.1).loss
         scale[0] = 2.0
         assert local_sgd(loss, task.init_params(), b, 0.1).loss > 1.5 * before
@@ -307,11 +309,11 @@ def test_patches_and_their_adjoint_are_pytorchs(
     assert torch.equal(patches(x, *settings), expected)
     y = torch.randn_like(expected)
     back = functional.fold(y, shape[2:], kernel, dilation, padding, stride)
-    torch.testing.assert_close(spread(y, list(shape[2:]), *settings), back)
+    torch.testing.assert_close(patches_adjoint(y, list(shape[2:]), *settings), back)
 
 
 def test_two_results_that_are_equal_are_two_tensors() -> None:
-    x, recorder = torch.randn(3), Recorder()
+    x, recorder = torch.randn(3), Recorder("the loss")
     for _ in range(3):
         a, b, c = recorder.run(
             lambda x: (x * 2, x * 2, (x * 2).sin() + (x * 2).sin()), "twice", x, ()
@@ -319,7 +321,7 @@ def test_two_results_that_are_equal_are_two_tensors() -> None:
         a.add_(1)
         torch.testing.assert_close(b, 2 * x)
         torch.testing.assert_close(c, 2 * (2 * x).sin())
-    (recording,) = recorder._known.values()
+    (recording,) = recorder._recordings.values()
     names = [str(node.target) for node in recording.code.__self__.graph.nodes]  # type: ignore[union-attr]
     assert (
         names.count("aten.sin.default") == 1
@@ -362,11 +364,13 @@ def test_recorded_averages_are_pytorchs(pool: nn.Module, size: tuple[int, int]) 
     def step(inputs: tuple[Tensor]) -> Tensor:
         return grad(lambda x: pool(x).square().sum())(inputs[0])
 
-    recorder = Recorder()
+    recorder = Recorder("the loss")
     for _ in range(3):
         found = vmap(lambda x: recorder.run(step, "pool", (x,), ()))(x)
         torch.testing.assert_close(found, vmap(lambda x: step((x,)))(x))
-    assert all(recording.code is not None for recording in recorder._known.values())
+    assert all(
+        recording.code is not None for recording in recorder._recordings.values()
+    )
 
 
 def by_channels(x: Tensor) -> Tensor:
@@ -399,11 +403,13 @@ def test_layouts_are_as_pytorch_has_them(change: Any) -> None:
             lambda p: p.detach().expand(5, *p.shape), dict(layer.named_parameters())
         ),
     )
-    recorder = Recorder()
+    recorder = Recorder("the loss")
     for _ in range(3):
         found = vmap(lambda *given: recorder.run(step, "layout", given, ()))(*inputs)
         torch.testing.assert_close(found, vmap(lambda *given: step(given))(*inputs))
-    assert all(recording.code is not None for recording in recorder._known.values())
+    assert all(
+        recording.code is not None for recording in recorder._recordings.values()
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 10, 40])
@@ -414,8 +420,10 @@ def test_recorded_softmax_is_pytorchs(classes: int) -> None:
     def step(inputs: tuple[Tensor]) -> Tensor:
         return grad(lambda x: functional.log_softmax(x, -1).square().mean())(inputs[0])
 
-    recorder = Recorder()
+    recorder = Recorder("the loss")
     for scale in (1.0, far, far):
         found = vmap(lambda x: recorder.run(step, "softmax", (x,), ()))(scale * x)
         torch.testing.assert_close(found, vmap(lambda x: step((x,)))(scale * x))
-    assert all(recording.code is not None for recording in recorder._known.values())
+    assert all(
+        recording.code is not None for recording in recorder._recordings.values()
+    )

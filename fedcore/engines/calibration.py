@@ -20,7 +20,7 @@ import torch
 from fedcore import __version__, trees
 from fedcore.engines.chunks import Chunks, row
 from fedcore.engines.run_client import run_client
-from fedcore.speed.recording import recorded
+from fedcore.local import steps_run_by
 from fedcore.storage import cache
 from fedcore.types import ClientFunction, Tree
 
@@ -162,7 +162,7 @@ class Calibration:
             begin = clock()
             batches = self.work.batches(fn, ids, t)
             batches = trees.map(lambda x: x[:, :few], batches)
-            with recorded(self.chunks.recorder):
+            with steps_run_by(self.chunks.recorder):
                 if batched:
                     self.chunks.batched(fn, down, states, batches, t)
                 else:

@@ -18,9 +18,10 @@ from torch.func import vmap
 from fedcore import trees
 from fedcore.engines.base import Done, Work, run_alone
 from fedcore.engines.run_client import run_client
+from fedcore.local import steps_run_by
 from fedcore.reports import Reports
+from fedcore.speed import loss_recorder
 from fedcore.speed.cuda_graphs import Graphs
-from fedcore.speed.recording import Recorder, recorded
 from fedcore.types import Batches, ClientFunction, Tree, Tuning
 
 log = logging.getLogger("fedcore")
@@ -38,10 +39,22 @@ class Chunks:
         is_cuda = work.task.device.type == "cuda"
         # Draws depend on shapes: models that draw keep the shapes of `sequential`.
         self.work = work if self.noisy else work.with_few_widths()
-        self.recorder = None if self.noisy else Recorder()
-        self.graphs = Graphs() if is_cuda and not self.noisy else None
+        self.recorder = None if self.noisy else loss_recorder(work.task)
+        self.graphs = None
+        if is_cuda and not self.noisy:
+            self.graphs = Graphs(self.recorder)
         # Most clients at once, by function, since a GPU had no room for twice as many.
         self._room: dict[str, int] = {}
+
+    @property
+    def impurity(self) -> str | None:
+        """Why the task's loss follows from more than its arguments, where it does."""
+        return None if self.recorder is None else self.recorder.reason
+
+    def begin_round(self, t: int) -> None:
+        """Recordings are compared with their steps again after some rounds."""
+        if self.recorder is not None:
+            self.recorder.begin_round(t)
 
     def run(
         self,
@@ -59,7 +72,7 @@ class Chunks:
         client, only the batch's weighted sum is needed. A batch for which a GPU has no
         room is cut into halves.
         """
-        with recorded(self.recorder):
+        with steps_run_by(self.recorder):
             if size == 1 or len(chunk) == 1:
                 return self._one_by_one(fn, chunk, down, states, t)
             if len(chunk) <= self._room.get(fn.__name__, len(chunk)):

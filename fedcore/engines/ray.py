@@ -71,6 +71,8 @@ class Worker:
     ) -> tuple[list[list[Done]], list[float]]:
         """The clients of each unit, done, and the seconds that each unit took."""
         down = trees.to(down, self.work.task.device)
+        if self.chunks is not None:
+            self.chunks.begin_round(t)
         done, seconds = [], []
         for unit in units:
             begin = time.perf_counter()

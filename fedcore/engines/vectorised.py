@@ -114,6 +114,7 @@ class Vectorised:
             return
         with nullcontext() if self._is_cuda else one_thread():
             ids = clients.numpy()
+            self._chunks.begin_round(t)
             call = Call(fn, down, t, self._chunk_size(fn, ids, down, t), weight)
             chunks = self.chunks(fn, ids)
             if self._is_cuda:
@@ -234,15 +235,19 @@ class Vectorised:
         jobs = (self._job(call, chunk) for chunk in chunks)
         answers = self._forks.run(jobs, trees.leaves(call.down))
         for chunk, (outcomes, tensors) in zip(chunks, answers, strict=True):
-            if outcomes is None:
+            if isinstance(outcomes, str) and self._chunks.recorder is not None:
+                self._chunks.recorder.give_up(outcomes)
+            if outcomes is None or self._chunks.impurity is not None:
                 yield from self._here(call, chunk)
             else:
                 yield from unpacked(outcomes, tensors, self._forms[call.name])
+        if self._chunks.impurity is not None:
+            self.close()
 
     def _may_fork(self, call: Call) -> bool:
         """Whether forks know the structures that this call needs."""
         forms = self._forms.get(call.name)
-        if self.processes == 1 or forms is None:
+        if self.processes == 1 or forms is None or self._chunks.impurity is not None:
             return False
         return bool(forms.down == pytree.tree_structure(call.down))
 
@@ -254,8 +259,12 @@ class Vectorised:
 
     def _in_fork(
         self, job: Job, down: list[Tensor], tensors: list[Tensor]
-    ) -> tuple[list[Outcome] | None, list[Tensor]]:
-        """A chunk in a fork: outcomes, and their leaves; None where not as known."""
+    ) -> tuple[list[Outcome] | str | None, list[Tensor]]:
+        """A chunk in a fork: outcomes, and their leaves.
+
+        None where structures are not the known ones; the reason where the task's loss
+        turned out to be impure.
+        """
         fn, forms = getattr(self.work.method, job.function), self._forms[job.function]
         weights = tensors[0] if job.has_weights else None
         done = self._chunks.run(
@@ -267,6 +276,8 @@ class Vectorised:
             job.size,
             weights,
         )
+        if self._chunks.impurity is not None:
+            return self._chunks.impurity, []
         return packed(done, forms)
 
     def describe(self) -> str:

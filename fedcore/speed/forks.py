@@ -1,44 +1,50 @@
-"""Forked copies of this process that do its work on all cores, where threads would wait for the interpreter's lock.
+"""Forked copies of this process that do its work on all cores.
 
-A fork has all that this process had when it was made (data, model, recordings, the function that it is to call), shared as long as
-nobody writes to it. After that only small messages go to it and back; tensors lie in memory that both see.
+Threads would wait for the interpreter's lock. A fork has all that this process had when
+it was made (data, model, recordings, the function that it is to call), shared as long
+as none of them writes to it. After that only small messages pass between them; tensors
+lie in memory that both see.
 """
 
 from __future__ import annotations
 
 import gc
-import math
-import mmap
 import os
 import signal
 import sys
 import traceback
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedcore.errors import RunError
+from fedcore.speed.segments import Borrowed, Layout, Lent, Place, Segment
 
-ALIGNED = 64  # bytes, as PyTorch aligns its own memory: where numbers lie must not change what is computed from them
-AHEAD = 2  # jobs that a fork has at once, so that it need not wait for us
-BEGUN = 3  # jobs for each fork, at most, that are begun before the first of them is handed on
-SPARE = 4  # pieces of memory that are kept for what is sent next
-EVERYBODY = 0  # number of the memory that all forks see
+AHEAD = 2  # jobs that a fork has at once, so that it need not wait for the next
+BEGUN = 3  # jobs for each fork, at most, begun before the first of them is handed on
+SHARED = 0  # number of the segment that all forks see
 
-Call = Callable[[Any, list[Tensor], list[Tensor]], tuple[Any, list[Tensor]]]
-"""(what to do, tensors given to all jobs, tensors of this one) -> (answer, its tensors); it runs in a fork."""
+Answer = tuple[Any, list[Tensor]]
+"""(answer, its tensors)."""
+
+Call = Callable[[Any, list[Tensor], list[Tensor]], Answer]
+"""(job, tensors given to all jobs, tensors of this one) -> answer; runs in a fork."""
+
+Job = tuple[Any, list[Tensor]]
+"""(job, its tensors); the job itself is anything but None."""
 
 
 def possible() -> bool:
-    """Whether this process may be forked: by Linux, and before PyTorch has started threads for an accelerator."""
+    """Whether this process may be forked.
+
+    Linux does it, before PyTorch has started threads for an accelerator.
+    """
     return sys.platform == "linux" and not torch.cuda.is_available()
 
 
@@ -46,65 +52,73 @@ class Forks:
     """A pool of forks, all of the moment at which it is made."""
 
     def __init__(self, count: int, call: Call) -> None:
-        self._lines: list[Line] = []
-        self._everybody: Memory | None = None
+        self._forks: list[Fork] = []
+        self._shared: Segment | None = None
         for _ in range(count):
-            self._lines.append(_fork(call, [line.pipe for line in self._lines]))
+            pipes = [fork.channel.pipe for fork in self._forks]
+            self._forks.append(_fork(call, pipes))
 
-    def run(
-        self, jobs: Iterable[tuple[Any, list[Tensor]]], given: list[Tensor]
-    ) -> Iterator[tuple[Any, list[Tensor]]]:
-        """Answers in the order of the jobs, each (what to do, its tensors); `given` are the tensors that all of them get.
+    def run(self, jobs: Iterable[Job], given: list[Tensor]) -> Iterator[Answer]:
+        """Answers in the order of the jobs; `given` are tensors that all jobs get.
 
-        Of no more jobs than forks, job i is always fork i's. Raises RunError where a job raises, or a fork is killed.
+        Of no more jobs than forks, job i is always fork i's. Raises RunError where a
+        job raises, or a fork is killed.
         """
-        while any(
-            line.jobs for line in self._lines
-        ):  # who listened last has stopped before the end
-            self._receive({})
+        self._drain()
         self._give(given)
         waiting = enumerate(jobs)
-        answers: dict[int, tuple[Any, list[Tensor]]] = {}
-        begun = handed = 0
+        answers: dict[int, Answer] = {}
+        begun = handed_on = 0
         while True:
-            while begun - handed < BEGUN * len(self._lines):
-                line = min(self._lines, key=lambda line: len(line.jobs))
-                if len(line.jobs) == AHEAD or (job := next(waiting, None)) is None:
+            while begun - handed_on < BEGUN * len(self._forks):
+                fork = min(self._forks, key=lambda fork: len(fork.jobs))
+                if len(fork.jobs) == AHEAD:
                     break
-                line.jobs.append(job[0])
-                line.send(*job[1])
+                numbered = next(waiting, None)
+                if numbered is None:
+                    break
+                number, (job, tensors) = numbered
+                fork.begin(number, job, tensors)
                 begun += 1
-            if begun == handed:
+            if begun == handed_on:
                 return
-            if handed in answers:
-                yield answers.pop(handed)
-                handed += 1
+            if handed_on in answers:
+                yield answers.pop(handed_on)
+                handed_on += 1
             else:
-                self._receive(answers)
-
-    def _receive(self, answers: dict[int, tuple[Any, list[Tensor]]]) -> None:
-        busy = {line.pipe: line for line in self._lines if line.jobs}
-        for pipe in wait(list(busy)):
-            line = busy[pipe]  # type: ignore[index]
-            answer = line.receive()
-            answers[line.jobs.pop(0)] = answer
-            if isinstance(answer[0], Failed):
-                raise RunError(answer[0].reason)
-
-    def _give(self, tensors: list[Tensor]) -> None:
-        places, size = _layout(tensors)
-        new = self._everybody is None or self._everybody.size < size
-        if self._everybody is None or new:
-            self._everybody = Memory(EVERYBODY, size)
-        self._everybody.write(places, tensors)
-        for line in self._lines:
-            line.tell(None, places, self._everybody, new)
-        if new:
-            self._everybody.close()
+                answers.update(self._receive())
 
     def close(self) -> None:
-        for line in self._lines:
-            line.close()
+        """End all forks; what they are doing is lost."""
+        for fork in self._forks:
+            fork.close()
+
+    def _drain(self) -> None:
+        """Wait for jobs of a caller that stopped listening before the end."""
+        while any(fork.jobs for fork in self._forks):
+            self._receive()
+
+    def _receive(self) -> dict[int, Answer]:
+        """The next answers, by the number of their job."""
+        busy = {fork.channel.pipe: fork for fork in self._forks if fork.jobs}
+        answers = {}
+        for pipe in wait(list(busy)):
+            number, answer = busy[cast(Connection, pipe)].finish()
+            if isinstance(answer[0], Failed):
+                raise RunError(answer[0].reason)
+            answers[number] = answer
+        return answers
+
+    def _give(self, tensors: list[Tensor]) -> None:
+        places, size = Layout.of(tensors)
+        is_new = self._shared is None or self._shared.size < size
+        if self._shared is None or is_new:
+            self._shared = Segment(SHARED, size)
+        self._shared.write(places, tensors)
+        for fork in self._forks:
+            fork.give(places, self._shared, is_new)
+        if is_new:
+            self._shared.close()
 
 
 class Failed(NamedTuple):
@@ -113,218 +127,187 @@ class Failed(NamedTuple):
     reason: str
 
 
-class Place(NamedTuple):
-    """Where a tensor lies in memory."""
+class Message(NamedTuple):
+    """The part of a message that travels through the pipe."""
 
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    alike: bool  # all its rows are one, which is there once
-
-
-def _layout(tensors: list[Tensor]) -> tuple[list[Place], int]:
-    """Places one after another, and the bytes that they take."""
-    places, end = [], 0
-    for x in tensors:
-        alike = x.ndim > 0 and len(x) > 1 and x.stride(0) == 0
-        places.append(Place(end, tuple(x.shape), x.dtype, alike))
-        end += -(-(x.nbytes // len(x) if alike else x.nbytes) // ALIGNED) * ALIGNED
-    return places, end
+    content: Any  # None: its tensors are given to all jobs that follow
+    places: list[Place]
+    segment: int
+    size: int | None  # bytes of the segment, where the receiver does not have it yet
+    read: list[int]  # segments of the receiver in which no tensor lies any more
+    dropped: list[int]  # segments of the sender that the receiver can forget
 
 
-class Memory:
-    """Memory that several processes see. It is given back when no tensor lies in it any more in any of them."""
-
-    def __init__(self, number: int, size: int, file: int | None = None) -> None:
-        """New, or with `file` what another process made."""
-        self.number, self.size = number, size
-        self.file = os.memfd_create("fedcore") if file is None else file
-        if file is None:
-            os.ftruncate(self.file, max(size, 1))
-        self._map = mmap.mmap(self.file, max(size, 1))
-
-    def bytes(self) -> np.ndarray:
-        """All of it; a new object each time, whose end is the end of the tensors that were made of it."""
-        return np.frombuffer(self._map, dtype=np.uint8)
-
-    def write(self, places: list[Place], tensors: list[Tensor]) -> None:
-        for target, place, x in zip(
-            self.read(self.bytes(), places), places, tensors, strict=True
-        ):
-            (target[:1] if place.alike else target).copy_(x[:1] if place.alike else x)
-
-    @staticmethod
-    def read(memory: np.ndarray, places: list[Place]) -> list[Tensor]:
-        everything, found = torch.from_numpy(memory), []
-        for offset, shape, dtype, alike in places:
-            rows = (1, *shape[1:]) if alike else shape
-            flat = everything[offset : offset + math.prod(rows) * dtype.itemsize]
-            found.append(flat.view(dtype).view(rows).expand(shape))
-        return found
-
-    def close(self) -> None:
-        """Nobody else will get it."""
-        os.close(self.file)
+class ClosedError(Exception):
+    """The other end of a channel is gone."""
 
 
-class Line:
-    """One end of the line between us and a fork.
+class Channel:
+    """One end of a line between two processes: messages, and tensors in segments."""
 
-    The memory of what is sent belongs to the end that sends it; the other tells, with what it sends next, when it needs it no more.
-    """
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+        self._lent = Lent(SHARED + 1)
+        self._borrowed = Borrowed()
 
-    def __init__(self, pipe: Connection, pid: int = 0) -> None:
-        self.pipe, self.pid = pipe, pid  # of the fork, at our end
-        self.jobs: list[int] = []
-        self._made = EVERYBODY
-        self._lent: dict[int, Memory] = {}
-        self._spare: list[Memory] = []
-        self._theirs: dict[int, Memory] = {}
-        self._read: list[int] = []  # theirs, in which no tensor lies any more
-        self._dropped: list[int] = []  # ours, which they can forget
+    def send(self, content: Any, tensors: list[Tensor]) -> None:
+        """Send a message. Raises ClosedError."""
+        places, size = Layout.of(tensors)
+        segment, is_new = self._lent.take(size)
+        segment.write(places, tensors)
+        self.announce(content, places, segment, is_new)
+        if is_new:
+            segment.close()
 
-    def send(self, what: Any, tensors: list[Tensor]) -> None:
-        """Raises RunError where the other end is gone."""
-        places, size = _layout(tensors)
-        memory, new = self._memory(size)
-        memory.write(places, tensors)
-        self._lent[memory.number] = memory
-        self.tell(what, places, memory, new)
-        if new:
-            memory.close()
-
-    def _memory(self, size: int) -> tuple[Memory, bool]:
-        while self._spare:
-            memory = self._spare.pop()
-            if memory.size >= size:
-                return memory, False
-            self._dropped.append(memory.number)
-        self._made += 1
-        return Memory(self._made, size), True
-
-    def tell(self, what: Any, places: list[Place], memory: Memory, new: bool) -> None:
-        """That `places` in `memory` are written."""
-        read, dropped, self._read, self._dropped = self._read, self._dropped, [], []
+    def announce(
+        self, content: Any, places: list[Place], segment: Segment, is_new: bool
+    ) -> None:
+        """Send a message whose tensors are written. Raises ClosedError."""
+        size = segment.size if is_new else None
+        read, dropped = self._borrowed.take_read(), self._lent.take_dropped()
+        message = Message(content, places, segment.number, size, read, dropped)
         try:
-            self.pipe.send(
-                (
-                    what,
-                    places,
-                    memory.number,
-                    memory.size if new else None,
-                    read,
-                    dropped,
-                )
-            )
-            if new:
-                send_handle(self.pipe, memory.file, self.pid)
-        except OSError as e:
-            raise self._ended() from e
+            self.pipe.send(tuple(message))
+            if is_new:
+                send_handle(self.pipe, segment.file, 0)
+        except OSError as error:
+            raise ClosedError from error
 
     def receive(self) -> tuple[Any, list[Tensor]]:
-        """What was sent. Raises RunError where the other end is gone."""
+        """(content, tensors) of the next message. Raises ClosedError."""
         try:
-            what, places, number, size, read, dropped = self.pipe.recv()
-            if size is not None:
-                self._theirs[number] = Memory(number, size, recv_handle(self.pipe))
-                self._theirs[number].close()
-        except (EOFError, OSError) as e:
-            raise self._ended() from e
-        for old in dropped:
-            del self._theirs[old]
-        for old in read:
-            self._returned(self._lent.pop(old, None))
-        memory = self._theirs[number].bytes()
-        tensors = Memory.read(memory, places)
-        weakref.finalize(memory, self._over, number).atexit = False
-        return what, tensors
+            message = Message(*self.pipe.recv())
+            if message.size is not None:
+                file = recv_handle(self.pipe)
+                segment = Segment(message.segment, message.size, file)
+                segment.close()
+                self._borrowed.add(segment)
+        except (EOFError, OSError) as error:
+            raise ClosedError from error
+        self._borrowed.drop(message.dropped)
+        self._lent.give_back(message.read)
+        tensors = self._borrowed.read(message.segment, message.places)
+        return message.content, tensors
 
-    def _over(self, number: int) -> None:
-        self._read.append(number)
 
-    def _returned(self, memory: Memory | None) -> None:
-        if memory is None:  # everybody's
-            return
-        if len(self._spare) < SPARE:
-            self._spare.append(memory)
-        else:
-            self._dropped.append(memory.number)
+class Fork:
+    """A forked process, as its parent sees it."""
+
+    def __init__(self, channel: Channel, pid: int) -> None:
+        self.channel = channel
+        self.pid = pid  # 0 once it has ended
+        self.jobs: list[int] = []  # begun, by number
+
+    def begin(self, number: int, job: Any, tensors: list[Tensor]) -> None:
+        """Send a job. Raises RunError where the process is gone."""
+        self.jobs.append(number)
+        try:
+            self.channel.send(job, tensors)
+        except ClosedError as error:
+            raise self._ended() from error
+
+    def give(self, places: list[Place], segment: Segment, is_new: bool) -> None:
+        """Announce tensors for all jobs. Raises RunError where the process is gone."""
+        try:
+            self.channel.announce(None, places, segment, is_new)
+        except ClosedError as error:
+            raise self._ended() from error
+
+    def finish(self) -> tuple[int, Answer]:
+        """(number of its first job, answer). Raises RunError where it is gone."""
+        try:
+            answer = self.channel.receive()
+        except ClosedError as error:
+            raise self._ended() from error
+        return self.jobs.pop(0), answer
+
+    def close(self) -> None:
+        """End the process; a job that it is doing is cut off."""
+        self.channel.pipe.close()
+        if self.pid:
+            if self.jobs:
+                os.kill(self.pid, signal.SIGKILL)
+            self._exit_status()
 
     def _ended(self) -> RunError:
         self.jobs.clear()
-        status = (
-            os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]) if self.pid else 0
-        )
-        self.pid = 0
+        status = self._exit_status() if self.pid else 0
         return RunError(
-            f"a process that works for this one ended (exit status {status}); most often the system killed it for its memory: "
-            "take a smaller engine.chunk, or fewer processes by OMP_NUM_THREADS; a run goes on with --resume"
+            f"a process that works for this one ended (exit status {status}); most "
+            "often the system killed it for its memory: take a smaller engine.chunk, "
+            "or fewer processes by OMP_NUM_THREADS; a run goes on with --resume"
         )
 
-    def close(self) -> None:
-        self.pipe.close()
-        if self.pid:
-            if self.jobs:  # nobody waits for them
-                os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self.pid = 0
+    def _exit_status(self) -> int:
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        return os.waitstatus_to_exitcode(status)
 
 
-def _fork(call: Call, others: list[Connection]) -> Line:
-    """A new fork; `others` are our ends of the lines to those that there are."""
-    ours, theirs = Pipe()
+def _fork(call: Call, others: list[Connection]) -> Fork:
+    """A new fork; `others` are the parent's ends of the lines to those that there are."""
+    parents_end, childs_end = Pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # from 3.12 on: that a fork has one of our threads
+        # From Python 3.12 on: that a fork has one of the parent's threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
         try:
             pid = os.fork()
-        except OSError as e:
+        except OSError as error:
             raise RunError(
-                f"the system made no further process ({e}): OMP_NUM_THREADS=1 does with one"
-            ) from e
+                f"the system made no further process ({error}): "
+                "OMP_NUM_THREADS=1 does with one"
+            ) from error
     if pid == 0:
         try:
-            for pipe in (ours, *others):
-                pipe.close()  # as long as anybody holds our end, nobody sees that we are gone
-            _serve(Line(theirs), call)
+            # While a process holds the parent's end, none sees that it is gone.
+            for pipe in (parents_end, *others):
+                pipe.close()
+            _settle()
+            _serve(Channel(childs_end), call)
         finally:
             os._exit(0)
-    theirs.close()
-    return Line(ours, pid)
+    childs_end.close()
+    return Fork(Channel(parents_end), pid)
 
 
-def _serve(line: Line, call: Call) -> None:
-    """A fork's life: job after job, until the other end is closed, or gone with its process."""
+def _settle() -> None:
+    """Make this process, a fork, a good worker."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # a terminal sends it to all of us; what becomes of the run is not ours to decide
+        # A terminal sends them to every process; the parent decides on the run.
+        signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):  # some sandboxes forbid it
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
-            os.sched_setscheduler(
-                0, os.SCHED_BATCH, os.sched_param(0)
-            )  # who is sent work takes no core from who is still sending
+            # Work that arrives takes no core from the parent, which is still sending.
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     gc.freeze()  # a collection would write to what is shared
     torch.set_num_threads(1)
+
+
+def _serve(channel: Channel, call: Call) -> None:
+    """Do job after job, until the other end is closed, or gone with its process."""
     given: list[Tensor] = []
     while True:
         try:
-            what, tensors = line.receive()
-        except RunError:
+            job, tensors = channel.receive()
+        except ClosedError:
             return
-        if what is None:
+        if job is None:
             given = tensors
-        else:
-            try:
-                found = call(what, given, tensors)
-            except Exception as e:
-                traceback.print_exc()
-                found = Failed(f"{type(e).__name__}: {e}"), []
-            del tensors  # the other end may use their memory again
-            line.send(*found)
-            del found
-            sys.stdout.flush()
-            sys.stderr.flush()
+            continue
+        answer = _answer(call, job, given, tensors)
+        del tensors  # the other end may use their memory again
+        with suppress(ClosedError):  # the next `receive` finds that out
+            channel.send(*answer)
+        del answer
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _answer(call: Call, job: Any, given: list[Tensor], tensors: list[Tensor]) -> Answer:
+    try:
+        return call(job, given, tensors)
+    except Exception as error:
+        traceback.print_exc()
+        return Failed(f"{type(error).__name__}: {error}"), []

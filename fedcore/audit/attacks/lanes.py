@@ -26,9 +26,10 @@ from torch.nn import functional
 from fedcore import __version__, trees
 from fedcore.audit.attacks.base import Progress, silent
 from fedcore.engines.base import one_thread
-from fedcore.speed import forks
+from fedcore.speed import forks, step_recorder
 from fedcore.speed.cuda_graphs import EAGER, Graphs
-from fedcore.speed.recording import Recorder
+from fedcore.speed.kernels.product import product
+from fedcore.speed.kernels.unfolding import grid
 from fedcore.storage import cache
 from fedcore.types import Tree
 
@@ -224,8 +225,10 @@ class Gradients:
         batched: bool | None = None,
     ) -> None:
         self.names = names
-        self._recorder = Recorder()
-        self._graphs = Graphs() if _device(variables).type == "cuda" else None
+        self._recorder = step_recorder("the objective of the attack")
+        self._graphs = (
+            Graphs(self._recorder) if _device(variables).type == "cuda" else None
+        )
         self._alone = grad_and_value(objective(model), has_aux=True)
         self._batch = vmap(grad_and_value(objective(products(model)), has_aux=True))
         if batched is None:
@@ -280,6 +283,8 @@ class Gradients:
             return gradient, match.detach()
 
         def recorded(inputs: Tree) -> Tree:
+            if self._recorder is None:
+                return step(inputs)
             return self._recorder.run(step, kind, inputs, ())
 
         inputs = (variables, constants)
@@ -377,18 +382,12 @@ class _Product(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        n, _, *size = x.shape
-        sides = zip(
-            size, self.padding, self.dilation, self.kernel, self.stride, strict=True
-        )
-        height, width = (
-            (s + 2 * p - d * (k - 1) - 1) // step + 1 for s, p, d, k, step in sides
+        places = grid(
+            x.shape[2:], self.kernel, self.dilation, self.padding, self.stride
         )
         columns = functional.unfold(
             x, self.kernel, self.dilation, self.padding, self.stride
         )  # [N, C k k, H W]
         columns = columns.transpose(0, 1).reshape(columns.shape[1], -1)
-        y = self.weight.flatten(1) @ columns
-        if self.bias is not None:
-            y = y + self.bias[:, None]
-        return y.view(-1, n, height, width).transpose(0, 1)
+        y = product(self.weight, columns, places)
+        return y if self.bias is None else y + self.bias[:, None, None]

@@ -1,0 +1,4 @@
+"""Functions that recordings call where PyTorch's own operators are slower.
+
+All return contiguous tensors.
+"""

@@ -66,7 +66,7 @@ from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import app, own_settings
+from client.app import app, device_settings
 from fedcore.deploy import certs
 from fedcore.errors import RunError, SettingsError
 from fedcore.rounds.loop import Interrupted
@@ -634,7 +634,7 @@ def serve(
 ) -> None:
     """Serve as one client until stopped. Raises SettingsError, Refused, and Interrupted on SIGINT or SIGTERM."""
     host, _ = host_and_port(server)
-    own_settings("" if data is None else str(data), " ".join(settings))
+    device_settings("" if data is None else str(data), " ".join(settings))
     if data is not None and not data.exists():
         raise SettingsError(f"--data {data}: there is no such file or directory")
     if folder is not None and (faults := certs.check(folder)):

@@ -35,7 +35,11 @@ class Engine(Protocol):
     choices: dict[
         str, Any
     ]  # what the engine measured and chose (JSON), so that a resumed run computes the same bits
-    late: int  # answers, so far, that came when nobody waited for them any more; they change nothing
+
+    @property
+    def late(self) -> int:
+        """Answers so far that came after their round had ended; they change nothing."""
+        ...
 
     @property
     def states(self) -> StateStore | None:

@@ -1,0 +1,29 @@
+"""The shape of a client function's message, found by running it on one example."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedcore.engines.run_client import run_client
+from fedcore.method import data_of
+from fedcore.types import Batches, ClientFunction, Tree, Tuning
+
+if TYPE_CHECKING:
+    from fedcore.engines.base import Work
+
+
+def message_shape(work: Work, fn: ClientFunction, down: Tree, t: int) -> Tree:
+    """A message as one client sends it, of which shapes and types count.
+
+    The values are those of a client that holds the first training example alone.
+    Every message of `fn` in this run must have the same names, shapes and types.
+    """
+    task = work.task
+    x, y = task.data.x[:1][None], task.data.y[:1][None]  # [K = 1, B = 1, ...]
+    example = Batches(x, y, torch.ones(1, 1, device=task.device))
+    batches = Tuning(example, example) if data_of(fn) == "tune" else example
+    state = work.method.init_client(task.init_params())
+    up, _ = run_client(fn, task, torch.tensor(float(t)), down, state, batches)
+    return up

@@ -1,17 +1,24 @@
 """The Flower ClientApp: one handler for every client function of every method.
 
-A node hosts the logical clients i with i mod (number of nodes) = its partition id; with as many nodes as clients, one each.
-What a device adds to the run's settings stands in its node config, for this app is the same on every kind of node:
-`partition-id`, `num-partitions` (default: one client a node), `state` (directory of the clients' states), `data` and `set`
-(settings of this device's own). Simulated nodes keep states where the server says, in its run directory.
+A node hosts the logical clients i with i mod (number of nodes) = its partition id;
+with as many nodes as clients, one each. A device's additions to the run's settings
+stand in its node config, for this app is the same on every kind of node:
+`partition-id`, `num-partitions` (default: one client a node), `state` (directory of the
+clients' states), `data` and `set` (settings of this device alone). Simulated nodes keep
+states where the server says, in its run directory.
+
+A node builds its task before it introduces itself: no round then waits for imports,
+data and the partition, which take a small device longer than its training.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -23,100 +30,118 @@ from fedcore.errors import RunError, SettingsError
 from fedcore.messages import wire
 from fedcore.method import evaluates
 from fedcore.tasks import build_task
+from fedcore.types import ClientFunction
 
-OWN = (
-    "data_folder",
-    "options",
-    "engine.device",
-)  # settings that a device may have its own way
+log = logging.getLogger("fedcore")
+
+# Settings in which a device may differ from the others.
+DEVICE_SETTINGS = ("data_folder", "options", "engine.device")
 
 app = ClientApp()
 
 
 @functools.lru_cache(maxsize=1)
 def work_of(preset: str, overrides: str) -> Work:
-    """Task and method, built once a process."""
-    e = Experiment.load(preset, overrides.splitlines())
+    """Task and method, built once a process; one override a line."""
+    experiment = Experiment.load(preset, overrides.splitlines())
     return Work(
-        build_task(e).to(device_for(e.engine)),
-        e.build_method(),
-        e.local,
-        e.seed,
-        e.links,
-        e.defence,
+        build_task(experiment).to(device_for(experiment.engine)),
+        experiment.build_method(),
+        experiment.local,
+        experiment.seed,
+        experiment.links,
+        experiment.defence,
     )
 
 
-def own_settings(data: str, set_: str) -> list[str]:
+def device_settings(data: str, assignments: str) -> list[str]:
     """Overrides of a device: where its data are, and `key=value` separated by spaces.
 
     Raises SettingsError for a setting that every client of a run has to have alike.
     """
-    given = [f"data_folder={data}"] * bool(data) + set_.split()
-    for text in given:
-        key = text.partition("=")[0]
-        if not any(key == own or key.startswith(f"{own}.") for own in OWN):
+    overrides = assignments.split()
+    if data:
+        overrides.insert(0, f"data_folder={data}")
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not any(_is_within(key, setting) for setting in DEVICE_SETTINGS):
             raise SettingsError(
-                f"--set {text}: a client may set {', '.join(OWN)} alone; everything else comes from the server"
+                f"--set {override}: a client may set {', '.join(DEVICE_SETTINGS)} "
+                "alone; everything else comes from the server"
             )
-    return given
+    return overrides
+
+
+def _is_within(key: str, setting: str) -> bool:
+    return key == setting or key.startswith(f"{setting}.")
+
+
+def _work_for(context: Context) -> Work:
+    """The work of this node, by the run's settings and its own."""
+    node = context.node_config
+    overrides = str(context.run_config["set"]).split()
+    overrides += device_settings(str(node.get("data", "")), str(node.get("set", "")))
+    return work_of(str(context.run_config["preset"]), "\n".join(overrides))
 
 
 @app.query()
 def whoami(message: Message, context: Context) -> Message:
-    """Which clients this node hosts, and which fedcore runs them."""
-    me: dict[str, Any] = {
-        key: context.node_config[key]
-        for key in ("partition-id", "num-partitions")
-        if key in context.node_config
-    }
-    me["fedcore"] = __version__
-    return Message(RecordDict({"node": ConfigRecord(me)}), reply_to=message)
+    """Introduce this node: the clients it hosts, its fedcore, and whether it is ready.
+
+    A node that cannot build its task says why, and is left out by the server until it
+    can: in a round it would only fail.
+    """
+    introduction: dict[str, Any] = {"fedcore": __version__}
+    for key in ("partition-id", "num-partitions"):
+        if key in context.node_config:
+            introduction[key] = context.node_config[key]
+    if _is_welcome(message):
+        try:
+            warm_up(_work_for(context))
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            log.warning("this client is not ready, and introduced as such: %s", reason)
+            introduction["not-ready"] = reason
+    return Message(RecordDict({"node": ConfigRecord(introduction)}), reply_to=message)
+
+
+def _is_welcome(message: Message) -> bool:
+    """Whether the server may give this node work.
+
+    It refuses nodes of another version, whose settings this one may not understand.
+    """
+    server = message.content.get("server")
+    if not isinstance(server, ConfigRecord):
+        return True
+    return server.get("fedcore") == __version__ and "refused" not in server
+
+
+def warm_up(work: Work) -> None:
+    """Do once what a process does at its first gradient: PyTorch imports then."""
+    at = torch.ones(1, device=work.task.device)
+    torch.func.grad(lambda x: x.square().sum())(at)
 
 
 @app.train()
 def run(message: Message, context: Context) -> Message:
-    """Run the named client function for some of this node's clients, and answer with what each sends."""
+    """Run a client function for some of this node's clients, and send their messages.
+
+    Failures are answered, not raised: Flower would send a traceback instead of the
+    reason.
+    """
     ask: Any = message.content["work"]
     clients, t = [int(client) for client in ask["clients"]], int(ask["t"])
     content, counts, failed = RecordDict(), dict[int, int](), dict[int, str]()
     try:
-        node = context.node_config
-        overrides = [
-            *str(context.run_config["set"]).split(),
-            *own_settings(str(node.get("data", "")), str(node.get("set", ""))),
-        ]
-        work = work_of(str(context.run_config["preset"]), "\n".join(overrides))
-        fn: Any = getattr(work.method, str(ask["function"]), None)
-        if not hasattr(fn, "client_data"):
-            raise RunError(
-                f'{type(work.method).__module__} has no client function "{ask["function"]}"'
-            )
-        down = trees.to(
-            wire.decode(_arrays(message.content, "down"), wire.schemas(fn)[0]),
-            work.task.device,
-        )
-        initial = work.method.init_client(work.task.init_params())
-        store = _store(context, ask) if trees.leaves(initial) else None
-        now, safe = Moment(t, int(ask.get("k", 0))), int(ask.get("safe", t))
-    except (
-        Exception
-    ) as e:  # answered, not raised: Flower would send a traceback instead of the reason
-        failed.update(failure(clients, e).failed)
+        assignment = Assignment(message, context)
+    except Exception as error:
+        failed.update(failure(clients, error).failed)
         clients = []
     for client in clients:
         try:
-            state = store.load(client, now, initial) if store else initial
-            with one_thread():
-                up, state = work.one(
-                    fn, client, down, trees.to(state, work.task.device), t
-                )
-            content[f"up-{client}"] = wire.encode(up)
-            if store and not evaluates(fn):
-                store.save(client, now, state, safe)
-            counts[client] = int(work.num_examples(fn, [client]))
-        except Exception as e:  # one client fails, the node's others do not
-            failed.update(failure([client], e).failed)
+            content[f"up-{client}"], counts[client] = assignment.do(client)
+        except Exception as error:  # one client fails, the node's others do not
+            failed.update(failure([client], error).failed)
     about: dict[str, Any] = {
         "t": t,
         "clients": [*counts],
@@ -128,16 +153,61 @@ def run(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
+class Assignment:
+    """The work that one message asks for."""
+
+    def __init__(self, message: Message, context: Context) -> None:
+        """Raises whatever is wrong with the message, the task or this node."""
+        ask: Any = message.content["work"]
+        self.t = int(ask["t"])
+        self.moment = Moment(self.t, int(ask.get("k", 0)))
+        self.safe = int(ask.get("safe", self.t))
+        self.work = _work_for(context)
+        self.fn = _client_function(self.work, str(ask["function"]))
+        down, _ = wire.schemas(self.fn)
+        arrived = wire.decode(_arrays(message.content, "down"), down)
+        self.down = trees.to(arrived, self.work.task.device)
+        self.initial = self.work.method.init_client(self.work.task.init_params())
+        keeps_state = bool(trees.leaves(self.initial))
+        self.store = _store(context, ask) if keeps_state else None
+
+    def do(self, client: int) -> tuple[ArrayRecord, int]:
+        """The client's message, and the number of its examples; its state is kept."""
+        state = self.initial
+        if self.store is not None:
+            state = self.store.load(client, self.moment, self.initial)
+        state = trees.to(state, self.work.task.device)
+        with one_thread():
+            up, state = self.work.one(self.fn, client, self.down, state, self.t)
+        record = wire.encode(up)
+        if self.store is not None and not evaluates(self.fn):
+            self.store.save(client, self.moment, state, self.safe)
+        return record, int(self.work.num_examples(self.fn, [client]))
+
+
+def _client_function(work: Work, name: str) -> ClientFunction:
+    fn: Any = getattr(work.method, name, None)
+    if not hasattr(fn, "client_data"):
+        module = type(work.method).__module__
+        raise RunError(f'{module} has no client function "{name}"')
+    function: ClientFunction = fn
+    return function
+
+
 def _store(context: Context, ask: Any) -> Store:
-    """Where the clients of this node keep their state: in the directory of this device, or in the server's, if that is here."""
+    """The states of this node's clients.
+
+    They are in the directory of this device, or in the server's if that is here.
+    """
     node = context.node_config
-    if own := str(node.get("state", "")):
-        return Store(
-            Path(own), str(node.get("federation", "")), str(ask.get("series", ""))
-        )
-    if not (folder := str(ask.get("state", ""))) or not Path(folder).is_dir():
+    if folder := str(node.get("state", "")):
+        federation, series = node.get("federation", ""), ask.get("series", "")
+        return Store(Path(folder), str(federation), str(series))
+    folder = str(ask.get("state", ""))
+    if not folder or not Path(folder).is_dir():
         raise RunError(
-            'this method keeps state on clients, and this node has no directory for it: add state="DIR" to --node-config'
+            "this method keeps state on clients, and this node has no directory for "
+            'it: add state="DIR" to --node-config'
         )
     return Store(Path(folder), "", "", sync=False)  # it goes when the run ends
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto import fleet_pb2
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from client.supernode import Connection, host_and_port, speaks_tls, tls_fault
+from client.connection import Connection, host_and_port, speaks_tls, tls_fault
 from fedcore import __version__
 from fedcore.deploy import certs
 

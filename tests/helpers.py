@@ -20,6 +20,8 @@ from fedcore.method import Round
 from fedcore.reports import Reports
 from fedcore.types import Tree
 
+PATIENCE = 900.0  # seconds, for any wait of a test: a busy machine is no failure
+
 STRATEGIES = sorted(
     p.stem for p in (Path(__file__).parent.parent / "strategies").glob("[!_]*.py")
 )

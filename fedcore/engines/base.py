@@ -36,8 +36,11 @@ class Engine(Protocol):
 
     # Measurements and choices (JSON), so that a resumed run computes the same bits.
     choices: dict[str, Any]
-    # Answers, so far, that came too late; they change nothing.
-    late: int
+
+    @property
+    def late(self) -> int:
+        """Answers so far that came after their round had ended; they change nothing."""
+        ...
 
     @property
     def states(self) -> StateStore | None:

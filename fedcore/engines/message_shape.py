@@ -11,11 +11,15 @@ from fedcore.types import Batches, ClientFunction, Tree, Tuning
 
 
 def message_shape(work: Work, fn: ClientFunction, down: Tree, t: int) -> Tree:
-    """A message such as `fn` sends when it is sent `down`; its values mean nothing."""
+    """A message as one client sends it, of which shapes and types count.
+
+    The values are those of a client that holds the first training example alone.
+    Every message of `fn` in this run must have the same names, shapes and types.
+    """
     task = work.task
-    ones = torch.ones(1, 1, device=task.device)
-    one = Batches(task.data.x[:1][None], task.data.y[:1][None], ones)
-    batches = Tuning(one, one) if data_of(fn) == "tune" else one
+    x, y = task.data.x[:1][None], task.data.y[:1][None]  # [K = 1, B = 1, ...]
+    example = Batches(x, y, torch.ones(1, 1, device=task.device))
+    batches = Tuning(example, example) if data_of(fn) == "tune" else example
     state = work.method.init_client(task.init_params())
     with one_thread():
         up, _ = run_client(fn, task, torch.tensor(float(t)), down, state, batches)

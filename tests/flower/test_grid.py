@@ -14,7 +14,9 @@ from flwr.common.constant import ErrorCode
 
 import client.app
 import server.app
-import server.grid
+import server.nodes
+import server.post
+import server.replies
 from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.engines.base import Work
@@ -166,12 +168,12 @@ BAD: dict[str, tuple[Weather, str]] = {
         rewrite(**{"num-examples": [2.5]}),
         "bad count: 2.5 examples, expected a whole number from 0 on",
     ),
-    "no count": (rewrite(**{"num-examples": []}), server.grid.MISSING),
+    "no count": (rewrite(**{"num-examples": []}), server.replies.MISSING),
     "counts of another kind": (
         rewrite(**{"num-examples": "many"}),
-        server.grid.MISSING,
+        server.replies.MISSING,
     ),
-    "no update": (without_update, server.grid.MISSING),
+    "no update": (without_update, server.replies.MISSING),
     "nothing": (empty, 'bad message: no record "about" in the answer'),
 }
 
@@ -339,7 +341,7 @@ def test_an_answer_that_comes_after_its_round_is_counted_and_changes_nothing(
 def test_a_node_that_starts_anew_in_a_round_is_asked_again_where_that_is_wished(
     rejoin: float, sent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.grid, "LOOK", 0.0)
+    monkeypatch.setattr(server.post, "LOOK", 0.0)
     e = small("scaffold", participation__cohort=12)
     grid = FakeGrid(preset_of(e, tmp_path), 4)
 
@@ -377,7 +379,7 @@ def test_a_node_that_starts_anew_in_a_round_is_asked_again_where_that_is_wished(
 def test_a_node_that_does_not_come_back_is_waited_for_as_long_as_was_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.grid, "LOOK", 0.0)
+    monkeypatch.setattr(server.post, "LOOK", 0.0)
     e = small("fedavg", participation__cohort=12)
     grid = FakeGrid(preset_of(e, tmp_path), 4)
     offline = "the Flower node went offline"
@@ -418,7 +420,7 @@ def test_a_node_that_vanishes_while_messages_are_sent_is_left_out(
 def test_nodes_that_never_come_are_an_error_and_some_are_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.grid, "WAIT", 0.2)
+    monkeypatch.setattr(server.nodes, "WAIT", 0.2)
     e = small("fedavg", participation__cohort=12)
     grid = FakeGrid(preset_of(e, tmp_path), 4)
     del grid.contexts[100]

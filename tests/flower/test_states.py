@@ -10,9 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from client.device import Device
 from client.states import tidy
 from client.store import Moment, StateError, Store
-from client.supernode import Device
 from fedcore.cli import app
 from fedcore.errors import SettingsError
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from client.device import Device
 from client.store import Moment, StateError, Store
-from client.supernode import Device
 from fedcore import trees
 from fedcore.errors import SettingsError
 

@@ -1,0 +1,49 @@
+"""The Flower app that clients get: this fedcore's source, and the run's settings."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from flwr.cli.build import build_fab_from_files
+from flwr.supercore.fab import Fab
+
+import fedcore
+from fedcore import __version__
+from fedcore.config import Experiment
+
+PACKAGES = ("fedcore", "strategies", "server", "client")
+PRESET = "fedcore-run.toml"  # the run's settings in the bundle
+
+PYPROJECT = f"""\
+[project]
+name = "fedcore"
+version = "{__version__}"
+
+[tool.flwr.app]
+publisher = "fedcore"
+fab-include = ["**/*.py", "**/*.toml"]
+
+[tool.flwr.app.components]
+serverapp = "server.app:app"
+clientapp = "client.app:app"
+
+[tool.flwr.app.config]
+preset = "{PRESET}"
+set = ""
+"""
+
+
+def bundle_of(experiment: Experiment) -> Fab:
+    """Flower's bundle of an experiment."""
+    root = Path(fedcore.__file__).parent.parent
+    files: dict[str, bytes | Path] = {
+        "pyproject.toml": PYPROJECT.encode(),
+        PRESET: experiment.to_toml().encode(),
+    }
+    for package in PACKAGES:
+        for file in sorted((root / package).rglob("*")):
+            if file.suffix in (".py", ".toml"):
+                files[file.relative_to(root).as_posix()] = file
+    content, *_ = build_fab_from_files(files)
+    return Fab(hashlib.sha256(content).hexdigest(), content, {})

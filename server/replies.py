@@ -1,0 +1,127 @@
+"""The replies of nodes, read and checked: nothing in a reply is trusted."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedcore.messages import wire
+from fedcore.types import Tree
+from server.post import escaped, one_line, reason_of
+
+MISSING = "no update: the node's answer holds none for this client"
+
+Answer = tuple[Tree, int] | str
+"""The message of one client with its number of examples, or why there is none."""
+
+
+class Reading(NamedTuple):
+    """The content of one node's reply."""
+
+    answers: dict[int, Answer]  # one for every client that was asked
+    complaints: dict[int, str]  # about the rest of the reply, by client
+
+
+class Claim(NamedTuple):
+    """A line about one client in a reply: a count of examples, or a failure."""
+
+    client: Any
+    failure: Any = None
+    count: Any = None
+
+
+class Reader:
+    """Reads the replies of one round to one client function."""
+
+    def __init__(
+        self, schema: Any, like: Tree, t: int, timeout: float, source: str
+    ) -> None:
+        """`like` has the shapes that are expected; `source` is the method's file."""
+        self.schema, self.like, self.t = schema, like, t
+        self.timeout, self.source = timeout, source
+
+    def read(self, reply: Message | str, asked: list[int]) -> Reading:
+        """The answers of the clients that were asked, and complaints about others."""
+        if isinstance(reply, str):
+            return _same_for_all(asked, reply)
+        if reply.has_error():
+            return _same_for_all(asked, reason_of(reply.error, self.timeout))
+        about = reply.content.get("about")
+        if not isinstance(about, ConfigRecord):
+            return _same_for_all(asked, 'bad message: no record "about" in the answer')
+        if about.get("t") != self.t:
+            arrived = _shown(about.get("t"))
+            return _same_for_all(
+                asked, f"wrong round: an answer for t = {arrived}, expected {self.t}"
+            )
+        return self._read_claims(reply.content, _claims(about), asked)
+
+    def _read_claims(
+        self, content: RecordDict, claims: list[Claim], asked: list[int]
+    ) -> Reading:
+        allowed = set(asked)
+        answers: dict[int, Answer] = {}
+        complaints: dict[int, str] = {}
+        for claim in claims:
+            if claim.client in answers:
+                complaints[claim.client] = twice(self.t)
+            elif claim.client in allowed:
+                answers[claim.client] = self._answer(content, claim)
+            elif not complaints.keys() - allowed:  # one complaint says enough
+                complaints[claim.client] = (
+                    f"unknown client: a node answered for client "
+                    f"{_shown(claim.client)}, which it was not asked for"
+                )
+        missing: dict[int, Answer] = dict.fromkeys(asked, MISSING)
+        return Reading(missing | answers, complaints)
+
+    def _answer(self, content: RecordDict, claim: Claim) -> Answer:
+        if claim.failure is not None:
+            reason = one_line(str(claim.failure)).removeprefix("error: ")
+            return f"error: {reason}"
+        record, count = content.get(f"up-{claim.client}"), claim.count
+        if not isinstance(record, ArrayRecord):
+            return MISSING
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            return (
+                f"bad count: {_shown(count)} examples, "
+                "expected a whole number from 0 on"
+            )
+        try:
+            return wire.decode(record, self.schema, self.like), count
+        except wire.WireError as error:
+            problem = escaped(str(error))
+            return (
+                f"bad message: it sent {problem}: "
+                f"is it running another version of {self.source}?"
+            )
+
+
+def twice(t: int) -> str:
+    return f"answered twice: of the answers in round {t + 1} the first counts"
+
+
+def _same_for_all(asked: list[int], reason: str) -> Reading:
+    return Reading(dict.fromkeys(asked, reason), {})
+
+
+def _claims(about: ConfigRecord) -> list[Claim]:
+    """Failures first, then counts: a client that failed sends no update."""
+    failed, reasons = _list(about, "failed"), _list(about, "reasons")
+    clients, counts = _list(about, "clients"), _list(about, "num-examples")
+    claims = []
+    for client, reason in zip(failed, reasons, strict=False):
+        claims.append(Claim(client, failure=reason))
+    for client, count in zip(clients, counts, strict=False):
+        claims.append(Claim(client, count=count))
+    return claims
+
+
+def _list(record: ConfigRecord, key: str) -> list[Any]:
+    value = record.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _shown(value: object) -> str:
+    return escaped(repr(value))[:100]

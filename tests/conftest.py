@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -20,6 +21,10 @@ os.environ["FEDCORE_CACHE"] = CACHE
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+
+if TYPE_CHECKING:
+    from fedcore.rounds.loop import Result
+    from tests.helpers import Reference
 
 # A busy machine is no failure, so Hypothesis may not look at the clock.
 hypothesis.settings.register_profile(
@@ -44,6 +49,24 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Runs of `small`, each done once: to be compared with, not to be resumed."""
+    from fedcore.rounds.loop import run
+    from tests.helpers import small
+
+    results: dict[str, Result] = {}
+
+    def result_of(method: str, **settings: object) -> Result:
+        e = small(method, **settings)
+        key = e.to_toml()
+        if key not in results:
+            results[key] = run(e, tmp_path_factory.mktemp("reference") / "run")
+        return results[key]
+
+    return result_of
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ from fedcore.rounds.loop import run
 from fedcore.storage.rows import StateStore
 from fedcore.task import PerExample, Task, cross_entropy, squared_error
 from fedcore.tasks import build_task
-from fedcore.types import Batches, Model, Params, Reports, Round
+from fedcore.types import Batches, Model, Params, Reports
 from strategies import fedlaw
-from tests.helpers import loop_of, small
+from tests.helpers import loop_of, round_of, small
 
 CLASSES, FEATURES = 3, 4
 kinds = pytest.mark.parametrize("kind", ["exp", "quad"])
@@ -122,20 +122,10 @@ class Lab:
                     ids, self.sent[-1], torch.tensor(n, dtype=torch.float32)[ids]
                 )
 
-        r = Round(
-            self.t,
-            torch.arange(len(models)),
-            10,
-            self.task,
-            each,
-            self.memory,
-            self.seed,
-        )
-        self.state, self.log, self.t = (
-            self.method.round(self.state, r),
-            r.log,
-            self.t + 1,
-        )
+        cohort = range(len(models))
+        r = round_of(self.t, cohort, 10, each, self.memory, self.task, self.seed)
+        self.state = self.method.round(self.state, r)
+        self.log, self.t = r.log, self.t + 1
         w = flat(self.state.params)
         effective = np.linalg.lstsq(models.T, w, rcond=None)[0]
         self.gam, self.lam = effective.sum(), effective / effective.sum()

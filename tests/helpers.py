@@ -58,12 +58,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def slow(*values: Any, id: str | None = None) -> Any:
+    """One set of a test's parameters that only `make test-all` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow, id=id)
+
+
 def per_method(names: Iterable[str]) -> pytest.MarkDecorator:
     """A test of each method: a representative's is fast, the others' are slow."""
-    params = []
-    for name in names:
-        marks = () if name in REPRESENTATIVES else pytest.mark.slow
-        params.append(pytest.param(name, marks=marks))
+    params = [name if name in REPRESENTATIVES else slow(name) for name in names]
     return pytest.mark.parametrize("name", params)
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
+from fedcore.messages import wire
 from fedcore.proximal import quadratic
 from fedcore.rounds.loop import run
 from fedcore.task import Task
-from fedcore.types import Batches
+from fedcore.types import Batches, Tree
 from tests.admm import (
     ALIKE,
     BATCHED,
@@ -43,7 +44,7 @@ from tests.admm import (
     silent,
     vector,
 )
-from tests.helpers import slow, small
+from tests.helpers import answers, loop_of, slow, small
 
 # f.1: the running example, and one method in two forms
 
@@ -334,3 +335,38 @@ def test_a_network_is_judged_by_the_test_set_and_least_squares_by_the_clients(
         for solver in ("sgd", "exact")
     ]
     assert found == [False, True]
+
+
+# For a client without an example J_k = 0 is left, with a minimum in closed form:
+#     rerce, clu   argmin -<g, w> + rho/2 |w - s|^2 = s + g / rho, and then g = 0
+#     admm         argmin  <z, w> + rho/2 |w - s|^2 = s - z / rho, with z = z + rho (w - s)
+EMPTY_CLIENT = {
+    "rerce": {"w": 7.0, "g": 0.0, "sent": 7.0},
+    "clu": {"w": 7.0, "g": 0.0, "sent": 2 * 7.0 - 2.0},
+    "admm": {"w": -6.0, "z": 3.5, "sent": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", EMPTY_CLIENT)
+def test_a_client_without_an_example_goes_where_its_dual_sends_it(
+    name: str, tmp_path: Path
+) -> None:
+    """w = 2, g or z = 3, s = 1, rho = 1/2."""
+    e = small(name, task="tests.methods:with_an_empty_client", method__rho=0.5)
+    loop, empty = loop_of(e, tmp_path), 11
+
+    def filled(params: Tree, value: float) -> Tree:
+        return trees.map(lambda x: torch.full_like(x, value), params)
+
+    params, before = loop.task.init_params(), loop.engine.states.get(empty)
+    dual = "z" if name == "admm" else "g"
+    values = {"w": filled(params, 2.0), dual: filled(params, 3.0)}
+    rows = trees.map(lambda x: x[None], before._replace(**values))
+    loop.engine.states.put([empty], rows)
+    down_type, _ = wire.schemas(loop.method.train)
+    down = down_type(filled(params, 1.0))
+    (report,) = answers(loop.engine, loop.method.train, [empty], down, 0)
+    after = loop.engine.states.get(empty)
+    found = {"w": after.w, dual: getattr(after, dual), "sent": report.up[0]}
+    for what, expected in EMPTY_CLIENT[name].items():
+        near(vector(found[what]), expected, 1e-6, what)

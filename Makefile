@@ -5,17 +5,22 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PRESET ?= strategies/fedavg.toml
 
-.PHONY: run test test-all check format bench clean
+FAST   := not slow and not network and not soak
+
+.PHONY: run test test-all soak check format bench clean
 
 run: $(READY)            ## train FedAvg on scikit-learn's digits and write a report
 	$(BIN)/fedcore run $(PRESET)
 
 test: $(READY)           ## the fast tests
-	$(BIN)/pytest -n 2 -m "not slow and not network"
+	$(BIN)/pytest -n 2 -m "$(FAST)"
 
-test-all: $(READY)       ## every test, the slow ones too
-	$(BIN)/pytest -n 2 -m "not slow and not network"
-	$(BIN)/pytest -m "slow or network"
+test-all: $(READY)       ## every test but the soaks
+	$(BIN)/pytest -n 2 -m "$(FAST)"
+	$(BIN)/pytest -m "(slow or network) and not soak"
+
+soak: $(READY)           ## the tests that take minutes to hours; not part of CI
+	$(BIN)/pytest -m soak
 
 check: $(READY)          ## format, lint, types, import contract
 	$(BIN)/ruff format --check .

@@ -34,11 +34,11 @@ from benchmarks.pfl_simulation import pfl
 from fedcore import Experiment
 from fedcore.engines.base import Work
 from fedcore.engines.vectorised import Vectorised
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.rounds.loop import Loop, Quiet
 from fedcore.task import Task
 from fedcore.trees import add, scale, uniform_mean
-from fedcore.types import Batches, Model, Params, Round, Stateless
+from fedcore.types import Batches, Model, Params, Stateless
 
 ROOT = Path(__file__).parent
 CORES = os.cpu_count() or 1
@@ -185,8 +185,8 @@ def _share(
     """Train these clients one after another; the weighted sum of their changes goes into `total`, its weight is returned."""
     model: nn.Module = loop.task.model
     work, lr = (
-        Work(loop.task, loop.method, loop.e.local, loop.e.seed),
-        loop.e.method.local_lr,
+        Work(loop.task, loop.method, loop.experiment.local, loop.experiment.seed),
+        loop.experiment.method.local_lr,
     )  # type: ignore[attr-defined]
     weight = 0
     for client in clients:
@@ -485,8 +485,8 @@ def draw(found: dict[str, Any], file: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from fedcore.views.page import THEME
     from fedcore.views.figures import SERIES, STYLE, svg
+    from fedcore.views.page import THEME
 
     names = list(
         dict.fromkeys(name for model in found.values() for name in model["rounds"])

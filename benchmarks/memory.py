@@ -20,11 +20,11 @@ from torch import Tensor
 
 from benchmarks.engines import EVEN, experiment
 from fedcore import Experiment
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.rounds.loop import Loop, Quiet
 from fedcore.task import Task
 from fedcore.trees import uniform_mean
-from fedcore.types import Batches, Model, Params, Round
+from fedcore.types import Batches, Model, Params
 
 
 class Settings(MethodSettings):

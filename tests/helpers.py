@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from fedcore import method as methods
 from fedcore import trees
 from fedcore.config import Experiment
+from fedcore.engines.base import Engine
+from fedcore.engines.message_shape import message_shape
 from fedcore.errors import TooFewReports
-from fedcore.rounds.loop import Loop, Quiet
-from fedcore.storage.rows import StateStore
 from fedcore.method import Round
 from fedcore.reports import Reports
-from fedcore.types import Tree
+from fedcore.rounds.loop import Loop, Quiet, Result
+from fedcore.storage.rows import StateStore
+from fedcore.task import Task
+from fedcore.types import ClientFunction, Tree
 
 PATIENCE = 900.0  # seconds, for any wait of a test: a busy machine is no failure
 
@@ -26,6 +31,9 @@ STRATEGIES = sorted(
     p.stem for p in (Path(__file__).parent.parent / "strategies").glob("[!_]*.py")
 )
 TOYS = ["tests.methods:Two"]
+# One method of each kind: a mean, states of clients, personal parameters, single
+# updates on a proxy set, a memory at the server, and two kinds of work in a round.
+REPRESENTATIVES = ["fedavg", "scaffold", "fedalt", "fedlaw", "admm", *TOYS]
 EXACT: dict[str, Any] = {
     "task": "weighted-least-squares",
     "options": {"examples": [9, 13], "features": 5, "noise": 0.5},
@@ -39,15 +47,29 @@ NEEDS: dict[str, dict[str, Any]] = {
     },  # any participation; clipped, in every round
     "fedsim": LAYERED,
     "fedalt": LAYERED,
-    # With its default of 0.1 a step overshoots where lambda plus curvature exceeds 20, and the difference of two engines grows.
+    # With its default of 0.1 a step overshoots where lambda plus curvature exceeds 20,
+    # and the difference of two engines grows.
     "pfedme": {"method": {"name": "pfedme", "local_lr": 0.05, "personal_lr": 0.02}},
 }
-# Settings of a method that has other client functions than its defaults have, by the name that tests call it.
+# Settings with which a method uses other client functions than by default, by the name
+# that tests call them.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "admm exact": ("admm", {"solver": "exact"}, EXACT),
     "rerce exact": ("rerce", {"solver": "exact", "start": "paper"}, EXACT),
     "clu exact": ("clu", {"solver": "exact"}, EXACT),
 }
+
+
+def slow(*values: Any, id: str | None = None) -> Any:
+    """One set of a test's parameters that only `make test-all` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow, id=id)
+
+
+def per_method(names: Iterable[str]) -> pytest.MarkDecorator:
+    """A test of each method: a representative's is fast, the others' are slow."""
+    params = [name if name in REPRESENTATIVES else slow(name) for name in names]
+    return pytest.mark.parametrize("name", params)
+
 
 SMALL: dict[str, Any] = {
     "task": "least-squares",
@@ -68,17 +90,23 @@ NOISY: dict[str, Any] = {
 
 
 def small(method: str, **settings: Any) -> Experiment:
-    """A run of milliseconds; `method` may be one of VARIANTS; `settings` are dotted keys with __ for the dot."""
-    name, own, others = VARIANTS.get(method, (method, {}, {}))
+    """A run of milliseconds; `method` may be one of VARIANTS.
+
+    `settings` are dotted keys with __ for the dot.
+    """
+    name, variant, others = VARIANTS.get(method, (method, {}, {}))
     values = {
         **SMALL,
-        "method": {"name": name, "local_lr": 0.05, **own},
+        "method": {"name": name, "local_lr": 0.05, **variant},
         **NEEDS.get(name, {}),
         **others,
     }
-    return Experiment.parse(
-        values, {key.replace("__", "."): value for key, value in settings.items()}
-    )
+    overrides = {key.replace("__", "."): value for key, value in settings.items()}
+    return Experiment.parse(values, overrides)
+
+
+Reference = Callable[..., Result]
+"""(method, **settings of `small`) -> the result of that run, done once a session."""
 
 
 def loop_of(e: Experiment, folder: Path, resume: bool = False) -> Loop:
@@ -86,16 +114,129 @@ def loop_of(e: Experiment, folder: Path, resume: bool = False) -> Loop:
     return Loop(e, folder, Quiet(), None, resume)
 
 
+# The doors between methods, rounds and engines. No other test makes a round, or asks an
+# engine: where the doors change, these functions do.
+
+Each = Callable[[ClientFunction, Tensor, Tree], Iterator[Reports]]
+"""(client function, ids, what is sent) -> reports."""
+
+
+def answers(
+    engine: Engine,
+    fn: ClientFunction,
+    clients: Sequence[int] | Tensor,
+    down: Tree,
+    t: int,
+) -> Iterator[Reports]:
+    """The reports of these clients in round `t`."""
+    return engine.each(fn, torch.as_tensor(clients, dtype=torch.int64), down, t)
+
+
+def asking(engine: Engine, t: int) -> Each:
+    """The engine's clients, as a round of this number asks them."""
+    return lambda fn, clients, down: answers(engine, fn, clients, down, t)
+
+
+def no_answers(fn: ClientFunction, clients: Tensor, down: Tree) -> Iterator[Reports]:
+    return iter(())
+
+
+Zeros = Callable[[ClientFunction, Tree], Tree]
+"""(client function, what is sent) -> zeros in the shape of a message."""
+
+
+@dataclass(frozen=True)
+class AnsweredRound(Round):
+    """A round whose clients answer what a test says."""
+
+    answer: Each = field(kw_only=True)
+    zeros: Zeros = field(kw_only=True)
+
+    def each(
+        self, fn: ClientFunction, clients: Tensor, down: Tree
+    ) -> Iterator[Reports]:
+        return self.answer(fn, clients, down)
+
+    def zero_message(self, fn: ClientFunction, down: Tree) -> Tree:
+        return self.zeros(fn, down)
+
+
+def no_zeros(fn: ClientFunction, down: Tree) -> Tree:
+    pytest.fail(f"the round asks for a message of zeros of {fn.__name__}")
+
+
+def round_of(
+    t: int,
+    cohort: Sequence[int] | Tensor,
+    population: int,
+    each: Each,
+    memory: StateStore,
+    task: Task | None = None,
+    seed: int = 0,
+    rates: Tensor | None = None,
+    zeros: Zeros = no_zeros,
+) -> Round:
+    """Round `t`, whose clients answer through `each`."""
+    ids = torch.as_tensor(cohort, dtype=torch.int64)
+    return AnsweredRound(
+        t,
+        ids,
+        population,
+        task,  # type: ignore[arg-type]
+        memory,
+        seed,
+        rates,
+        answer=each,
+        zeros=zeros,
+    )
+
+
+def loop_round(
+    loop: Loop, t: int, cohort: Sequence[int] | Tensor, each: Each | None = None
+) -> Round:
+    """Round `t` of a loop, with this cohort; by default its engine's clients answer."""
+
+    def zeros(fn: ClientFunction, down: Tree) -> Tree:
+        return trees.zeros_like(message_shape(loop.desk.work, fn, down, t))
+
+    return round_of(
+        t,
+        cohort,
+        loop.task.population,
+        each or asking(loop.engine, t),
+        loop.memory,
+        loop.task,
+        loop.experiment.seed,
+        loop.rates,
+        zeros,
+    )
+
+
+def redirected(r: Round, each: Each) -> Round:
+    """The same round, whose clients answer through `each`."""
+    return AnsweredRound(
+        r.t,
+        r.cohort,
+        r.population,
+        r.task,
+        r.memory,
+        r.seed,
+        r.rates,
+        r.log,
+        answer=each,
+        zeros=r.zero_message,
+    )
+
+
 def assert_close(a: Tree, b: Tree, tolerance: float, what: str) -> None:
-    """Every leaf within `tolerance`, or a message that names the leaf and the difference."""
+    """Every leaf within `tolerance`; the message names the leaf and the difference."""
     left, right = trees.flatten(a), trees.flatten(b)
     assert left.keys() == right.keys(), f"{what}: {left.keys() ^ right.keys()}"
     for path, x in left.items():
-        difference = (
-            (x.double() - right[path].double()).abs().max().item() if x.numel() else 0.0
-        )
-        assert difference <= tolerance, (
-            f"{what}: {path} differs by {difference:.2e}, allowed {tolerance:.0e}"
+        gap = (x.double() - right[path].double()).abs()
+        largest = gap.max().item() if x.numel() else 0.0
+        assert largest <= tolerance, (
+            f"{what}: {path} differs by {largest:.2e}, allowed {tolerance:.0e}"
         )
 
 
@@ -108,9 +249,10 @@ def equal(a: Tree, b: Tree) -> bool:
 
 
 class Server:
-    """A method's server alone: rounds in which clients send what the test says. The model is one vector "w".
+    """A method's server alone: clients send what the test says, the model is one "w".
 
-    Methods whose clients send a NamedTuple with `delta`; FedAMD sends other things, and is tested with real clients.
+    For methods whose clients send a NamedTuple with `delta`. FedAMD's send other
+    things, and it is tested with clients that train.
     """
 
     def __init__(
@@ -136,31 +278,27 @@ class Server:
         deltas: Mapping[int, Sequence[float]],
         rates: Sequence[float] | None = None,
     ) -> Tensor:
-        """One round in which these clients' updates arrive; the step that the model makes."""
-        before, ids = self.w, sorted(deltas)
+        """One round in which these clients' updates arrive; the step of the model."""
+        before = self.w
 
         def each(fn: Any, clients: Tensor, down: Tree) -> Iterator[Reports]:
             for i in clients.tolist():
-                delta = torch.tensor(deltas[i], dtype=before.dtype)
-                extra = (
-                    {"dc": {"w": torch.zeros_like(delta)[None]}}
-                    if "dc" in self.up._fields
-                    else {}
-                )
-                up = self.up(delta={"w": delta[None]}, loss=torch.zeros(1), **extra)
-                yield Reports(torch.tensor([i]), up, torch.ones(1))
+                delta = {"w": torch.tensor(deltas[i], dtype=before.dtype)[None]}
+                fields = {"delta": delta, "loss": torch.zeros(1)}
+                if "dc" in self.up._fields:
+                    fields["dc"] = trees.zeros_like(delta)
+                yield Reports(torch.tensor([i]), self.up(**fields), torch.ones(1))
 
         p = None if rates is None else torch.tensor(rates, dtype=torch.float64)
-        r = Round(
+        r = round_of(
             self.t,
-            torch.tensor(ids, dtype=torch.int64),
+            sorted(deltas),
             self.population,
-            None,
             each,
             self.memory,
-            0,
-            p,
-        )  # type: ignore[arg-type]
+            rates=p,
+            zeros=self._zeros,
+        )
         try:
             self.state = self.method.round(self.state, r)
             self.memory.commit()
@@ -168,3 +306,8 @@ class Server:
             self.memory.rollback()
         self.t, self.log = self.t + 1, r.log
         return self.w - before
+
+    def _zeros(self, fn: ClientFunction, down: Tree) -> Tree:
+        zeros = {"w": torch.zeros_like(self.w)}
+        fields = {"delta": zeros, "loss": torch.zeros(()), "dc": zeros}
+        return self.up(**{name: fields[name] for name in self.up._fields})

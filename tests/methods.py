@@ -14,10 +14,10 @@ from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.local import full_gradient, local_sgd
-from fedcore.method import Method, MethodSettings, on_client
+from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.task import Task, squared_error
 from fedcore.tasks import TASKS
-from fedcore.types import Batches, Model, Params, Round, Stateless
+from fedcore.types import Batches, Model, Params, Stateless
 from strategies.scaffold import Scaffold, Server
 
 
@@ -49,9 +49,9 @@ class Two(Method[Settings]):
         return Model(trees.sub(y, down.params)), state
 
     def round(self, server: Model, r: Round) -> Model:
-        gradient = trees.weighted_mean(r.each(self.slope, r.cohort, server))
+        gradient = r.mean(self.slope, r.cohort, server).value
         down = Guided(server.params, trees.scale(gradient, 0.5))
-        mean = trees.weighted_mean(r.each(self.train, r.cohort, down))
+        mean = r.mean(self.train, r.cohort, down).value
         return Model(trees.add(server.params, mean.params))
 
 
@@ -80,7 +80,7 @@ class BadWeather(Method[Settings]):
         return Model(
             trees.add(
                 server.params,
-                trees.weighted_mean(r.each(self.train, r.cohort, server)).delta,
+                r.mean(self.train, r.cohort, server).value.delta,
             )
         )
 
@@ -100,7 +100,7 @@ class NoBatching(Method[Settings]):
         return Model(
             trees.add(
                 server.params,
-                trees.weighted_mean(r.each(self.train, r.cohort, server)).params,
+                r.mean(self.train, r.cohort, server).value.params,
             )
         )
 

@@ -35,10 +35,11 @@ from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
 from fedcore.errors import SettingsError
+from fedcore.reports import Reports
 from fedcore.rounds import loop
 from fedcore.storage.rows import StateStore
 from fedcore.tasks import build_task
-from fedcore.types import Params, Reports, Tree
+from fedcore.types import Params, Tree
 from tests.helpers import assert_close, equal, loop_of
 
 DIGITS: dict[str, Any] = {

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fedcore.rounds.readout import Readout
 from torch import Tensor
 
 from fedcore.config import CheckpointSettings
 from fedcore.rounds import client_table
 from fedcore.rounds.client_table import ClientTable, read_clients
 from fedcore.rounds.loop import run
-from fedcore.rounds.readout import Readout
 from tests.helpers import small
 
 ROOT = Path(__file__).parent.parent

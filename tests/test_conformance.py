@@ -1,14 +1,20 @@
-"""What must hold for every method: each test runs over every file in strategies/, and over the test methods with state."""
+"""What must hold for every method: each test runs over all files in strategies/.
+
+`make test` runs most of it for representatives only, `make test-all` for all methods.
+"""
 
 from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fedcore import method as methods
 from fedcore import trees
@@ -18,32 +24,61 @@ from fedcore.engines.base import Work
 from fedcore.engines.run_client import run_client
 from fedcore.messages import wire
 from fedcore.method import data_of
-from fedcore.rounds.loop import run
-from fedcore.types import Model, Reports, Round, Stateless
+from fedcore.reports import Reports
+from fedcore.rounds.loop import Loop, run
+from fedcore.types import ClientFunction, Model, Tree
 from tests import golden
 from tests.helpers import (
     NOISY,
     STRATEGIES,
     TOYS,
     VARIANTS,
+    Reference,
+    answers,
     assert_close,
     equal,
     loop_of,
+    loop_round,
+    per_method,
     small,
 )
 
-every = pytest.mark.parametrize("name", [*STRATEGIES, *TOYS, *VARIANTS])
+POPULATION = 12
+every = per_method([*STRATEGIES, *TOYS, *VARIANTS])
+every_quickly = pytest.mark.parametrize("name", [*STRATEGIES, *TOYS, *VARIANTS])
 shipped = pytest.mark.parametrize("name", STRATEGIES)
 
 
 def client_functions(name: str) -> list[str]:
-    """Of the method, whether these settings use them or not."""
+    """All of the method's, whether these settings use them or not."""
     cls = methods.load(small(name).method.name)
-    return [
-        attribute
-        for attribute in dir(cls)
-        if hasattr(getattr(cls, attribute), "client_data")
-    ]
+    attributes = dir(cls)
+    return [a for a in attributes if hasattr(getattr(cls, a), "client_data")]
+
+
+class Asked(NamedTuple):
+    """What the server sends to a client function in round 0."""
+
+    down: Tree
+    state: Tree  # the client's, after what the round asks of everybody
+
+
+def asked(loop: Loop, fn: ClientFunction, client: int = 1) -> Asked | None:
+    """What `fn` is sent, or None where these settings have no use for it."""
+    if fn.__name__ in ("evaluate", "finetune"):
+        initial = loop.method.init_client(loop.task.init_params())
+        return Asked(Model(loop.state.server.params), initial)
+    sent = {}
+
+    def each(f: ClientFunction, clients: Tensor, down: Tree) -> Iterator[Reports]:
+        sent[f.__name__] = down
+        return answers(loop.engine, f, clients, down, 0)
+
+    loop.method.round(loop.state.server, loop_round(loop, 0, range(3), each))
+    state = trees.map(torch.clone, loop.engine.states.get(client))
+    loop.engine.states.rollback()
+    loop.memory.rollback()
+    return Asked(sent[fn.__name__], state) if fn.__name__ in sent else None
 
 
 # Same in every engine
@@ -51,155 +86,143 @@ def client_functions(name: str) -> list[str]:
 
 @every
 def test_vectorised_computes_what_sequential_computes(
-    name: str, tmp_path: Path
+    name: str, reference: Reference, tmp_path: Path
 ) -> None:
-    one = run(small(name), tmp_path / "a")
+    one = reference(name)
     for chunk in (3, 64):
-        other = run(
-            small(name, engine__name="vectorised", engine__chunk=chunk),
-            tmp_path / f"b{chunk}",
-        )
+        settings = {"engine__name": "vectorised", "engine__chunk": chunk}
+        other = run(small(name, **settings), tmp_path / str(chunk))
         assert_close(other.params, one.params, 1e-6, f"{name} in chunks of {chunk}")
-        assert other.final["test_loss"] == pytest.approx(
-            one.final["test_loss"], abs=1e-6
-        )
+        expected = one.final["test_loss"]
+        assert other.final["test_loss"] == pytest.approx(expected, abs=1e-6)
         assert other.dropped == one.dropped == {}
 
 
 @every
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
 def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(
-    name: str, tmp_path: Path
+    name: str, engine: str, reference: Reference, tmp_path: Path
 ) -> None:
-    for engine in ("sequential", "vectorised"):
-        shas = [
-            run(
-                small(name, engine__name=engine, seed=seed), tmp_path / f"{engine}{i}"
-            ).params_sha256
-            for i, seed in enumerate((3, 3, 4))
-        ]
-        assert shas[0] == shas[1]
-        assert shas[0] != shas[2]
+    one = reference(name, engine__name=engine)
+    again = run(small(name, engine__name=engine), tmp_path / "again")
+    other = run(small(name, engine__name=engine, seed=4), tmp_path / "other")
+    assert again.params_sha256 == one.params_sha256
+    assert other.params_sha256 != one.params_sha256
 
 
 @every
 def test_noise_on_the_links_is_the_same_in_every_engine_and_every_run(
-    name: str, tmp_path: Path
+    name: str, reference: Reference, tmp_path: Path
 ) -> None:
-    e = small(name, **NOISY)
-    one, again = (run(e, tmp_path / folder) for folder in "ab")
-    batched = run(
-        small(name, **NOISY, engine__name="vectorised", engine__chunk=3), tmp_path / "c"
-    )
+    one, again = (run(small(name, **NOISY), tmp_path / folder) for folder in "ab")
+    chunks = {"engine__name": "vectorised", "engine__chunk": 3}
+    batched = run(small(name, **NOISY, **chunks), tmp_path / "c")
     assert one.params_sha256 == again.params_sha256
     assert_close(batched.params, one.params, 1e-6, f"{name} in chunks of 3")
-    silent = run(small(name), tmp_path / "d")
-    assert silent.params_sha256 != one.params_sha256
-    assert (silent.bytes_up, silent.bytes_down) == (one.bytes_up, one.bytes_down)
+    quiet = reference(name)
+    assert quiet.params_sha256 != one.params_sha256
+    assert quiet.bytes_up == one.bytes_up
+    assert quiet.bytes_down == one.bytes_down
 
 
 @shipped
 def test_the_curve_is_the_recorded_one(name: str, tmp_path: Path) -> None:
     recorded = json.loads(golden.FILE.read_text())
     assert name in recorded, "record it: python -m tests.golden"
-    assert golden.curve(name, tmp_path / "r") == pytest.approx(recorded[name], rel=1e-5)
+    curve = golden.curve(name, tmp_path / "r")
+    assert curve == pytest.approx(recorded[name], rel=1e-5)
 
 
 # Invariances
 
 
-@every
+def with_empty_batches(batches: Tree, plans: int) -> Tree:
+    """Twice as many batches in each plan, the new ones without an example."""
+
+    def padded(values: Tensor) -> Tensor:
+        pieces = []
+        for plan in values.chunk(plans):
+            pieces += [plan, torch.zeros_like(plan)]
+        return torch.cat(pieces)
+
+    return trees.map(padded, batches)
+
+
+@every_quickly
 def test_padding_a_client_changes_nothing(name: str, tmp_path: Path) -> None:
     loop = loop_of(small(name), tmp_path)
-    work = Work(loop.task, loop.method, loop.e.local, 0)
+    work = Work(loop.task, loop.method, loop.experiment.local, 0)
     for function in client_functions(name):
         fn = getattr(loop.method, function)
-        batches = trees.at(work.batches(fn, [1], 0), 0)
-        plans = work.passes(fn)
-        padded = trees.map(
-            lambda v, n=plans: torch.cat(
-                [torch.cat([p, torch.zeros_like(p)]) for p in v.chunk(n)]
-            ),
-            batches,
-        )
-        if (found := asked(loop, fn)) is None:
+        use = asked(loop, fn)
+        if use is None:
             continue
-        down, state = found
-        plain = run_client(fn, loop.task, torch.tensor(0.0), down, state, batches)
-        more = run_client(fn, loop.task, torch.tensor(0.0), down, state, padded)
-        assert_close(
-            more, plain, 1e-7, f"{name}.{function} with two more empty batches"
-        )
+        batches = trees.at(work.batches(fn, [1], 0), 0)
+        padded = with_empty_batches(batches, work.passes(fn))
+        now = torch.tensor(0.0)
+        plain = run_client(fn, loop.task, now, use.down, use.state, batches)
+        more = run_client(fn, loop.task, now, use.down, use.state, padded)
+        what = f"{name}.{function} with as many empty batches"
+        assert_close(more, plain, 1e-7, what)
 
 
-@every
+@every_quickly
 def test_a_client_without_examples_has_no_weight_and_does_no_harm(
     name: str, tmp_path: Path
 ) -> None:
-    loop = loop_of(small(name, participation__cohort=12, rounds=2), tmp_path)
+    loop, empty = loop_of(small(name), tmp_path), POPULATION - 1
     data = loop.task.data
-    offsets = np.append(data.offsets, data.offsets[-1])  # client 12 holds nothing
-    loop.task.data = FederatedData(
-        Examples(data.x, data.y), data.test, data.order, offsets
-    )
+    offsets = data.offsets.copy()
+    offsets[empty + 1] = offsets[empty]
+    order = data.order[: offsets[-1]]
+    rows = Examples(data.x, data.y)
+    loop.task.data = FederatedData(rows, data.test, order, offsets)
     for function in client_functions(name):
         fn = getattr(loop.method, function)
-        if (found := asked(loop, fn)) is None:
+        use = asked(loop, fn, empty)
+        if use is None:
             continue
-        if name in VARIANTS:  # which start every client before its first work
-            list(
-                loop.engine.each(loop.method.start, torch.tensor([12]), Stateless(), 0)
-            )
-        (r,) = loop.engine.each(fn, torch.tensor([12]), found[0], 0)
-        assert r.failed == {}
-        assert r.num_examples.tolist() == [0]
-        assert bool(trees.finite(r.up))
+        loop.engine.states.put([empty], trees.map(lambda x: x[None], use.state))
+        (report,) = answers(loop.engine, fn, [empty], use.down, 0)
+        assert report.failed == {}
+        assert report.num_examples.tolist() == [0]
+        assert bool(trees.finite(report.up))
 
 
-@every
+@every_quickly
 def test_the_order_of_clients_does_not_matter(name: str, tmp_path: Path) -> None:
     loop = loop_of(small(name), tmp_path)
-    cohort = torch.tensor([0, 3, 4, 9])
 
-    def one_round(order: slice) -> torch.Tensor:
-        def each(fn, clients, down):  # type: ignore[no-untyped-def]
-            yield from list(loop.engine.each(fn, clients, down, 0))[order]
+    def one_round(order: slice) -> Tensor:
+        def each(fn: ClientFunction, clients: Tensor, down: Tree) -> Iterator[Reports]:
+            return iter(list(answers(loop.engine, fn, clients, down, 0))[order])
 
-        server = loop.method.round(
-            loop.state.server,
-            Round(0, cohort, 12, loop.task, each, loop.memory, 0, loop.rates),
-        )
+        r = loop_round(loop, 0, [0, 3, 4, 9], each)
+        server = loop.method.round(loop.state.server, r)
         loop.engine.states.rollback()
         loop.memory.rollback()
         return server.params
 
-    assert_close(
-        one_round(slice(None, None, -1)),
-        one_round(slice(None)),
-        1e-6,
-        f"{name} in reverse order",
-    )
+    forwards, backwards = one_round(slice(None)), one_round(slice(None, None, -1))
+    assert_close(backwards, forwards, 1e-6, f"{name} in reverse order")
 
 
 # State
 
 
-@every
+@every_quickly
 def test_clients_outside_the_cohort_are_untouched(name: str, tmp_path: Path) -> None:
     loop = loop_of(small(name), tmp_path)
-    cohort, _ = loop.process.sample(0, loop.state.participation)
-    loop.round()
-    absent = next(i for i in range(12) if i not in cohort.tolist())
-    before = {store: store.get(absent) for store in loop.stores.values()}
-    if name.startswith("clu"):  # whose clients all work on, heard or not
+    if loop.method.works_unasked:
         return
-    if (
-        name != "fedamd" and name not in VARIANTS
-    ):  # which ask everybody once, before the first round
-        assert all(set(store.row_of) <= set(cohort.tolist()) for store in before)
-    loop.method.round(
-        loop.state.server,
-        Round(1, cohort, 12, loop.task, each_of(loop, 1), loop.memory, 0, loop.rates),
-    )
+    cohort, _ = loop.process.sample(0, loop.state.participation)
+    present = set(cohort.tolist())
+    absent = min(set(range(POPULATION)) - present)
+    loop.round()
+    before = {store: store.get(absent) for store in loop.stores.values()}
+    if not loop.method.asks_everybody_first():
+        assert all(set(store.row_of) <= present for store in before)
+    loop.method.round(loop.state.server, loop_round(loop, 1, cohort))
     for store, row in before.items():
         store.commit()
         assert equal(store.get(absent), row)
@@ -212,34 +235,37 @@ def test_stopping_and_resuming_equals_never_having_stopped(
 ) -> None:
     whole = run(small(name, engine__name=engine, rounds=5), tmp_path / "whole")
     run(small(name, engine__name=engine, rounds=2), tmp_path / "part")
-    resumed = run(small(name, engine__name=engine, rounds=5), resume=tmp_path / "part")
+    longer = small(name, engine__name=engine, rounds=5)
+    resumed = run(longer, resume=tmp_path / "part")
     assert resumed.params_sha256 == whole.params_sha256
     assert [row["round"] for row in resumed.history] == [1, 2, 3, 4, 5]
     assert resumed.history[3]["test_loss"] == whole.history[3]["test_loss"]
 
 
 @every
-def test_evaluation_leaves_no_trace(name: str, tmp_path: Path) -> None:
+def test_evaluation_leaves_no_trace(
+    name: str, reference: Reference, tmp_path: Path
+) -> None:
     often = run(small(name, evaluation__every=1), tmp_path / "often")
-    seldom = run(small(name, evaluation__every=4), tmp_path / "seldom")
-    assert often.params_sha256 == seldom.params_sha256
+    assert often.params_sha256 == reference(name).params_sha256
 
 
 # Wire
 
 
-@every
+@every_quickly
 def test_what_is_sent_is_what_is_declared(name: str, tmp_path: Path) -> None:
     loop = loop_of(small(name), tmp_path)
-    work = Work(loop.task, loop.method, loop.e.local, 0)
+    work = Work(loop.task, loop.method, loop.experiment.local, 0)
     for function in client_functions(name):
         fn = getattr(loop.method, function)
-        down_type, up_type = wire.schemas(fn)
-        if (found := asked(loop, fn)) is None:
+        use = asked(loop, fn)
+        if use is None:
             continue
-        down, state = found
+        down_type, up_type = wire.schemas(fn)
+        down, _ = use
         assert equal(wire.decode(wire.encode(down), down_type, down), down)
-        up, _ = work.one(fn, 1, down, state, 0)
+        up, _ = work.one(fn, 1, down, use.state, 0)
         assert equal(wire.decode(wire.encode(up), up_type, up), up)
         flat = trees.flatten(up)
         if not flat:  # it works without a message
@@ -257,24 +283,22 @@ def test_what_is_sent_is_what_is_declared(name: str, tmp_path: Path) -> None:
 
 @every
 def test_a_cohort_of_one_works(name: str, tmp_path: Path) -> None:
-    assert (
-        run(small(name, participation__cohort=1), tmp_path / "r").clients_trained >= 4
-    )
+    result = run(small(name, participation__cohort=1), tmp_path / "r")
+    assert result.clients_trained >= 4
 
 
 @every
 def test_a_round_that_nobody_attends_is_survived(name: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace.txt"
     trace.write_text("1 2\n\n3\n0 1\n")
-    values = {"name": "trace", "file": str(trace)}
-    result = run(
-        small(name).model_copy(
-            update={"participation": experiment_participation(values)}
-        ),
-        tmp_path / "r",
-    )
-    assert [row["cohort"] for row in result.history[1:]] == [0, 1, 2]
-    assert result.history[0]["cohort"] in (2, 12)  # FedAMD asks everybody once
+    participation = {"name": "trace", "file": str(trace)}
+    e = small(name, participation=participation)
+    result = run(e, tmp_path / "r")
+    cohorts = [row["cohort"] for row in result.history]
+    assert cohorts[1:] == [0, 1, 2]
+    # Clients that work without being sent anything are not counted as asked.
+    first = {2, POPULATION} if e.build_method().asks_everybody_first() else {2}
+    assert cohorts[0] in first
     assert all(bool(torch.isfinite(p).all()) for p in result.params.values())
 
 
@@ -283,7 +307,8 @@ def test_a_round_that_nobody_attends_is_survived(name: str, tmp_path: Path) -> N
 def test_a_client_that_sends_nan_is_left_out_and_counted(
     name: str, engine: str, tmp_path: Path
 ) -> None:
-    loop = loop_of(small(name, engine__name=engine, participation__cohort=12), tmp_path)
+    e = small(name, engine__name=engine, participation__cohort=POPULATION)
+    loop = loop_of(e, tmp_path)
     loop.task.data.x[loop.task.data.rows(4, "train")] = torch.nan
     row = loop.round()
     assert row["dropped"]["not finite"] >= 1
@@ -295,12 +320,9 @@ def test_a_client_that_sends_nan_is_left_out_and_counted(
 def test_a_client_that_raises_is_left_out_and_the_others_count(
     name: str, tmp_path: Path
 ) -> None:
-    loop = loop_of(
-        small(
-            name, participation__cohort=12, engine__name="vectorised", engine__chunk=4
-        ),
-        tmp_path,
-    )
+    chunks = {"engine__name": "vectorised", "engine__chunk": 4}
+    e = small(name, participation__cohort=POPULATION, **chunks)
+    loop = loop_of(e, tmp_path)
     rows = loop.task.data.rows
 
     def broken(client: int, data: str) -> np.ndarray:
@@ -331,7 +353,7 @@ def test_every_method_says_what_it_is_and_every_setting_what_it_means(
     name: str,
 ) -> None:
     cls = methods.load(name)
-    module = __import__(cls.__module__, fromlist=["_"])
+    module: Any = __import__(cls.__module__, fromlist=["_"])
     first = module.__doc__.splitlines()[0]
     assert " - " in first
     assert "(" in first, "the first line names the paper"
@@ -344,45 +366,12 @@ def test_every_method_says_what_it_is_and_every_setting_what_it_means(
 def test_every_client_function_is_used_by_settings_that_are_tested(
     name: str, tmp_path: Path
 ) -> None:
-    used: set[str] = set()
-    for number, variant in enumerate(
-        [name, *(v for v, (method, _, _) in VARIANTS.items() if method == name)]
-    ):
-        loop = loop_of(small(variant), tmp_path / str(number))
-        used |= {
-            f
-            for f in client_functions(variant)
-            if asked(loop, getattr(loop.method, f)) is not None
-        }
+    variants = [name]
+    variants += [v for v, (method, _, _) in VARIANTS.items() if method == name]
+    used = set()
+    for variant in variants:
+        loop = loop_of(small(variant), tmp_path / variant)
+        for function in client_functions(variant):
+            if asked(loop, getattr(loop.method, function)) is not None:
+                used.add(function)
     assert used == set(client_functions(name))
-
-
-def each_of(loop, t: int):  # type: ignore[no-untyped-def]
-    return lambda fn, clients, down: loop.engine.each(fn, clients, down, t)
-
-
-def experiment_participation(values: dict[str, str]):  # type: ignore[no-untyped-def]
-    return small("fedavg", participation=values).participation
-
-
-def asked(loop, fn):  # type: ignore[no-untyped-def]
-    """(what the server sends to `fn` in round 0, client 1's state after it); None where these settings have no use for `fn`."""
-    if fn.__name__ in ("evaluate", "finetune"):
-        return Model(loop.state.server.params), loop.method.init_client(
-            loop.task.init_params()
-        )
-    caught = {}
-
-    def each(f, clients, down):  # type: ignore[no-untyped-def]
-        caught[f.__name__] = down
-        for r in loop.engine.each(f, clients, down, 0):
-            yield Reports(r.clients, r.up, r.num_examples)
-
-    loop.method.round(
-        loop.state.server,
-        Round(0, torch.arange(3), 12, loop.task, each, loop.memory, 0, loop.rates),
-    )
-    state = trees.map(torch.clone, loop.engine.states.get(1))
-    loop.engine.states.rollback()
-    loop.memory.rollback()
-    return (caught[fn.__name__], state) if fn.__name__ in caught else None

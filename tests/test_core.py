@@ -17,6 +17,7 @@ from fedcore.data.federated import Examples, FederatedData
 from fedcore.engines.run_client import run_client
 from fedcore.errors import SettingsError, TooFewReports
 from fedcore.local import full_gradient, local_sgd
+from fedcore.reports import Reports, RunningSum, Weight, by_examples, equally
 from fedcore.rng import rng, seed_of, streams, torch_seed
 from fedcore.rounds.participation import (
     Bernoulli,
@@ -30,7 +31,7 @@ from fedcore.split import split
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.storage.rows import ROWS, StateStore
 from fedcore.task import Task, squared_error
-from fedcore.types import Batches, Model, Reports, Stateless
+from fedcore.types import Batches, Model, Stateless
 
 
 def params(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -65,6 +66,14 @@ def reports(values: list[float], counts: list[float]) -> Reports:
     )
 
 
+def mean_of(groups: list[Reports], weight: Weight) -> float:
+    total = RunningSum()
+    for group in groups:
+        total.add(group, weight(group.clients, group.num_examples))
+    value: float = total.mean(dict).value.params["w"].item()
+    return value
+
+
 @given(
     st.lists(st.tuples(st.floats(-10, 10), st.integers(1, 50)), min_size=1, max_size=8),
     st.integers(1, 8),
@@ -77,18 +86,16 @@ def test_the_weighted_mean_is_the_same_however_reports_are_grouped(
         reports(values[i : i + size], counts[i : i + size])
         for i in range(0, len(values), size)
     ]
-    found = trees.weighted_mean(groups).params["w"].item()
-    assert found == pytest.approx(np.average(values, weights=counts), abs=1e-4)
-    assert trees.uniform_mean(groups).params["w"].item() == pytest.approx(
-        np.mean(values), abs=1e-4
-    )
+    by_size, alike = mean_of(groups, by_examples), mean_of(groups, equally)
+    assert by_size == pytest.approx(np.average(values, weights=counts), abs=1e-4)
+    assert alike == pytest.approx(np.mean(values), abs=1e-4)
 
 
 def test_a_mean_over_nobody_is_refused() -> None:
     with pytest.raises(TooFewReports):
-        trees.weighted_mean([])
+        mean_of([], equally)
     with pytest.raises(TooFewReports):
-        trees.weighted_mean([reports([1.0], [0.0])])
+        mean_of([reports([1.0], [0.0])], by_examples)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -16,10 +16,11 @@ from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.errors import RunError, SettingsError
 from fedcore.messages.defence import Defence, DefenceSettings, clip, protect, quantise
-from fedcore.method import Method, on_client
+from fedcore.reports import equally
+from fedcore.method import Method, Round, on_client
 from fedcore.rounds.loop import run
 from fedcore.task import Task
-from fedcore.types import Batches, Model, Params, Round, Stateless
+from fedcore.types import Batches, Model, Params, Stateless
 from strategies.fedavg import FedAvg
 from tests.helpers import STRATEGIES, assert_close, equal, loop_of, small
 from tests.methods import Settings
@@ -329,9 +330,8 @@ class Again(Method[Settings]):
 
     def round(self, server: Model, r: Round) -> Model:
         for _ in range(2):
-            change: Params = trees.uniform_mean(
-                r.each(self.train, r.cohort, server)
-            ).params
+            mean = r.mean(self.train, r.cohort, server, equally)
+            change: Params = mean.value.params
             server = Model(trees.add(server.params, change))
         return server
 
@@ -404,7 +404,7 @@ def test_methods_that_send_other_things_than_differences_refuse_clipping(
 
 def test_work_without_a_defence_sends_what_it_computed(tmp_path: Path) -> None:
     loop = loop_of(small("fedavg"), tmp_path)
-    work = Work(loop.task, loop.method, loop.e.local, 0)
+    work = Work(loop.task, loop.method, loop.experiment.local, 0)
     fn = loop.method.train  # type: ignore[attr-defined]
     assert work.arrives_as_is(fn)
     assert equal(work.send(message(), fn, 0, 0), message())

@@ -1,4 +1,4 @@
-"""Engines beyond what the conformance suite says of all methods: Ray, fallbacks, failures, calibration, memory of a round."""
+"""Engines beyond conformance: Ray, fallbacks, failures, calibration, memory of a round."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedcore.engines.vectorised import Vectorised
 from fedcore.errors import RunError
 from fedcore.rounds.loop import Interrupted, run
 from fedcore.storage import cache
-from tests.helpers import NOISY, TOYS, assert_close, loop_of, small
+from tests.helpers import NOISY, TOYS, answers, assert_close, loop_of, small
 
 DIGITS = {
     "task": "digits",
@@ -184,15 +184,12 @@ def test_ragged_clients_are_batched_with_clients_of_their_length(
     loop.engine.chunk = 4  # type: ignore[attr-defined]
     seen: list[list[int]] = []
     data = loop.task.data
-    for r in loop.engine.each(
-        loop.method.train, torch.arange(20), loop.state.server, 0
-    ):  # type: ignore[attr-defined]
-        seen.append(
-            sorted(data.steps(r.clients.numpy(), "train", loop.e.local).tolist())
-        )
-    assert [max(chunk) for chunk in seen] == sorted(
-        (max(chunk) for chunk in seen), reverse=True
-    )
+    train = loop.method.train  # type: ignore[attr-defined]
+    for r in answers(loop.engine, train, range(20), loop.state.server, 0):
+        steps = data.steps(r.clients.numpy(), "train", loop.experiment.local)
+        seen.append(sorted(steps.tolist()))
+    longest = [max(chunk) for chunk in seen]
+    assert longest == sorted(longest, reverse=True)
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])

@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from fedcore.rounds.readout import Readout
 from torch import Tensor
 
 from fedcore.audit.observe import captured
 from fedcore.errors import RunError
+from fedcore.reports import Reports
 from fedcore.rounds import loop as loops
 from fedcore.rounds.loop import run
-from fedcore.rounds.readout import Readout
 from fedcore.speed import forks
 from fedcore.speed.forks import Answer, Forks, Job
 from fedcore.speed.segments import ALIGNED
-from fedcore.types import Answers, Reports
 from tests.helpers import STRATEGIES, loop_of, small
 
 IMAGES: dict[str, Any] = {

@@ -39,11 +39,12 @@ from fedcore.models.lowrank import (
     size_of,
 )
 from fedcore.models.vit import Prefix
+from fedcore.reports import Reports, RunningSum
 from fedcore.rounds.loop import Loop, run
 from fedcore.split import split
 from fedcore.task import Task, squared_error
 from fedcore.tasks import TASKS, build_task
-from fedcore.types import Batches, Params, Reports
+from fedcore.types import Batches, Params
 from tests.helpers import assert_close, equal, loop_of, small
 
 FORMS: list[Form] = ["fedpara", "pfedpara", "lowrank"]
@@ -275,7 +276,9 @@ def test_the_mean_of_factors_is_not_the_mean_of_weights() -> None:
     clients = {
         name: torch.tensor(pair)[:, None, None] for name, pair in factors.items()
     }
-    mean = trees.weighted_mean([Reports(torch.arange(2), clients, torch.ones(2))])
+    total = RunningSum()
+    total.add(Reports(torch.arange(2), clients, torch.ones(2)), torch.ones(2))
+    mean = total.mean(dict).value
     found = []
     for params in (trees.at(clients, 0), trees.at(clients, 1), mean):
         layer.load_state_dict(params, strict=False)
@@ -1024,12 +1027,12 @@ def test_one_client_in_every_round_is_sgd_on_the_factors(
     form: Form, tmp_path: Path
 ) -> None:
     loop = everybody(form, 1, tmp_path, batch=4)
-    model = build_task(loop.e).model
+    model = build_task(loop.experiment).model
     sgd = torch.optim.SGD(model.parameters(), lr=0.05)
     for t in range(3):
         plan = trees.at(
             loop.task.data.batches(
-                np.array([0]), "train", loop.e.local, loop.e.seed, t
+                np.array([0]), "train", loop.experiment.local, loop.experiment.seed, t
             ),
             0,
         )

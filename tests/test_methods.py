@@ -1,4 +1,7 @@
-"""The papers again, in NumPy: two clients, a few numbers, the arithmetic spelled out; and the theorem where there is one."""
+"""The papers again, in NumPy: two clients, a few numbers, the arithmetic spelled out.
+
+And the theorem where there is one.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ from fedcore.engines.sequential import Sequential
 from fedcore.rounds.loop import run
 from fedcore.storage.rows import StateStore
 from fedcore.task import Task, squared_error
-from fedcore.types import Round
-from tests.helpers import small
+from fedcore.tasks import build_task
+from tests.helpers import asking, round_of, small
 
-# Client 0 holds (1, 2), (2, 1) and (3, 0); client 1 holds (1, -1). Model w x, loss (w x - y)^2 / 2, w_0 = 0.5, batches of all.
+# Client 0 holds (1, 2), (2, 1) and (3, 0); client 1 holds (1, -1).
+# Model w x, loss (w x - y)^2 / 2, w_0 = 0.5, batches of all.
 X = [np.array([1.0, 2.0, 3.0]), np.array([1.0])]
 Y = [np.array([2.0, 1.0, 0.0]), np.array([-1.0])]
 W0, LR, EPOCHS, ROUNDS = 0.5, 0.1, 3, 4
@@ -112,10 +116,8 @@ def trajectory(
     memory = StateStore(method.init_memory(params), 10**9, Path)
     server, path = method.init_server(params, 2), []
     for t in range(rounds):
-        each = partial(engine.each, t=t)
-        server = method.round(
-            server, Round(t, torch.arange(2), 2, task, each, memory, 0)
-        )
+        r = round_of(t, range(2), 2, asking(engine, t), memory, task)
+        server = method.round(server, r)
         path.append(server.params["weight"].item())
     return path
 
@@ -149,15 +151,16 @@ def test_fedavg_with_one_full_local_step_finds_the_optimum_of_the_population(
 ) -> None:
     e = small(
         "fedavg",
-        rounds=150,
+        rounds=60,
         participation__cohort=12,
         local__batch_size=64,
         method__local_lr=0.5,
         holdout=0.0,
+        evaluation__every=60,
+        engine__name="vectorised",
+        engine__chunk=12,
     )
     result = run(e, tmp_path / "r")
-    from fedcore.tasks import build_task
-
     optimum = build_task(e).optimum
     assert optimum is not None
     assert (result.params["weight"] - optimum["weight"]).abs().max().item() < 1e-5
@@ -166,7 +169,10 @@ def test_fedavg_with_one_full_local_step_finds_the_optimum_of_the_population(
 def test_fedavg_with_many_local_steps_misses_it_where_clients_disagree(
     tmp_path: Path,
 ) -> None:
-    """Client drift: the reason why half of the methods here exist. Fewer examples than features, so Hessians differ."""
+    """Client drift: the reason why half of the methods here exist.
+
+    There are fewer examples than features, so Hessians differ.
+    """
     settings = {
         "participation__cohort": 12,
         "local__batch_size": 64,
@@ -176,11 +182,10 @@ def test_fedavg_with_many_local_steps_misses_it_where_clients_disagree(
     options = {
         "options": {"examples": 3, "features": 5, "heterogeneity": 3.0},
         "rounds": 100,
+        "evaluation__every": 100,
         "engine__name": "vectorised",
         "engine__chunk": 12,
     }
-    from fedcore.tasks import build_task
-
     one, many = (
         small("fedavg", **settings, **options),
         small("fedavg", **settings, **options, local__epochs=20),

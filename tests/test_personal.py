@@ -174,7 +174,12 @@ def plan(loop: Loop, client: int, t: int = 0, number: int = 0) -> Batches:
     """The client's own batches, each plan with a shuffle of its own."""
     found: Batches = trees.at(
         loop.task.data.batches(
-            np.array([client]), "train", loop.e.local, loop.e.seed, t, number
+            np.array([client]),
+            "train",
+            loop.experiment.local,
+            loop.experiment.seed,
+            t,
+            number,
         ),
         0,
     )
@@ -533,7 +538,7 @@ def test_with_one_client_it_is_sgd_on_the_joint_model(
         ),
         tmp_path,
     )
-    model = build_task(loop.e).model
+    model = build_task(loop.experiment).model
     trained = [
         p for key, p in model.named_parameters() if name == "fedsim" or key in SHARED
     ]

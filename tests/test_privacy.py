@@ -344,7 +344,7 @@ def test_dpfedavg_is_the_papers_algorithm(tmp_path: Path) -> None:
         for name, x in delta.items():
             total[name] += x * min(1, C / length)
     assert clipped > 0
-    draw = rng(loop.e.seed, "dp noise", 0)
+    draw = rng(loop.experiment.seed, "dp noise", 0)
     for name, x in total.items():
         theta[name] = theta[name] + (x + z * C * draw.standard_normal(x.shape)) / (
             q * N

@@ -1,6 +1,6 @@
-"""ADMM - consensus ADMM with two variables, the baseline of RERCE-Fed.
+"""ADMM - consensus ADMM with two variables (Lari et al., 2024, arXiv 2409.13451).
 
-Lari et al., 2024, arXiv 2409.13451.
+The baseline of RERCE-Fed.
 
 w_n  global model                w_k, z_k  model and dual of client k
 K  population    rho  penalty    J_k  objective, H_k its Hessian

@@ -1,6 +1,6 @@
-"""CLU - RERCE-Fed with continual local updates: clients that were not asked go on.
+"""CLU - RERCE-Fed with continual local updates (Lari et al., arXiv 2409.13451, 2024).
 
-Lari et al., 2024, arXiv 2409.13451.
+Clients that were not asked go on by themselves.
 
 w_k  model of client k           sbar_k  model that it received last
 tbar_k  its last message that the server received         K  population

@@ -1,6 +1,4 @@
-"""DP-FedAvg - federated averaging with client-level differential privacy.
-
-McMahan et al., ICLR 2018, Algorithm 1.
+"""DP-FedAvg - client-level differential privacy (McMahan et al., ICLR 2018, Alg. 1).
 
 theta_t  global parameters       Delta^k  clipped update of client k
 S  clipping bound (here C)       z  noise multiplier

@@ -1,6 +1,6 @@
-"""FedAMD - anchor sampling: cached large-batch gradients guide local steps.
+"""FedAMD - anchor sampling with cached gradients (Wu et al., ICML 2023, Algorithm 1).
 
-Wu et al., ICML 2023, Algorithm 1.
+Cached large-batch gradients guide local steps.
 
 x_t  global parameters           y_k  local parameters
 v_i  cached gradient of client i on all its examples     vbar  mean of the v_i

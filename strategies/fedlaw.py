@@ -1,6 +1,6 @@
-"""FedLAW - learnable aggregation weights, fitted on proxy data of the server.
+"""FedLAW - learnable aggregation weights (Li et al., ICML 2023).
 
-Li et al., ICML 2023.
+They are fitted on proxy data of the server.
 
 w  global model      w_k  local model, D_k = w_k - w      n_k  examples
 P  proxy set         lam_k  weights, sum 1                gam  shrinking factor

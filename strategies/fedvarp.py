@@ -1,6 +1,4 @@
-"""FedVARP - variance reduction by the last update of every client.
-
-Jhunjhunwala et al., UAI 2022, Algorithm 1.
+"""FedVARP - variance reduction by last updates (Jhunjhunwala et al., UAI 2022, Alg. 1).
 
 w_t  global parameters           w_i  local parameters    Delta_i = w_i - w_t
 y_i  last Delta_i that arrived, 0 before the first        y = (1/N) sum_j y_j

@@ -1,6 +1,6 @@
-"""RERCE-Fed - dual-free ADMM over noisy links, with random scheduling.
+"""RERCE-Fed - dual-free ADMM over noisy links (Lari et al., 2024, arXiv 2409.13451).
 
-Lari et al., 2024, arXiv 2409.13451.
+Clients are scheduled at random.
 
 w_k  model of client k           w_n  global model        C  clients asked a round
 rho  penalty     J_k  objective, H_k its Hessian          N_k = (H_k + rho I)^-1

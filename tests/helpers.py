@@ -89,12 +89,23 @@ NOISY: dict[str, Any] = {
 }
 
 
+# The server optimizers of fedopt, by the names of their presets.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "fedavgm": {"optimizer": "momentum", "server_lr": 1.0},
+    "fedadagrad": {"optimizer": "adagrad", "server_lr": 0.1, "beta1": 0.0},
+    "fedadam": {"optimizer": "adam"},
+    "fedyogi": {"optimizer": "yogi"},
+}
+
+
 def small(method: str, **settings: Any) -> Experiment:
-    """A run of milliseconds; `method` may be one of VARIANTS.
+    """A run of milliseconds; `method` may be one of VARIANTS or OPTIMIZERS.
 
     `settings` are dotted keys with __ for the dot.
     """
     name, variant, others = VARIANTS.get(method, (method, {}, {}))
+    if method in OPTIMIZERS:
+        name, variant = "fedopt", OPTIMIZERS[method]
     values = {
         **SMALL,
         "method": {"name": name, "local_lr": 0.05, **variant},
@@ -267,6 +278,7 @@ class Server:
         self.memory = StateStore(self.method.init_memory(params), 10**9, Path)
         self.state = self.method.init_server(params, population)
         self.log: dict[str, float] = {}
+        self.num_examples = torch.ones(population)  # as clients report them
 
     @property
     def w(self) -> Tensor:
@@ -287,7 +299,8 @@ class Server:
                 fields = {"delta": delta, "loss": torch.zeros(1)}
                 if "dc" in self.up._fields:
                     fields["dc"] = trees.zeros_like(delta)
-                yield Reports(torch.tensor([i]), self.up(**fields), torch.ones(1))
+                count = self.num_examples[i : i + 1]
+                yield Reports(torch.tensor([i]), self.up(**fields), count)
 
         p = None if rates is None else torch.tensor(rates, dtype=torch.float64)
         r = round_of(

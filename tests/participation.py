@@ -6,21 +6,18 @@ Symbols as in the papers. Here Delta = local - global, and a step goes along +U.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedcore import intervals, trees
-from fedcore.data.federated import Examples, FederatedData
 from fedcore.method import Round
 from fedcore.reports import Reports
 from fedcore.rounds.participation import Process
-from fedcore.task import Task, squared_error
-from tests.helpers import Server
+from tests.helpers import Server, redirected
 
 MEMORY = ["fedstale", "fedvarp", "mifa"]
 NO_COUNTS: Callable[[], np.ndarray] = lambda: np.empty((0, 0))  # noqa: E731  rates are given, so no class counts are asked for
@@ -46,12 +43,8 @@ class Told:
 
 
 def with_examples(server: Server, sizes: Sequence[int]) -> Server:
-    """Its clients hold this many examples each."""
-    n = int(sum(sizes))
-    nothing = Examples(torch.zeros(n, 1), torch.zeros(n, 1))
-    data = FederatedData(nothing, nothing, np.arange(n), np.cumsum([0, *sizes]))
-    task = Task(nn.Linear(1, 1, bias=False), data, loss=squared_error, metrics={})
-    server.method = Told(server.method, lambda r: replace(r, task=task))
+    """Its clients report this many examples each."""
+    server.num_examples = torch.as_tensor(np.asarray(sizes), dtype=torch.float32)
     return server
 
 
@@ -65,7 +58,7 @@ def in_groups(server: Server, groups: Callable[[list[int]], list[list[int]]]) ->
                 up = trees.map(lambda *xs: torch.cat(xs), *[one[i] for i in group])
                 yield Reports(torch.tensor(group), up, torch.ones(len(group)))
 
-        return replace(r, each=each)
+        return redirected(r, each)
 
     server.method = Told(server.method, change)
     return server

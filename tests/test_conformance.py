@@ -125,7 +125,7 @@ def test_noise_on_the_links_is_the_same_in_every_engine_and_every_run(
     assert quiet.bytes_down == one.bytes_down
 
 
-@shipped
+@pytest.mark.parametrize("name", golden.NAMES)
 def test_the_curve_is_the_recorded_one(name: str, tmp_path: Path) -> None:
     recorded = json.loads(golden.FILE.read_text())
     assert name in recorded, "record it: python -m tests.golden"
@@ -339,13 +339,20 @@ def test_a_client_that_raises_is_left_out_and_the_others_count(
 # Files
 
 
-@shipped
-def test_every_method_has_a_preset_that_loads_and_says_how_to_run_it(name: str) -> None:
+PRESETS = sorted(file.stem for file in Path("strategies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_loads_and_says_how_to_run_it(name: str) -> None:
     file = Path("strategies") / f"{name}.toml"
     assert file.read_text().startswith(f"# fedcore run strategies/{name}.toml")
-    e = Experiment.load(file)
-    assert e.method.name == name
-    assert Experiment.parse(tomllib.loads(e.to_toml())) == e
+    experiment = Experiment.load(file)
+    assert Experiment.parse(tomllib.loads(experiment.to_toml())) == experiment
+
+
+def test_every_method_has_a_preset() -> None:
+    files = [Path("strategies") / f"{name}.toml" for name in PRESETS]
+    assert {Experiment.load(file).method.name for file in files} == set(STRATEGIES)
 
 
 @shipped

@@ -16,8 +16,8 @@ from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.errors import RunError, SettingsError
 from fedcore.messages.defence import Defence, DefenceSettings, clip, protect, quantise
-from fedcore.reports import equally
 from fedcore.method import Method, Round, on_client
+from fedcore.reports import equally
 from fedcore.rounds.loop import run
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless

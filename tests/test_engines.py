@@ -20,6 +20,7 @@ from fedcore.engines.vectorised import Vectorised
 from fedcore.errors import RunError
 from fedcore.rounds.loop import Interrupted, run
 from fedcore.storage import cache
+from fedcore.storage.checkpoint import Checkpoint
 from tests.helpers import NOISY, TOYS, answers, assert_close, loop_of, small
 
 DIGITS = {
@@ -91,11 +92,7 @@ def test_ray_leaves_out_a_client_that_fails(tmp_path: Path) -> None:
 
 
 def test_pieces_hold_every_client_once_and_the_heaviest_come_first() -> None:
-    clients, steps = (
-        torch.arange(10).numpy(),
-        torch.tensor([1, 9, 1, 1, 5, 1, 1, 1, 1, 1]).numpy(),
-    )
-    pieces = _pieces(clients, steps, 4)
+    pieces = _pieces(np.array([1, 9, 1, 1, 5, 1, 1, 1, 1, 1]), 4)
     assert sorted(i for piece in pieces for i in piece) == list(range(10))
     assert pieces[0][0] == 1
     assert len(pieces) <= 4
@@ -106,11 +103,11 @@ def test_ray_packs_by_what_clients_took_when_they_were_last_there(
 ) -> None:
     loop = loop_of(small("fedavg", engine__name="ray"), tmp_path)
     engine, clients, steps = loop.engine, torch.arange(4), np.array([1, 2, 3, 4])
-    assert engine._expected("train", clients, steps).tolist() == [1, 2, 3, 4]  # type: ignore[attr-defined]
+    assert engine._expected_seconds("train", clients, steps).tolist() == [1, 2, 3, 4]  # type: ignore[attr-defined]
     engine._seconds |= {("train", 0): 9.0, ("train", 1): 1.0, ("evaluate", 3): 50.0}  # type: ignore[attr-defined]
-    expected = engine._expected("train", clients, steps)  # type: ignore[attr-defined]
+    expected = engine._expected_seconds("train", clients, steps)  # type: ignore[attr-defined]
     assert expected.tolist() == pytest.approx([9.0, 1.0, 3 * 10 / 3, 4 * 10 / 3])
-    assert _pieces(clients.numpy(), expected, 2) == [[3, 2], [0, 1]]
+    assert _pieces(expected, 2) == [[3, 2], [0, 1]]
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
@@ -159,7 +156,7 @@ def test_the_measured_chunk_is_remembered_and_goes_into_the_checkpoint(
     run(e, tmp_path / "a")
     chosen = loop_of(e, tmp_path / "a", resume=True).engine.choices["train"]
     monkeypatch.setattr(
-        "fedcore.engines.vectorised.Vectorised._measure",
+        "fedcore.engines.calibration.Calibration._measure",
         lambda *_: pytest.fail("measured again"),
     )
     again = loop_of(e, tmp_path / "b")
@@ -254,7 +251,7 @@ def test_a_lost_last_round_does_not_lose_the_run(tmp_path: Path) -> None:
     assert (
         result.history[2]["bytes_up"] == result.history[1]["bytes_up"]
     )  # sent, if of no use
-    assert loop.checkpoint.read()["round"] == 3
+    assert Checkpoint(loop.folder / "checkpoint").read()["round"] == 3
 
 
 def test_a_client_that_fails_while_chunks_are_measured_is_left_out_and_nothing_is_remembered(

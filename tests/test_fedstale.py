@@ -54,10 +54,12 @@ def test_the_worked_round_of_fedstale_comes_out_to_the_last_digit() -> None:
     assert worked(0.5, []) == 0.375
     assert worked(0.5, [0, 1, 2]) == 5.125
     server = example(0.5)
-    assert server.state.h["w"].item() == 0.75
+    # The memory holds n_i h_i, and h their mean: H times the mean of the n_i.
+    nbar = sum(A) / 3
+    assert server.state.h["w"].item() == 0.75 * nbar
     server.round({0: [3.0], 2: [4.0]}, P)
-    assert server.state.h["w"].item() == 3.0
-    assert rows(server)[:, 0].tolist() == [3.0, 2.0, 4.0]
+    assert server.state.h["w"].item() == 3.0 * nbar
+    assert rows(server)[:, 0].tolist() == [2 * 3.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize(
@@ -256,9 +258,6 @@ def test_the_running_sum_is_the_sum_over_the_memory(dtype: Any, weights: str) ->
     server = with_examples(
         Server("fedstale", 6, w=np.zeros(20, dtype=dtype), weights=weights), sizes
     )
-    a = torch.from_numpy(
-        sizes / sizes.sum() if weights == "examples" else np.full(6, 1 / 6)
-    )
     for t in range(150):
         server.round(
             {
@@ -269,7 +268,7 @@ def test_the_running_sum_is_the_sum_over_the_memory(dtype: Any, weights: str) ->
         )
         if t == 0:
             continue
-        again = a @ rows(server).double()
+        again = rows(server).double().mean(0)
         difference = (
             (server.state.h["w"].double() - again).norm() / again.norm()
         ).item()

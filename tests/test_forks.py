@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from fedcore.rounds.readout import Readout
 from torch import Tensor
 
 from fedcore.audit.observe import captured
+from fedcore.engines.readout import added
+from fedcore.engines.vectorised import Vectorised
 from fedcore.errors import RunError
-from fedcore.reports import Reports
-from fedcore.rounds import loop as loops
+from fedcore.reports import RunningSum
 from fedcore.rounds.loop import run
 from fedcore.speed import forks
 from fedcore.speed.forks import Answer, Forks, Job
@@ -472,45 +472,46 @@ def test_sums_that_are_made_where_clients_run_change_no_bit(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    found, totals = [], []
-    keep_finite = loops.keep_finite
+    found, sums = [], []
+    add_sum = RunningSum.add_sum
 
-    def seen(r: Reports, readout: Readout) -> tuple[Reports, Readout]:
-        totals.append(r.total is not None)
-        return keep_finite(r, readout)
+    def counted(total: RunningSum, *arguments: Any) -> None:
+        sums.append(arguments)
+        add_sum(total, *arguments)
 
-    monkeypatch.setattr(loops, "keep_finite", seen)
+    def from_single_updates(
+        engine: Vectorised, fn: Any, clients: Any, down: Any, t: int, *mean: Any
+    ) -> Any:
+        return added(engine.each(fn, clients, down, t), *mean)
+
+    monkeypatch.setattr(RunningSum, "add_sum", counted)
     request.getfixturevalue(threads)
+    method, more = ("fedavg", IMAGES) if name == "images" else (name, {})
+    experiment = small(
+        method,
+        engine__name="vectorised",
+        engine__chunk=4,
+        participation__cohort=12,
+        rounds=2,  # in the second all clients are the work of forks
+        **more,
+    )
     for folder in ("summed", "whole"):
-        totals.clear()
+        sums.clear()
+        loop = loop_of(experiment, tmp_path / folder)
         try:
-            method, more = ("fedavg", IMAGES) if name == "images" else (name, {})
-            e = small(
-                method,
-                engine__name="vectorised",
-                engine__chunk=4,
-                participation__cohort=12,
-                rounds=2,  # in the second all clients are the work of forks
-                **more,
-            )
-            loop = loop_of(e, tmp_path / folder)
             loop.engine.choices["processes"] = 3
             if name.endswith("BadWeather"):  # one client that sends NaN
                 loop.task.data.x[loop.task.data.rows(2, "train")] = 667.0
             result = loop.run()
-            facts = [
-                {
-                    key: value
-                    for key, value in row.items()
-                    if not key.endswith(("seconds", "_s"))
-                }
-                for row in result.history
-            ]
-            found.append((result.params_sha256, facts))
-            assert any(totals) == (folder == "summed")
         finally:
             loop.close()
-        monkeypatch.setattr(Answers, "summed", lambda answers, weight: None)
+        rows = []
+        for row in result.history:
+            timeless = [key for key in row if not key.endswith(("seconds", "_s"))]
+            rows.append({key: row[key] for key in timeless})
+        found.append((result.params_sha256, rows))
+        assert bool(sums) == (folder == "summed")
+        monkeypatch.setattr(Vectorised, "mean", from_single_updates)
     assert found[0] == found[1]
     if name.endswith("BadWeather"):
         assert found[0][1][0]["dropped"] == {"not finite": 1}

@@ -28,9 +28,10 @@ from fedcore.audit.attacks.inverting_gradients import IG
 from fedcore.audit.attacks.inverting_gradients import Settings as IGSettings
 from fedcore.audit.attacks.sme import SME, SurrogateSettings
 from fedcore.audit.observe import moved
+from fedcore.engines.readout import read_finite
 from fedcore.local import local_sgd, steps_run_by
 from fedcore.method import on_client
-from fedcore.rounds.loop import Loop, Tally, run
+from fedcore.rounds.loop import Loop, run
 from fedcore.speed.cuda_graphs import EAGER, Graphs, waiting_refused
 from fedcore.speed.recording import Recorder
 from fedcore.storage.checkpoint import Checkpoint
@@ -160,7 +161,7 @@ def after_rounds(
 
 def has_graphs(loop: Loop) -> dict[str, bool]:
     """For each client function, whether all shapes that came often have one."""
-    graphs = loop.engine._one.graphs  # type: ignore[attr-defined]
+    graphs = loop.engine._chunks.graphs  # type: ignore[attr-defined]
     tried = {key[0][0]: True for key in graphs._graphs}
     return tried | {key[0][0]: False for key in graphs._refused}
 
@@ -171,7 +172,8 @@ def test_nothing_waits_for_the_device_inside_a_round(name: str, tmp_path: Path) 
     fn, chunks = loop.method.train, 0  # type: ignore[attr-defined]
     down = Model(loop.state.server.params) if name == "fedavg" else loop.state.server
     with waiting_refused():  # to wait for an event is allowed
-        for r in loop._each(fn, torch.arange(12), down, 9, Tally(set()), None):
+        reports = loop.engine.each(fn, torch.arange(12), down, 9)
+        for r, _ in read_finite(reports):
             trees.weighted_sum(r.up, r.num_examples)
             chunks += 1
     assert chunks == 3
@@ -183,7 +185,7 @@ def test_a_chunk_is_read_while_the_next_is_computed(
 ) -> None:
     loop = after_rounds("fedavg", tmp_path, participation__cohort=12)
     order: list[str] = []
-    one, add = loop.engine._one, loop.clients.add  # type: ignore[attr-defined]
+    one, add = loop.engine._chunks, loop.clients.add  # type: ignore[attr-defined]
     run_piece = one.run
 
     def computed(*arguments: Any) -> Any:
@@ -309,8 +311,8 @@ def test_a_chunk_too_large_for_the_gpu_is_cut(
 ) -> None:
     free, _ = torch.cuda.mem_get_info()
     expected = after_rounds("fedavg", tmp_path / "whole", 2, engine__chunk=8)
-    loop = loop_of(expected.e, tmp_path / "cut")
-    one, held = loop.engine._one, []  # type: ignore[attr-defined]
+    loop = loop_of(expected.experiment, tmp_path / "cut")
+    one, held = loop.engine._chunks, []  # type: ignore[attr-defined]
     batched = one.batched
 
     def hungry(

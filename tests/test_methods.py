@@ -22,7 +22,7 @@ from fedcore.rounds.loop import run
 from fedcore.storage.rows import StateStore
 from fedcore.task import Task, squared_error
 from fedcore.tasks import build_task
-from tests.helpers import asking, round_of, small
+from tests.helpers import OPTIMIZERS, asking, round_of, small
 
 # Client 0 holds (1, 2), (2, 1) and (3, 0); client 1 holds (1, -1).
 # Model w x, loss (w x - y)^2 / 2, w_0 = 0.5, batches of all.
@@ -88,7 +88,7 @@ ADAPTIVE = {"server_lr": 0.3, "beta1": 0.8, "tau": 0.01}
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "fedavg": ({}, fedavg),
     "fedprox": ({"mu": 0.7}, fedprox),
-    "fedavgm": ({"server_lr": 0.5, "beta": 0.9}, fedavgm),
+    "fedavgm": ({"server_lr": 0.5, "beta1": 0.9}, fedavgm),
     "fedadagrad": (ADAPTIVE, partial(adaptive, "fedadagrad")),
     "fedadam": ({**ADAPTIVE, "beta2": 0.95}, partial(adaptive, "fedadam")),
     "fedyogi": ({**ADAPTIVE, "beta2": 0.95}, partial(adaptive, "fedyogi")),
@@ -106,6 +106,9 @@ def trajectory(
         Examples(x, y), Examples(x, y), np.arange(4), np.array([0, 3, 4])
     )
     task = Task(model, data, loss=squared_error, metrics={})
+    if name in OPTIMIZERS:
+        settings = {**OPTIMIZERS[name], **settings}
+        name = "fedopt"
     cls = methods.load(name)
     method = cls(methods.settings_of(cls)(name=name, local_lr=LR, **settings))
     params = task.init_params()
@@ -130,7 +133,7 @@ def test_the_method_is_the_papers_arithmetic(name: str) -> None:
 
 REDUCTIONS = {
     "fedprox": {"mu": 0.0},
-    "fedavgm": {"beta": 0.0, "server_lr": 1.0},
+    "fedavgm": {"beta1": 0.0, "server_lr": 1.0},
 }
 
 

@@ -254,7 +254,7 @@ def test_a_pure_loss_runs_from_recordings_for_good(
     e = small("fedavg", engine__name="vectorised", engine__chunk=4, rounds=20)
     loop = loop_of(e, tmp_path)
     loop.run()
-    recordings = loop.engine._one.recorder._recordings  # type: ignore[attr-defined]
+    recordings = loop.engine._chunks.recorder._recordings  # type: ignore[attr-defined]
     assert recordings
     assert all(r.code is not None for r in recordings.values())
     assert max(r.uses for r in recordings.values()) > 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -82,17 +83,24 @@ def weight_of(weight: Weight | Tensor, clients: Tensor) -> Weight:
     return by_client
 
 
-class Mean(NamedTuple):
+@dataclass(frozen=True)
+class Mean:
     """The weighted sum of the updates that arrived, and what to divide it by.
 
-    >>> mean = Mean(torch.tensor([8.0]), torch.tensor(4.0), torch.tensor([1, 2]))
+    >>> mean = Mean(lambda: torch.tensor([8.0]), torch.tensor(4.0), torch.tensor([1]))
     >>> mean.value
     tensor([2.])
     """
 
-    total: Tree  # sum_i w_i up_i; zeros where nobody reported
+    # Made when asked for: zeros need a look at what a client sends.
+    make_total: Callable[[], Tree]
     weight: Tensor  # 0-d float64, sum_i w_i
     clients: Tensor  # int64, the clients whose update is in it, as they arrived
+
+    @property
+    def total(self) -> Tree:
+        """sum_i w_i up_i; zeros where nobody reported."""
+        return self.make_total()
 
     @property
     def value(self) -> Tree:
@@ -136,6 +144,6 @@ class RunningSum:
     def mean(self, zeros: Callable[[], Tree]) -> Mean:
         """The sum so far; `zeros()` is a message of zeros, for a sum of nothing."""
         if self._total is None:
-            nobody = torch.empty(0, dtype=torch.int64)
-            return Mean(zeros(), self._weight, nobody)
-        return Mean(self._total, self._weight, torch.cat(self._clients))
+            return Mean(zeros, self._weight, torch.empty(0, dtype=torch.int64))
+        total = self._total
+        return Mean(lambda: total, self._weight, torch.cat(self._clients))

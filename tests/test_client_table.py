@@ -217,6 +217,8 @@ def test_a_damaged_piece_costs_its_own_rows_and_says_so(
     table.merge()
     found = pq.read_table(tmp_path / "clients.parquet")["round"].to_pylist()
     assert set(found) == {1, 3, 4}
+    (left,) = (tmp_path / "clients").iterdir()
+    assert left.name == "000002.parquet.damaged"
 
 
 # In a run

@@ -1,4 +1,4 @@
-"""What leaves a client: clipped, noised, made sparse, rounded; the same in every engine; and what a user can get wrong."""
+"""Defences: each by itself, in every engine, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from fedcore.errors import RunError, SettingsError
 from fedcore.messages.defence import Defence, DefenceSettings, clip, protect, quantise
 from fedcore.method import Method, Round, on_client
 from fedcore.reports import equally
+from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.loop import run
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless
@@ -54,10 +54,11 @@ def protected(m: Any, seed: int = 0, **settings: Any) -> Any:
 
 
 def norm(tree: Any) -> float:
+    """The L2 norm over all entries."""
     return float(trees.ravel(tree).double().norm())
 
 
-# Each defence (specification, section 12.5)
+# Each defence
 
 
 @pytest.mark.parametrize("bound", [1e-3, 1.0, 50.0])
@@ -68,15 +69,10 @@ def test_clipping_bounds_the_norm_over_all_tensors_and_keeps_the_direction(
     sent = protected(m, clip=bound)
     assert norm(sent.w) <= bound * (1 + 1e-6)
     assert norm(sent.w) == pytest.approx(bound, rel=1e-5)
-    cosine = (
-        float(trees.dot(trees.double(sent.w), trees.double(m.w)))
-        / norm(sent.w)
-        / norm(m.w)
-    )
-    assert cosine == pytest.approx(1, abs=1e-6)
-    assert (sent.loss, sent.count.tolist()) == (m.loss, [0, 1, 2, 3]), (
-        "without noise, scalars are sent as they are"
-    )
+    product = float(trees.dot(trees.double(sent.w), trees.double(m.w)))
+    assert product / norm(sent.w) / norm(m.w) == pytest.approx(1, abs=1e-6)
+    scalars = (sent.loss, sent.count.tolist())
+    assert scalars == (m.loss, [0, 1, 2, 3]), "sent as they are, without noise"
     assert equal(protected(m, clip=1e6), m), "a message within the bound is not touched"
 
 
@@ -98,19 +94,16 @@ def test_no_noise_all_entries_and_many_bits_are_the_identity() -> None:
     for bits in (24, 32):
         rounded = protected(m, bits=bits)
         for name, x in m.w.items():
-            assert (rounded.w[name] - x).abs().max() <= 1e-6 * x.abs().max(), (
-                bits,
-                name,
-            )
+            error = (rounded.w[name] - x).abs().max()
+            assert error <= 1e-6 * x.abs().max(), (bits, name)
 
 
 def test_noise_has_its_deviation_on_every_entry_and_scalars_say_nothing() -> None:
     m = message(1e-3)  # within the bound
     sent = protected(m, clip=2.0, noise_multiplier=0.25)
     noise = trees.ravel(trees.sub(sent.w, m.w))
-    assert float(noise.std()) == pytest.approx(
-        0.5, rel=0.03
-    )  # 6 008 draws: standard error 0.9 %
+    # 6 008 draws: standard error 0.9 %
+    assert float(noise.std()) == pytest.approx(0.5, rel=0.03)
     assert abs(float(noise.mean())) < 4 * 0.5 / len(noise) ** 0.5
     assert bool((noise != 0).all()), "the 0-d parameter too"
     assert (sent.loss.item(), sent.count.tolist()) == (0, [0, 0, 0, 0])
@@ -139,13 +132,10 @@ def test_top_k_keeps_exactly_the_largest_over_the_whole_message(share: float) ->
 
 
 def test_the_share_of_top_k_is_not_rounded_up_by_floating_point() -> None:
-    w = {"a": torch.arange(1.0, 101.0)}
-    assert (
-        int((protected(w, top_k=0.07)["a"] != 0).sum()) == 7
-    )  # 0.07 x 100 is 7.000000000000001
-    assert protected({"a": torch.ones(10)}, top_k=0.25)["a"].sum() == 3, (
-        "ties are broken, not kept"
-    )
+    sent = protected({"a": torch.arange(1.0, 101.0)}, top_k=0.07)
+    assert int((sent["a"] != 0).sum()) == 7  # 0.07 x 100 is 7.000000000000001
+    sent = protected({"a": torch.ones(10)}, top_k=0.25)
+    assert sent["a"].sum() == 3, "ties are broken, not kept"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -164,9 +154,8 @@ def test_quantisation_has_its_levels_and_is_unbiased(bits: int) -> None:
 
 def test_the_order_is_clip_noise_top_k_quantise() -> None:
     m = message()
-    sent = trees.ravel(
-        protected(m, clip=1.0, noise_multiplier=1.0, top_k=0.1, bits=2).w
-    )
+    all_four = protected(m, clip=1.0, noise_multiplier=1.0, top_k=0.1, bits=2)
+    sent = trees.ravel(all_four.w)
     assert int((sent != 0).sum()) <= int(np.ceil(0.1 * len(sent)))
     step = protected(m, clip=1.0, noise_multiplier=1.0, top_k=0.1)
     by_hand = protect(step, DefenceSettings(bits=2), torch.Generator().manual_seed(5))
@@ -174,14 +163,11 @@ def test_the_order_is_clip_noise_top_k_quantise() -> None:
     noised = protected(m, clip=1.0, noise_multiplier=1.0)
     assert norm(noised.w) > 10, "noise comes after the clipping"
     kept = step.w["a"] != 0
-    assert torch.equal(step.w["a"][kept], noised.w["a"][kept]), (
-        "the largest of the noised entries"
-    )
+    largest = noised.w["a"][kept]
+    assert torch.equal(step.w["a"][kept], largest), "of the noised entries"
 
 
-def test_an_update_that_is_not_finite_is_refused_whole_instead_of_leaving_unclipped() -> (
-    None
-):
+def test_an_update_that_is_not_finite_leaves_as_nan_and_not_unclipped() -> None:
     m = message(1e3)
     m.w["b"][2] = torch.nan
     sent = protected(m, clip=1.0, noise_multiplier=1.0)
@@ -195,41 +181,41 @@ def test_types_and_shapes_stay(recwarn: pytest.WarningsRecorder) -> None:
         "none": torch.ones(0),
     }
     sent = protected(w, clip=1.0, noise_multiplier=0.1, top_k=0.5, bits=4)
-    assert {n: (x.dtype, x.shape) for n, x in sent.items()} == {
-        n: (x.dtype, x.shape) for n, x in w.items()
-    }
+    assert sent.keys() == w.keys()
+    for name, x in w.items():
+        assert (sent[name].dtype, sent[name].shape) == (x.dtype, x.shape)
     assert not recwarn
 
 
 # The key
 
 
-def test_draws_have_a_key_and_differ_by_seed_round_client_and_function() -> None:
-    def other(self, down) -> None:  # type: ignore[no-untyped-def]
-        pass
+@on_client
+def other(self: Any, down: Any) -> Any:
+    """Another client function than FedAvg's."""
 
-    other.client_data = "train"  # type: ignore[attr-defined]
 
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"fn": other}, {"t": 2}, {"client": 3}],
+    ids=lambda change: next(iter(change)),
+)
+def test_draws_have_a_key(change: dict[str, Any]) -> None:
     def sent(
         seed: int = 0, fn: Any = FedAvg.train, t: int = 1, client: int = 2
     ) -> Tensor:
-        found: Tensor = (
-            Defence(DefenceSettings(clip=1, noise_multiplier=1), seed)
-            .protect(message(), fn, t, client)
-            .w["a"]
-        )
-        return found
+        defence = Defence(DefenceSettings(clip=1, noise_multiplier=1), seed)
+        noised: Tensor = defence.protect(message(), fn, t, client).w["a"]
+        return noised
 
     assert torch.equal(sent(), sent())
-    for change in ({"seed": 1}, {"fn": other}, {"t": 2}, {"client": 3}):
-        assert not torch.equal(sent(), sent(**change)), change  # type: ignore[arg-type]
+    assert not torch.equal(sent(), sent(**change))
 
 
 def test_an_evaluation_message_passes_untouched(tmp_path: Path) -> None:
     settings = DefenceSettings(clip=1e-6, noise_multiplier=10.0, top_k=0.01, bits=2)
-    assert equal(
-        Defence(settings, 0).protect(message(), FedAvg.evaluate, 0, 0), message()
-    )
+    sent = Defence(settings, 0).protect(message(), FedAvg.evaluate, 0, 0)
+    assert equal(sent, message())
     defended = loop_of(small("fedavg", **ALL), tmp_path / "a")
     plain = loop_of(small("fedavg"), tmp_path / "b")
     assert defended.evaluate() == plain.evaluate()
@@ -239,14 +225,14 @@ def test_an_evaluation_message_passes_untouched(tmp_path: Path) -> None:
 
 
 def defended(name: str) -> dict[str, Any]:
-    """What this method can have: quantisation alone where messages are no differences, nothing where it clips by itself."""
+    """The defences that a method can have.
+
+    Quantisation alone where messages are no differences; none where it clips itself.
+    """
     if name == "dpfedavg":
         return {}
-    return ALL if loop_differences(name) else {"defence__bits": 8}
-
-
-def loop_differences(name: str) -> bool:
-    return type(small(name).build_method()).differences
+    differences = small(name).build_method().differences
+    return ALL if differences else {"defence__bits": 8}
 
 
 @pytest.mark.parametrize("name", [*STRATEGIES, "tests.methods:Two"])
@@ -254,11 +240,10 @@ def test_defences_are_the_same_in_every_engine_and_every_run(
     name: str, tmp_path: Path
 ) -> None:
     settings = defended(name)
-    one, again = (run(small(name, **settings), tmp_path / folder) for folder in "ab")
-    batched = run(
-        small(name, **settings, engine__name="vectorised", engine__chunk=3),
-        tmp_path / "c",
-    )
+    one = run(small(name, **settings), tmp_path / "a")
+    again = run(small(name, **settings), tmp_path / "b")
+    chunks = {"engine__name": "vectorised", "engine__chunk": 3}
+    batched = run(small(name, **settings, **chunks), tmp_path / "c")
     assert one.params_sha256 == again.params_sha256
     assert_close(batched.params, one.params, 1e-6, f"{name} in chunks of 3")
     assert one.dropped == batched.dropped == {}
@@ -271,9 +256,8 @@ def test_defences_are_the_same_in_every_engine_and_every_run(
 @pytest.mark.slow
 def test_ray_has_the_bits_of_sequential_with_defences_too(tmp_path: Path) -> None:
     one = run(small("scaffold", **ALL), tmp_path / "a")
-    ray = run(
-        small("scaffold", **ALL, engine__name="ray", engine__workers=2), tmp_path / "b"
-    )
+    workers = {"engine__name": "ray", "engine__workers": 2}
+    ray = run(small("scaffold", **ALL, **workers), tmp_path / "b")
     assert ray.params_sha256 == one.params_sha256
     assert ray.final["privacy"] == one.final["privacy"]
 
@@ -281,10 +265,10 @@ def test_ray_has_the_bits_of_sequential_with_defences_too(tmp_path: Path) -> Non
 def test_the_server_receives_what_was_protected_and_the_channel_comes_after(
     tmp_path: Path,
 ) -> None:
-    quiet = loop_of(small("fedavg", defence__clip=0.01), tmp_path / "a")
-    noisy = loop_of(
-        small("fedavg", defence__clip=0.01, links__uplink__variance=1.0), tmp_path / "b"
-    )
+    clipped = {"defence__clip": 0.01}
+    quiet = loop_of(small("fedavg", **clipped), tmp_path / "a")
+    e = small("fedavg", **clipped, links__uplink__variance=1.0)
+    noisy = loop_of(e, tmp_path / "b")
     down, fn = Model(quiet.state.server.params), quiet.method.train  # type: ignore[attr-defined]
     (report,) = quiet.engine.each(fn, torch.tensor([2]), down, 0)
     assert norm(report.up.delta) <= 0.01 * (1 + 1e-6)
@@ -293,27 +277,27 @@ def test_the_server_receives_what_was_protected_and_the_channel_comes_after(
 
 
 def test_a_client_keeps_what_it_sent_unprotected(tmp_path: Path) -> None:
-    loops = [
-        loop_of(small("scaffold", **s), tmp_path / str(i))
-        for i, s in enumerate((ALL, {}))
-    ]
-    for loop in loops:
+    kept = []
+    for folder, settings in (("defended", ALL), ("plain", {})):
+        loop = loop_of(small("scaffold", **settings), tmp_path / folder)
         loop.round()
-    client = int(loops[0].process.sample(0, {})[0][0])
-    assert equal(*(loop.engine.states.get(client) for loop in loops))  # type: ignore[union-attr]
+        cohort, _ = loop.process.sample(0, {})
+        assert loop.engine.states is not None
+        kept.append(loop.engine.states.get(int(cohort[0])))
+    assert equal(*kept)
 
 
 def test_with_noise_no_training_loss_is_logged_and_without_it_is(
     tmp_path: Path,
 ) -> None:
-    noisy = run(
-        small("fedavg", defence__clip=1.0, defence__noise_multiplier=1.0),
-        tmp_path / "a",
-    )
-    assert not any(key.startswith("train_") for row in noisy.history for key in row)
-    table = pq.read_table(tmp_path / "a" / "clients.parquet").to_pylist()
-    assert {row["function"] for row in table} == {"train", "evaluate"}
-    assert all(np.isnan(row["loss"]) for row in table if row["function"] == "train")
+    noise = {"defence__clip": 1.0, "defence__noise_multiplier": 1.0}
+    noisy = run(small("fedavg", **noise), tmp_path / "a")
+    for row in noisy.history:
+        assert not any(key.startswith("train_") for key in row)
+    trained = read_clients(tmp_path / "a", function="train")
+    assert np.isnan(trained["loss"].to_numpy()).all()
+    measured = read_clients(tmp_path / "a", function="evaluate")
+    assert np.isfinite(measured["loss"].to_numpy()).all()
     clipped = run(small("fedavg", defence__clip=1.0), tmp_path / "b")
     assert clipped.history[0]["train_loss"] > 0
     assert clipped.history[0]["reports"] == noisy.history[0]["reports"] == 5
@@ -337,30 +321,20 @@ class Again(Method[Settings]):
 
 
 def test_the_same_noise_twice_is_refused(tmp_path: Path) -> None:
-    run(small("tests.test_defence:Again", defence__clip=1.0), tmp_path / "a")
-    with pytest.raises(
-        RunError, match=r'asks client \d+ for "train" twice in one round'
-    ):
-        run(
-            small(
-                "tests.test_defence:Again",
-                defence__clip=1.0,
-                defence__noise_multiplier=1.0,
-            ),
-            tmp_path / "b",
-        )
+    clipped = {"defence__clip": 1.0}
+    run(small("tests.test_defence:Again", **clipped), tmp_path / "a")
+    e = small("tests.test_defence:Again", **clipped, defence__noise_multiplier=1.0)
+    refusal = r'asks client \d+ for "train" twice in one round'
+    with pytest.raises(RunError, match=refusal):
+        run(e, tmp_path / "b")
 
 
-# What a user can get wrong
+# Settings that are refused
 
 
-def test_settings_that_mean_nothing_are_refused_in_words() -> None:
-    with pytest.raises(
-        SettingsError,
-        match=r"defence: noise_multiplier = 1\.0 without clip.*set clip too",
-    ):
-        small("fedavg", defence__noise_multiplier=1.0)
-    for key, value in (
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
         ("clip", 0),
         ("clip", -1),
         ("noise_multiplier", -1),
@@ -368,23 +342,23 @@ def test_settings_that_mean_nothing_are_refused_in_words() -> None:
         ("top_k", 1.1),
         ("bits", 1),
         ("bits", 33),
-    ):
-        with pytest.raises(SettingsError, match=rf"defence\.{key} = "):
-            small("fedavg", **{f"defence__{key}": value})
-    with pytest.raises(
-        SettingsError,
-        match=r"unknown key defence\.noise.*did you mean defence\.noise_multiplier",
-    ):
+    ],
+)
+def test_settings_outside_their_range_are_refused(key: str, value: float) -> None:
+    with pytest.raises(SettingsError, match=rf"defence\.{key} = "):
+        small("fedavg", **{f"defence__{key}": value})
+
+
+def test_noise_without_a_bound_and_unknown_keys_are_refused_in_words() -> None:
+    unbounded = r"defence: noise_multiplier = 1\.0 without clip.*set clip too"
+    with pytest.raises(SettingsError, match=unbounded):
+        small("fedavg", defence__noise_multiplier=1.0)
+    unknown = r"unknown key defence\.noise.*did you mean defence\.noise_multiplier"
+    with pytest.raises(SettingsError, match=unknown):
         small("fedavg", defence__noise_multiplie=1.0)
-    e = Experiment.load(
-        "strategies/fedavg.toml", ["defence.clip=1", "defence.noise_multiplier=0.5"]
-    )
-    assert (
-        e.defence.clip,
-        e.defence.noise_multiplier,
-        e.defence.top_k,
-        e.defence.bits,
-    ) == (1, 0.5, 1, None)
+    overrides = ["defence.clip=1", "defence.noise_multiplier=0.5"]
+    e = Experiment.load("strategies/fedavg.toml", overrides)
+    assert e.defence == DefenceSettings(clip=1, noise_multiplier=0.5)
 
 
 @pytest.mark.parametrize("name", ["admm", "rerce", "clu", "fedamd"])
@@ -394,10 +368,8 @@ def test_settings_that_mean_nothing_are_refused_in_words() -> None:
 def test_methods_that_send_other_things_than_differences_refuse_clipping(
     name: str, settings: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        SettingsError,
-        match=rf"{name} sends other things \(whole models, or gradients\).*e\.g\. fedavg",
-    ):
+    other_things = r"sends other things \(whole models, or gradients\).*e\.g\. fedavg"
+    with pytest.raises(SettingsError, match=f"{name} {other_things}"):
         run(small(name, **settings), tmp_path / "r")
     assert not (tmp_path / "r").exists()
 

@@ -14,9 +14,10 @@ import torch
 
 from fedcore import trees
 from fedcore.engines.base import failure
+from fedcore.engines.calibration import Calibration
 from fedcore.engines.chunks import Chunks
 from fedcore.engines.ray import _pieces
-from fedcore.engines.vectorised import Vectorised
+from fedcore.engines.vectorised import Call, Vectorised
 from fedcore.errors import RunError
 from fedcore.rounds.loop import Interrupted, run
 from fedcore.storage import cache
@@ -278,7 +279,9 @@ def test_a_client_that_fails_while_chunks_are_measured_is_left_out_and_nothing_i
     assert row["reports"] == 11
     assert row["dropped"] == {"error": 1}
     fn = loop.method.train  # type: ignore[attr-defined]
-    assert cache.load(loop.engine._key(fn, np.arange(12), loop.state.server)) is None  # type: ignore[attr-defined]
+    calibration = Calibration(loop.engine._chunks, loop.engine._gathered)  # type: ignore[attr-defined]
+    key = calibration._key(fn, np.arange(12), loop.state.server)
+    assert cache.load(key) is None
 
 
 def test_a_model_with_dropout_is_trained_client_by_client(
@@ -405,13 +408,14 @@ def test_what_clients_keep_is_stored_once_even_if_the_method_stops_listening(
         stored.extend(clients.tolist()),
         put(clients, rows),
     )[1]  # type: ignore[method-assign,union-attr]
-    reports = engine._on_gpu(
-        fn, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]], loop.state.server, 0, chunk
-    )
-    told = [i for _ in range(heard) for i in next(reports).clients.tolist()]
+    call = Call(fn, loop.state.server, 0, chunk, None)
+    done = engine._on_gpu(call, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
+    told = []
+    for _ in range(heard):
+        told += next(done).reports.clients.tolist()
     if chunk == 1:
         assert stored[: len(told)] == told  # before anybody hears of them
-    reports.close()
+    done.close()
     assert set(told) <= set(stored)
     assert len(stored) == len(set(stored))
     loop.close()

@@ -1,10 +1,14 @@
-"""Personal parameters where they are kept: never on the wire, on disk between two runs, and within their share of memory."""
+"""Personal parameters stay where they are kept.
+
+They are never on the wire, on disk between two runs, and within their memory.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,13 +27,16 @@ from torch import Tensor
 from client.store import Moment, Store
 from fedcore import trees
 from fedcore.config import Experiment
+from fedcore.engines.base import Work
 from fedcore.errors import SettingsError
 from fedcore.messages import wire
 from fedcore.rounds.loop import Interrupted, Loop, Quiet, Result, run
 from fedcore.split import split
 from fedcore.tasks import build_task
 from server.grid import GridEngine
-from tests.flower.conftest import _a_flower_task  # noqa: F401  # Flower makes messages only inside a task of a run
+
+# Flower makes messages only inside a task of a run.
+from tests.flower.conftest import _a_flower_task  # noqa: F401
 from tests.flower.fake import FakeGrid
 from tests.helpers import (
     LAYERED,
@@ -46,9 +53,8 @@ from tests.helpers import (
 ROOT = Path(__file__).parent.parent
 PARTIAL = ["fedsim", "fedalt"]
 PERSONAL = [*PARTIAL, "ditto", "pfedme"]
-SHORT = {
-    "pfedme": {"method__personal_lr": 0.01}
-}  # longer steps diverge with two layers
+# Longer steps of pFedMe diverge with two layers.
+SHORT = {"pfedme": {"method__personal_lr": 0.01}}
 PRESETS = [
     *PARTIAL,
     "fedper",
@@ -66,7 +72,7 @@ PRESETS = [
 
 
 class Sent(NamedTuple):
-    """One message: what, whereto or wherefrom, and what the nodes keep at that time."""
+    """One message, its direction, and what the nodes keep at that time."""
 
     way: str  # down or up
     function: str
@@ -74,19 +80,17 @@ class Sent(NamedTuple):
     kept: dict[str, dict[str, Tensor]]  # by record of the nodes' contexts
 
     def tensors(self) -> dict[str, Tensor]:
-        records = [
-            record
-            for record in self.content.values()
-            if isinstance(record, ArrayRecord)
-        ]
-        return {
-            path: x for record in records for path, x in wire.unpack(record).items()
-        }
+        """The tensors in the message, by path."""
+        tensors: dict[str, Tensor] = {}
+        for record in self.content.values():
+            if isinstance(record, ArrayRecord):
+                tensors |= wire.unpack(record)
+        return tensors
 
     def raw(self) -> bytes:
-        """As Flower sends it."""
-        found: bytes = recorddict_to_proto(self.content).SerializeToString()
-        return found
+        """The bytes that Flower sends."""
+        raw: bytes = recorddict_to_proto(self.content).SerializeToString()
+        return raw
 
 
 class Tapped(FakeGrid):
@@ -100,45 +104,38 @@ class Tapped(FakeGrid):
         self.e, self.folder = e, folder
 
     def kept(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            str(file): load_file(file)
-            for file in (self.folder / "kept").rglob("*.safetensors")
-        }
+        """What the nodes keep now, by file."""
+        files = (self.folder / "kept").rglob("*.safetensors")
+        return {str(file): load_file(file) for file in files}
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        found, before = list(messages), self.kept()
-        contents = [m.content for m in found]
-        names = [str(c["work"]["function"]) if "work" in c else "" for c in contents]
-        ids = super().push_messages(found)
-        self.traffic += [
-            Sent("down", name, c, before)
-            for name, c in zip(names, contents, strict=True)
-        ]
-        replies = [
-            (name, reply)
-            for name, i in zip(names, ids, strict=True)
-            for reply in self.replies[i]
-        ]
-        self.traffic += [
-            Sent("up", name, reply.content, self.kept()) for name, reply in replies
-        ]
+        pushed, before = list(messages), self.kept()
+        names = []
+        for message in pushed:
+            work = message.content.get("work", {})
+            names.append(str(work.get("function", "")))
+        contents = [message.content for message in pushed]
+        ids = super().push_messages(pushed)
+        for name, content in zip(names, contents, strict=True):
+            self.traffic.append(Sent("down", name, content, before))
+        for name, i in zip(names, ids, strict=True):
+            for reply in self.replies[i]:
+                self.traffic.append(Sent("up", name, reply.content, self.kept()))
         return ids
 
     def run(self) -> Result:
-        return run(
-            self.e,
-            self.folder / "run",
-            engine=lambda work: GridEngine(self, work, 60, state=self.folder / "kept"),
-        )  # type: ignore[arg-type]
+        def engine(work: Work) -> GridEngine:
+            return GridEngine(self, work, 60, state=self.folder / "kept")  # type: ignore[arg-type]
+
+        return run(self.e, self.folder / "run", engine=engine)
 
     def states(self, e: Experiment) -> list[Any]:
-        """Of every client, as its node keeps it."""
-        initial = e.build_method().init_client(build_task(e).init_params())
+        """The state of every client, as its node keeps it."""
+        task = build_task(e)
+        initial = e.build_method().init_client(task.init_params())
         store = Store(self.folder / "kept", "", "")
-        return [
-            store.load(i, Moment(e.rounds, 0), initial)
-            for i in range(build_task(e).population)
-        ]
+        moment = Moment(e.rounds, 0)
+        return [store.load(i, moment, initial) for i in range(task.population)]
 
 
 def bits(x: Tensor) -> bytes:
@@ -146,11 +143,17 @@ def bits(x: Tensor) -> bytes:
 
 
 def secrets(sent: Sent) -> list[bytes]:
-    """The bytes of every tensor that a client keeps, long enough not to be found by chance; not those that are all zero."""
-    found = [
-        array.numpy() for record in sent.kept.values() for array in record.values()
-    ]
-    return [x.tobytes() for x in found if x.nbytes >= 16 and x.any()]
+    """The bytes of every tensor that a client keeps, where they are telling."""
+    found = []
+    for record in sent.kept.values():
+        for tensor in record.values():
+            found += telling(tensor)
+    return found
+
+
+def telling(x: Tensor) -> list[bytes]:
+    """The bytes of a tensor, unless they are all zero or may be found by chance."""
+    return [bits(x)] if x.nbytes >= 16 and bool(x.any()) else []
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -188,9 +191,8 @@ def test_no_message_of_a_preset_holds_a_name_or_a_value_of_a_personal_parameter(
             assert names - {"loss"} == shared.keys()
             scalars = 1 if sent.way == "up" else 0  # the mean training loss
             size = 4 * (d_u + scalars)
-            header = (
-                350 * (len(shared) + scalars) + 300
-            )  # of each array its name, type and shape; which clients, and their counts
+            # Name, type and shape of each array; clients, and their counts.
+            header = 350 * (len(shared) + scalars) + 300
             assert size <= len(raw) <= size + header, (
                 f"{sent.way}: {len(raw)} bytes for {d_u} shared parameters"
             )
@@ -224,27 +226,20 @@ def test_no_message_holds_what_a_client_keeps_nor_how_it_changed(
         raw = after.raw()
         hidden = secrets(after)
         for key in before.kept.keys() & after.kept.keys():
-            moved = [
-                after.kept[key][path].numpy() - before.kept[key][path].numpy()
-                for path in after.kept[key]
-            ]
-            hidden += [x.tobytes() for x in moved if x.nbytes >= 16 and x.any()]
+            for path, x in after.kept[key].items():
+                hidden += telling(x - before.kept[key][path])
         seen += len(hidden)
         assert not any(value in raw for value in hidden), after.way
-        if (
-            name not in PARTIAL
-        ):  # Ditto's and pFedMe's models have the names of what is sent, under another field
-            assert not any(
-                path.split(trees.SEPARATOR)[0] in ("v", "seen")
-                for path in after.tensors()
-            )
+        if name not in PARTIAL:
+            # Ditto's and pFedMe's models have the names of what is sent, under
+            # another field.
+            fields = {path.split(trees.SEPARATOR)[0] for path in after.tensors()}
+            assert not fields & {"v", "seen"}
     assert seen > 50
 
 
-PUBLIC = {
-    "rerce": {"w"},
-    "rerce exact": {"w"},
-}  # clients of RERCE-Fed send the w_k that they keep
+# Clients of RERCE-Fed send the w_k that they keep.
+PUBLIC = {"rerce": {"w"}, "rerce exact": {"w"}}
 
 
 @pytest.mark.parametrize("name", [*STRATEGIES, *TOYS, *VARIANTS])
@@ -256,10 +251,8 @@ def test_every_message_of_every_method_holds_what_is_declared_and_no_client_stat
     grid.run()
     method: Any = e.build_method()
     params = build_task(e).init_params()
-    kept = {
-        path.split(trees.SEPARATOR)[0]
-        for path in trees.flatten(method.init_client(params))
-    } - params.keys()
+    state = trees.flatten(method.init_client(params))
+    kept = {path.split(trees.SEPARATOR)[0] for path in state} - params.keys()
     assert len(grid.traffic) > 2 * 12
     for sent in grid.traffic:
         records = {key for key in sent.content if not re.fullmatch(r"up-\d+", key)}
@@ -268,9 +261,8 @@ def test_every_message_of_every_method_holds_what_is_declared_and_no_client_stat
             assert not sent.tensors()
             continue
         assert records == ({"down", "work"} if sent.way == "down" else {"about"})
-        schema = wire.schemas(getattr(method, sent.function))[
-            0 if sent.way == "down" else 1
-        ]
+        down, up = wire.schemas(getattr(method, sent.function))
+        schema = down if sent.way == "down" else up
         found = {path.split(trees.SEPARATOR)[0] for path in sent.tensors()}
         assert found <= set(getattr(schema, "_fields", params)), (
             f"{sent.function}, {sent.way}"
@@ -317,9 +309,7 @@ def test_fine_tuning_over_flower_measures_what_it_does_in_process_and_leaves_no_
         "a client that never took part keeps something"
     )
     for key, record in after.items():
-        assert {path: bits(x) for path, x in record.items()} == {
-            path: bits(x) for path, x in before[key].items()
-        }
+        assert equal(record, before[key])
 
 
 @pytest.mark.slow
@@ -366,19 +356,20 @@ def final_of(loop: Loop) -> tuple[Any, list[Any], Any]:
 def test_a_run_that_is_stopped_within_a_round_goes_on_with_the_same_bits(
     name: str, engine: str, ram: float, tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = (
-        {"method__personal": ["all"]}
-        if name == "fedsim all"
-        else dict(SHORT.get(name, {}))
-    )
-    more |= {
+    method, _, everything = name.partition(" ")
+    settings: dict[str, Any] = {
+        "engine__name": engine,
+        "engine__chunk": 3,
+        **LAYERED,
+        **SHORT.get(method, {}),
         "rounds": 6,
         "finetune__epochs": 1,
-        "checkpoint__seconds": 1e6,
-    }  # a checkpoint where it is stopped, and no other
-    settings = {"engine__name": engine, "engine__chunk": 3, **LAYERED, **more}
-    e = small(name.split()[0], **settings, checkpoint__state_ram_gb=ram)
-    whole = final_of(loop_of(small(name.split()[0], **settings), tmp_path / "whole"))
+        "checkpoint__seconds": 1e6,  # a checkpoint where it is stopped, and no other
+    }
+    if everything:
+        settings["method__personal"] = ["all"]
+    e = small(method, **settings, checkpoint__state_ram_gb=ram)
+    whole = final_of(loop_of(small(method, **settings), tmp_path / "whole"))
     (tmp_path / "part").mkdir()
     stopper = Stopper()
     stopper.loop = Loop(e, tmp_path / "part", stopper, None, False)
@@ -398,20 +389,21 @@ def test_a_run_that_is_stopped_within_a_round_goes_on_with_the_same_bits(
 def test_a_start_that_has_changed_meanwhile_is_no_start_of_a_stopped_run(
     tmp_path: Path,
 ) -> None:
-    """v0 is what an unseen client has and what the penalty holds v to: it belongs to the run, like u and the v_i."""
+    """v0 belongs to the run, like u and the v_i.
+
+    It is what an unseen client has, and what the penalty holds v to.
+    """
     start = tmp_path / "start.safetensors"
     params = build_task(small("fedsim")).init_params()
     save_file(params, start)
     settings = {"initial": str(start), "method__penalty": 0.5}
     whole = final_of(loop_of(small("fedsim", **settings), tmp_path / "whole"))
     run(small("fedsim", **settings, rounds=1), tmp_path / "part")
-    save_file(
-        {name: p + 1 for name, p in params.items()}, start
-    )  # as a run that goes on changes its checkpoint
+    # As a run that goes on changes its checkpoint.
+    save_file({name: p + 1 for name, p in params.items()}, start)
+    e = small("fedsim", **settings)
     try:
-        found = final_of(
-            loop_of(small("fedsim", **settings), tmp_path / "part", resume=True)
-        )
+        found = final_of(loop_of(e, tmp_path / "part", resume=True))
     except SettingsError:
         return  # refused is as good
     assert equal(found[:2], whole[:2])
@@ -420,30 +412,29 @@ def test_a_start_that_has_changed_meanwhile_is_no_start_of_a_stopped_run(
 # Memory
 
 
-CLIENTS, ROW, CAP = (
-    10_000,
-    64_000,
-    50_000_000,
-)  # bytes; the row is that of tests/crowd.py
+CLIENTS = 10_000
+ROW = 64_000  # bytes, of tests/crowd.py
+CAP = 50_000_000  # bytes
+PATIENCE = 1800.0  # seconds; on a free machine a crowd takes less than a minute
 
 
 def crowd(engine: str, cohort: int, evaluated: int, population: int = CLIENTS) -> Loop:
-    """Everybody takes part once, `cohort` at a time; then `evaluated` clients are asked what they have."""
+    """All clients take part once, `cohort` at a time; then `evaluated` are measured."""
     folder = Path(tempfile.mkdtemp(dir=os.environ.get("CROWD")))
-    cohorts = [range(start, start + cohort) for start in range(0, population, cohort)]
-    (folder / "trace").write_text(
-        "".join(" ".join(map(str, ids)) + "\n" for ids in cohorts)
-    )
+    trace = ""
+    for start in range(0, population, cohort):
+        trace += " ".join(map(str, range(start, start + cohort))) + "\n"
+    (folder / "trace").write_text(trace)
     values = {
         "method": {
             "name": "fedsim",
             "personal": ["own"],
             "local_lr": 1e-9,
-            "personal_lr": 16.0,
-        },  # mean of v <- v + 0.001 (id - v)
+            "personal_lr": 16.0,  # mean of v <- v + 0.001 (id - v)
+        },
         "task": "tests.crowd:wide",
         "population": population,
-        "rounds": len(cohorts),
+        "rounds": trace.count("\n"),
         "participation": {"name": "trace", "file": str(folder / "trace")},
         "evaluation": {"every": 1000, "clients": evaluated},
         "checkpoint": {"seconds": 1e6, "state_ram_gb": CAP / 1e9},
@@ -456,32 +447,34 @@ def crowd(engine: str, cohort: int, evaluated: int, population: int = CLIENTS) -
 
 def peak(pid: int) -> int:
     """Bytes of memory that the process ever had at a time."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
     return int(found[1]) * 1024 if found else 0
 
 
 def measure(engine: str, cohort: int, evaluated: int) -> None:
-    """Prints how much more memory than before each process of a crowd needed, and what some clients have in the end."""
-    crowd(
-        engine, 512, 512, 512
-    ).close()  # what is imported late, and PyTorch's own buffers
-    before = psutil.Process().memory_info().rss
+    """Print how much more memory than before each process of a crowd needed.
+
+    And what some clients have in the end.
+    """
+    # What is imported late, and PyTorch's own buffers.
+    crowd(engine, 512, 512, 512).close()
+    this = psutil.Process()
+    before = this.memory_info().rss
     loop = crowd(engine, cohort, evaluated)
-    grown = {
-        f"{p.name()} {p.pid}": peak(p.pid) - before
-        for p in [psutil.Process(), *psutil.Process().children(recursive=True)]
-    }
-    assert loop.engine.states is not None
-    own = [
-        loop.engine.states.get(i).v["own"].mean().item() for i in range(0, CLIENTS, 999)
-    ]
+    grown = {}
+    for process in [this, *this.children(recursive=True)]:
+        grown[f"{process.name()} {process.pid}"] = peak(process.pid) - before
+    states = loop.engine.states
+    assert states is not None
+    own = [states.get(i).v["own"].mean().item() for i in range(0, CLIENTS, 999)]
     files = sum(f.stat().st_size for f in (loop.folder / "state").rglob("*"))
     loop.close()
     print(json.dumps({"grown": grown, "own": own, "files": files}))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(PATIENCE + 100)
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(),
     reason="reads the peak of a process from /proc",
@@ -499,13 +492,17 @@ def measure(engine: str, cohort: int, evaluated: int) -> None:
 def test_ten_thousand_clients_keep_their_state_within_the_memory_that_it_may_take(
     engine: str, cohort: int, evaluated: int, tmp_path: Path
 ) -> None:
-    """640 MB of state under a cap of 50 MB, in a process of its own: its peak, and that of every process that it starts."""
-    code = f"from tests.test_personal_state import measure; measure({engine!r}, {cohort}, {evaluated})"
-    # Without the last, glibc keeps what a chunk of clients has freed: some hundred megabytes, whatever the number of clients.
+    """640 MB of state under a cap of 50 MB: the peak of every process of the run."""
+    code = (
+        "from tests.test_personal_state import measure; "
+        f"measure({engine!r}, {cohort}, {evaluated})"
+    )
     environment = {
         **os.environ,
         "CROWD": str(tmp_path),
         "PYTHONPATH": str(ROOT),
+        # glibc otherwise keeps what a chunk of clients has freed: some hundred
+        # megabytes, whatever the number of clients.
         "MALLOC_MMAP_THRESHOLD_": "1000000",
     }
     try:
@@ -516,17 +513,16 @@ def test_ten_thousand_clients_keep_their_state_within_the_memory_that_it_may_tak
             capture_output=True,
             text=True,
             check=False,
+            timeout=PATIENCE,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
     finally:
-        subprocess.run(
-            ["rm", "-rf", *tmp_path.iterdir()], check=True
-        )  # a gigabyte a run, which pytest would keep
+        for folder in tmp_path.iterdir():  # a gigabyte a run, which pytest would keep
+            shutil.rmtree(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["own"] == pytest.approx(
-        [0.001 * i for i in range(0, CLIENTS, 999)], rel=1e-3
-    ), "every client kept its own"
+    expected = [0.001 * i for i in range(0, CLIENTS, 999)]
+    kept = "every client kept its own"
+    assert found["own"] == pytest.approx(expected, rel=1e-3), kept
     assert found["files"] >= CLIENTS * ROW - CAP
-    assert max(found["grown"].values()) < CAP + 300_000_000, (
-        f"bytes over what there was before: {found['grown']}"
-    )
+    grown = f"bytes over what there was before: {found['grown']}"
+    assert max(found["grown"].values()) < CAP + 300_000_000, grown

@@ -1,10 +1,15 @@
-"""Epsilon: the accountants against the specification's table, the sampling they assume, what was counted; DP-FedAvg in NumPy."""
+"""Epsilon: the accountants, the sampling they assume, the steps that were counted.
+
+And DP-FedAvg in NumPy.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,14 +20,15 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm as normal
 
-from fedcore import privacy
+from fedcore import privacy, trees
 from fedcore.errors import SettingsError
 from fedcore.rng import rng
 from fedcore.rounds.loop import Interrupted, Quiet, run
 from fedcore.views.run_report import write_report
 from tests.helpers import Server, assert_close, loop_of, small
 
-TABLE = [  # q, z, steps, delta, RDP by Opacus, PLD by dp-accounting: privacy_audit.md, section 6.1
+# q, z, steps, delta, epsilon by Opacus (RDP) and by dp-accounting (PLD)
+TABLE = [
     (1, 1, 1, 1e-5, 4.7285, 4.3772),
     (1, 5, 25, 1e-5, 4.7285, 4.3772),
     (0.1, 1, 100, 1e-5, 7.8993, 7.0466),
@@ -43,11 +49,11 @@ def central(**settings: Any) -> Any:
     return small("dpfedavg", **DP, **settings)
 
 
-# The accountants (specification, section 12.6)
+# The accountants
 
 
 @pytest.mark.parametrize(("q", "z", "steps", "delta", "rdp", "pld"), TABLE)
-def test_the_table_of_the_specification(
+def test_epsilon_is_that_of_the_table(
     q: float, z: float, steps: int, delta: float, rdp: float, pld: float
 ) -> None:
     assert privacy.epsilon_rdp(z, q, steps, delta) == pytest.approx(rdp, abs=1e-3)
@@ -58,17 +64,20 @@ def test_the_table_of_the_specification(
 
 
 def test_epsilon_falls_with_the_noise_and_rises_with_rate_steps_and_certainty() -> None:
-    def strictly(values: list[float]) -> bool:
+    def rises(values: list[float]) -> bool:
         return all(a < b for a, b in itertools.pairwise(values))
 
-    for epsilon in (privacy.epsilon_rdp, lambda *a: privacy.epsilon_prv(*a)[0]):
-        assert strictly([epsilon(z, 0.1, 50, 1e-5) for z in (4, 2, 1, 0.7)])  # type: ignore[operator]
-        assert strictly([epsilon(1, q, 50, 1e-5) for q in (0.01, 0.1, 0.5, 1)])  # type: ignore[operator]
-        assert strictly([epsilon(1, 0.1, steps, 1e-5) for steps in (1, 10, 100)])  # type: ignore[operator]
-        assert strictly([epsilon(1, 0.1, 50, delta) for delta in (1e-3, 1e-5, 1e-7)])  # type: ignore[operator]
-        assert epsilon(1, 1, 1, 1e-5) == pytest.approx(
-            epsilon(5, 1, 25, 1e-5), abs=1e-5
-        )  # type: ignore[operator]
+    accountants: list[Any] = [
+        privacy.epsilon_rdp,
+        lambda *a: privacy.epsilon_prv(*a)[0],
+    ]
+    for epsilon in accountants:
+        assert rises([epsilon(z, 0.1, 50, 1e-5) for z in (4, 2, 1, 0.7)])
+        assert rises([epsilon(1, q, 50, 1e-5) for q in (0.01, 0.1, 0.5, 1)])
+        assert rises([epsilon(1, 0.1, steps, 1e-5) for steps in (1, 10, 100)])
+        assert rises([epsilon(1, 0.1, 50, delta) for delta in (1e-3, 1e-5, 1e-7)])
+        once, often = epsilon(1, 1, 1, 1e-5), epsilon(5, 1, 25, 1e-5)
+        assert once == pytest.approx(often, abs=1e-5)
 
 
 @pytest.mark.parametrize(("z", "steps"), [(0.3, 5), (1.0, 10), (20.0, 3)])
@@ -78,10 +87,9 @@ def test_without_sampling_prv_is_the_exact_gaussian_mechanism(
     mu, delta = math.sqrt(steps) / z, 1e-5  # Balle and Wang, ICML 2018, theorem 8
 
     def excess(epsilon: float) -> float:
+        head = normal.cdf(mu / 2 - epsilon / mu)
         tail = normal.logcdf(-mu / 2 - epsilon / mu)
-        return float(
-            normal.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + tail) - delta
-        )
+        return float(head - math.exp(epsilon + tail) - delta)
 
     exact = brentq(excess, 0, 500)
     found, _ = privacy.epsilon_prv(z, 1.0, steps, delta)
@@ -127,35 +135,26 @@ def test_local_noise_is_accounted_by_the_messages_of_the_busiest_client(
     result = run(e, tmp_path / "r")
     loop = loop_of(e, tmp_path / "other")
     sent = Counter(i for t in range(6) for i in loop.process.sample(t, {})[0].tolist())
-    found = result.final["privacy"]
-    assert found["steps"] == max(sent.values()) < 6
-    assert found["epsilon_rdp"] == pytest.approx(
-        privacy.epsilon_rdp(2.0, 1.0, found["steps"], 1e-5)
-    )
-    assert (found["view"], found["sample_rate"], found["unit"]) == (
-        "client_update",
-        1.0,
-        "client",
-    )
-    spent = [
-        row["privacy"]["epsilon_rdp"] for row in result.history if "privacy" in row
-    ]
-    assert [row["round"] for row in result.history if "privacy" in row] == [2, 4, 6]
-    assert spent == sorted(spent)
+    spent = result.final["privacy"]
+    assert spent["steps"] == max(sent.values()) < 6
+    epsilon = privacy.epsilon_rdp(2.0, 1.0, spent["steps"], 1e-5)
+    assert spent["epsilon_rdp"] == pytest.approx(epsilon)
+    view = (spent["view"], spent["sample_rate"], spent["unit"])
+    assert view == ("client_update", 1.0, "client")
+    rows = [row for row in result.history if "privacy" in row]
+    assert [row["round"] for row in rows] == [2, 4, 6]
+    epsilons = [row["privacy"]["epsilon_rdp"] for row in rows]
+    assert epsilons == sorted(epsilons)
     written = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(written[-1])["privacy"] == found
+    assert json.loads(written[-1])["privacy"] == spent
 
 
 def test_two_messages_a_round_count_twice_and_dropouts_do_not(tmp_path: Path) -> None:
-    result = run(
-        small("tests.methods:Two", **LOCAL, participation={"name": "uniform"}),
-        tmp_path / "r",
-    )
-    assert result.final["privacy"]["steps"] == 8
-    loop = loop_of(
-        small("fedavg", **LOCAL, participation={"name": "uniform", "dropout": 0.5}),
-        tmp_path / "d",
-    )
+    everybody: dict[str, Any] = {"name": "uniform"}
+    e = small("tests.methods:Two", **LOCAL, participation=everybody)
+    assert run(e, tmp_path / "r").final["privacy"]["steps"] == 8
+    half = {**everybody, "dropout": 0.5}
+    loop = loop_of(small("fedavg", **LOCAL, participation=half), tmp_path / "d")
     row = loop.round()
     assert int(loop.state.sent.sum()) == row["reports"] < 12
 
@@ -171,31 +170,22 @@ def test_defences_without_noise_guarantee_nothing_and_no_defence_reports_nothing
     tmp_path: Path,
 ) -> None:
     clipped = run(small("fedavg", defence__clip=1.0, defence__bits=4), tmp_path / "a")
-    assert (
-        clipped.final["privacy"]["epsilon_rdp"],
-        clipped.final["privacy"]["epsilon_prv"],
-    ) == ("inf", "inf")
+    spent = clipped.final["privacy"]
+    assert (spent["epsilon_rdp"], spent["epsilon_prv"]) == ("inf", "inf")
     assert "privacy" not in run(small("fedavg"), tmp_path / "b").final
 
 
 def test_central_noise_is_accounted_by_rounds_and_rate(tmp_path: Path) -> None:
-    found = run(central(), tmp_path / "a").final["privacy"]
-    assert (found["steps"], found["sample_rate"], found["view"], found["sampling"]) == (
-        4,
-        0.4,
-        "global_model",
-        "Poisson, rate 0.4",
-    )
-    assert found["epsilon_rdp"] == pytest.approx(privacy.epsilon_rdp(1.5, 0.4, 4, 1e-5))
-    assert found["epsilon_prv"] < found["epsilon_rdp"]
-    everybody = run(
-        small("dpfedavg", **{**DP, "participation": {"name": "uniform"}}),
-        tmp_path / "b",
-    ).final["privacy"]
-    assert (everybody["sample_rate"], everybody["sampling"]) == (
-        1.0,
-        "every client in every round",
-    )
+    spent = run(central(), tmp_path / "a").final["privacy"]
+    assert (spent["steps"], spent["sample_rate"]) == (4, 0.4)
+    assert (spent["view"], spent["sampling"]) == ("global_model", "Poisson, rate 0.4")
+    epsilon = privacy.epsilon_rdp(1.5, 0.4, 4, 1e-5)
+    assert spent["epsilon_rdp"] == pytest.approx(epsilon)
+    assert spent["epsilon_prv"] < spent["epsilon_rdp"]
+    everybody = small("dpfedavg", **{**DP, "participation": {"name": "uniform"}})
+    spent = run(everybody, tmp_path / "b").final["privacy"]
+    assert spent["sample_rate"] == 1.0
+    assert spent["sampling"] == "every client in every round"
 
 
 class Stop(Quiet):
@@ -206,9 +196,6 @@ class Stop(Quiet):
 
     def round_done(self, row: dict[str, Any]) -> None:
         if row["round"] == self.after:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -221,20 +208,16 @@ def test_a_resumed_run_goes_on_counting(which: str, tmp_path: Path) -> None:
     resumed = run(e, resume=tmp_path / "part")
     assert resumed.params_sha256 == whole.params_sha256
     assert resumed.final["privacy"] == whole.final["privacy"]
-    assert [row.get("privacy") for row in resumed.history] == [
-        row.get("privacy") for row in whole.history
-    ]
+    for row, expected in zip(resumed.history, whole.history, strict=True):
+        assert row.get("privacy") == expected.get("privacy")
 
 
 def test_other_noise_is_refused_on_resume(tmp_path: Path) -> None:
     run(small("fedavg", **LOCAL), tmp_path / "r")
-    with pytest.raises(
-        SettingsError, match=r"defence\.noise_multiplier was 2\.0 and is now 3\.0"
-    ):
-        run(
-            small("fedavg", **{**LOCAL, "defence__noise_multiplier": 3.0}, rounds=5),
-            resume=tmp_path / "r",
-        )
+    louder = small("fedavg", **{**LOCAL, "defence__noise_multiplier": 3.0}, rounds=5)
+    change = r"defence\.noise_multiplier was 2\.0 and is now 3\.0"
+    with pytest.raises(SettingsError, match=change):
+        run(louder, resume=tmp_path / "r")
 
 
 def test_a_person_reads_epsilon_with_all_that_it_depends_on(
@@ -244,36 +227,21 @@ def test_a_person_reads_epsilon_with_all_that_it_depends_on(
 
     result = run(central(), tmp_path / "r")
     show_result(result, None)
-    (line,) = (
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("privacy")
-    )
-    for word in (
-        "epsilon",
-        "PRV",
-        "RDP",
-        "delta 1e-05",
-        "one client",
-        "Poisson, rate 0.4",
-        "global_model",
-        "4 steps",
-    ):
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("privacy"))
+    for word in ("epsilon", "PRV", "RDP", "delta 1e-05", "one client", "4 steps"):
         assert word in line
+    assert "Poisson, rate 0.4" in line
+    assert "global_model" in line
     page = write_report(tmp_path / "r").read_text()
-    for words in (
-        "by PRV",
-        "does not cover",
-        "example counts",
-        "which the server reads without noise",
-        "run&#39;s seed",
-    ):
+    for words in ("by PRV", "does not cover", "example counts", "run&#39;s seed"):
         assert words in page
+    assert "which the server reads without noise" in page
     run(small("fedavg"), tmp_path / "plain")
     assert "epsilon " not in write_report(tmp_path / "plain").read_text()
 
 
-# The sampling that ran is the sampling that is accounted for, or there is no run
+# The sampling that ran is the one that is accounted for, or there is no run
 
 
 @pytest.mark.parametrize(
@@ -290,10 +258,8 @@ def test_dpfedavg_refuses_any_other_sampling_by_name(
     participation: dict[str, Any], tmp_path: Path
 ) -> None:
     e = small("dpfedavg", **{**DP, "participation": participation})
-    with pytest.raises(
-        SettingsError,
-        match=rf'participation\.name = "{participation["name"]}": .*"bernoulli".*let everybody',
-    ):
+    name = rf'participation\.name = "{participation["name"]}"'
+    with pytest.raises(SettingsError, match=rf'{name}: .*"bernoulli".*let everybody'):
         run(e, tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
@@ -301,26 +267,17 @@ def test_dpfedavg_refuses_any_other_sampling_by_name(
 def test_dpfedavg_refuses_what_its_noise_would_not_cover(tmp_path: Path) -> None:
     trace = tmp_path / "trace.txt"
     trace.write_text("1\n2\n3\n4\n")
-    with pytest.raises(SettingsError, match=r'participation\.name = "trace"'):
-        run(
-            small(
-                "dpfedavg",
-                **{**DP, "participation": {"name": "trace", "file": str(trace)}},
-            ),
-            tmp_path / "a",
-        )
-    with pytest.raises(
-        SettingsError,
-        match=r"dpfedavg clips and adds its own noise: leave out defence\.clip",
-    ):
-        run(central(defence__bits=8), tmp_path / "b")
-    with pytest.raises(SettingsError, match=r"links\.uplink: noise after the clipping"):
-        run(central(links__uplink__variance=0.1), tmp_path / "c")
-    with pytest.raises(
-        SettingsError,
-        match=r"min_reports = 1: a round that is skipped.*set min_reports = 0",
-    ):
-        run(small("dpfedavg", **{**DP, "min_reports": 1}), tmp_path / "d")
+    traced = {"participation": {"name": "trace", "file": str(trace)}}
+    refused = [
+        (small("dpfedavg", **{**DP, **traced}), r'participation\.name = "trace"'),
+        (central(defence__bits=8), r"its own noise: leave out defence\.clip"),
+        (central(links__uplink__variance=0.1), r"links\.uplink: noise after the clip"),
+        (small("dpfedavg", **{**DP, "min_reports": 1}), "set min_reports = 0"),
+    ]
+    for e, message in refused:
+        with pytest.raises(SettingsError, match=message):
+            run(e, tmp_path / "r")
+        assert not (tmp_path / "r").exists()
 
 
 # DP-FedAvg
@@ -330,10 +287,10 @@ def test_dpfedavg_is_the_papers_algorithm(tmp_path: Path) -> None:
     loop = loop_of(central(), tmp_path)
     theta = {name: x.double().numpy() for name, x in loop.state.server.params.items()}
     cohort = loop.process.sample(0, {})[0]
-    plain = loop_of(
-        small("fedavg", participation=DP["participation"]), tmp_path / "plain"
-    )
-    raw = list(plain.engine.each(plain.method.train, cohort, plain.state.server, 0))  # type: ignore[attr-defined]
+    e = small("fedavg", participation=DP["participation"])
+    plain = loop_of(e, tmp_path / "plain")
+    fn = plain.method.train  # type: ignore[attr-defined]
+    raw = list(plain.engine.each(fn, cohort, plain.state.server, 0))
     C, z, q, N = 0.2, 1.5, 0.4, 12
     total = {name: np.zeros_like(x) for name, x in theta.items()}
     clipped = 0
@@ -346,38 +303,29 @@ def test_dpfedavg_is_the_papers_algorithm(tmp_path: Path) -> None:
     assert clipped > 0
     draw = rng(loop.experiment.seed, "dp noise", 0)
     for name, x in total.items():
-        theta[name] = theta[name] + (x + z * C * draw.standard_normal(x.shape)) / (
-            q * N
-        )
+        noise = z * C * draw.standard_normal(x.shape)
+        theta[name] = theta[name] + (x + noise) / (q * N)
     loop.round()
-    assert_close(
-        loop.state.server.params,
-        {name: torch.from_numpy(x) for name, x in theta.items()},
-        1e-6,
-        "theta_1",
-    )
+    expected = {name: torch.from_numpy(x) for name, x in theta.items()}
+    assert_close(loop.state.server.params, expected, 1e-6, "theta_1")
 
 
 def test_a_dpfedavg_client_sends_its_clipped_difference_and_nothing_else(
     tmp_path: Path,
 ) -> None:
     loop = loop_of(central(), tmp_path)
-    for report in loop.engine.each(
-        loop.method.train, torch.arange(12), loop.state.server, 0
-    ):  # type: ignore[attr-defined]
+    fn = loop.method.train  # type: ignore[attr-defined]
+    for report in loop.engine.each(fn, torch.arange(12), loop.state.server, 0):
         assert report.up._fields == ("delta",)
-        length = math.sqrt(
-            sum(float(x.double().square().sum()) for x in report.up.delta.values())
-        )
-        assert length <= 0.2 * (1 + 1e-6)
+        length = trees.ravel(report.up.delta).double().norm()
+        assert float(length) <= 0.2 * (1 + 1e-6)
 
 
-def test_the_noise_of_a_round_that_nobody_attends_has_its_deviation() -> None:
+def test_the_noise_of_a_round_without_clients_has_its_deviation() -> None:
     server = Server("dpfedavg", 50, w=[0.0] * 20_000, clip=2.0, noise_multiplier=0.5)
     step = server.round({}, rates=[0.2] * 50)
-    assert float(step.std()) == pytest.approx(
-        2.0 * 0.5 / 10, rel=0.03
-    )  # 20 000 draws: standard error 0.5 %
+    # 20 000 draws: standard error 0.5 %
+    assert float(step.std()) == pytest.approx(2.0 * 0.5 / 10, rel=0.03)
     assert not torch.equal(server.round({}, rates=[0.2] * 50), step)
 
 
@@ -385,12 +333,9 @@ def test_without_noise_and_clipping_dpfedavg_is_fedavg_with_uniform_weights(
     tmp_path: Path,
 ) -> None:
     everybody = {"participation": {"name": "uniform"}, "method__local_lr": 0.05}
-    dp = run(
-        small("dpfedavg", **everybody, method__clip=1e6, method__noise_multiplier=0.0),
-        tmp_path / "a",
-    )
-    average = run(
-        small("fedavg", **everybody, method__weighting="participating"), tmp_path / "b"
-    )
+    none = {"method__clip": 1e6, "method__noise_multiplier": 0.0}
+    dp = run(small("dpfedavg", **everybody, **none), tmp_path / "a")
+    uniform = small("fedavg", **everybody, method__weighting="participating")
+    average = run(uniform, tmp_path / "b")
     assert_close(dp.params, average.params, 1e-6, "z = 0, C = 1e6")
     assert dp.final["privacy"]["epsilon_rdp"] == "inf"

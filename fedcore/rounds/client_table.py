@@ -81,7 +81,7 @@ class ClientTable:
     def cut(self, number: int) -> None:
         """Drop the rows after round `number` from disk, as those rounds are run again.
 
-        A file that cannot be read costs its own rows, with a warning.
+        A file that cannot be read is put aside, with a warning: it costs its own rows.
         """
         import pyarrow as pa
 
@@ -91,8 +91,9 @@ class ClientTable:
             try:
                 _cut_file(file, number)
             except (OSError, pa.ArrowException) as error:
-                log.warning("%s cannot be read (%s): its rows are lost", file, error)
-                file.unlink()
+                aside = file.replace(file.with_name(f"{file.name}.damaged"))
+                message = "%s cannot be read (%s): its rows are left out; it is now %s"
+                log.warning(message, file, error, aside.name)
 
     def merge(self) -> None:
         """Join the pieces to `clients.parquet`; where that fails, they stay."""
@@ -105,7 +106,8 @@ class ClientTable:
             _join(self.folder)
             for piece in pieces:
                 piece.unlink()
-            (self.folder / PIECES).rmdir()
+            if not any((self.folder / PIECES).iterdir()):
+                (self.folder / PIECES).rmdir()
         except (OSError, pa.ArrowException) as error:
             log.warning("%s: the rows of clients stay in pieces: %s", pieces[0], error)
 

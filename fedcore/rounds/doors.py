@@ -12,6 +12,7 @@ from fedcore import trees
 from fedcore.engines.base import Engine, Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout, read_finite
+from fedcore.errors import TooFewReports
 from fedcore.method import Round, evaluates
 from fedcore.reports import (
     Mean,
@@ -43,8 +44,12 @@ class Desk:
     notes: Notes
     stop: StopRequest
 
-    def note_failed(self, t: int, failed: Mapping[int, str]) -> None:
-        """Name the clients that were left out in round t, each reason once."""
+    def heard(self, t: int, failed: Mapping[int, str]) -> None:
+        """Name the clients that were left out in round t, each reason once.
+
+        Raises Interrupted where the run was told to stop.
+        """
+        self.stop.heed()
         for client, reason in failed.items():
             message = f"round {t + 1}: client {client} left out: {reason}"
             self.notes.once(reason, message)
@@ -124,14 +129,19 @@ class OpenRound(Round):
 
     def _count(self, fn: ClientFunction, readout: Readout) -> None:
         desk, tally = self.desk, self.tally
-        desk.stop.heed()
+        desk.heard(self.t, readout.failed)
         if tally.hides_scalars:
             readout = readout._replace(metrics={})
         tally.add(fn, readout)
-        desk.note_failed(self.t, readout.failed)
         desk.observer.client_done(self.t, len(tally.reported), len(tally.asked))
         if len(readout.clients):
             desk.table.add(self.t + 1, fn.__name__, readout)
 
     def zero_message(self, fn: ClientFunction, down: Tree) -> Tree:
-        return trees.zeros_like(message_shape(self.desk.work, fn, down, self.t))
+        try:
+            message = message_shape(self.desk.work, fn, down, self.t)
+        except Exception as error:  # the task's first example may be the broken one
+            raise TooFewReports(
+                f"nobody reported, and the server cannot run {fn.__name__}: {error}"
+            ) from error
+        return trees.zeros_like(message)

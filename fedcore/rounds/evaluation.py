@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedcore.engines.base import Engine
 from fedcore.engines.readout import read
 from fedcore.method import Method
 from fedcore.rng import rng
-from fedcore.rounds.client_table import ClientTable
+from fedcore.rounds.doors import Desk
 from fedcore.rounds.rundir import PERCENTILES
 from fedcore.types import ClientFunction, Model
 
@@ -37,13 +35,9 @@ class Evaluation:
         experiment: Experiment,
         task: Task,
         method: Method[Any],
-        engine: Engine,
-        table: ClientTable,
-        on_report: Callable[[Mapping[int, str]], None],
+        desk: Desk,
     ) -> None:
-        """`on_report(failed)` is called with every report, and may stop the run."""
-        self._task, self._method, self._engine = task, method, engine
-        self._table, self._on_report = table, on_report
+        self._task, self._method, self._desk = task, method, desk
         self._finetunes = experiment.finetune.epochs > 0
         self._clients = self._sample(experiment.evaluation.clients, experiment.seed)
 
@@ -85,13 +79,13 @@ class Evaluation:
         """Each metric over the evaluated clients; failures are added to `failed`."""
         pieces: dict[str, list[Measured]] = {}
         down = Model(server.params)
-        reports = self._engine.each(fn, self._clients, down, t)
+        reports = self._desk.engine.each(fn, self._clients, down, t)
         for report, readout in read(reports):
-            self._on_report(report.failed)
+            self._desk.heard(t, report.failed)
             failed.update(report.failed)
             if len(report.clients) == 0:
                 continue
-            self._table.add(t + 1, fn.__name__, readout)
+            self._desk.table.add(t + 1, fn.__name__, readout)
             has_examples = readout.num_examples > 0
             num_examples = readout.num_examples[has_examples].double()
             for name, values in readout.metrics.items():

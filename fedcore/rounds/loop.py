@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,14 +123,7 @@ class Loop:
             self.notes,
             self._stop,
         )
-        self._evaluation = Evaluation(
-            experiment,
-            self.task,
-            self.method,
-            self.engine,
-            self.clients,
-            self._on_evaluated,
-        )
+        self._evaluation = Evaluation(experiment, self.task, self.method, self.desk)
 
     def _first_state(self, params: dict[str, torch.Tensor]) -> State:
         """The state before the first round."""
@@ -268,10 +260,6 @@ class Loop:
             f"last: {reasons}. With updates that are not finite, check the model and "
             "lower the learning rate (method.local_lr)"
         )
-
-    def _on_evaluated(self, failed: Mapping[int, str]) -> None:
-        self._stop.heed()
-        self.desk.note_failed(self.state.t, failed)
 
     def _evaluated(self) -> dict[str, Any]:
         """Measures of the state, in rounds that are evaluated."""

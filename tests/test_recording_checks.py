@@ -60,6 +60,7 @@ def test_a_wrong_rule_is_noticed_however_small_the_step(
 
 def test_rounding_at_an_optimum_is_no_difference() -> None:
     """The residual is what rounding left of a sum: its order decides."""
+    torch.manual_seed(0)
     numbers = 100 * torch.randn(1000)
     target = numbers.double().sum().float()
     y, recorder = torch.zeros(1), Recorder("the loss")

@@ -40,7 +40,8 @@ def deviation(
 
 def tolerance(outputs: list[Tensor]) -> float:
     """The deviation that the rounding of two ways of computing one thing explains."""
-    return max([0.01, *(_eps(x) ** 0.5 for x in outputs if x.is_floating_point())])
+    roots = [math.sqrt(_eps(x)) for x in outputs if x.is_floating_point()]
+    return max([0.01, *roots])
 
 
 def movement(output: Tensor, inputs: list[Tensor], by_client: bool) -> Tensor:

@@ -226,7 +226,9 @@ class Gradients:
     ) -> None:
         self.names = names
         self._recorder = step_recorder("the objective of the attack")
-        self._graphs = Graphs(self._recorder) if _device(variables).type == "cuda" else None
+        self._graphs = (
+            Graphs(self._recorder) if _device(variables).type == "cuda" else None
+        )
         self._alone = grad_and_value(objective(model), has_aux=True)
         self._batch = vmap(grad_and_value(objective(products(model)), has_aux=True))
         if batched is None:
@@ -380,7 +382,9 @@ class _Product(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        places = grid(x.shape[2:], self.kernel, self.dilation, self.padding, self.stride)
+        places = grid(
+            x.shape[2:], self.kernel, self.dilation, self.padding, self.stride
+        )
         columns = functional.unfold(
             x, self.kernel, self.dilation, self.padding, self.stride
         )  # [N, C k k, H W]

@@ -35,7 +35,8 @@ def compare(model: str, cohort: int, rounds: int) -> None:
     torch.cuda.reset_peak_memory_stats()
     times = take_turns(experiment(*settings), rounds, {"vectorised": []}, cores=1)
     peak = torch.cuda.max_memory_allocated() / 1e9
-    title = f"{TITLES[model]}; {cohort} clients a round, at most {peak:.1f} GB of GPU memory"
+    memory = f"at most {peak:.1f} GB of GPU memory"
+    title = f"{TITLES[model]}; {cohort} clients a round, {memory}"
     show(title, summary(times), cohort)
 
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fedcore.rounds.readout import Readout
 from torch import Tensor
 
 from fedcore.config import CheckpointSettings
+from fedcore.engines.readout import Readout
 from fedcore.rounds import client_table
 from fedcore.rounds.client_table import ClientTable, read_clients
 from fedcore.rounds.loop import run
@@ -28,19 +28,20 @@ ROOT = Path(__file__).parent.parent
 COHORT = 50
 
 
-def seen(n: int, **metrics: Tensor) -> Readout:
-    return Readout([], torch.arange(1.0, n + 1), metrics)
+def measured(clients: Tensor, **metrics: Tensor) -> Readout:
+    num_examples = torch.arange(1.0, len(clients) + 1)
+    return Readout(clients, num_examples, metrics, {}, has_message=True, nbytes=0)
 
 
 def add_round(table: ClientTable, number: int) -> None:
     """One training report, and every third round an evaluation with more metrics."""
     clients = torch.arange(COHORT) + number
     loss = torch.linspace(0, 1, COHORT) + number
-    table.add(number, "train", clients, seen(COHORT, loss=loss))
+    table.add(number, "train", measured(clients, loss=loss))
     if number % 3 == 0:
         accuracy = loss.double() / 100
-        measured = seen(COHORT, loss=loss, accuracy=accuracy)
-        table.add(number, "evaluate", clients, measured)
+        readout = measured(clients, loss=loss, accuracy=accuracy)
+        table.add(number, "evaluate", readout)
 
 
 def written(folder: Path, rounds: int, every: int = 1) -> ClientTable:

@@ -357,14 +357,14 @@ def test_a_client_that_fails_in_a_fork_is_left_out_with_its_reason(
         tmp_path,
     )
     loop.round()
-    batches = loop.engine.work.batches  # type: ignore[attr-defined]
+    batches = loop.engine._chunks.work.batches  # type: ignore[attr-defined]
 
     def fails(fn: Any, clients: list[int], t: int) -> Any:
         if 3 in clients:
             raise ValueError("no such client")
         return batches(fn, clients, t)
 
-    loop.engine.work.batches = fails  # type: ignore[attr-defined]
+    loop.engine._chunks.work.batches = fails  # type: ignore[attr-defined]
     loop.engine._forks.close()  # type: ignore[attr-defined]
     loop.engine._forks = None  # type: ignore[attr-defined]
     reports = list(

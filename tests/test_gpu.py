@@ -210,7 +210,10 @@ def test_a_plain_methods_work_becomes_a_graph(tmp_path: Path) -> None:
 
 
 class Copies(FedAvg):
-    """Makes a constant on the device in its client function, for which the host waits: no graph can hold that."""
+    """Makes a constant on the device in its client function.
+
+    The host waits for it: no graph can hold that.
+    """
 
     @on_client
     def train(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import grad, vmap
@@ -243,6 +243,7 @@ def test_a_resumed_run_splits_clients_as_before_whatever_the_machine(
     loop.close()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=120),
     st.sampled_from([1, 2, 8, 12, 64]),

@@ -30,6 +30,15 @@ PADDING = 0.1  # of a round's local steps, at most, may be padding
 # Of chunks of ragged clients, in clients: few, as each is recorded anew.
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 
+DROPOUT = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
 
 class Chunks:
     """The work of one process, on one thread or one GPU."""
@@ -183,8 +192,7 @@ class Chunks:
 
 def noisy_layers(model: nn.Module) -> list[nn.Module]:
     """Layers that draw for each example; what they draw depends on shapes."""
-    dropout = nn.modules.dropout._DropoutNd
-    return [m for m in model.modules() if isinstance(m, dropout) and m.p > 0]
+    return [m for m in model.modules() if isinstance(m, DROPOUT) and m.p > 0]
 
 
 def summed(done: Done, weights: Tensor) -> Done:

@@ -267,10 +267,15 @@ class Loop:
         if t % self.experiment.evaluation.every and t != rounds:
             return {}
         begin = time.perf_counter()
-        row = self._evaluation.row(self.state.server, t - 1, is_last=t == rounds)
-        row |= self._spent()
+        row = self.evaluate() | self._spent()
         row["evaluation_s"] = round(time.perf_counter() - begin, 4)
         return row
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measures of the current state: of the test set, and over clients."""
+        t, server = self.state.t, self.state.server
+        is_last = t == self.experiment.rounds
+        return self._evaluation.row(server, t - 1, is_last)
 
     def _spent(self) -> dict[str, Any]:
         """The privacy guarantee up to now; by the slower accountant after the last."""

@@ -245,7 +245,7 @@ class Fork:
 
 
 def _fork(call: Call, others: list[Connection]) -> Fork:
-    """A new fork; `others` are the parent's ends of the lines to those that there are."""
+    """A new fork; `others` are the parent's ends of the lines to those before it."""
     parents_end, childs_end = Pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -261,7 +261,7 @@ def _fork(call: Call, others: list[Connection]) -> Fork:
             ) from error
     if pid == 0:
         try:
-            # While a process holds the parent's end, none sees that it is gone.
+            # While one process holds the parent's end, none sees it closed.
             for pipe in (parents_end, *others):
                 pipe.close()
             _settle()

@@ -30,7 +30,8 @@ from fedcore import trees
 from fedcore.errors import TooFewReports
 from fedcore.local import local_sgd
 from fedcore.method import Method, MethodSettings, on_client
-from fedcore.proximal import Quadratic, quadratic, require_hessian, unknown
+from fedcore.proximal import Quadratic, hessian_memory, quadratic, unknown
+from fedcore.storage import memory
 from fedcore.task import Task
 from fedcore.types import Batches, Params, Round, Stateless
 
@@ -93,7 +94,7 @@ class RERCE(Method[Settings]):
 
     def check(self, task: Task, cohort: int) -> str | None:
         if self.s.solver == "exact":
-            require_hessian(task)
+            memory.require(*hessian_memory(task))
         return (
             "RERCE-Fed with one client a round may diverge: its s_n swings from one client to the next"
             if cohort == 1

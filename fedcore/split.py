@@ -60,7 +60,8 @@ def split(params: Params, parts: Iterable[str]) -> tuple[Params, Params]:
                 f"such as {_some(list(params))}"
             )
         names |= members
-    shared, personal = {}, {}
+    shared: Params = {}
+    personal: Params = {}
     for name, value in params.items():
         target = personal if name in names else shared
         target[name] = value

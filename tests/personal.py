@@ -38,7 +38,8 @@ DIGITS: dict[str, Any] = {
 
 
 class Sum(nn.Module):
-    """The output u + v, or the two outputs u x_1 and v x_2, of which neither parameter sees the other's."""
+    """The output u + v, or the two outputs u x_1 and v x_2, of which neither
+    parameter sees the other's."""
 
     def __init__(self, separate: bool) -> None:
         super().__init__()
@@ -57,7 +58,10 @@ class Sum(nn.Module):
 
 
 def coupled(e: Experiment) -> Task:
-    """f_i = 1/2 (u + v - c_i)^2 with c_i the options' `c`, one example a client; u = 1 and v = 2 at the start."""
+    """f_i = 1/2 (u + v - c_i)^2 with c_i the options' `c`, one example a client.
+
+    U = 1 and v = 2 at the start.
+    """
     c = torch.tensor(e.options["c"], dtype=torch.float64)[:, None]
     rows = Examples(torch.zeros_like(c), c)
     return Task(

@@ -41,7 +41,8 @@ def test_a_linear_weight_is_the_product_of_face_splitting_matrices() -> None:
 def test_inner_ranks_multiply_up_to_the_sides_whatever_the_shape(
     m: int, n: int, r1: int, r2: int
 ) -> None:
-    """Proposition 1, and the constructive form behind it, in which the inner size is r1 r2."""
+    """Proposition 1, and the constructive form behind it, in which the inner size is
+    r1 r2."""
     layer, other = factored((m, n), r1), factored((m, n), r2, seed=1)
     layer.X2, layer.Y2 = other.X2, other.Y2
     X, Y = (
@@ -61,7 +62,8 @@ def test_inner_ranks_multiply_up_to_the_sides_whatever_the_shape(
 def test_the_weight_of_a_convolution_is_the_sum_over_its_core_whatever_the_shape(
     outputs: int, inputs: int, k1: int, k2: int, rank: int, form: Form
 ) -> None:
-    """Proposition 3: both unfoldings by channels have rank R^2 at most, in pFedPara R (R + 1), in plain low rank R."""
+    """Proposition 3: both unfoldings by channels have rank R^2 at most, in pFedPara
+    R (R + 1), in plain low rank R."""
     layer = factored((outputs, inputs, k1, k2), rank, form)
     p = values(layer)
     one, two = (
@@ -140,7 +142,11 @@ def test_tanh_keeps_every_weight_between_minus_one_and_one() -> None:
 
 
 def test_the_identity_is_represented_without_rounding() -> None:
-    """R = 8, 2,048 parameters: a matrix of rank 16, which has as many, is at least .75 away from it (relative, squared)."""
+    """R = 8, 2,048 parameters.
+
+    A matrix of rank 16, which has as many, is at least .75 away from it (relative,
+    squared).
+    """
     n, R = 64, 8
     i, a = torch.arange(n)[:, None], torch.arange(R)
     layer = FactoredLinear(nn.Linear(n, n, bias=False), R, LowRank(form="fedpara"))
@@ -206,7 +212,10 @@ def test_changes_of_gauge_leave_the_weight_as_it_is(shape: tuple[int, ...]) -> N
 
 
 def test_the_mean_of_factors_is_not_the_mean_of_weights() -> None:
-    """Two clients with W = 1 each, in another gauge: their mean has W = 1.125. Hence all start from one seed."""
+    """Two clients with W = 1 each, in another gauge: their mean has W = 1.125.
+
+    Hence all start from one seed.
+    """
     layer = factored((1, 1), 1)
     factors = {"X1": [1.0, 2.0], "Y1": [1.0, 0.5], "X2": [1.0, 1.0], "Y2": [1.0, 1.0]}
     clients = {

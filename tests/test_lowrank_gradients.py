@@ -64,7 +64,10 @@ def test_gradients_of_linear_factors_are_the_papers() -> None:
 def test_every_factor_has_the_same_inner_product_with_its_gradient(
     form: Form, shape: tuple[int, ...]
 ) -> None:
-    """<W, G>, for W is linear in each; in pFedPara for the second factors without the 1: <W - W1, G>."""
+    """<W, G>, for W is linear in each.
+
+    In pFedPara for the second factors without the 1: <W - W1, G>.
+    """
     layer = factored(shape, 3, form)
     W, G, d = with_gradients(layer)
     inner = {
@@ -104,7 +107,10 @@ def test_gradients_agree_with_finite_differences(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_product_is_formed_twice(form: Form) -> None:
-    """Floating-point operations of a step: W_i once on the way, two of its size back; and the dense layer's own."""
+    """Floating-point operations of a step: W_i once on the way, two of its size back.
+
+    And the dense layer's own.
+    """
     (m, n, R, B), products = (40, 30, 6, 5), 1 if form == "lowrank" else 2
     layer = layer_of((m, n), R, form)
     x = torch.randn(B, n, requires_grad=True)
@@ -125,7 +131,8 @@ def test_no_product_is_formed_twice(form: Form) -> None:
 
 
 def by_hand(x: list[Tensor], J: Tensor, step: float) -> Tensor:
-    """1/2 |W' - (W - eta J)|^2 of a linear layer, with the gradients as they are written in the paper."""
+    """1/2 |W' - (W - eta J)|^2 of a linear layer, with the gradients as they are
+    written in the paper."""
     X1, Y1, X2, Y2 = x
     W1, W2 = X1 @ Y1.T, X2 @ Y2.T
     new1 = (X1 - step * (J * W2) @ Y1) @ (Y1 - step * (J * W2).T @ X1).T

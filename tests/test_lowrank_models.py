@@ -154,7 +154,8 @@ def test_what_others_read_or_may_do_with_a_weight_stays_dense() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_of_pytorchs_transformer_works_with_factors(training: bool) -> None:
-    """It reads the weights of its layers itself, on a path of its own outside of training."""
+    """It reads the weights of its layers itself, on a path of its own outside of
+    training."""
     layer = lowrank(
         nn.TransformerEncoderLayer(64, 2, 128, dropout=0.0, batch_first=True),
         LowRank(form="fedpara"),

@@ -87,7 +87,8 @@ def test_one_client_in_every_round_is_sgd_on_the_factors(
             sgd.step()
         loop.round()
     assert not equal(loop.state.server.params, loop.task.init_params())
-    # not bit for bit: clients send y - x, and x + (y - x) is rounded; the weight of the client, 1, is a quotient of float32
+    # not bit for bit: clients send y - x, and x + (y - x) is rounded; the weight of the
+    # client, 1, is a quotient of float32
     assert_close(
         loop.state.server.params, values(model), 1e-8, f"{form} with one client"
     )
@@ -206,7 +207,10 @@ def test_pfedpara_shares_the_first_product_and_clients_keep_the_second(
 
 
 def frozen(e: Experiment) -> Task:
-    """pFedPara whose second product is at zero and stays there: X2 and Y2 have each other in their gradients."""
+    """pFedPara whose second product is at zero and stays there.
+
+    X2 and Y2 have each other in their gradients.
+    """
     task = TASKS["digits"](e)
     lowrank(task.model, LowRank(form="pfedpara", gamma=0.5))
     for name, p in task.model.named_parameters():
@@ -255,7 +259,10 @@ def test_a_task_that_knows_its_optimum_takes_no_factors() -> None:
 
 
 def federated_regression(form: Form, target: Tensor) -> float:
-    """Relative squared error of W, of 2,048 parameters, for y = W* x: 10 clients of 200 examples, 5 a round, 150 rounds."""
+    """Relative squared error of W, of 2,048 parameters, for y = W* x.
+
+    10 clients of 200 examples, 5 a round, 150 rounds.
+    """
     draw = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)

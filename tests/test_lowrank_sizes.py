@@ -122,7 +122,10 @@ def test_ranks_and_sizes_of_the_papers_layers(
 def test_a_layer_that_full_rank_would_not_make_smaller_stays_dense_whatever_gamma(
     shape: tuple[int, ...], gamma: float
 ) -> None:
-    """10 outputs of 32 inputs: full rank takes R = 4 and 336 parameters, for 320; R = 3 would allow rank 9 alone."""
+    """10 outputs of 32 inputs: full rank takes R = 4 and 336 parameters, for 320.
+
+    R = 3 would allow rank 9 alone.
+    """
     assert rank_of(shape, gamma) == 0
 
 
@@ -137,7 +140,8 @@ VGG = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
 
 
 def vgg(classes: int, gamma: float | None) -> tuple[int, list[int | None]]:
-    """(parameters, ranks) of the paper's VGG16 with GroupNorm, whose last three layers are kept; without memory for its weights."""
+    """(parameters, ranks) of the paper's VGG16 with GroupNorm, whose last three
+    layers are kept; without memory for its weights."""
 
     def build() -> nn.Module:
         convolutions: list[nn.Module] = []

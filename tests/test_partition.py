@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -286,7 +287,8 @@ def test_a_hopeless_draw_is_stopped_at_its_first_try_after_the_limit(
 ) -> None:
     """With a clock that goes on by two seconds whenever it is read."""
     clock = itertools.count(step=2)
-    monkeypatch.setattr("fedcore.data.partition.time.monotonic", lambda: next(clock))
+    stand_in = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("fedcore.data.partition.time", stand_in)
     with pytest.raises(SettingsError, match="not found within 5 s"):
         Dirichlet(alpha=0.01).split(LABELS, None, 500, 0)
     # Read at the start (0), and after the first three tries (2, 4, 6).

@@ -95,7 +95,10 @@ def test_three_rounds_of_two_clients_are_the_written_out_recursion(
 
 
 def test_ditto_and_pfedme_are_the_written_out_recursions(tmp_path: Path) -> None:
-    """Their model is all of (u, v), whose gradients are equal: their sum s moves by twice the gradient of 1/2 (s - c)^2."""
+    """Their model is all of (u, v), whose gradients are equal.
+
+    Their sum s moves by twice the gradient of 1/2 (s - c)^2.
+    """
     s, own, lr = 3.0, [3.0, 3.0], 0.1
     for _ in range(3):
         ends = []
@@ -396,7 +399,8 @@ def test_ditto_without_lambda_is_local_training_beside_fedavg(
 def test_fine_tuning_is_sgd_from_the_clients_own_model_on_these_parts(
     name: str, parts: list[str], penalty: float, tmp_path: Path
 ) -> None:
-    """With parts = all and the penalty it is Ditto after the fact, without the penalty full fine-tuning."""
+    """With parts = all and the penalty it is Ditto after the fact, without the
+    penalty full fine-tuning."""
     settings = {
         "finetune__epochs": 2,
         "finetune__lr": 0.03,

@@ -30,7 +30,10 @@ from tests.personal import (
 
 
 def alternating(folder: Path, **settings: Any) -> Loop:
-    """After two rounds of the same run, so that v_i is not v0: what is looked at is the third, with other settings."""
+    """After two rounds of the same run, so that v_i is not v0.
+
+    What is looked at is the third, with other settings.
+    """
     before = done(small("fedalt"), folder / "before", 2)
     loop = loop_of(small("fedalt", **settings), folder / "now")
     assert loop.engine.states is not None
@@ -60,7 +63,8 @@ def test_phase_v_has_u_as_received_and_phase_u_has_the_new_v(tmp_path: Path) -> 
     assert all(not bool(x.any()) for x in trees.leaves(still.delta)), (
         "u moved in phase V"
     )
-    # Phase U alone, from the new v, with a penalty that would pull v back if it were at work
+    # Phase U alone, from the new v, with a penalty that would pull v back if it were at
+    # work
     only_u = alternating(tmp_path / "u", method__penalty=5.0, method__personal_passes=0)
     assert only_u.engine.states is not None
     only_u.engine.states.put([3], trees.map(lambda x: x[None], v))

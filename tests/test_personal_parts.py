@@ -131,7 +131,8 @@ def test_patterns_match_whole_names() -> None:
 
 
 def test_what_is_shared_depends_on_no_personal_size() -> None:
-    """FedPerfix's messages: the same whatever the bottleneck, the scale and the number of classes."""
+    """FedPerfix's messages: the same whatever the bottleneck, the scale and the
+    number of classes."""
     found = []
     for bottleneck, scale, classes in ((2, 0.8, 3), (9, 1.5, 60)):
         params = named(

@@ -235,7 +235,7 @@ def lowrank(
 
     >>> model = lowrank(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 2)))
     >>> [name for name, _ in model[0].named_parameters()]
-    ['bias', 'X1', 'Y1', 'X2', 'Y2']
+    ['X1', 'Y1', 'X2', 'Y2', 'bias']
     >>> model[0].X1.shape
     torch.Size([100, 10])
     >>> type(model[1]).__name__

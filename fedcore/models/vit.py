@@ -144,7 +144,8 @@ class Block(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         z = z + self.adapter1(self.attn(self.norm1(z)))
         hidden = functional.gelu(self.mlp["fc1"](self.norm2(z)))
-        return z + self.adapter2(self.mlp["fc2"](hidden))
+        z = z + self.adapter2(self.mlp["fc2"](hidden))
+        return z
 
 
 class Adapter(nn.Module):
@@ -203,6 +204,7 @@ class PrefixedAttention(Attention):
         d, size = plain.qkv.in_features, settings.bottleneck
         self.scale = settings.scale
         self.prefix: nn.Module
+        last: nn.Module  # the layer that makes P
         if settings.form == "concat":
             self.prefix = last = Tokens(plain.num_heads, size, d // plain.num_heads)
         elif settings.form == "linear":

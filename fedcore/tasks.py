@@ -195,10 +195,10 @@ def weighted_least_squares(experiment: Experiment) -> Task:
     """Linear regression in float64, every client with fewer examples than features.
 
     As Lari et al. (2024) have it for RERCE-Fed: y = X_k w + nu, w and nu standard
-    normal (nu times sigma_nu), entries of X_k of mean U(-0.5, 0.5) and variance U(0.5, 1.5),
-    both a client's own. `task.optimum` is the centralised solution over all training
-    examples, on which the task is also tested. Sections `model` and `partition` do not
-    apply.
+    normal (nu times sigma_nu), entries of X_k of mean U(-0.5, 0.5) and variance
+    U(0.5, 1.5), both a client's own. `task.optimum` is the centralised solution over
+    all training examples, on which the task is also tested. Sections `model` and
+    `partition` do not apply.
     """
     options = _options(experiment, WeightedLeastSquares)
     clients = experiment.population or DEFAULT_POPULATION

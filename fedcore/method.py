@@ -320,7 +320,6 @@ class Method(Generic[S]):
             prox=2 * settings.penalty,
             fixed=fixed,
         )
-        task.model.eval()
         metrics = task.evaluate({**fixed, **tuned.params}, batches.test)
         return Metrics(metrics), state
 

@@ -1,4 +1,7 @@
-"""What methods with personal parameters have in common: who holds which, and the model that results."""
+"""Parts that methods with personal parameters share.
+
+Their settings, messages and states, and the model that a client uses.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,20 @@ class PersonalSettings(MethodSettings):
 
     personal: Parts = Field(
         ("output",),
-        description="v, what stays on the client: parts by name (input, output, body, norm, adapter, attention, mlp, prefix, "
-        "factors, all), or patterns of whole parameter names; [] = nothing",
+        description="v, the parameters that stay on the client: parts by name (input, "
+        "output, body, norm, adapter, attention, mlp, prefix, factors, all), or "
+        "patterns of whole parameter names; [] = nothing",
     )
 
 
 class Personal(NamedTuple):
-    """What a client keeps: its own parameters."""
+    """The state of a client: its own parameters."""
 
     v: Params
 
 
 class Update(NamedTuple):
-    """What a client sends: the change of the shared parameters."""
+    """The message of a client: the change of the shared parameters."""
 
     delta: Params  # u_i - u
     loss: Tensor  # mean training loss, for the log
@@ -42,10 +46,11 @@ S = TypeVar("S", bound=PersonalSettings)
 
 
 class Partial(Method[S], Generic[S]):
-    """The server holds the shared parameters u, client i its v_i; neither ever has the other's.
+    """A method whose server holds the shared parameters u, and client i its v_i.
 
-    Every v_i starts at v0, the personal part of the initial model, and the server's own model is (u, v0): what a client uses that
-    has never taken part.
+    Neither ever has the other's. Every v_i starts at v0, the personal part of the
+    initial model, and the server's own model is (u, v0): a client that has never taken
+    part uses that.
     """
 
     def init_server(self, params: Params, population: int) -> Model:
@@ -63,9 +68,8 @@ class Partial(Method[S], Generic[S]):
 
 def initial(task: Task, params: Params) -> Params:
     """The parameters of these names as the model was built: v0."""
-    return {
-        name: p.detach() for name, p in task.model.named_parameters() if name in params
-    }
+    whole = dict(task.model.named_parameters())
+    return {name: whole[name].detach() for name in whole if name in params}
 
 
 class Own(NamedTuple):
@@ -79,14 +83,13 @@ class Own(NamedTuple):
         return cls(params, torch.zeros(()))
 
     def after(self, v: Params, steps: Tensor) -> Own:
-        """After training with so many steps; without any, nothing has changed."""
+        """This state after training to v; after 0 steps it is as before."""
         trained = steps > 0
-        return Own(
-            trees.where(trained, v, self.v), torch.where(trained, 1.0, self.seen)
-        )
+        kept = trees.where(trained, v, self.v)
+        return Own(kept, torch.where(trained, 1.0, self.seen))
 
 
 def used(state: Own, w: Params) -> Params:
     """The client's own model where it has one, else the global parameters."""
-    found: Params = trees.where(state.seen > 0, state.v, w)
-    return found
+    params: Params = trees.where(state.seen > 0, state.v, w)
+    return params

@@ -1,6 +1,7 @@
-"""The local problem of ADMM, min_w J(w) - <g, w> + rho/2 |w - s|^2, solved exactly where J is quadratic.
+"""The local problem of ADMM, min_w J(w) - <g, w> + rho/2 |w - s|^2.
 
-For other losses `local_sgd` takes steps on it: correction = -g, prox = rho, center = s.
+Solved exactly here, where J is quadratic. For other losses `local_sgd` takes steps on
+it: correction = -g, prox = rho, center = s.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch.func import grad, jacrev
 from fedcore import trees
 from fedcore.errors import SettingsError
 from fedcore.local import Loss
-from fedcore.storage import memory as limits
 from fedcore.task import Task
 from fedcore.types import Batches, Params
 
@@ -23,7 +23,10 @@ CHUNK = 16  # clients that an engine may batch
 
 
 class Quadratic(NamedTuple):
-    """J(w) = 1/2 w'Hw - b'w + const, w in the order of `trees.ravel`; a client keeps it, so as to factor its Hessian once."""
+    """J(w) = 1/2 w'Hw - b'w + const, w in the order of `trees.ravel`.
+
+    A client keeps it, so as to factor its Hessian once.
+    """
 
     Q: Tensor  # [d, d], H = Q diag(h) Q'
     h: Tensor  # [d], ascending
@@ -39,23 +42,26 @@ class Quadratic(NamedTuple):
 
     def least_squares(self, like: Params) -> Params:
         """The minimiser of J of least norm, H^+ b."""
-        zero = (
-            self.h[-1] * len(self.h) * torch.finfo(self.h.dtype).eps
-        )  # what rounding makes of an eigenvalue 0
-        return trees.unravel(
-            self._scaled(torch.where(self.h > zero, 1 / self.h, 0.0), self.b), like
-        )
+        # Rounding makes up to this of an eigenvalue 0.
+        zero = self.h[-1] * len(self.h) * torch.finfo(self.h.dtype).eps
+        inverse = torch.where(self.h > zero, 1 / self.h, 0.0)
+        return trees.unravel(self._scaled(inverse, self.b), like)
 
     def _scaled(self, by: Tensor, v: Tensor) -> Tensor:
-        # A client that could not look at its data has Q = 0: what it computes is not finite, and left out.
-        known = torch.where(self.Q.any(), 1.0, torch.nan)
-        return known * (self.Q @ (by * (v @ self.Q)))
+        """Q diag(by) Q'v.
+
+        A client that could not look at its data has Q = 0: its result is not finite,
+        and left out of the round.
+        """
+        valid = torch.where(self.Q.any(), 1.0, torch.nan)
+        return valid * (self.Q @ (by * (v @ self.Q)))
 
 
 def quadratic(loss: Loss, params: Params, batches: Batches) -> Quadratic:
     """J, the sum of the losses of all real examples of `batches`, expanded at zero.
 
-    Exact where the loss is quadratic in the parameters, as least squares with a linear model is.
+    Exact where the loss is quadratic in the parameters, as least squares with a linear
+    model is.
     """
     x, y, mask = (b.flatten(0, 1) for b in batches)
     zero = torch.zeros_like(trees.ravel(params))
@@ -68,19 +74,29 @@ def quadratic(loss: Loss, params: Params, batches: Batches) -> Quadratic:
 
 
 def unknown(params: Params) -> Quadratic:
-    """What stands for J before a client has looked at its data."""
+    """The place holder for J before a client has looked at its data."""
     b = torch.zeros_like(trees.ravel(params))
     return Quadratic(b.new_zeros(len(b), len(b)), b, b)
 
 
-def require_hessian(task: Task) -> None:
-    """Raises SettingsError for a model whose Hessians take too long, or too much memory."""
+def hessian_memory(task: Task) -> tuple[int, torch.device, str]:
+    """(bytes that the clients' Hessians take, where, and the reason in words).
+
+    For `storage.memory.require`. Raises SettingsError for a model whose Hessians take
+    too long.
+    """
     params = trees.ravel(task.init_params())
-    what = f"method.solver = exact takes the Hessian of {len(params):,} parameters for each of {task.population:,} clients"
+    purpose = (
+        f"method.solver = exact takes the Hessian of {len(params):,} parameters for "
+        f"each of {task.population:,} clients"
+    )
     if len(params) > LARGEST:
         raise SettingsError(
-            f'{what}: expected at most {LARGEST:,} parameters, as in least squares; use method.solver = "sgd"'
+            f"{purpose}: expected at most {LARGEST:,} parameters, as in least squares; "
+            'use method.solver = "sgd"'
         )
-    # Q of every client; H, Q and what making the two takes, of a chunk of clients side by side
-    need = (task.population + 4 * CHUNK) * len(params) ** 2 * params.element_size()
-    limits.require(need, task.device, what)
+    # Q of every client; H, Q and what making the two takes, of a chunk of clients
+    # side by side.
+    matrices = task.population + 4 * CHUNK
+    num_bytes = matrices * len(params) ** 2 * params.element_size()
+    return num_bytes, task.device, purpose

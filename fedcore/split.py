@@ -1,4 +1,7 @@
-"""Shared and personal parameters: a total, disjoint split by parts of a model, or by patterns of parameter names."""
+"""Shared and personal parameters: a total, disjoint split of a model.
+
+By parts of the model, or by patterns of parameter names.
+"""
 
 from __future__ import annotations
 
@@ -11,51 +14,65 @@ from pydantic import AfterValidator, BeforeValidator
 from fedcore.errors import SettingsError
 from fedcore.types import Params
 
+SHOWN = 12  # names of parameters that a message lists whole
 
-def _patterns(parts: tuple[str, ...]) -> tuple[str, ...]:
+
+def _check_patterns(parts: tuple[str, ...]) -> tuple[str, ...]:
     for part in parts:
         try:
             re.compile(part)
-        except re.error as e:
+        except re.error as error:
             raise ValueError(
-                f'"{part}" is no regular expression ({e}); expected {", ".join(PARTS)}, or a pattern'
-            ) from e
+                f'"{part}" is no regular expression ({error}); '
+                f"expected {', '.join(PARTS)}, or a pattern"
+            ) from error
     return parts
 
 
 Parts = Annotated[
     tuple[str, ...],
     BeforeValidator(lambda v: (v,) if isinstance(v, str) else v),
-    AfterValidator(_patterns),
+    AfterValidator(_check_patterns),
 ]
 """Names of `PARTS`, or regular expressions that match whole parameter names."""
 
 
 def split(params: Params, parts: Iterable[str]) -> tuple[Params, Params]:
-    """(shared, personal), the personal being these parts: every name is in exactly one of the two; order is kept.
+    """(shared, personal), the personal parameters being these parts.
 
-    Raises SettingsError for a part that no parameter belongs to.
+    Every name is in exactly one of the two; order is kept. Raises SettingsError for a
+    part that no parameter belongs to.
+
+    >>> import torch
+    >>> weights = {"0.weight": torch.zeros(3, 2), "1.weight": torch.zeros(1, 3)}
+    >>> shared, personal = split(weights, ["output"])
+    >>> list(shared), list(personal)
+    (['0.weight'], ['1.weight'])
     """
-    personal: set[str] = set()
+    names: set[str] = set()
     for part in parts:
-        found = (
-            PARTS[part](params)
-            if part in PARTS
-            else {name for name in params if re.fullmatch(part, name)}
-        )
-        if not found:
-            some = (
-                list(params)
-                if len(params) <= 12
-                else [*list(params)[:6], "...", *list(params)[-5:]]
-            )
+        names_of_part = PARTS.get(part) or _matching(part)
+        members = names_of_part(params)
+        if not members:
             raise SettingsError(
-                f'the part "{part}": no parameter of the model belongs to it; expected {", ".join(PARTS)}, or a regular expression '
-                f"for whole names such as {', '.join(some)}"
+                f'the part "{part}": no parameter of the model belongs to it; '
+                f"expected {', '.join(PARTS)}, or a regular expression for whole names "
+                f"such as {_some(list(params))}"
             )
-        personal |= found
-    shared = {name: value for name, value in params.items() if name not in personal}
-    return shared, {name: value for name, value in params.items() if name in personal}
+        names |= members
+    shared: Params = {}
+    personal: Params = {}
+    for name, value in params.items():
+        target = personal if name in names else shared
+        target[name] = value
+    return shared, personal
+
+
+def _some(names: list[str]) -> str:
+    """The names in a line; of many, the first and the last."""
+    if len(names) > SHOWN:
+        names = [*names[:6], "...", *names[-5:]]
+    return ", ".join(names)
 
 
 def _module(name: str) -> str:
@@ -63,16 +80,17 @@ def _module(name: str) -> str:
 
 
 def _input(params: Params) -> set[str]:
-    """What the model itself holds (embeddings of a transformer), its first layer, and a normalisation right behind that, in the
-    same module: the norm of a transformer's first block belongs to that block."""
-    modules = list(dict.fromkeys(_module(name) for name in params if _module(name)))
+    """The input: parameters of the model itself (embeddings), and its first layer.
+
+    And a normalisation right behind that, in the same module: the norm of a
+    transformer's first block belongs to that block.
+    """
+    modules = list(dict.fromkeys(filter(None, map(_module, params))))
     first = {"", *modules[:1]}
-    if (
-        len(modules) > 1
-        and modules[1] in _norms(params)
-        and _module(modules[0]) == _module(modules[1])
-    ):
-        first.add(modules[1])
+    if len(modules) > 1:
+        are_siblings = _module(modules[0]) == _module(modules[1])
+        if are_siblings and modules[1] in _norms(params):
+            first.add(modules[1])
     return {name for name in params if _module(name) in first}
 
 
@@ -83,28 +101,27 @@ def _output(params: Params) -> set[str]:
 
 def _norms(params: Params) -> set[str]:
     """Modules whose weight is a vector: normalisation layers."""
-    return {
-        _module(name)
-        for name, value in params.items()
-        if name.endswith(".weight") and value.ndim == 1
-    }
+    modules = set()
+    for name, value in params.items():
+        if name.endswith(".weight") and value.ndim == 1:
+            modules.add(_module(name))
+    return modules
 
 
 def _norm(params: Params) -> set[str]:
-    return {name for name in params if _module(name) in _norms(params)}
+    norms = _norms(params)
+    return {name for name in params if _module(name) in norms}
 
 
 def _adapter(params: Params) -> set[str]:
     """Bottlenecks, and the norms beside them; the shortcuts' norms stay shared."""
-    adapters = _named(r"(.*\.)?adapter\d?\..+")(params)
-    return (
-        adapters | {name for name in _norm(params) if "shortcut" not in name}
-        if adapters
-        else set()
-    )
+    adapters = _matching(r"(.*\.)?adapter\d?\..+")(params)
+    if not adapters:
+        return set()
+    return adapters | {name for name in _norm(params) if "shortcut" not in name}
 
 
-def _named(pattern: str) -> Callable[[Params], set[str]]:
+def _matching(pattern: str) -> Callable[[Params], set[str]]:
     return lambda params: {name for name in params if re.fullmatch(pattern, name)}
 
 
@@ -114,10 +131,10 @@ PARTS: dict[str, Callable[[Params], set[str]]] = {
     "output": _output,
     "body": lambda params: set(params) - _output(params),
     "norm": _norm,
-    "attention": _named(r"(.*\.)?attn\.(qkv|proj)\.[^.]+"),
-    "mlp": _named(r"(.*\.)?mlp\..+"),
+    "attention": _matching(r"(.*\.)?attn\.(qkv|proj)\.[^.]+"),
+    "mlp": _matching(r"(.*\.)?mlp\..+"),
     "adapter": _adapter,
-    "prefix": _named(r"(.*\.)?attn\.prefix\..+"),
-    "factors": _named(r"(.*\.)?(X2|Y2|T2)"),
+    "prefix": _matching(r"(.*\.)?attn\.prefix\..+"),
+    "factors": _matching(r"(.*\.)?(X2|Y2|T2)"),
 }
 """Parts of a model by name, found by the names and shapes of its parameters."""

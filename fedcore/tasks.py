@@ -1,4 +1,4 @@
-"""The bundled tasks, and the way to a user's own: a function of the Experiment that returns a Task."""
+"""The bundled tasks, and the way to a user's own: from an Experiment to a Task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedcore.config import Experiment
 from fedcore.data import sources
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.partition import carve
@@ -25,44 +24,53 @@ from fedcore.rng import rng, torch_seed
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.task import Task, squared_error
 
+if TYPE_CHECKING:
+    from fedcore.config import Experiment
+
 DEFAULT_POPULATION = 100
-T = TypeVar("T", bound=BaseModel)
+Options = TypeVar("Options", bound=BaseModel)
 
 
-def images(e: Experiment, name: str) -> Task:
-    """Classification of a bundled image data set, spread over clients by `e.partition`."""
-    if e.options:
+def images(experiment: Experiment, name: str) -> Task:
+    """Classification of a bundled image data set, spread over clients by `partition`.
+
+    Raises SettingsError for options, for a folder that has not the files, and for a
+    partition or proxy set that the data does not allow.
+    """
+    if experiment.options:
+        option = next(iter(experiment.options))
         raise SettingsError(
-            f'options.{next(iter(e.options))}: "{name}" has no options; least-squares and your own tasks have'
+            f'options.{option}: "{name}" has no options; '
+            "least-squares and your own tasks have"
         )
-    if name == "digits" and e.data_folder is not None:
+    if name == "digits" and experiment.data_folder is not None:
         raise SettingsError(
-            f"data_folder = {e.data_folder}: the digits come with scikit-learn; leave it out"
+            f"data_folder = {experiment.data_folder}: the digits come with "
+            "scikit-learn; leave it out"
         )
-    source = sources.load(name, e.data_folder)
-    population = e.population or (
-        None if e.partition.name == "natural" else DEFAULT_POPULATION
-    )
-    train, test = (
-        Examples(source.x_train, source.y_train),
-        Examples(source.x_test, source.y_test),
-    )
+    source = sources.load(name, experiment.data_folder)
+    population = experiment.population
+    if population is None and experiment.partition.name != "natural":
+        population = DEFAULT_POPULATION
+    train = Examples(source.x_train, source.y_train)
+    test = Examples(source.x_test, source.y_test)
     labels = source.y_train.numpy()
-    servers, pool = carve(labels, e.proxy, e.seed)
-    part = e.partition.split(
-        labels[pool],
-        None if source.groups is None else source.groups[pool],
-        population,
-        e.seed,
+    proxy_rows, pool = carve(labels, experiment.proxy, experiment.seed)
+    groups = None if source.groups is None else source.groups[pool]
+    part = experiment.partition.split(labels[pool], groups, population, experiment.seed)
+    data = FederatedData(
+        train,
+        test,
+        pool[part.order],
+        part.offsets,
+        experiment.holdout,
+        experiment.seed,
     )
-    data = FederatedData(train, test, pool[part.order], part.offsets, e.holdout, e.seed)
-    proxy = Examples(train.x[servers], train.y[servers]) if e.proxy else None
-    return Task(
-        e.model.build(tuple(source.x_train.shape[1:]), source.num_classes),
-        data,
-        proxy=proxy,
-        pixels=source.pixels,
-    )
+    proxy = None
+    if experiment.proxy:
+        proxy = Examples(train.x[proxy_rows], train.y[proxy_rows])
+    model = experiment.model.build(tuple(source.x_train.shape[1:]), source.num_classes)
+    return Task(model, data, proxy=proxy, pixels=source.pixels)
 
 
 class LeastSquares(BaseModel):
@@ -78,51 +86,41 @@ class LeastSquares(BaseModel):
     noise: float = Field(0.1, ge=0, description="standard deviation of the noise in y")
 
 
-def least_squares(e: Experiment) -> Task:
-    """Linear regression with a known optimum: y = x w_i + noise, each client with a w_i of its own around a common one.
+def least_squares(experiment: Experiment) -> Task:
+    """Linear regression with a known optimum: y = x w_i + noise.
 
-    `task.optimum` minimises the mean over all training examples, hence FedAvg's objective with weights by example count. It is
-    tested on the examples that it trains on. Sections `model` and `partition` do not apply.
+    The w_i of each client lies around a common w. `task.optimum` minimises the mean
+    over all training examples, hence FedAvg's objective with weights by example count.
+    The task is tested on the examples that it trains on. Sections `model` and
+    `partition` do not apply.
     """
-    o = _options(e, LeastSquares)
-    clients, n, d = e.population or DEFAULT_POPULATION, o.examples, o.features
-    draw = rng(e.seed, "least-squares")
-    w = draw.standard_normal((1, d, 1)) + o.heterogeneity * draw.standard_normal(
-        (clients, d, 1)
-    )
+    options = _options(experiment, LeastSquares)
+    n, d, seed = options.examples, options.features, experiment.seed
+    clients = experiment.population or DEFAULT_POPULATION
+    draw = rng(seed, "least-squares")
+    w = draw.standard_normal((1, d, 1))
+    w = w + options.heterogeneity * draw.standard_normal((clients, d, 1))
     x = draw.standard_normal((clients, n, d), dtype=np.float32)
-    # einsum, not @: its sums depend neither on the BLAS at hand nor on the floating-point flags that some of them leave behind.
-    y = (
-        np.einsum("knd,kdo->kno", x, w.astype(np.float32))
-        + o.noise * draw.standard_normal((clients, n, 1))
-    ).astype(np.float32)
+    # einsum, not @: its sums depend neither on the BLAS at hand nor on the
+    # floating-point flags that some of them leave behind.
+    exact = np.einsum("knd,kdo->kno", x, w.astype(np.float32))
+    y = exact + options.noise * draw.standard_normal((clients, n, 1))
     examples = Examples(
-        torch.from_numpy(x.reshape(-1, d)), torch.from_numpy(y.reshape(-1, 1))
+        torch.from_numpy(x.reshape(-1, d)),
+        torch.from_numpy(y.astype(np.float32).reshape(-1, 1)),
     )
     offsets = np.arange(clients + 1) * n
     data = FederatedData(
-        examples, examples, np.arange(clients * n), offsets, e.holdout, e.seed
+        examples, examples, np.arange(clients * n), offsets, experiment.holdout, seed
     )
-    model = nn.Linear(d, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    kept = _trained_on(data)
-    optimum = torch.linalg.lstsq(
-        examples.x[kept].double(), examples.y[kept].double()
-    ).solution
+    rows = _trained_on(data)
+    inputs, targets = examples.x[rows].double(), examples.y[rows].double()
+    optimum = torch.linalg.lstsq(inputs, targets).solution
     proxy = None
-    if (
-        e.proxy
-    ):  # examples of their own, of one client after another: the population's mixture
-        own = rng(e.seed, "least-squares proxy")
-        inputs = own.standard_normal((e.proxy, 1, d))
-        targets = np.einsum("knd,kdo->kno", inputs, w[np.arange(e.proxy) % clients])
-        targets += o.noise * own.standard_normal((e.proxy, 1, 1))
-        proxy = Examples(
-            torch.from_numpy(inputs[:, 0]).float(),
-            torch.from_numpy(targets[:, 0]).float(),
-        )
+    if experiment.proxy:
+        proxy = _more_examples(w, experiment.proxy, options.noise, seed)
     return Task(
-        model,
+        _linear(d),
         data,
         loss=squared_error,
         metrics={},
@@ -131,13 +129,32 @@ def least_squares(e: Experiment) -> Task:
     )
 
 
+def _more_examples(w: np.ndarray, number: int, noise: float, seed: int) -> Examples:
+    """Fresh examples of one client after another: the population's mixture.
+
+    `w` [clients, features, 1].
+    """
+    clients, d, _ = w.shape
+    draw = rng(seed, "least-squares proxy")
+    x = draw.standard_normal((number, 1, d))
+    y = np.einsum("knd,kdo->kno", x, w[np.arange(number) % clients])
+    y += noise * draw.standard_normal((number, 1, 1))
+    return Examples(
+        torch.from_numpy(x[:, 0]).float(), torch.from_numpy(y[:, 0]).float()
+    )
+
+
+def _linear(features: int) -> nn.Linear:
+    """A linear model without a bias, started at zero."""
+    model = nn.Linear(features, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    return model
+
+
 def _trained_on(data: FederatedData) -> Tensor:
     """Row numbers of all clients' training examples."""
-    return torch.from_numpy(
-        np.concatenate(
-            [data.rows(client, "train") for client in range(data.population)]
-        )
-    )
+    rows = [data.rows(client, "train") for client in range(data.population)]
+    return torch.from_numpy(np.concatenate(rows))
 
 
 class WeightedLeastSquares(BaseModel):
@@ -152,70 +169,66 @@ class WeightedLeastSquares(BaseModel):
     noise: float = Field(
         0.01,
         ge=1e-6,
-        description="sigma_nu, standard deviation of the noise in y; examples weigh 1 / sigma_nu^2",
+        description="sigma_nu, standard deviation of the noise in y; "
+        "examples weigh 1 / sigma_nu^2",
     )
 
     @model_validator(mode="after")
-    def _ordered(self) -> WeightedLeastSquares:
+    def _is_ordered(self) -> WeightedLeastSquares:
         if not 1 <= self.examples[0] <= self.examples[1]:
             raise ValueError(
-                f"{list(self.examples)}: expected two whole numbers, least and most, from 1 on"
+                f"{list(self.examples)}: expected two whole numbers, "
+                "least and most, from 1 on"
             )
         return self
 
 
 def weighted_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
-    """Weight times squared distance, without a factor 1/2, [B]; `y` [B, 2] holds target and weight."""
+    """Weight times squared distance, without a factor 1/2, [B].
+
+    `outputs` [B, 1]; `y` [B, 2] holds target and weight.
+    """
     return y[:, 1] * (outputs[:, 0] - y[:, 0]).square()
 
 
-def weighted_least_squares(e: Experiment) -> Task:
-    """Linear regression in float64, every client with fewer examples than features (Lari et al., 2024; specification of RERCE-Fed).
+def weighted_least_squares(experiment: Experiment) -> Task:
+    """Linear regression in float64, every client with fewer examples than features.
 
-    y = X_k w + nu, w and nu standard normal (nu times sigma_nu), entries of X_k of mean U(-0.5, 0.5) and variance U(0.5, 1.5), both
-    a client's own. `task.optimum` is the centralised solution over all training examples, on which the task is tested, too.
-    Sections `model` and `partition` do not apply.
+    As Lari et al. (2024) have it for RERCE-Fed: y = X_k w + nu, w and nu standard
+    normal (nu times sigma_nu), entries of X_k of mean U(-0.5, 0.5) and variance
+    U(0.5, 1.5), both a client's own. `task.optimum` is the centralised solution over
+    all training examples, on which the task is also tested. Sections `model` and
+    `partition` do not apply.
     """
-    o = _options(e, WeightedLeastSquares)
-    clients, draw = (
-        e.population or DEFAULT_POPULATION,
-        rng(e.seed, "weighted-least-squares"),
-    )
-    w = draw.standard_normal(o.features)
-    sizes = draw.integers(o.examples[0], o.examples[1], clients, endpoint=True)
-    mean, deviation = (
-        draw.uniform(-0.5, 0.5, clients),
-        np.sqrt(draw.uniform(0.5, 1.5, clients)),
-    )
+    options = _options(experiment, WeightedLeastSquares)
+    clients = experiment.population or DEFAULT_POPULATION
+    draw = rng(experiment.seed, "weighted-least-squares")
+    w = draw.standard_normal(options.features)
+    sizes = draw.integers(*options.examples, clients, endpoint=True)
+    mean = draw.uniform(-0.5, 0.5, clients)
+    deviation = np.sqrt(draw.uniform(0.5, 1.5, clients))
     client = np.repeat(np.arange(clients), sizes)
-    x = mean[client, None] + deviation[client, None] * draw.standard_normal(
-        (len(client), o.features)
-    )
-    y = np.einsum("nd,d->n", x, w) + o.noise * draw.standard_normal(len(client))
-    examples = Examples(
-        torch.from_numpy(x),
-        torch.from_numpy(np.stack([y, np.full(len(y), o.noise**-2)], axis=1)),
-    )
+    noise = draw.standard_normal((len(client), options.features))
+    x = mean[client, None] + deviation[client, None] * noise
+    y = np.einsum("nd,d->n", x, w) + options.noise * draw.standard_normal(len(client))
+    weights = np.full(len(y), options.noise**-2)
+    targets = torch.from_numpy(np.stack([y, weights], axis=1))
+    examples = Examples(torch.from_numpy(x), targets)
     data = FederatedData(
         examples,
         examples,
         np.arange(len(client)),
         np.append(0, np.cumsum(sizes)),
-        e.holdout,
-        e.seed,
+        experiment.holdout,
+        experiment.seed,
     )
-    model = nn.Linear(o.features, 1, bias=False).double()
-    nn.init.zeros_(model.weight)
-    kept = _trained_on(data)
-    root = examples.y[kept, 1:].sqrt()
-    optimum = torch.linalg.lstsq(
-        root * examples.x[kept], root * examples.y[kept, :1]
-    ).solution
-    optimum = optimum.round(
-        decimals=10
-    )  # its last bits are not the same in every process
+    rows = _trained_on(data)
+    root = examples.y[rows, 1:].sqrt()
+    solution = torch.linalg.lstsq(root * examples.x[rows], root * examples.y[rows, :1])
+    # Its last bits are not the same in every process.
+    optimum = solution.solution.round(decimals=10)
     return Task(
-        model,
+        _linear(options.features).double(),
         data,
         loss=weighted_squared_error,
         metrics={},
@@ -223,18 +236,19 @@ def weighted_least_squares(e: Experiment) -> Task:
     )
 
 
-def _options(e: Experiment, model: type[T]) -> T:
-    """The options of a bundled task. Raises SettingsError with the key and what it expects."""
+def _options(experiment: Experiment, model: type[Options]) -> Options:
+    """The options of a bundled task.
+
+    Raises SettingsError with the key and what it expects.
+    """
     try:
-        return model(**e.options)
+        return model(**experiment.options)
     except ValidationError as error:
         fault = error.errors()[0]
-        key, known = (
-            ".".join(["options", *map(str, fault["loc"])]),
-            ", ".join(model.model_fields),
-        )
+        key = ".".join(["options", *map(str, fault["loc"])])
         raise SettingsError(
-            f"{key} = {fault['input']!r}: {fault['msg'].lower()}; {e.task} knows {known}"
+            f"{key} = {fault['input']!r}: {fault['msg'].lower()}; "
+            f"{experiment.task} knows {', '.join(model.model_fields)}"
         ) from error
 
 
@@ -247,53 +261,87 @@ TASKS: dict[str, Callable[[Experiment], Task]] = {
 }
 
 
-def build_task(e: Experiment) -> Task:
-    """The task that `e.task` names, with weights initialised from the seed. Raises SettingsError when it cannot be built."""
-    make = TASKS.get(e.task) or _users(e.task)
-    with torch_seed(e.seed, "init"):
-        task = make(e)
+def build_task(experiment: Experiment) -> Task:
+    """The task that `experiment.task` names, with weights initialised from the seed.
+
+    On the CPU. Raises SettingsError when it cannot be built.
+
+    >>> from fedcore import Experiment
+    >>> settings = {"method": "fedavg", "task": "least-squares", "population": 7}
+    >>> build_task(Experiment.parse(settings)).population
+    7
+    """
+    make = TASKS.get(experiment.task) or _users_function(experiment.task)
+    with torch_seed(experiment.seed, "init"):
+        task = make(experiment)
         if not isinstance(task, Task):
-            found = f"it returned {type(task).__name__}"
             raise SettingsError(
-                f'task = "{e.task}": expected the function to return a fedcore.Task, {found}'
+                f'task = "{experiment.task}": expected the function to return a '
+                f"fedcore.Task, it returned {type(task).__name__}"
             )
-        if e.lowrank.form != "dense":
-            if task.optimum is not None:
-                raise SettingsError(
-                    f'lowrank.form = "{e.lowrank.form}": {e.task} knows its optimum by the names of a dense model'
-                )
-            task.model = lowrank(task.model, e.lowrank)
-            if e.lowrank.jacobian:
-                task.penalty = JacobianCorrection(
-                    task.model, e.lowrank.jacobian, _step_of(e)
-                )
-    if e.initial is not None:
-        start_from(task.model, e.initial)
-    if e.proxy and task.proxy is None:
+        if experiment.lowrank.form != "dense":
+            task = _with_factors(experiment, task)
+    if experiment.initial is not None:
+        start_from(task.model, experiment.initial)
+    if experiment.proxy and task.proxy is None:
         raise SettingsError(
-            f'proxy = {e.proxy}, but the task "{e.task}" makes no proxy set: leave proxy out, or give Task one'
+            f'proxy = {experiment.proxy}, but the task "{experiment.task}" makes no '
+            "proxy set: leave proxy out, or give Task one"
         )
-    if e.population is not None and task.population != e.population:
+    if experiment.population not in (None, task.population):
         raise SettingsError(
-            f"population = {e.population}, but the task has {task.population} clients: set population to that, or leave it out"
+            f"population = {experiment.population}, but the task has "
+            f"{task.population} clients: set population to that, or leave it out"
         )
     return task
 
 
-def _step_of(e: Experiment) -> float:
-    step: float | None = getattr(e.method, "local_lr", None)
+def _with_factors(experiment: Experiment, task: Task) -> Task:
+    """The task for the model with factored layers, as `lowrank` says."""
+    settings = experiment.lowrank
+    if task.optimum is not None:
+        raise SettingsError(
+            f'lowrank.form = "{settings.form}": {experiment.task} knows its optimum by '
+            "the names of a dense model"
+        )
+    model = lowrank(task.model, settings)
+    if not settings.jacobian:
+        return task.with_model(model)
+    step: float | None = getattr(experiment.method, "local_lr", None)
     if step is None:
         raise SettingsError(
-            f'lowrank.jacobian = {e.lowrank.jacobian}: it needs the local_lr that "{e.method.name}" has not'
+            f"lowrank.jacobian = {settings.jacobian}: it needs the local_lr that "
+            f'"{experiment.method.name}" has not'
         )
-    return step
+    penalty = JacobianCorrection(model, settings.jacobian, step)
+    return task.with_model(model, penalty)
 
 
 def start_from(model: nn.Module, source: Path) -> None:
-    """Give the model the parameters of a run, or of a safetensors file; what the source lacks (a personal part) stays as it is.
+    """Give the model the parameters of a run directory, or of a safetensors file.
 
-    Raises SettingsError when there is nothing to read, or when it does not fit the model.
+    Parameters that the source lacks (a personal part) stay as they are. Raises
+    SettingsError when there is nothing to read, or when it does not fit the model.
     """
+    values = _saved_params(source)
+    params = dict(model.named_parameters())
+    for name, value in values.items():
+        if name in params and params[name].shape == value.shape:
+            continue
+        fits = "no such parameter"
+        if name in params:
+            fits = f"of shape {tuple(params[name].shape)}"
+        raise SettingsError(
+            f'initial = {source}: it holds "{name}" of shape {tuple(value.shape)}, '
+            f"the model has {fits}"
+        )
+    with torch.no_grad():
+        for name, value in values.items():
+            params[name].copy_(value)
+
+
+def _saved_params(source: Path) -> dict[str, Tensor]:
+    """The parameters of a run directory, or of a safetensors file, by name."""
     try:
         if source.is_dir():
             checkpoint = Checkpoint(source / "checkpoint")
@@ -301,46 +349,36 @@ def start_from(model: nn.Module, source: Path) -> None:
             flat = checkpoint.part("server")
         else:
             flat = load_file(source)
-    except (OSError, SafetensorError, SettingsError) as e:
+    except (OSError, SafetensorError, SettingsError) as error:
         raise SettingsError(
-            f"initial = {source}: {e}; expected a run directory with a checkpoint, or a .safetensors file"
-        ) from e
+            f"initial = {source}: {error}; expected a run directory with a "
+            "checkpoint, or a .safetensors file"
+        ) from error
     prefix = "params/" if source.is_dir() else ""
-    found = {
-        name.removeprefix(prefix): value
-        for name, value in flat.items()
-        if name.startswith(prefix)
-    }
-    own = dict(model.named_parameters())
-    for name, value in found.items():
-        if name not in own or own[name].shape != value.shape:
-            fits = (
-                f"of shape {tuple(own[name].shape)}"
-                if name in own
-                else "no such parameter"
-            )
-            raise SettingsError(
-                f'initial = {source}: it holds "{name}" of shape {tuple(value.shape)}, the model has {fits}'
-            )
-    if not found:
+    values = {}
+    for path, value in flat.items():
+        if path.startswith(prefix):
+            values[path.removeprefix(prefix)] = value
+    if not values:
         raise SettingsError(f"initial = {source}: it holds no parameters")
-    with torch.no_grad():
-        for name, value in found.items():
-            own[name].copy_(value)
+    return values
 
 
-def _users(name: str) -> Callable[[Experiment], Task]:
+def _users_function(name: str) -> Callable[[Experiment], Task]:
+    """The function that "package.module:make_task" names."""
     module_name, colon, function = name.partition(":")
     if not colon:
         raise SettingsError(
-            f'task = "{name}": expected one of {", ".join(TASKS)}, or your own as "package.module:make_task"'
+            f'task = "{name}": expected one of {", ".join(TASKS)}, '
+            'or your own as "package.module:make_task"'
         )
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError, TypeError) as e:
+    except (ImportError, ValueError, TypeError) as error:
         raise SettingsError(
-            f'task = "{name}": cannot import {module_name}: {e}; run from the folder that holds it, or install it'
-        ) from e
+            f'task = "{name}": cannot import {module_name}: {error}; '
+            "run from the folder that holds it, or install it"
+        ) from error
     make: Callable[[Experiment], Task] | None = getattr(module, function, None)
     if make is None:
         raise SettingsError(f'task = "{name}": {module_name} has no {function}')

@@ -35,7 +35,8 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.local import local_sgd
 from fedcore.method import Method, MethodSettings, Round, on_client
-from fedcore.proximal import Quadratic, quadratic, require_hessian, unknown
+from fedcore.proximal import Quadratic, hessian_memory, quadratic, unknown
+from fedcore.storage import memory
 from fedcore.task import Task
 from fedcore.types import Batches, Params, Stateless
 
@@ -93,7 +94,7 @@ class CLU(Method[Settings]):
 
     def check(self, task: Task, cohort: int) -> str | None:
         if self.s.solver == "exact":
-            require_hessian(task)
+            memory.require(*hessian_memory(task))
         return None
 
     def model_for(self, server: Any, state: Client) -> Params:

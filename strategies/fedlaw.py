@@ -331,12 +331,12 @@ class FedLAW(Method[Settings]):
 
     def _proxy_loss(self, server: Server, r: Round) -> ProxyLoss:
         proxy, like = _proxy(r), server.params
-        r.task.model.eval()
 
         def loss(u: Tensor, rows: Tensor) -> Tensor:
             x, y = proxy.x[rows], proxy.y[rows]
             ones = torch.ones(len(rows), device=x.device)
-            return r.task.loss(trees.unravel(u, like), x, y, ones)
+            with r.task.evaluating():
+                return r.task.loss(trees.unravel(u, like), x, y, ones)
 
         return loss
 

@@ -45,8 +45,9 @@ from fedcore import trees
 from fedcore.errors import TooFewReports
 from fedcore.local import local_sgd
 from fedcore.method import Method, MethodSettings, Round, on_client
-from fedcore.proximal import Quadratic, quadratic, require_hessian, unknown
+from fedcore.proximal import Quadratic, hessian_memory, quadratic, unknown
 from fedcore.reports import equally
+from fedcore.storage import memory
 from fedcore.task import Task
 from fedcore.types import Batches, Params, Stateless
 
@@ -112,7 +113,7 @@ class RERCE(Method[Settings]):
 
     def check(self, task: Task, cohort: int) -> str | None:
         if self.s.solver == "exact":
-            require_hessian(task)
+            memory.require(*hessian_memory(task))
         if cohort > 1:
             return None
         return (

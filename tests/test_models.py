@@ -1,4 +1,5 @@
-"""Models: their published sizes, any image they claim to take, batching over clients, and no running statistics."""
+"""Models: their published sizes, any image they claim to take, batching over
+clients, and no running statistics."""
 
 from __future__ import annotations
 
@@ -55,7 +56,10 @@ def test_models_have_their_published_number_of_parameters(
 
 
 def test_parts_of_a_resnet_have_the_sizes_of_the_authors_tables() -> None:
-    """Pillutla et al., ICML 2022, their code: ResNet-18 with GroupNorm on 62 classes of 28x28 images."""
+    """Pillutla et al., ICML 2022, their code.
+
+    ResNet-18 with GroupNorm on 62 classes of 28x28 images.
+    """
     params = dict(ResNet(depth=18, adapter=True).build(GREY, 62).named_parameters())
     expected = {"input": 704, "output": 31_806, "adapter": 1_408_128, "all": 12_599_806}
     assert {
@@ -69,7 +73,10 @@ def test_parts_of_a_resnet_have_the_sizes_of_the_authors_tables() -> None:
 
 
 def test_adapters_leave_a_resnet_as_it_starts() -> None:
-    """2 h, which the norm behind it rescales: the same outputs but for its epsilon and the small weights of the adapters."""
+    """2 h, which the norm behind it rescales.
+
+    The same outputs but for its epsilon and the small weights of the adapters.
+    """
     x = torch.randn(4, *GREY, generator=torch.Generator().manual_seed(0))
     outputs = []
     for settings in (SMALL_RESNET, ADAPTED):

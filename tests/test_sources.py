@@ -1,4 +1,5 @@
-"""Data sets: the published numbers, and files that are missing, broken or of another kind."""
+"""Data sets: the published numbers, and files that are missing, broken or of another
+kind."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def idx(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
-    """Six training images, black and 0.2 of white in turn, and four test images of 0.2 of white, compressed."""
+    """Six training images, black and 0.2 of white in turn, and four test images of
+    0.2 of white, compressed."""
     folder = tmp_path / "idx"
     folder.mkdir()
     train, test = np.full((6, 28, 28), 51), np.full((4, 28, 28), 51)
@@ -54,7 +56,10 @@ def test_an_unknown_source_is_refused_with_the_nearest_name() -> None:
 
 
 def test_digits_come_without_importing_scikit_learn() -> None:
-    code = "import sys; from fedcore.data import sources; sources.digits(); sys.exit('sklearn' in sys.modules)"
+    code = (
+        "import sys; from fedcore.data import sources; sources.digits(); "
+        "sys.exit('sklearn' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

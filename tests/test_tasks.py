@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.func import vmap
 
+from fedcore import trees
 from fedcore.config import Experiment
-from fedcore.data.federated import Examples
+from fedcore.data.federated import Examples, FederatedData, LocalSettings
 from fedcore.errors import SettingsError
 from fedcore.rounds.loop import run
 from fedcore.storage import memory as limits
+from fedcore.task import Task, squared_error
 from fedcore.tasks import build_task
-from tests.helpers import SMALL, VARIANTS, small
+from fedcore.types import Batches
+from tests.helpers import SMALL, VARIANTS, equal, small
 
 PAPER = {
     "method": "rerce",
@@ -24,9 +30,8 @@ PAPER = {
 }
 
 
-def test_weighted_least_squares_has_the_papers_sizes_and_its_optimum_is_the_centralised_solution() -> (
-    None
-):
+def test_weighted_least_squares_has_the_papers_sizes_and_optimum() -> None:
+    """The optimum is the centralised solution."""
     task = build_task(
         Experiment.parse(
             {**PAPER, "options": {"examples": [50, 90], "features": 128, "noise": 0.01}}
@@ -137,11 +142,76 @@ def test_a_hessian_that_takes_too_long_is_refused(tmp_path: Path) -> None:
 
 def test_a_proxy_set_that_does_not_fit_the_model_is_refused() -> None:
     task = build_task(small("fedlaw"))
-    task.proxy = Examples(torch.zeros(3, 7), torch.zeros(3, 1))
+    proxy = Examples(torch.zeros(3, 7), torch.zeros(3, 1))
+    unfit = Task(task.model, task.data, squared_error, {}, proxy)
     with pytest.raises(
         SettingsError, match=r"cannot take proxy examples of shape \(7,\)"
     ):
-        task.check()
+        unfit.check()
+
+
+def with_dropout() -> Task:
+    """A task whose model drops outputs in training mode, in which it is."""
+    rows = Examples(torch.ones(8, 1), torch.zeros(8, 50))
+    data = FederatedData(rows, rows, np.arange(8), np.array([0, 4, 8]))
+    model = nn.Sequential(nn.Linear(1, 50), nn.Dropout(0.5))
+    return Task(model, data, loss=squared_error, metrics={})
+
+
+def test_a_task_is_measured_in_evaluation_mode_and_leaves_the_mode_as_it_was() -> None:
+    task = with_dropout()
+    params = task.init_params()
+    batches = task.data.batches(np.array([0]), "test", LocalSettings(), 0, 0)
+    plan = trees.at(batches, 0)
+    evaluated, tested = task.evaluate(params, plan), task.test(params)
+    assert task.model.training
+    assert task.model[1].training  # type: ignore[index]
+    task.model.eval()
+    assert equal(evaluated, task.evaluate(params, plan))
+    assert tested == task.test(params)
+    assert not task.model.training
+
+
+def test_clients_are_measured_side_by_side_without_a_draw() -> None:
+    """vmap refuses to draw, so that it fails where dropout is on."""
+    task = with_dropout()
+    params = task.init_params()
+    clients = np.array([0, 1])
+    batches = task.data.batches(clients, "test", LocalSettings(), 0, 0)
+    together = vmap(partial(task.evaluate, params))(batches)
+    assert together["loss"].shape == (2,)
+    assert task.model.training
+
+
+def test_a_failure_while_it_is_measured_leaves_the_mode_as_it_was() -> None:
+    task = with_dropout()
+    misfit = Batches(torch.ones(1, 2, 7), torch.ones(1, 2, 50), torch.ones(1, 2))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        task.evaluate(task.init_params(), misfit)
+    assert task.model.training
+
+
+def test_a_task_for_another_model_leaves_the_first_as_it_is() -> None:
+    task = with_dropout()
+    model = nn.Linear(1, 50)
+    another = task.with_model(model, lambda loss, params: params["weight"].sum())
+    assert another.model is model
+    assert another.data is task.data
+    assert task.model is not model
+    assert task.penalty is None
+    params = another.init_params()
+    x, y = task.data.x, task.data.y
+    mean = squared_error(model(x), y).mean()
+    penalised = another.loss(params, x, y, torch.ones(8))
+    assert penalised.item() == pytest.approx((mean + model.weight.sum()).item())
+    with pytest.raises(SettingsError, match="keeps running statistics"):
+        task.with_model(nn.BatchNorm1d(1))
+
+
+def test_a_task_that_moves_is_returned() -> None:
+    task = with_dropout()
+    assert task.to(torch.device("cpu")) is task
+    assert task.data.to(torch.device("cpu")) is task.data
 
 
 def test_a_container_has_what_its_limit_leaves(

@@ -1,4 +1,7 @@
-"""Vision Transformers and FedPerfix's prefixes on their attention: what the equations say, exactly; timm's models as well."""
+"""Vision Transformers and FedPerfix's prefixes on their attention.
+
+What the equations say, exactly; timm's models as well.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ ENDS = {
 
 
 def built(settings: Vit | Timm, image: tuple[int, ...] = IMAGE) -> Any:
-    """In float64, from one seed, and all but the start of prefixes and adapters moved, so that no norm or bias is trivial."""
+    """In float64, from one seed, and all but the start of prefixes and adapters
+    moved, so that no norm or bias is trivial."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = settings.build(image, CLASSES).double()
@@ -149,7 +153,10 @@ def test_adapters_leave_the_logits_as_they_start_bit_for_bit(
 def test_adapters_have_the_sizes_of_the_authors_transformer(
     units: int, size: int
 ) -> None:
-    """Pillutla et al., ICML 2022: four blocks of width 256, bottlenecks and norms. The norm behind the last block is ours alone."""
+    """Pillutla et al., ICML 2022: four blocks of width 256, bottlenecks and norms.
+
+    The norm behind the last block is ours alone.
+    """
     with torch.device("meta"):
         model = Vit(width=256, depth=4, heads=4, mlp=1024, adapter=units).build(
             (1, 28, 28), 10
@@ -307,7 +314,8 @@ def test_a_linear_prefix_can_be_folded_into_the_keys_and_values() -> None:
 
 
 def test_tokens_before_the_keys_take_a_share_of_the_attention() -> None:
-    """Equation 6: (1 - share) attention + share softmax(Q P_k') P_v, the share that of the prefix in the softmax's sum."""
+    """Equation 6: (1 - share) attention + share softmax(Q P_k') P_v, the share that
+    of the prefix in the softmax's sum."""
     attn, z, s = vit("concat", scale=0.7).blocks[0].attn, tokens(2, 5), 0.7
     q, k, v = Attention.heads(attn, z)
     keys, values = s * attn.prefix.keys, s * attn.prefix.values  # [heads, p, d / heads]
@@ -345,7 +353,10 @@ def test_the_order_of_patches_does_not_matter_once_their_places_are_gone(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_head_reads_out_features_that_another_head_has_no_part_in(form: str) -> None:
-    """Client i's model with the head of client j: the logits of j's head on the features of i."""
+    """Client i's model with the head of client j.
+
+    The logits of j's head on the features of i.
+    """
     model, other = vit(form), nn.Linear(D, CLASSES).double()
     mixed = functional_call(
         model, {"head.weight": other.weight, "head.bias": other.bias}, (images(),)
@@ -386,7 +397,10 @@ def count(params: Params) -> int:
 def published(
     width: int, heads: int, classes: int, form: str = "additive", bottleneck: int = 256
 ) -> Params:
-    """Of a ViT of 12 blocks for 224x224 colour images; without memory for its weights."""
+    """Of a ViT of 12 blocks for 224x224 colour images.
+
+    Without memory for its weights.
+    """
     prefix = Prefix.model_validate({"form": form, "bottleneck": bottleneck})
     with torch.device("meta"):
         model = Vit(

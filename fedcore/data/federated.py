@@ -1,4 +1,4 @@
-"""A population's data, resident on the device, and the deterministic batches that clients draw from it."""
+"""A population's data, and the deterministic batches that clients draw from it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from fedcore.rng import rng, streams
 from fedcore.types import Batches
 
 EVALUATION_BATCH = 64  # examples in one forward pass of one client's evaluation
+PADDING = -1  # in place of a row number
+ARRAYS = ("order", "offsets", "sizes", "held", "kept")  # of FederatedData
 
 
 class Examples(NamedTuple):
@@ -33,21 +35,20 @@ class LocalSettings(BaseModel):
     epochs: int = Field(
         1,
         ge=1,
-        description="E, passes over the client's training examples; the last batch of each may be smaller",
+        description="E, passes over the client's training examples; the last batch of "
+        "each may be smaller",
     )
     steps: int | None = Field(
         None,
         ge=1,
-        description="K, local steps instead of epochs, reshuffling whenever the examples run out",
+        description="K, local steps instead of epochs, reshuffling whenever the "
+        "examples run out",
     )
 
     @model_validator(mode="after")
-    def _one_of(self) -> LocalSettings:
-        if (
-            self.steps is not None
-            and "epochs" in self.model_fields_set
-            and self.epochs != 1
-        ):
+    def _has_one_length(self) -> LocalSettings:
+        has_epochs = "epochs" in self.model_fields_set and self.epochs != 1
+        if self.steps is not None and has_epochs:
             raise ValueError("give epochs or steps, not both")
         return self
 
@@ -55,8 +56,17 @@ class LocalSettings(BaseModel):
 class FederatedData:
     """Training rows and who holds them, and the global test set.
 
-    Client i holds rows `order[offsets[i]:offsets[i+1]]`; the last `round(holdout * size)` of them, after a shuffle of its own
-    rows, are held out of training and are what `evaluate` reads. Nothing here is copied per client.
+    Client i holds rows `order[offsets[i]:offsets[i+1]]`; the last `round(holdout *
+    size)` of them, after a shuffle of its own rows, are held out of training and are
+    what `evaluate` reads. Nothing here is copied per client.
+
+    >>> rows = Examples(torch.arange(6.0)[:, None], torch.zeros(6))
+    >>> order, offsets = np.array([0, 2, 4, 1, 3, 5]), np.array([0, 3, 6])
+    >>> data = FederatedData(rows, rows, order, offsets)
+    >>> data.population
+    2
+    >>> data.rows(1, "train")
+    array([1, 3, 5])
     """
 
     def __init__(
@@ -68,21 +78,25 @@ class FederatedData:
         holdout: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """`order` int64 row numbers grouped by client, `offsets` int64 [population + 1], `holdout` in [0, 1)."""
+        """Data of `len(offsets) - 1` clients.
+
+        `order` holds int64 row numbers of `train` grouped by client, `offsets` int64
+        [population + 1]; `holdout` is a fraction in [0, 1).
+        """
         self.x, self.y = train
         self.test = test
         self.offsets = np.ascontiguousarray(offsets, dtype=np.int64)
-        self.order = np.ascontiguousarray(order, dtype=np.int64)
         self.sizes = np.diff(self.offsets)
-        self.held = np.minimum(
-            np.round(holdout * self.sizes).astype(np.int64),
-            np.maximum(self.sizes - 1, 0),
-        )
+        # A client with an example trains on one at least.
+        wanted = np.round(holdout * self.sizes).astype(np.int64)
+        self.held = np.minimum(wanted, np.maximum(self.sizes - 1, 0))
         self.kept = self.sizes - self.held
-        # What `evaluate` reads: held-out examples, or the training examples where none are held out.
+        # The examples that `evaluate` reads: those held out, or the training examples
+        # where none are held out.
         self.evaluated_on: Literal["train", "test"] = (
             "test" if self.held.any() else "train"
         )
+        self.order = np.ascontiguousarray(order, dtype=np.int64)
         if holdout > 0:
             keys = rng(seed, "holdout").random(len(self.order))
             client = np.repeat(np.arange(self.population), self.sizes)
@@ -90,31 +104,35 @@ class FederatedData:
 
     @property
     def population(self) -> int:
+        """The number of clients."""
         return len(self.sizes)
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device) -> FederatedData:
+        """These data, moved to the device: in place, as `nn.Module.to` does it."""
         self.x, self.y = self.x.to(device), self.y.to(device)
         self.test = Examples(self.test.x.to(device), self.test.y.to(device))
+        return self
+
+    def _reads_held_out(self, data: str) -> bool:
+        """Whether work on this kind of data reads the held-out examples."""
+        return data == self.evaluated_on == "test"
 
     def num_examples(self, clients: np.ndarray, data: str) -> np.ndarray:
         """Examples that a client function of this kind works on, int64 [n]."""
-        counts: np.ndarray = (
-            self.held if data == self.evaluated_on == "test" else self.kept
-        )[clients]
+        sizes = self.held if self._reads_held_out(data) else self.kept
+        counts: np.ndarray = sizes[clients]
         return counts
 
     def rows(self, client: int, data: str) -> np.ndarray:
         """Row numbers of one client, int64."""
         start, end = self.offsets[client], self.offsets[client + 1]
         cut = end - self.held[client]
-        return (
-            self.order[cut:end]
-            if data == self.evaluated_on == "test"
-            else self.order[start:cut]
-        )
+        if self._reads_held_out(data):
+            return self.order[cut:end]
+        return self.order[start:cut]
 
     def label_counts(self, num_classes: int) -> np.ndarray:
-        """How many rows of each class every client holds, int64 [population, classes]."""
+        """Rows of each class that every client holds, int64 [population, classes]."""
         client = np.repeat(np.arange(self.population), self.sizes)
         labels = self.y.cpu().numpy()[self.order]
         flat = np.bincount(
@@ -123,7 +141,7 @@ class FederatedData:
         return flat.reshape(self.population, num_classes)
 
     def steps(self, clients: np.ndarray, data: str, local: LocalSettings) -> np.ndarray:
-        """Local steps that each client has to do, int64 [n]; 0 for a client without examples."""
+        """Local steps of each client, int64 [n]; 0 for a client without examples."""
         return np.asarray(_steps(self.num_examples(clients, data), data, local))
 
     def batches(
@@ -136,97 +154,89 @@ class FederatedData:
         plan: int = 0,
         even: bool = False,
     ) -> Batches:
-        """What these clients work through in round t, stacked: x [n, K, B, ...], y [n, K, B, ...], mask [n, K, B].
+        """The work of these clients in round t, stacked.
 
-        K and B are the largest that one of them needs; the rest is padding (mask 0). A client's own rows and their order depend on
-        (seed, t, client, plan) alone, so any grouping of clients gives each the same work. `even`: B is one of batch, batch / 2,
-        batch / 4 ..., so that few shapes occur.
+        x [n, K, B, ...], y [n, K, B, ...], mask [n, K, B]: K and B are the largest that
+        one of them needs; the rest is padding (mask 0). A client's own rows and their
+        order depend on (seed, t, client, plan) alone, so any grouping of clients gives
+        each the same work. `even`: B is one of batch, batch / 2, batch / 4 ..., so that
+        few shapes occur.
         """
         batch = local.batch_size if data == "train" else EVALUATION_BATCH
-        own = [self.rows(client, data) for client in clients.tolist()]
-        longest = max(map(len, own), default=0)
-        shape = (
-            len(clients),
-            max(_steps(longest, data, local), 1),
-            _width(longest, batch) if even else min(batch, max(longest, 1)),
-        )
-        rows = np.full(shape, -1, dtype=np.int64)  # -1 is padding
+        held = [self.rows(client, data) for client in clients.tolist()]
+        longest = max(map(len, held), default=0)
+        steps = max(_steps(longest, data, local), 1)
+        width = _width(longest, batch) if even else min(batch, max(longest, 1))
+        rows = np.full((len(clients), steps, width), PADDING, dtype=np.int64)
         if data == "train":
-            keys = [
-                np.full(len(clients), t),
-                clients,
-                *[np.full(len(clients), plan)][: plan > 0],
-            ]
-            for steps, mine, draw in zip(
-                rows, own, streams(seed, "batches", np.stack(keys, 1)), strict=True
-            ):
+            keys = [np.full(len(clients), t), clients]
+            if plan > 0:
+                keys.append(np.full(len(clients), plan))
+            draws = streams(seed, "batches", np.stack(keys, 1))
+            for batched, mine, draw in zip(rows, held, draws, strict=True):
                 if len(mine):
-                    fill_train(steps, mine, local, batch, draw)
+                    fill_train(batched, mine, local, batch, draw)
         else:
-            for steps, mine in zip(rows, own, strict=True):
-                fill(steps, mine, 0, batch)
-        # Step by step in memory, [K, n, B], so that a step of all clients is one block.
+            for batched, mine in zip(rows, held, strict=True):
+                fill(batched, mine, 0, batch)
+        return self._taken(rows)
+
+    def _taken(self, rows: np.ndarray) -> Batches:
+        """The examples of these row numbers, [n, K, B], on the device.
+
+        Step by step in memory, [K, n, B], so that a step of all clients is one block.
+        """
         index = np.ascontiguousarray(rows.swapaxes(0, 1))
-        mask = (index >= 0).astype(np.float32)
-        flat, real = trees.to(
-            (torch.from_numpy(np.maximum(index, 0)).flatten(), torch.from_numpy(mask)),
-            self.x.device,
-        )
+        mask = torch.from_numpy((index != PADDING).astype(np.float32))
+        flat = torch.from_numpy(np.maximum(index, 0)).flatten()
+        flat, mask = trees.to((flat, mask), self.x.device)
         x = self.x.index_select(0, flat).view(*index.shape, *self.x.shape[1:])
         y = self.y.index_select(0, flat).view(*index.shape, *self.y.shape[1:])
-        return Batches(*(v.transpose(0, 1) for v in (x, y, real)))
+        return Batches(x.transpose(0, 1), y.transpose(0, 1), mask.transpose(0, 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        # As NumPy arrays, which pickle protocol 5 moves out of band: workers on one machine share them instead of copying.
-        tensors = {
-            "x": self.x,
-            "y": self.y,
-            "test_x": self.test.x,
-            "test_y": self.test.y,
-        }
-        arrays = {
-            "order": self.order,
-            "offsets": self.offsets,
-            "sizes": self.sizes,
-            "held": self.held,
-            "kept": self.kept,
-        }
-        pixels = {name: value.cpu().numpy() for name, value in tensors.items()}
-        return {**pixels, **arrays, "evaluated_on": self.evaluated_on}
+        # As NumPy arrays, which pickle protocol 5 moves out of band: workers on one
+        # machine share them instead of copying.
+        state: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
+        state["evaluated_on"] = self.evaluated_on
+        state["train"] = (self.x.cpu().numpy(), self.y.cpu().numpy())
+        state["test"] = (self.test.x.cpu().numpy(), self.test.y.cpu().numpy())
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.x, self.y = shared_tensor(state["x"]), shared_tensor(state["y"])
-        self.test = Examples(
-            shared_tensor(state["test_x"]), shared_tensor(state["test_y"])
-        )
-        for name in ("order", "offsets", "sizes", "held", "kept", "evaluated_on"):
+        for name in (*ARRAYS, "evaluated_on"):
             setattr(self, name, state[name])
+        self.x, self.y = map(shared_tensor, state["train"])
+        self.test = Examples(*map(shared_tensor, state["test"]))
 
 
 def _steps(n: Any, data: str, local: LocalSettings) -> Any:
     """Steps for n examples; an int, or an array of them."""
     if data != "train":
         return -(-n // EVALUATION_BATCH)
-    return (
-        -(-n // local.batch_size) * local.epochs
-        if local.steps is None
-        else (n > 0) * local.steps
-    )
+    if local.steps is None:
+        return -(-n // local.batch_size) * local.epochs
+    return (n > 0) * local.steps
 
 
 def _width(longest: int, batch: int) -> int:
-    """The smallest of batch, batch / 2, batch / 4 ... (rounded up) that holds `longest` examples."""
+    """The smallest of batch, batch / 2, batch / 4 ... that holds `longest` examples.
+
+    Halves are rounded up.
+    """
     while batch > 1 and -(-batch // 2) >= longest:
         batch = -(-batch // 2)
     return batch
 
 
 def fill(rows: np.ndarray, own: np.ndarray, first: int, batch: int) -> int:
-    """Write `own` into batches of `batch` from step `first` on; returns the next free step."""
+    """Write `own` into batches of `batch` from step `first` on.
+
+    `rows` [K, B] is written to; B is `batch`, or there is one step. Returns the next
+    free step.
+    """
     steps = -(-len(own) // batch)
-    rows[first : first + steps].reshape(-1)[: len(own)] = (
-        own  # B is `batch`, or there is one step
-    )
+    rows[first : first + steps].reshape(-1)[: len(own)] = own
     return first + steps
 
 
@@ -237,20 +247,26 @@ def fill_train(
     batch: int,
     draw: np.random.Generator,
 ) -> None:
-    """Shuffled epochs, each cut into batches of its own; `local.steps` of them, or `local.epochs` epochs."""
+    """Write shuffled epochs of `own` into `rows` [K, B].
+
+    Each is cut into batches of its own; `local.steps` of them, or `local.epochs`
+    epochs.
+    """
     step = 0
     if local.steps is None:
         for _ in range(local.epochs):
             step = fill(rows, draw.permutation(own), step, batch)
         return
     while step < local.steps:
-        step = fill(
-            rows, draw.permutation(own)[: (local.steps - step) * batch], step, batch
-        )
+        epoch = draw.permutation(own)[: (local.steps - step) * batch]
+        step = fill(rows, epoch, step, batch)
 
 
 def shared_tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the array's own memory, which may be read-only: nobody writes to data."""
+    """A tensor on the array's own memory, which may be read-only.
+
+    That is safe, since data are never written to.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)

@@ -1,4 +1,7 @@
-"""Which client holds which training rows: Flower's partitioners, made quick, cached, and clear about what cannot be."""
+"""Partitions: the training rows that each client holds.
+
+Flower's partitioners, made quick, cached, and clear about what cannot be.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import hashlib
 import io
 import time
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -17,8 +21,10 @@ from fedcore.errors import SettingsError
 from fedcore.rng import rng, seed_of
 from fedcore.storage import cache
 
-SECONDS = 5.0  # after which a partition that still fails its own conditions counts as impossible
-FORMAT = 1  # part of the cache key; raise it when the code below would spread the same rows otherwise
+# A partition that still fails its own conditions after this counts as impossible.
+SECONDS = 5.0
+# Part of the cache key; raise it when the code below would spread rows otherwise.
+FORMAT = 1
 
 
 class Partition(NamedTuple):
@@ -29,9 +35,14 @@ class Partition(NamedTuple):
 
 
 def carve(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(the server's own rows, the pool that is left for clients), both ascending.
+    """(rows of the server, rows that are left for clients), int64 and ascending.
 
-    The former are `size` rows, as even over the classes as that divides. Raises SettingsError when a class has too few.
+    The former are `size` rows, as even over the classes as that divides; `labels`
+    integers [n]. Raises SettingsError when a class has too few.
+
+    >>> proxy, pool = carve(np.array([0, 0, 0, 1, 1, 1]), size=2, seed=0)
+    >>> len(proxy), len(pool)
+    (2, 4)
     """
     if size == 0:
         return np.empty(0, dtype=np.int64), np.arange(len(labels))
@@ -44,12 +55,12 @@ def carve(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndar
         rows = np.flatnonzero(labels == label)
         if number >= len(rows):
             raise SettingsError(
-                f"proxy = {size}: takes {number} examples of class {label}, which has {len(rows)} in the training pool, "
-                "and clients need some too: lower it"
+                f"proxy = {size}: takes {number} examples of class {label}, which has "
+                f"{len(rows)} in the training pool, and clients need some too: lower it"
             )
         taken.append(draw.choice(rows, number, replace=False, shuffle=False))
-    own = np.sort(np.concatenate(taken))
-    return own, np.delete(np.arange(len(labels)), own)
+    proxy = np.sort(np.concatenate(taken))
+    return proxy, np.delete(np.arange(len(labels)), proxy)
 
 
 class _Settings(BaseModel):
@@ -66,40 +77,41 @@ class _Settings(BaseModel):
         population: int | None,
         seed: int,
     ) -> Partition:
-        """Spread rows with these labels over a population, the same way for the same seed; a client's rows are ascending.
+        """Spread rows with these labels over a population.
 
-        `labels` integers [n], `groups` the natural client of each row [n] or None, `population` clients.
+        The same way for the same seed; a client's rows are ascending. `labels` integers
+        [n], `groups` the natural client of each row [n] or None, `population` clients.
         Raises SettingsError when it cannot be done, within seconds.
+
+        >>> part = Iid().split(np.array([0, 1] * 10), None, population=4, seed=0)
+        >>> np.diff(part.offsets)
+        array([5, 5, 5, 5])
         """
         column, population = self._told_apart_by(labels, groups, population)
         if not 1 <= population <= len(column):
             raise SettingsError(
-                f"population = {population}: must be in [1, {len(column)}], the number of training examples"
+                f"population = {population}: must be in [1, {len(column)}], "
+                "the number of training examples"
             )
-        digest = hashlib.sha256(column.tobytes()).hexdigest()
-        facts = [
-            FORMAT,
-            self.model_dump(mode="json"),
-            population,
-            seed,
-            digest,
-            version("flwr-datasets"),
-        ]
-        key = cache.key_of("partition", facts)
-        known = cache.load(key)
-        if known is None:
+        key = self._cache_key(column, population, seed)
+        arrays = cache.load(key)
+        if arrays is None:
             # Rows are shuffled first: some partitioners cut the data as it comes.
             shuffled = rng(seed, "partition").permutation(len(column))
-            parts = [
-                np.sort(shuffled[part])
-                for part in self._parts(column[shuffled], population, seed)
-            ]
-            known = {
-                "order": np.concatenate(parts),
-                "offsets": np.cumsum([0, *map(len, parts)], dtype=np.int64),
-            }
-            cache.save(key, **known)
-        return self._checked(Partition(known["order"], known["offsets"]), len(column))
+            parts = self._parts(column[shuffled], population, seed)
+            rows = [np.sort(shuffled[part]) for part in parts]
+            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+            arrays = {"order": np.concatenate(rows), "offsets": offsets}
+            cache.save(key, **arrays)
+        return self._checked(Partition(arrays["order"], arrays["offsets"]), len(column))
+
+    def _cache_key(self, column: np.ndarray, population: int, seed: int) -> str:
+        settings = self.model_dump(mode="json")
+        digest = hashlib.sha256(column.tobytes()).hexdigest()
+        tool = version("flwr-datasets")
+        return cache.key_of(
+            "partition", [FORMAT, settings, population, seed, digest, tool]
+        )
 
     def _told_apart_by(
         self, labels: np.ndarray, groups: np.ndarray | None, population: int | None
@@ -107,41 +119,33 @@ class _Settings(BaseModel):
         """The integers [n] that the partitioner looks at, and the number of clients."""
         if population is None:
             raise SettingsError(
-                f'population is missing: the partition "{self.name}" needs the number of clients'
+                f'population is missing: the partition "{self.name}" needs the number '
+                "of clients"
             )
         return np.ascontiguousarray(labels, dtype=np.int64), population
 
     def _parts(
         self, labels: np.ndarray, population: int, seed: int
     ) -> list[np.ndarray]:
+        """Row numbers of every client, as Flower's partitioner assigns them."""
         partitioner = self._partitioner(labels, population, seed)
-        import datasets  # with flwr_datasets a matter of seconds: only when the cache has no answer
+        # Takes seconds, as flwr_datasets does: only when the cache has no answer.
+        import datasets
 
-        partitioner.dataset = datasets.Dataset.from_dict(
-            {"label": labels, "row": np.arange(len(labels))}
-        )
-        deadline = time.monotonic() + SECONDS
-
-        def too_late(*_: Any, **__: Any) -> None:
-            # The partitioners warn at every failed try; that is where a hopeless one can be stopped.
-            if time.monotonic() > deadline:
-                raise ValueError(f"not found within {SECONDS:g} s")
-
+        columns = {"label": labels, "row": np.arange(len(labels))}
+        partitioner.dataset = datasets.Dataset.from_dict(columns)
         try:
-            with (
-                warnings.catch_warnings(),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):  # one draws a progress bar
-                warnings.simplefilter("always")
-                warnings.showwarning = too_late
+            with _stopped_after(SECONDS):
                 partitioner.load_partition(0)
-        except ValueError as e:
-            why = str(e).split(". ")[0]
+        except ValueError as error:
+            reason = str(error).split(". ")[0]
             raise self._error(
-                f"{len(labels)} examples over {population} clients: {why}; {self._advice()}"
-            ) from e
-        # The whole assignment at once, since load_partition copies client by client. It counts rows of the partitioner's
-        # own dataset, which the shard partitioner has sorted: hence the column of row numbers.
+                f"{len(labels)} examples over {population} clients: {reason}; "
+                f"{self._advice()}"
+            ) from error
+        # The whole assignment at once, since load_partition copies client by client. It
+        # counts rows of the partitioner's own dataset, which the shard partitioner has
+        # sorted: hence the column of row numbers.
         row = partitioner.dataset.with_format("numpy")["row"][:]
         assigned = partitioner._partition_id_to_indices
         return [row[np.asarray(assigned[i], dtype=np.int64)] for i in range(population)]
@@ -151,31 +155,51 @@ class _Settings(BaseModel):
 
     def _checked(self, part: Partition, n: int) -> Partition:
         sizes = np.diff(part.offsets)
-        if few := int((sizes < self.least).sum()):
+        few = int((sizes < self.least).sum())
+        if few:
             raise self._error(
-                f"{few} of {len(sizes)} clients get fewer than {self.least} examples; {self._advice()}"
+                f"{few} of {len(sizes)} clients get fewer than {self.least} examples; "
+                f"{self._advice()}"
             )
         assert np.bincount(part.order, minlength=n).max() == 1, (
             f'partition "{self.name}" gives a row to two clients'
         )
         if self.complete and len(part.order) < n:
             raise self._error(
-                f"{n - len(part.order)} of {n} examples go to no client; raise the population"
+                f"{n - len(part.order)} of {n} examples go to no client; "
+                "raise the population"
             )
         return part
 
-    def _error(self, what: str) -> SettingsError:
-        given = ", ".join(
-            f"{key} = {value}"
-            for key, value in self.model_dump().items()
-            if key != "name"
-        )
-        return SettingsError(
-            f'partition "{self.name}"' + (f" ({given})" if given else "") + f": {what}"
-        )
+    def _error(self, problem: str) -> SettingsError:
+        settings = self.model_dump(exclude={"name"})
+        given = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        title = f'partition "{self.name}"'
+        if given:
+            title += f" ({given})"
+        return SettingsError(f"{title}: {problem}")
 
     def _advice(self) -> str:
         return "lower the population"
+
+
+@contextlib.contextmanager
+def _stopped_after(seconds: float) -> Iterator[None]:
+    """Inside, a partitioner that tries in vain for so long raises ValueError.
+
+    Without its warnings and its progress bar.
+    """
+    deadline = time.monotonic() + seconds
+
+    def stop_when_late(*_: Any, **__: Any) -> None:
+        # They warn at every failed try; a hopeless one can be stopped there.
+        if time.monotonic() > deadline:
+            raise ValueError(f"not found within {seconds:g} s")
+
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("always")
+        warnings.showwarning = stop_when_late
+        yield
 
 
 class Iid(_Settings):
@@ -186,16 +210,15 @@ class Iid(_Settings):
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
         from flwr_datasets.partitioner import SizePartitioner
 
-        return SizePartitioner(
-            [
-                int(n)
-                for n in np.diff(np.arange(population + 1) * len(labels) // population)
-            ]
-        )
+        cuts = np.arange(population + 1) * len(labels) // population
+        return SizePartitioner(np.diff(cuts).tolist())
 
 
 class Dirichlet(_Settings):
-    """Each class is spread over the clients by one draw of Dirichlet(alpha) (Yurochkin et al. 2019; Hsu et al. 2019)."""
+    """Each class is spread over the clients by one draw of Dirichlet(alpha).
+
+    Yurochkin et al. 2019; Hsu et al. 2019.
+    """
 
     name: Literal["dirichlet"] = "dirichlet"
     least: ClassVar[int] = 0  # min_size is the partitioner's own condition
@@ -207,7 +230,8 @@ class Dirichlet(_Settings):
     min_size: int = Field(
         1,
         ge=0,
-        description="examples that every client gets at least; 0 allows clients without data",
+        description="examples that every client gets at least; 0 allows clients "
+        "without data",
     )
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
@@ -223,15 +247,17 @@ class Dirichlet(_Settings):
 
     def _advice(self) -> str:
         return (
-            f"in every draw some client gets fewer than {self.min_size} examples: raise partition.alpha, lower the population, "
-            "or lower partition.min_size (0 allows empty clients)"
+            f"in every draw some client gets fewer than {self.min_size} examples: "
+            "raise partition.alpha, lower the population, or lower partition.min_size "
+            "(0 allows empty clients)"
         )
 
 
 class Shards(_Settings):
-    """Rows sorted by class are cut in shards of equal size, and every client gets as many (McMahan et al. 2017).
+    """Rows sorted by class are cut in shards of equal size, as many for every client.
 
-    Rows that are left when n does not divide by the number of shards are with no client.
+    McMahan et al. 2017. Rows that are left when n does not divide by the number of
+    shards are with no client.
     """
 
     name: Literal["shards"] = "shards"
@@ -241,9 +267,11 @@ class Shards(_Settings):
     )
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
-        if (shards := population * self.per_client) > len(labels):
+        shards = population * self.per_client
+        if shards > len(labels):
             raise self._error(
-                f"{population} clients need {shards} shards of {len(labels)} examples; {self._advice()}"
+                f"{population} clients need {shards} shards of {len(labels)} examples; "
+                f"{self._advice()}"
             )
         from flwr_datasets.partitioner import ShardPartitioner
 
@@ -256,7 +284,10 @@ class Shards(_Settings):
 
 
 class Pathological(_Settings):
-    """Every client has examples of exactly this many classes, drawn at random; a class is shared equally by those that have it."""
+    """Every client has examples of exactly this many classes, drawn at random.
+
+    A class is shared equally by those that have it (Li et al. 2022).
+    """
 
     name: Literal["pathological"] = "pathological"
     classes: int = Field(2, ge=1, description="classes a client")
@@ -265,12 +296,14 @@ class Pathological(_Settings):
         number = len(np.unique(labels))
         if self.classes > number:
             raise SettingsError(
-                f"partition.classes = {self.classes}: the data has {number} classes; set at most that"
+                f"partition.classes = {self.classes}: the data has {number} classes; "
+                "set at most that"
             )
         from flwr_datasets.partitioner import PathologicalPartitioner
 
-        # As in the paper (Li et al. 2022), client i has class i mod number and others by chance, so that from `number` clients
-        # on no class is left out. Its draws with rejection never end well when all classes are wanted.
+        # As in the paper, client i has class i mod number and others by chance, so that
+        # from `number` clients on no class is left out. Its draws with rejection never
+        # end well when all classes are wanted.
         mode: Any = "deterministic" if self.classes == number else "first-deterministic"
         return PathologicalPartitioner(
             population,
@@ -285,7 +318,7 @@ class Pathological(_Settings):
 
 
 class SizeSkew(_Settings):
-    """Rows at random, in numbers drawn from a log-normal law: a few large clients and many small."""
+    """Rows at random, in numbers drawn from a log-normal law: few large, many small."""
 
     name: Literal["size_skew"] = "size_skew"
     sigma: float = Field(
@@ -297,12 +330,10 @@ class SizeSkew(_Settings):
 
         log_size = self.sigma * rng(seed, "sizes").standard_normal(population)
         share = np.cumsum(np.exp(log_size - log_size.max()))
-        cuts = np.floor(share / share[-1] * (len(labels) - population) + 1e-9).astype(
-            np.int64
-        )  # 1e-9: 3 may come as 2.99...
-        return SizePartitioner(
-            [int(n) for n in 1 + np.diff(cuts, prepend=0)]
-        )  # one each, the rest by the law
+        share /= share[-1]
+        # One example each, the rest by the law; 1e-9, since 3 may come as 2.99...
+        cuts = np.floor(share * (len(labels) - population) + 1e-9).astype(np.int64)
+        return SizePartitioner((1 + np.diff(cuts, prepend=0)).tolist())
 
 
 class Natural(_Settings):
@@ -315,12 +346,14 @@ class Natural(_Settings):
     ) -> tuple[np.ndarray, int]:
         if groups is None:
             raise SettingsError(
-                'partition.name = "natural": this data set names no clients; choose another partition'
+                'partition.name = "natural": this data set names no clients; '
+                "choose another partition"
             )
         names, client = np.unique(groups, return_inverse=True)
         if population not in (None, len(names)):
             raise SettingsError(
-                f"population = {population}: the data has {len(names)} natural clients; leave population out"
+                f"population = {population}: the data has {len(names)} natural "
+                "clients; leave population out"
             )
         return client.astype(np.int64), len(names)
 

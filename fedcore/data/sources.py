@@ -1,4 +1,7 @@
-"""The bundled data sets, from where they lie: inside scikit-learn, a Debian package, a folder of your own, or the hub."""
+"""The bundled data sets, from the places where they lie.
+
+That is inside scikit-learn, a Debian package, a folder of the user's, or the hub.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,25 @@ from fedcore.errors import SettingsError
 from fedcore.rng import rng
 from fedcore.storage import cache
 
+Arrays = dict[str, np.ndarray]
+"""Images and labels: x_train, y_train, x_test, y_test, as they are on disk."""
+
 
 class Pixels(NamedTuple):
-    """How pixels in [0, 1] became inputs: x = (pixel - mean) / deviation, by channel."""
+    """The scale of inputs by channel: x = (pixel - mean) / deviation.
+
+    Pixels are in [0, 1].
+    """
 
     mean: tuple[float, ...] = (0.0,)
     deviation: tuple[float, ...] = (1.0,)
 
     def inputs(self, pixels: Tensor) -> Tensor:
-        """[..., C, H, W] in [0, 1] to what a model takes."""
+        """The model's inputs for pixels in [0, 1], [..., C, H, W].
+
+        >>> Pixels((0.5,), (0.25,)).inputs(torch.ones(1, 1, 1))
+        tensor([[[2.]]])
+        """
         mean, deviation = self._like(pixels)
         return (pixels - mean) / deviation
 
@@ -39,10 +52,9 @@ class Pixels(NamedTuple):
         return inputs * deviation + mean
 
     def _like(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, deviation = (
-            torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in self
-        )
-        return mean, deviation
+        mean = torch.tensor(self.mean, dtype=x.dtype, device=x.device)
+        deviation = torch.tensor(self.deviation, dtype=x.dtype, device=x.device)
+        return mean[:, None, None], deviation[:, None, None]
 
 
 class Source(NamedTuple):
@@ -58,48 +70,51 @@ class Source(NamedTuple):
 
 
 def load(name: str, folder: Path | None = None) -> Source:
-    """A data set by name; `folder` is where its files are, if not in a usual place. Raises SettingsError."""
+    """A data set by name; `folder` holds its files, if not in a usual place.
+
+    Raises SettingsError for a name that is unknown, and files that are missing or no
+    such data.
+
+    >>> load("digits").x_train.shape
+    torch.Size([1442, 1, 8, 8])
+    """
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, 1)
-        raise SettingsError(
-            f'"{name}" is no bundled data set; '
-            + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(SOURCES)}")
-        )
+        advice = f"known: {', '.join(SOURCES)}"
+        if near:
+            advice = f'did you mean "{near[0]}"?'
+        raise SettingsError(f'"{name}" is no bundled data set; {advice}')
     return SOURCES[name](folder)
 
 
 def digits(folder: Path | None = None) -> Source:
-    """1 797 handwritten digits, 8x8 pixels in [0, 1], from scikit-learn (Alpaydin and Kaynak, 1998); every fifth is for testing."""
-    found = importlib.util.find_spec(
-        "sklearn"
-    )  # located, not imported: that alone would take a second
-    if found is None or not found.submodule_search_locations:
+    """1 797 handwritten digits, 8x8 pixels in [0, 1], from scikit-learn.
+
+    Alpaydin and Kaynak, 1998. Every fifth is for testing.
+    """
+    # Located, not imported: that alone would take a second.
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
         raise SettingsError(
-            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
+            "the digits come with scikit-learn, which is not installed: "
+            "pip install scikit-learn"
         )
-    file = (
-        Path(found.submodule_search_locations[0])
-        / "datasets"
-        / "data"
-        / "digits.csv.gz"
-    )
+    place = Path(package.submodule_search_locations[0])
+    file = place / "datasets" / "data" / "digits.csv.gz"
     try:
-        table = np.loadtxt(
-            io.BytesIO(gzip.decompress(file.read_bytes())),
-            delimiter=",",
-            dtype=np.float32,
-        )
-    except (OSError, EOFError, zlib.error, ValueError) as e:
+        text = io.BytesIO(gzip.decompress(file.read_bytes()))
+        table = np.loadtxt(text, delimiter=",", dtype=np.float32)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise SettingsError(
-            f"{file}: {e}; expected the digits that scikit-learn carries, install it again"
-        ) from e
+            f"{file}: {error}; expected the digits that scikit-learn carries, "
+            "install it again"
+        ) from error
     x = torch.from_numpy(table[:, :64] / 16).view(-1, 1, 8, 8)
     y = torch.from_numpy(table[:, 64].astype(np.int64))
     order = rng(0, "digits").permutation(len(y))
     held = np.zeros(len(y), dtype=bool)
-    for label in range(
-        10
-    ):  # a fifth of every class, so that the test set is balanced like the data
+    for label in range(10):
+        # A fifth of every class, so that the test set is balanced like the data.
         rows = order[y.numpy()[order] == label]
         held[rows[: len(rows) // 5]] = True
     test = torch.from_numpy(held)
@@ -115,10 +130,11 @@ IDX = {
 
 
 def fashion_mnist(folder: Path | None = None) -> Source:
-    """60 000 + 10 000 grey images of clothing, 28x28 (Xiao, Rasul, Vollgraf, 2017), normalised by training mean and deviation."""
-    own = os.environ.get("FEDCORE_DATA")
-    places = [folder] if folder else [Path(own) / "fashion-mnist"] if own else []
-    places += [Path("/usr/share/datasets/fashion-mnist")] if folder is None else []
+    """60 000 + 10 000 grey images of clothing, 28x28 (Xiao, Rasul, Vollgraf, 2017).
+
+    Normalised by training mean and deviation.
+    """
+    places = _places_of_fashion_mnist() if folder is None else [folder]
     for place in places:
         if _idx_file(place, IDX["x_train"]):
             arrays = {part: _read_idx(place, name) for part, name in IDX.items()}
@@ -127,94 +143,115 @@ def fashion_mnist(folder: Path | None = None) -> Source:
     else:
         if folder is not None:
             raise SettingsError(
-                f"data_folder = {folder}: expected the IDX files {', '.join(IDX.values())} there, plain or .gz"
+                f"data_folder = {folder}: expected the IDX files "
+                f"{', '.join(IDX.values())} there, plain or .gz"
             )
-        looked = ", ".join(str(place) for place in places)
         arrays = _from_hub(
             "zalando-datasets/fashion_mnist",
             "image",
             "label",
-            f"no IDX files in {looked}; apt-get install dataset-fashion-mnist, or set data_folder to a folder of them",
+            f"no IDX files in {', '.join(map(str, places))}; apt-get install "
+            "dataset-fashion-mnist, or set data_folder to a folder of them",
         )
     pixels = Pixels((0.2860,), (0.3530,))
-    x = {
-        part: pixels.inputs(torch.from_numpy(arrays[part]).float().div_(255)[:, None])
-        for part in ("x_train", "x_test")
-    }
-    y = {
-        part: torch.from_numpy(arrays[part].astype(np.int64))
-        for part in ("y_train", "y_test")
-    }
+
+    def scaled(images: np.ndarray) -> Tensor:
+        return pixels.inputs(torch.from_numpy(images).float().div_(255)[:, None])
+
+    return _source(arrays, scaled, pixels)
+
+
+def _places_of_fashion_mnist() -> list[Path]:
+    """Folders that may hold the files, the first that does being taken."""
+    places = [Path("/usr/share/datasets/fashion-mnist")]
+    folder = os.environ.get("FEDCORE_DATA")
+    if folder:
+        places.insert(0, Path(folder) / "fashion-mnist")
+    return places
+
+
+def _source(
+    arrays: Arrays, scaled: Callable[[np.ndarray], Tensor], pixels: Pixels
+) -> Source:
+    """Images in ten classes, with `scaled` pixels."""
     return Source(
-        x["x_train"], y["y_train"], x["x_test"], y["y_test"], 10, pixels=pixels
+        scaled(arrays["x_train"]),
+        torch.from_numpy(arrays["y_train"].astype(np.int64)),
+        scaled(arrays["x_test"]),
+        torch.from_numpy(arrays["y_test"].astype(np.int64)),
+        10,
+        pixels=pixels,
     )
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
-    return next(
-        (f for f in (folder / f"{name}.gz", folder / name) if f.is_file()), None
-    )
+    for file in (folder / f"{name}.gz", folder / name):
+        if file.is_file():
+            return file
+    return None
 
 
 def _read_idx(folder: Path, name: str) -> np.ndarray:
-    """An IDX file of unsigned bytes: magic 0x0000080d with d dimensions, d sizes, then the values."""
+    """The array of an IDX file of unsigned bytes.
+
+    Its bytes are the magic number 0x0000080d with d dimensions, d sizes, then the
+    values.
+    """
     file = _idx_file(folder, name)
     if file is None:
         raise SettingsError(
-            f"{folder} has no {name} or {name}.gz: expected all of {', '.join(IDX.values())}"
+            f"{folder} has no {name} or {name}.gz: "
+            f"expected all of {', '.join(IDX.values())}"
         )
     try:
-        content = (
-            gzip.decompress(file.read_bytes())
-            if file.suffix == ".gz"
-            else file.read_bytes()
-        )
-    except (OSError, EOFError, zlib.error) as e:
-        raise SettingsError(f"{file} cannot be read ({e}): fetch it again") from e
-    dims = int(
-        name[name.index("idx") + 3]
-    )  # a file's name says how many dimensions it has
+        content = file.read_bytes()
+        if file.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise SettingsError(
+            f"{file} cannot be read ({error}): fetch it again"
+        ) from error
+    # A file's name says how many dimensions it has.
+    dims = int(name[name.index("idx") + 3])
     start = 4 + 4 * dims
     if content[:4] != bytes([0, 0, 8, dims]) or len(content) < start:
         raise SettingsError(
-            f"{file} is no IDX file of {dims} dimensions: found {content[:4].hex()}, expected 0000080{dims}"
+            f"{file} is no IDX file of {dims} dimensions: found {content[:4].hex()}, "
+            f"expected 0000080{dims}"
         )
     sizes = [int(size) for size in np.frombuffer(content, ">u4", dims, 4)]
     if len(content) - start != math.prod(sizes):
         raise SettingsError(
-            f"{file}: found {len(content) - start} bytes, expected {math.prod(sizes)} for sizes {sizes}: fetch it again"
+            f"{file}: found {len(content) - start} bytes, expected "
+            f"{math.prod(sizes)} for sizes {sizes}: fetch it again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy()
 
 
-def _check_images(place: Path, arrays: dict[str, np.ndarray]) -> None:
+def _check_images(place: Path, arrays: Arrays) -> None:
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.shape != (len(y), 28, 28) or len(y) == 0 or y.max() > 9:
             raise SettingsError(
-                f"{place}: found {part} images {x.shape} and {len(y)} labels up to {y.max(initial=0)}, expected as many 28x28 "
-                "images as labels, in 10 classes: are these files of one data set?"
+                f"{place}: found {part} images {x.shape} and {len(y)} labels up to "
+                f"{y.max(initial=0)}, expected as many 28x28 images as labels, in 10 "
+                "classes: are these files of one data set?"
             )
 
 
 def cifar10(folder: Path | None = None) -> Source:
-    """50 000 + 10 000 colour images, 32x32 (Krizhevsky, 2009), from parquet files as on Hugging Face, normalised per channel."""
-    own = os.environ.get("FEDCORE_DATA")
-    place = folder or (Path(own) if own else None)
-    files = (
-        {part: sorted(place.glob(f"*{part}*.parquet")) for part in ("train", "test")}
-        if place
-        else {}
-    )
-    if files and all(files.values()):
-        arrays: dict[str, np.ndarray] = {}
-        for part, found in files.items():
-            arrays[f"x_{part}"], arrays[f"y_{part}"] = _read_parquet(found)
-    elif folder is not None:
+    """50 000 + 10 000 colour images, 32x32 (Krizhevsky, 2009).
+
+    From parquet files as on Hugging Face, normalised per channel.
+    """
+    place = folder or os.environ.get("FEDCORE_DATA")
+    arrays = _parquet_arrays(Path(place)) if place else None
+    if arrays is None and folder is not None:
         raise SettingsError(
-            f"data_folder = {folder}: expected *train*.parquet and *test*.parquet there, with columns image (or img) and label"
+            f"data_folder = {folder}: expected *train*.parquet and *test*.parquet "
+            "there, with columns image (or img) and label"
         )
-    else:
+    if arrays is None:
         arrays = _from_hub(
             "uoft-cs/cifar10",
             "img",
@@ -222,83 +259,96 @@ def cifar10(folder: Path | None = None) -> Source:
             "set data_folder to a folder of its parquet files",
         )
     pixels = Pixels((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-    x = {
-        p: pixels.inputs(
-            torch.from_numpy(arrays[p])
-            .permute(0, 3, 1, 2)
-            .contiguous()
-            .float()
-            .div_(255)
-        )
-        for p in ("x_train", "x_test")
-    }
-    y = {p: torch.from_numpy(arrays[p].astype(np.int64)) for p in ("y_train", "y_test")}
-    return Source(
-        x["x_train"], y["y_train"], x["x_test"], y["y_test"], 10, pixels=pixels
-    )
+
+    def scaled(images: np.ndarray) -> Tensor:
+        channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return pixels.inputs(channels_first.float().div_(255))
+
+    return _source(arrays, scaled, pixels)
+
+
+def _parquet_arrays(place: Path) -> Arrays | None:
+    """Training and test rows of a folder; None where one of the two is missing."""
+    arrays: Arrays = {}
+    for part in ("train", "test"):
+        files = sorted(place.glob(f"*{part}*.parquet"))
+        if not files:
+            return None
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = _read_parquet(files)
+    return arrays
 
 
 def _read_parquet(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """(images [n, 32, 32, 3] uint8, labels [n]), decoded once and kept in the cache."""
-    key = cache.key_of(
-        "images",
-        [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-    )
-    known = cache.load(key)
-    if known is None:
+    stats = []
+    for file in files:
+        status = file.stat()
+        stats.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    key = cache.key_of("images", stats)
+    arrays = cache.load(key)
+    if arrays is None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
-        from PIL import Image
 
         try:
-            # The hub's own files say "img", most mirrors "image".
-            names = pq.read_schema(files[0]).names
-            column = "img" if "img" in names else "image"
-            if not {column, "label"} <= set(names):
-                raise ValueError(f"found columns {', '.join(names)}")
-            table = pq.read_table(files, columns=[column, "label"]).to_pydict()
-            images = np.stack(
-                [
-                    np.asarray(Image.open(io.BytesIO(i["bytes"])).convert("RGB"))
-                    for i in table[column]
-                ]
-            )
-            if images.shape[1:] != (32, 32, 3):
-                raise ValueError(
-                    f"found images of {images.shape[1]}x{images.shape[2]} pixels, expected 32x32"
-                )
-        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as e:
+            images, labels = _decoded(files)
+        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise SettingsError(
-                f"{files[0]}: {e}; expected parquet with columns image {{bytes, path}} and label"
-            ) from e
-        known = {"x": images, "y": np.array(table["label"])}
-        cache.save(key, **known)
-    return known["x"], known["y"]
+                f"{files[0]}: {error}; expected parquet with columns "
+                "image {bytes, path} and label"
+            ) from error
+        arrays = {"x": images, "y": labels}
+        cache.save(key, **arrays)
+    return arrays["x"], arrays["y"]
 
 
-def _from_hub(
-    name: str, image: str, label: str, otherwise: str
-) -> dict[str, np.ndarray]:
-    """Training and test rows as x_train, y_train, x_test, y_test, decoded once and kept in the cache."""
+def _decoded(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """(images [n, 32, 32, 3] uint8, labels [n]) of parquet files."""
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    names = pq.read_schema(files[0]).names
+    # The hub's own files say "img", most mirrors "image".
+    column = "img" if "img" in names else "image"
+    if not {column, "label"} <= set(names):
+        raise ValueError(f"found columns {', '.join(names)}")
+    table = pq.read_table(files, columns=[column, "label"]).to_pydict()
+    decoded = []
+    for row in table[column]:
+        image = Image.open(io.BytesIO(row["bytes"])).convert("RGB")
+        decoded.append(np.asarray(image))
+    images = np.stack(decoded)
+    if images.shape[1:] != (32, 32, 3):
+        raise ValueError(
+            f"found images of {images.shape[1]}x{images.shape[2]} pixels, "
+            "expected 32x32"
+        )
+    return images, np.array(table["label"])
+
+
+def _from_hub(name: str, image: str, label: str, otherwise: str) -> Arrays:
+    """Training and test rows of a data set on the hub, `image` and `label` its columns.
+
+    Decoded once and kept in the cache. `otherwise` is the advice for a user whom the
+    hub does not serve.
+    """
     key = cache.key_of("hub", name)
-    if (known := cache.load(key)) is not None:
-        return known
+    cached = cache.load(key)
+    if cached is not None:
+        return cached
     import datasets
 
-    arrays: dict[str, np.ndarray] = {}
+    arrays: Arrays = {}
     try:
         for part in ("train", "test"):
             rows: Any = datasets.load_dataset(name, split=part).with_format("numpy")
-            arrays[f"x_{part}"], arrays[f"y_{part}"] = (
-                np.stack(list(rows[image])),
-                np.asarray(rows[label]),
-            )
-    except (
-        Exception
-    ) as e:  # whatever the hub's client raises, the user needs to know the other ways
+            arrays[f"x_{part}"] = np.stack(list(rows[image]))
+            arrays[f"y_{part}"] = np.asarray(rows[label])
+    except Exception as error:
+        # Whatever the hub's client raises, the user needs to know the other ways.
         raise SettingsError(
-            f"{name} could not be had from the hub ({type(e).__name__}): {otherwise}"
-        ) from e
+            f"{name} could not be had from the hub ({type(error).__name__}): "
+            f"{otherwise}"
+        ) from error
     cache.save(key, **arrays)
     return arrays
 

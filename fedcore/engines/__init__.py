@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from fedcore.engines.base import Engine, Work, device_for
 from fedcore.errors import SettingsError
 
@@ -12,14 +14,21 @@ if TYPE_CHECKING:
     from fedcore.storage.rows import StateStore
 
 
-def make(settings: EngineSettings, work: Work, states: StateStore) -> Engine:
-    """The in-process engine that the settings name, with the task on its device."""
+def task_device(settings: EngineSettings) -> torch.device:
+    """The device of this process's task; Ray's workers move tasks of their own.
+
+    Raises SettingsError for cuda without a CUDA device.
+    """
     device = device_for(settings)
+    return torch.device("cpu") if settings.name == "ray" else device
+
+
+def make(settings: EngineSettings, work: Work, states: StateStore) -> Engine:
+    """The in-process engine that the settings name."""
     if settings.name == "ray":
         from fedcore.engines.ray import Ray
 
-        return Ray(work, states, settings, device)
-    work.task.to(device)
+        return Ray(work, states, settings, device_for(settings))
     if settings.name == "sequential":
         from fedcore.engines.sequential import Sequential
 

@@ -1,4 +1,7 @@
-"""Bundled models by name. All keep no running statistics, and run under `functional_call`, `grad` and `vmap`."""
+"""Bundled models by name.
+
+None keeps running statistics; all run under `functional_call`, `grad` and `vmap`.
+"""
 
 from typing import Annotated
 

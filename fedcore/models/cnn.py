@@ -11,12 +11,15 @@ from fedcore.errors import SettingsError
 
 
 class Cnn(BaseModel):
-    """Two convolutions, each with 2x2 pooling, and a dense layer; by default McMahan et al. 2017: 1 663 370 parameters at 28x28."""
+    """Two convolutions, each with 2x2 pooling, and a dense layer.
+
+    By default that of McMahan et al. 2017: 1 663 370 parameters at 28x28.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["cnn"] = "cnn"
     channels: tuple[PositiveInt, PositiveInt] = Field(
-        (32, 64), description="of the two convolutions"
+        (32, 64), description="outputs of the two convolutions"
     )
     kernel: Literal[3, 5] = Field(5, description="side of both convolutions, in pixels")
     hidden: int = Field(512, ge=1, description="units of the dense layer")
@@ -43,13 +46,17 @@ class Cnn(BaseModel):
 
 
 class LeNet(BaseModel):
-    """LeNet-5 with ReLU and max pooling (after LeCun et al. 1998): 61 706 parameters at 28x28."""
+    """LeNet-5 with ReLU and max pooling, after LeCun et al. 1998.
+
+    61 706 parameters at 28x28.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["lenet"] = "lenet"
 
     def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
         channels, height, width = image(input_shape, "lenet", 16)
+        pixels = ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2)
         return nn.Sequential(
             nn.Conv2d(channels, 6, 5, padding=2),
             nn.ReLU(),
@@ -58,7 +65,7 @@ class LeNet(BaseModel):
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(16 * ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2), 120),
+            nn.Linear(16 * pixels, 120),
             nn.ReLU(),
             nn.Linear(120, 84),
             nn.ReLU(),
@@ -67,11 +74,16 @@ class LeNet(BaseModel):
 
 
 def image(shape: tuple[int, ...], model: str, least: int) -> tuple[int, int, int]:
-    """(channels, height, width). Raises SettingsError for inputs that are no images, or too small."""
+    """(channels, height, width) of inputs of this shape, for the model of this name.
+
+    Raises SettingsError for inputs that are no images, or of less than `least` pixels a
+    side.
+    """
     if len(shape) != 3 or min(shape[1:]) < least:
         raise SettingsError(
-            f'model.name = "{model}": inputs have shape {tuple(shape)}, expected (channels, height, width) of at least '
-            f'{least}x{least}; use model.name = "mlp"'
+            f'model.name = "{model}": inputs have shape {tuple(shape)}, expected '
+            f"(channels, height, width) of at least {least}x{least}; "
+            'use model.name = "mlp"'
         )
     channels, height, width = shape
     return channels, height, width

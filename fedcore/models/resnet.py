@@ -1,4 +1,7 @@
-"""ResNet (He et al. 2016) with group normalisation: batch statistics of skewed clients do not average (Hsieh et al. 2020)."""
+"""ResNet (He et al. 2016) with group normalisation.
+
+Batch statistics of skewed clients do not average (Hsieh et al. 2020).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ STAGES = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
 class ResNet(BaseModel):
-    """Basic blocks in four stages, with a 3x3 stem for small images; depth 18 and width 64: 11.2 M parameters."""
+    """Basic blocks in four stages, with a 3x3 stem for small images.
+
+    Depth 18 and width 64: 11.2 M parameters.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["resnet"] = "resnet"
@@ -43,37 +49,33 @@ class ResNet(BaseModel):
             nn.GroupNorm(self.groups, self.width),
             nn.ReLU(),
         ]
-        inputs, widths = self.width, []
-        for stage, blocks in enumerate(STAGES[self.depth]):
-            for block in range(blocks):
-                outputs = self.width * 2**stage
-                layers.append(
-                    Block(
-                        inputs,
-                        outputs,
-                        stride=2 if stage > 0 and block == 0 else 1,
-                        groups=self.groups,
-                    )
-                )
-                widths.append(outputs)
+        blocks: list[Block] = []
+        inputs = self.width
+        for stage, number in enumerate(STAGES[self.depth]):
+            outputs = self.width * 2**stage
+            for i in range(number):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(Block(inputs, outputs, stride, self.groups))
                 inputs = outputs
         model = nn.Sequential(
             *layers,
+            *blocks,
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(inputs, num_outputs),
         )
-        if self.adapter:  # made last: the rest starts as without them
-            for made, outputs in zip(layers[3:], widths, strict=True):
-                made.adapter1, made.adapter2 = (
-                    Adapter(outputs, self.groups),
-                    Adapter(outputs, self.groups),
-                )
+        if self.adapter:
+            # Made last: the rest starts as without them.
+            for block in blocks:
+                block.add_adapters()
         return model
 
 
 class Block(nn.Module):
-    """relu(x + norm(conv(relu(norm(conv(x)))))), with a 1x1 convolution on the shortcut where the shape changes."""
+    """relu(x + norm(conv(relu(norm(conv(x)))))).
+
+    With a 1x1 convolution on the shortcut where the shape changes.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
         super().__init__()
@@ -90,22 +92,28 @@ class Block(nn.Module):
         self.adapter1: nn.Module = nn.Identity()
         self.adapter2: nn.Module = nn.Identity()
 
+    def add_adapters(self) -> None:
+        """Put an adapter behind either convolution."""
+        channels, groups = self.norm1.num_channels, self.norm1.num_groups
+        self.adapter1 = Adapter(channels, groups)
+        self.adapter2 = Adapter(channels, groups)
+
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu(self.norm1(self.adapter1(self.conv1(x))))
-        return functional.relu(
-            self.norm2(self.adapter2(self.conv2(y))) + self.shortcut(x)
-        )
+        z = self.norm2(self.adapter2(self.conv2(y)))
+        return functional.relu(z + self.shortcut(x))
 
 
 class Adapter(nn.Module):
-    """2 h + conv1x1(norm(h)), which the block's own norm behind it rescales (Pillutla et al., ICML 2022, after their code)."""
+    """2 h + conv1x1(norm(h)), which the block's own norm behind it rescales.
+
+    Pillutla et al., ICML 2022, after their code.
+    """
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm, self.conv = (
-            nn.GroupNorm(groups, channels),
-            nn.Conv2d(channels, channels, 1, bias=False),
-        )
+        self.norm = nn.GroupNorm(groups, channels)
+        self.conv = nn.Conv2d(channels, channels, 1, bias=False)
         nn.init.normal_(self.conv.weight, std=1e-4)
 
     def forward(self, h: Tensor) -> Tensor:

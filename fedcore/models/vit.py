@@ -1,17 +1,22 @@
-"""Vision Transformer (Dosovitskiy et al., ICLR 2021), with adapters, and with prefixes on its attention (FedPerfix).
+"""Vision Transformer (Dosovitskiy et al., ICLR 2021), with adapters and prefixes.
 
-Names of parameters are those of timm's models (patch_embed, cls_token, pos_embed, blocks.i.attn.qkv, ..., head).
-Prefixes (Sun et al., FedPerfix, ICCV 2023, equation 4): Z is what enters attention, [tokens, d], after the block's first norm.
-    additive  K = Z W_k + b_k + s P_k,  V = Z W_v + b_v + s P_v,  [P_k, P_v] = tanh(Z W_down + b_down) W_up + b_up  (their code)
+Names of parameters are those of timm's models (patch_embed, cls_token, pos_embed,
+blocks.i.attn.qkv, ..., head).
+Prefixes on attention (Sun et al., FedPerfix, ICCV 2023, equation 4): Z [tokens, d] is
+the input of attention, after the block's first norm.
+    additive  K = Z W_k + b_k + s P_k,  V = Z W_v + b_v + s P_v,
+              [P_k, P_v] = tanh(Z W_down + b_down) W_up + b_up  (their code)
     linear    the same with [P_k, P_v] = Z A + a: the "vanilla prefix" of their ablation
-    concat    p learned tokens of keys and of values a head before K and V: [s P_k; K], [s P_v; V], as equation 3 is written
-Choice:  the prefixes are created after the model, which so starts with the same weights with them and without.
+    concat    p learned tokens of keys and of values a head before K and V:
+              [s P_k; K], [s P_v; V], as equation 3 is written
+Choice:  the prefixes are created after the model, which so starts with the same weights
+         with them and without.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,7 +33,7 @@ class Prefix(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     form: Literal["none", "additive", "linear", "concat"] = Field(
-        "none", description="how prefixes are made"
+        "none", description="the generator of prefixes"
     )
     bottleneck: int = Field(
         256,
@@ -45,7 +50,10 @@ class Prefix(BaseModel):
 
 
 class Vit(BaseModel):
-    """Pre-norm Vision Transformer; the defaults are tiny. ViT-S/16: patch 16, width 384, depth 12, heads 6, mlp 1536."""
+    """Pre-norm Vision Transformer; the defaults are tiny.
+
+    ViT-S/16: patch 16, width 384, depth 12, heads 6, mlp 1536.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["vit"] = "vit"
@@ -59,7 +67,8 @@ class Vit(BaseModel):
     adapter: int = Field(
         0,
         ge=0,
-        description="units of the two bottlenecks in a block that start as the identity; 0 = none",
+        description="units of the two bottlenecks in a block that start as the "
+        "identity; 0 = none",
     )
     prefix: Prefix = Prefix()
 
@@ -67,38 +76,38 @@ class Vit(BaseModel):
         channels, height, width = image(input_shape, "vit", self.patch)
         if height % self.patch or width % self.patch:
             raise SettingsError(
-                f"model.patch = {self.patch}: expected a divisor of the image's sides, {height}x{width}"
+                f"model.patch = {self.patch}: expected a divisor of the image's sides, "
+                f"{height}x{width}"
             )
         if self.width % self.heads:
             raise SettingsError(
-                f"model.heads = {self.heads}: expected a divisor of model.width = {self.width}"
+                f"model.heads = {self.heads}: expected a divisor of "
+                f"model.width = {self.width}"
             )
-        model = VisionTransformer(
-            self, channels, (height // self.patch) * (width // self.patch), num_outputs
-        )
+        patches = (height // self.patch) * (width // self.patch)
+        model = VisionTransformer(self, channels, patches, num_outputs)
         return add_prefixes(model, self.prefix)
 
 
 class VisionTransformer(nn.Module):
     """Class token first; its last state, normalised, is read out linearly."""
 
-    def __init__(self, s: Vit, channels: int, patches: int, num_outputs: int) -> None:
+    def __init__(
+        self, settings: Vit, channels: int, patches: int, num_outputs: int
+    ) -> None:
         super().__init__()
-        self.cls_token = nn.Parameter(torch.randn(1, 1, s.width) * 0.02)
-        self.pos_embed = nn.Parameter(torch.randn(1, patches + 1, s.width) * 0.02)
-        self.patch_embed = nn.ModuleDict(
-            {"proj": nn.Conv2d(channels, s.width, s.patch, s.patch)}
-        )
-        self.blocks = nn.Sequential(
-            *(Block(s.width, s.heads, s.mlp) for _ in range(s.depth))
-        )
-        self.norm = nn.LayerNorm(s.width, eps=1e-6)
-        self.head = nn.Linear(s.width, num_outputs)
-        for block in self.blocks if s.adapter else ():
-            block.adapter1, block.adapter2 = (
-                Adapter(s.width, s.adapter),
-                Adapter(s.width, s.adapter),
-            )
+        d, side = settings.width, settings.patch
+        self.cls_token = nn.Parameter(torch.randn(1, 1, d) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, patches + 1, d) * 0.02)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, d, side, side)})
+        blocks = [Block(d, settings.heads, settings.mlp) for _ in range(settings.depth)]
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(d, eps=1e-6)
+        self.head = nn.Linear(d, num_outputs)
+        if settings.adapter:
+            # Made last: the rest starts as without them.
+            for block in blocks:
+                block.add_adapters(settings.adapter)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # [B, patches, d]
@@ -108,7 +117,10 @@ class VisionTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """z + attention(norm(z)), then z + mlp(norm(z)); an adapter on either branch before it is added."""
+    """z + attention(norm(z)), then z + mlp(norm(z)).
+
+    An adapter on either branch before it is added.
+    """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -123,23 +135,29 @@ class Block(nn.Module):
         self.adapter1: nn.Module = nn.Identity()
         self.adapter2: nn.Module = nn.Identity()
 
+    def add_adapters(self, bottleneck: int) -> None:
+        """Put an adapter of so many units on either branch."""
+        width = self.attn.qkv.in_features
+        self.adapter1 = Adapter(width, bottleneck)
+        self.adapter2 = Adapter(width, bottleneck)
+
     def forward(self, z: Tensor) -> Tensor:
         z = z + self.adapter1(self.attn(self.norm1(z)))
-        z = z + self.adapter2(
-            self.mlp["fc2"](functional.gelu(self.mlp["fc1"](self.norm2(z))))
-        )
+        hidden = functional.gelu(self.mlp["fc1"](self.norm2(z)))
+        z = z + self.adapter2(self.mlp["fc2"](hidden))
         return z
 
 
 class Adapter(nn.Module):
-    """x + W2 relu(W1 x + b1) + b2, the identity at the start: W2 = 0, b2 = 0 (Houlsby et al., ICML 2019)."""
+    """x + W2 relu(W1 x + b1) + b2 (Houlsby et al., ICML 2019).
+
+    The identity at the start: W2 = 0, b2 = 0.
+    """
 
     def __init__(self, width: int, bottleneck: int) -> None:
         super().__init__()
-        self.down, self.up = (
-            nn.Linear(width, bottleneck),
-            _zero(nn.Linear(bottleneck, width)),
-        )
+        self.down = nn.Linear(width, bottleneck)
+        self.up = _zero(nn.Linear(bottleneck, width))
 
     def forward(self, x: Tensor) -> Tensor:
         changed: Tensor = x + self.up(functional.relu(self.down(x)))
@@ -147,7 +165,10 @@ class Adapter(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over a fused qkv layer, in timm's layout (3, heads, d / heads)."""
+    """Multi-head self-attention over a fused qkv layer.
+
+    In timm's layout (3, heads, d / heads).
+    """
 
     def __init__(self, qkv: nn.Linear, proj: nn.Linear, heads: int) -> None:
         super().__init__()
@@ -156,7 +177,11 @@ class Attention(nn.Module):
     def forward(
         self, z: Tensor, attn_mask: None = None, is_causal: bool = False
     ) -> Tensor:
-        """`attn_mask` and `is_causal` are what timm's blocks pass besides; for images they are always empty."""
+        """Outputs [B, tokens, d] for z of the same shape.
+
+        timm's blocks pass `attn_mask` and `is_causal` as well; for images they are
+        always empty.
+        """
         assert attn_mask is None, "prefixes are defined for whole images"
         assert not is_causal, "prefixes are defined for whole images"
         q, k, v = self.heads(z)
@@ -166,48 +191,42 @@ class Attention(nn.Module):
 
     def heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [B, heads, tokens, d / heads]."""
-        q, k, v = (
-            self.qkv(z).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.qkv(z).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return q, k, v
 
 
 class PrefixedAttention(Attention):
     """Attention with a generator of prefixes."""
 
-    def __init__(self, plain: Attention, s: Prefix) -> None:
+    def __init__(self, plain: Attention, settings: Prefix) -> None:
         super().__init__(plain.qkv, plain.proj, plain.num_heads)
-        d = plain.qkv.in_features
-        self.scale = s.scale
+        d, size = plain.qkv.in_features, settings.bottleneck
+        self.scale = settings.scale
         self.prefix: nn.Module
-        if s.form == "concat":
-            self.prefix = Tokens(plain.num_heads, s.bottleneck, d // plain.num_heads)
-        elif s.form == "linear":
-            self.prefix = nn.Linear(d, 2 * d)
+        last: nn.Module  # the layer that makes P
+        if settings.form == "concat":
+            self.prefix = last = Tokens(plain.num_heads, size, d // plain.num_heads)
+        elif settings.form == "linear":
+            self.prefix = last = nn.Linear(d, 2 * d)
         else:
             self.prefix = nn.Sequential()
-            self.prefix.add_module("down", nn.Linear(d, s.bottleneck))
+            self.prefix.add_module("down", nn.Linear(d, size))
             self.prefix.add_module("tanh", nn.Tanh())
-            self.prefix.add_module("up", nn.Linear(s.bottleneck, 2 * d))
-        if s.start == "zero_up":
-            _zero(
-                self.prefix
-                if isinstance(self.prefix, nn.Linear | Tokens)
-                else self.prefix.get_submodule("up")
-            )
+            last = nn.Linear(size, 2 * d)
+            self.prefix.add_module("up", last)
+        if settings.start == "zero_up":
+            _zero(last)
 
     def heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads(z)
         if isinstance(self.prefix, Tokens):
             size = len(z), *self.prefix.keys.shape
-            keys, values = (
-                self.scale * p.expand(size)
-                for p in (self.prefix.keys, self.prefix.values)
-            )
+            keys = self.scale * self.prefix.keys.expand(size)
+            values = self.scale * self.prefix.values.expand(size)
             return q, torch.cat([keys, k], 2), torch.cat([values, v], 2)
-        p_k, p_v = (
-            self.prefix(z).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
+        prefixes = self.prefix(z).unflatten(-1, (2, self.num_heads, -1))
+        p_k, p_v = prefixes.permute(2, 0, 3, 1, 4)
         return q, k + self.scale * p_k, v + self.scale * p_v
 
 
@@ -216,41 +235,48 @@ class Tokens(nn.Module):
 
     def __init__(self, heads: int, number: int, size: int) -> None:
         super().__init__()
-        self.keys, self.values = (
-            nn.Parameter(torch.randn(heads, number, size) / math.sqrt(size))
-            for _ in range(2)
-        )
+        scale = math.sqrt(size)
+        self.keys = nn.Parameter(torch.randn(heads, number, size) / scale)
+        self.values = nn.Parameter(torch.randn(heads, number, size) / scale)
 
 
 def add_prefixes(model: nn.Module, settings: Prefix) -> nn.Module:
-    """The model with a generator of prefixes in the last `depth` of its `blocks`, in place; also for timm's Vision Transformers.
+    """The model with a generator of prefixes in the last `depth` blocks, in place.
 
-    Raises SettingsError for a model whose blocks have no attention with `qkv`, `proj` and `num_heads`, or one that is more.
+    Also for timm's Vision Transformers: `model.blocks` is read. Raises SettingsError
+    for blocks whose attention has no `qkv`, `proj` and `num_heads`, or has more.
     """
     if settings.form == "none":
         return model
     blocks: list[nn.Module] = list(getattr(model, "blocks", ()))
     if not blocks or (settings.depth or 0) > len(blocks):
-        found = f"{len(blocks)} blocks" if blocks else "no blocks"
+        number = len(blocks) or "no"
         raise SettingsError(
-            f"model.prefix.depth = {settings.depth}: the model has {found}"
+            f"model.prefix.depth = {settings.depth}: the model has {number} blocks"
         )
     for block in blocks[-(settings.depth or len(blocks)) :]:
-        attn: nn.Module | None = getattr(block, "attn", None)
-        if not all(hasattr(attn, part) for part in ("qkv", "proj", "num_heads")):
-            raise SettingsError(
-                f"prefixes need attention with qkv, proj and num_heads; the block has {type(attn).__name__}"
-            )
-        assert attn is not None
-        for more in ("q_norm", "k_norm", "norm", "gate"):
-            if not isinstance(getattr(attn, more, None), nn.Identity | None):
-                raise SettingsError(
-                    f"prefixes are not defined for attention with {more} ({type(attn).__name__})"
-                )
-        block.attn = PrefixedAttention(
-            Attention(attn.qkv, attn.proj, attn.num_heads), settings
-        )  # type: ignore[arg-type]
+        plain = _plain_attention(getattr(block, "attn", None))
+        block.attn = PrefixedAttention(plain, settings)
     return model
+
+
+def _plain_attention(attn: Any) -> Attention:
+    """The same attention, by its two layers.
+
+    Raises SettingsError where it is another, or does more.
+    """
+    kind = type(attn).__name__
+    if not all(hasattr(attn, part) for part in ("qkv", "proj", "num_heads")):
+        raise SettingsError(
+            "prefixes need attention with qkv, proj and num_heads; "
+            f"the block has {kind}"
+        )
+    for more in ("q_norm", "k_norm", "norm", "gate"):
+        if not isinstance(getattr(attn, more, None), nn.Identity | None):
+            raise SettingsError(
+                f"prefixes are not defined for attention with {more} ({kind})"
+            )
+    return Attention(attn.qkv, attn.proj, attn.num_heads)
 
 
 def _zero(layer: nn.Module) -> nn.Module:

@@ -55,6 +55,8 @@ def prepare(
     know goes to `note`.
     """
     task = experiment.build_task()
+    if make_engine is None:
+        task.to(engines.task_device(experiment.engine))
     task.check()
     method = experiment.build_method()
     process = refusals.participation_process(experiment, task)
@@ -80,7 +82,6 @@ def prepare(
         engine = engines.make(experiment.engine, work, clients)
     else:
         engine = make_engine(work)
-    # The task is on the engine's device now.
     advice = method.check(task, process.largest)
     if advice:
         note(advice)

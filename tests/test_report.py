@@ -70,6 +70,11 @@ def optimum(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def optimum_report(optimum: Path) -> Path:
+    return write_report(optimum)
+
+
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     """The finished run, to be spoilt."""
@@ -197,12 +202,11 @@ def test_run_without_a_round_has_a_report(copy: Path) -> None:
     assert titles(file) == ["How classes and examples are spread over clients"]
 
 
-def test_regression_is_judged_by_its_loss(optimum: Path) -> None:
-    file = write_report(optimum)
-    words = Page(file).words
+def test_regression_is_judged_by_its_loss(optimum_report: Path) -> None:
+    words = Page(optimum_report).words
     assert "test loss" in words
     assert "accuracy" not in words
-    assert "Loss of single clients" in titles(file)
+    assert "Loss of single clients" in titles(optimum_report)
 
 
 def test_numbers_that_the_method_logged_are_drawn(tmp_path: Path) -> None:
@@ -226,13 +230,12 @@ def test_logged_numbers_that_are_not_finite_are_left_out(
 
 
 def test_a_logged_list_over_clients_is_a_band_and_a_known_optimum_a_curve(
-    optimum: Path,
+    optimum: Path, optimum_report: Path
 ) -> None:
-    file = write_report(optimum)
     last = rows_of(optimum)[-1]
     names = ("Lambda", "Gamma", "Coherence", "NMSD in dB")
-    assert {f"{name} by round" for name in names} <= set(titles(file))
-    words = Page(file).words
+    assert {f"{name} by round" for name in names} <= set(titles(optimum_report))
+    words = Page(optimum_report).words
     least, largest = min(last["server_lambda"]), max(last["server_lambda"])
     assert f"between {least:.3g} and {largest:.3g} at the end" in words
     assert f"{last['nmsd_db']:.2f} dB at the end" in words
@@ -375,7 +378,8 @@ def test_times_read_well() -> None:
 
 def test_a_table_lines_up_and_cuts_nothing() -> None:
     long = "a label of many words " * 6 + "!"
-    lines = text.table_text([["", "accuracy"], [long, "9%"], ["学", "10%"]]).split("\n")
+    table = [["", "accuracy"], [long, "9%"], ["学", "10%"]]
+    lines = text.table_text(table).split("\n")
     assert lines[1].startswith(long)
     # A Chinese character is as wide as two letters.
     assert [len(line) for line in lines] == [

@@ -196,7 +196,11 @@ def by_round(found: Measured) -> dict[str, tuple[list[float], list[float]]]:
         rounds = [row["round"] for row in runs[0].history.rows if "client_nmsd" in row]
         values = np.mean(
             [
-                [row["client_nmsd"]["mean"] for row in r.history.rows if "client_nmsd" in row]
+                [
+                    row["client_nmsd"]["mean"]
+                    for row in r.history.rows
+                    if "client_nmsd" in row
+                ]
                 for r in runs
             ],
             axis=0,

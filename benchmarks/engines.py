@@ -485,8 +485,8 @@ def draw(found: dict[str, Any], file: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from fedcore.views.page import THEME
     from fedcore.views.figures import SERIES, STYLE, svg
+    from fedcore.views.page import THEME
 
     names = list(
         dict.fromkeys(name for model in found.values() for name in model["rounds"])

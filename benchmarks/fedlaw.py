@@ -146,7 +146,9 @@ def experiment(
 
 def late(runs: list[Run], value: Callable[[dict[str, Any]], float]) -> str:
     """Of the last ten rounds, mean and standard deviation over seeds."""
-    means = [statistics.fmean(value(row) for row in run.history.rows[-LAST:]) for run in runs]
+    means = [
+        statistics.fmean(value(row) for row in run.history.rows[-LAST:]) for run in runs
+    ]
     return f"{statistics.fmean(means):.3f} ± {statistics.stdev(means) if len(means) > 1 else 0:.3f}"
 
 
@@ -238,7 +240,9 @@ def weights(out: Path, seeds: int) -> None:
         rows = {label: [percent(runs)] for label, runs in found.items()}
 
         def share(runs: list[Run], t: int, first: int = first) -> str:
-            values = [sum(run.history.rows[t - 1]["server_lambda"][:first]) for run in runs]
+            values = [
+                sum(run.history.rows[t - 1]["server_lambda"][:first]) for run in runs
+            ]
             return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
 
         for label in ("attentive LAW", "FedLAW"):

@@ -25,8 +25,8 @@ from fedcore.errors import RunError
 from fedcore.storage.memory import size_text
 from fedcore.views.compare import compare
 from fedcore.views.comparison import Run, curve
-from fedcore.views.page import THEME
 from fedcore.views.figures import SERIES, STYLE, svg
+from fedcore.views.page import THEME
 from fedcore.views.terminal import Terminal
 
 Values = dict[str, Any]

@@ -138,7 +138,8 @@ def main() -> None:
         c = compare(runs, a.seeds, a.out / f"lr-{lr}", Terminal())
         for label in table:
             gaps = [
-                [run.history.rows[t - 1].get("test_gap") for run in c.runs[label]] for t in at
+                [run.history.rows[t - 1].get("test_gap") for run in c.runs[label]]
+                for t in at
             ]
             table[label].append(
                 " ".join(

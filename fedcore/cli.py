@@ -1,4 +1,7 @@
-"""The command `fedcore`: results on stdout, progress on stderr, exit status 0 done, 1 failed, 2 bad settings, 130 interrupted."""
+"""The command `fedcore`: results on stdout, progress on stderr.
+
+Exit status: 0 done, 1 failed, 2 bad settings, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Federated learning that is simulated, deployed and audited with the same method file.",
+    help="Federated learning: one method file is simulated, deployed and audited.",
 )
 
-Preset = Annotated[
-    str, typer.Argument(metavar="PRESET", help="a TOML file, or the name of a method")
+PRESET_HELP = "a TOML file, or the name of a method"
+FRESH_HELP = "default: a new one in runs/; an old one is gone on with"
+
+Preset = Annotated[str, typer.Argument(metavar="PRESET", help=PRESET_HELP)]
+MaybePreset = Annotated[str | None, typer.Argument(metavar="PRESET", help=PRESET_HELP)]
+Presets = Annotated[
+    list[str],
+    typer.Argument(metavar="PRESET...", help="TOML files, or names of methods"),
+]
+RunDir = Annotated[
+    Path,
+    typer.Argument(metavar="RUN_DIR", help="a directory that `fedcore run` wrote"),
 ]
 Set = Annotated[
     list[str] | None,
@@ -39,51 +52,54 @@ Set = Annotated[
         help="override a setting, e.g. rounds=5; repeatable",
     ),
 ]
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="print one JSON object and nothing else on stdout"),
+Engine = Annotated[
+    str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="of everything that is drawn")
+]
+Seeds = Annotated[
+    int, typer.Option(metavar="N", min=1, help="runs of each, with seeds s, s+1, ...")
 ]
 Out = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="the run directory; default: a new one in runs/"),
 ]
+SharedOut = Annotated[Path | None, typer.Option(metavar="DIR", help=FRESH_HELP)]
+Resume = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="go on with the run in this directory"),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="print one JSON object and nothing else on stdout"),
+]
 
 
 @app.command()
 def run(
-    preset: Annotated[
-        str | None,
-        typer.Argument(metavar="PRESET", help="a TOML file, or the name of a method"),
-    ] = None,
+    preset: MaybePreset = None,
     set_: Set = None,
-    engine: Annotated[
-        str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="of everything that is drawn")
-    ] = None,
+    engine: Engine = None,
+    seed: Seed = None,
     out: Out = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="go on with the run in this directory"),
-    ] = None,
+    resume: Resume = None,
     json_: Json = False,
 ) -> None:
-    """Train, and write a run directory with a report. With --resume, PRESET may be left out."""
+    """Train, and write a run directory with a report. --resume needs no PRESET."""
     from fedcore.rounds import loop
     from fedcore.views.terminal import Terminal, show_result
 
     if resume is not None and out is not None:
         raise SettingsError(
-            f"--out {out} and --resume {resume}: a resumed run stays in its directory; give one of the two"
+            f"--out {out} and --resume {resume}: a resumed run stays in its directory; "
+            "give one of the two"
         )
     with _interruptible(), Terminal() as terminal:
-        result = loop.run(
-            _experiment(preset, set_, engine, seed, resume), out, resume, terminal
-        )
-    from fedcore.views.run_report import (
-        write_or_note,  # with its plots half a second: not before the first round
-    )
+        experiment = _experiment(preset, set_, engine, seed, resume)
+        result = loop.run(experiment, out, resume, terminal)
+    # Its import takes half a second, with the plots: not before the first round.
+    from fedcore.views.run_report import write_or_note
 
     report_file = write_or_note(result.run_dir)
     if json_:
@@ -94,38 +110,24 @@ def run(
 
 @app.command()
 def compare(
-    presets: Annotated[
-        list[str],
-        typer.Argument(metavar="PRESET...", help="TOML files, or names of methods"),
-    ],
-    seeds: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="runs of each, with seeds s, s+1, ..."),
-    ] = 3,
+    presets: Presets,
+    seeds: Seeds = 3,
     set_: Set = None,
-    engine: Annotated[
-        str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="default: a new one in runs/; an old one is gone on with",
-        ),
-    ] = None,
+    engine: Engine = None,
+    out: SharedOut = None,
     json_: Json = False,
 ) -> None:
-    """Run several presets with the same settings and seeds: a table with mean and standard deviation, and a plot."""
+    """Run several presets on the same seeds: a table and plots of all of them."""
     from fedcore.rounds.rundir import fresh
 
-    experiments = [
-        (Path(preset).stem, _experiment(preset, set_, engine, None, None))
-        for preset in presets
-    ]
-    _compared(experiments, seeds, out or fresh("compare"), json_)
+    experiments = []
+    for preset in presets:
+        experiment = _experiment(preset, set_, engine)
+        experiments.append((Path(preset).stem, experiment))
+    _compare(experiments, seeds, out or fresh("compare"), json_)
 
 
-def _compared(
+def _compare(
     experiments: Sequence[tuple[str, Experiment]], seeds: int, out: Path, json_: bool
 ) -> None:
     from fedcore.views import compare as comparing
@@ -144,66 +146,48 @@ def _compared(
 @app.command()
 def sensitivity(
     preset: Preset,
-    seeds: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="runs of each, with seeds s, s+1, ..."),
-    ] = 3,
+    seeds: Seeds = 3,
     set_: Set = None,
-    engine: Annotated[
-        str | None, typer.Option(metavar="NAME", help="sequential, vectorised or ray")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="default: a new one in runs/; an old one is gone on with",
-        ),
-    ] = None,
+    engine: Engine = None,
+    out: SharedOut = None,
     json_: Json = False,
 ) -> None:
-    """Which kind of layer to personalise: FedSim with each kind personal, on the preset's task and model."""
+    """Run FedSim with each kind of layer personal, to see which one pays."""
     from fedcore.rounds.rundir import fresh
-    from fedcore.views import model_summary as anatomy
+    from fedcore.views import model_summary
 
-    _compared(
-        anatomy.sensitivity(_experiment(preset, set_, engine, None, None)),
-        seeds,
-        out or fresh("sensitivity"),
-        json_,
-    )
+    experiments = model_summary.sensitivity(_experiment(preset, set_, engine))
+    _compare(experiments, seeds, out or fresh("sensitivity"), json_)
 
 
 @app.command()
 def model(preset: Preset, set_: Set = None, json_: Json = False) -> None:
-    """The preset's model: parameters of every layer, dense and factored; what is sent, and what stays on the client."""
-    from fedcore.views import model_summary as anatomy
+    """Count the parameters of each layer, and those that stay on the client."""
+    from fedcore.views import model_summary
 
-    found = anatomy.anatomy(_experiment(preset, set_, None, None, None))
+    parts = model_summary.anatomy(_experiment(preset, set_))
     if json_:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(parts.to_dict()))
     else:
-        anatomy.show(found)
+        model_summary.show(parts)
 
 
 @app.command()
 def methods() -> None:
-    """List every method with its reference, and the presets that are another method's settings."""
+    """List every method with its reference, and the presets of each."""
     import ast
 
     folder = Path(__file__).parent.parent / "strategies"
-    files = sorted(f for f in folder.glob("*.py") if not f.name.startswith("_"))
-    # Read, not imported: the list comes at once.
-    lines = {
-        f.stem: (ast.get_docstring(ast.parse(f.read_text())) or "").partition("\n")[0]
-        for f in files
-    }
-    presets = {
-        f.stem: f.read_text().splitlines()[1].lstrip("# ")
-        for f in sorted(folder.glob("*.toml"))
-        if f.stem not in lines
-    }
-    width = max(map(len, [*lines, *presets]))
-    for name, line in lines.items():
+    references, presets = {}, {}
+    for file in sorted(folder.glob("[!_]*.py")):
+        # Read, not imported: the list comes at once.
+        docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
+        references[file.stem] = docstring.partition("\n")[0]
+    for file in sorted(folder.glob("*.toml")):
+        if file.stem not in references:
+            presets[file.stem] = file.read_text().splitlines()[1].lstrip("# ")
+    width = max(map(len, references | presets))
+    for name, line in references.items():
         print(f"{name:<{width}}  {line}")
     print("\nPresets of the methods above:")
     for name, line in presets.items():
@@ -213,22 +197,15 @@ def methods() -> None:
 @app.command()
 def show(preset: Preset, set_: Set = None, json_: Json = False) -> None:
     """Print the resolved settings of a preset, every default included."""
-    experiment = _experiment(preset, set_, None, None, None)
-    print(
-        json.dumps(experiment.model_dump(mode="json"))
-        if json_
-        else experiment.to_toml(),
-        end="" if not json_ else "\n",
-    )
+    experiment = _experiment(preset, set_)
+    if json_:
+        print(json.dumps(experiment.model_dump(mode="json")))
+    else:
+        print(experiment.to_toml(), end="")
 
 
 @app.command()
-def report(
-    run_dir: Annotated[
-        Path,
-        typer.Argument(metavar="RUN_DIR", help="a directory that `fedcore run` wrote"),
-    ],
-) -> None:
+def report(run_dir: RunDir) -> None:
     """Write report.html of a run, finished or not, and print its path."""
     from fedcore.views.run_report import write_report
 
@@ -481,7 +458,10 @@ deploy.register(app)
 
 @contextmanager
 def _owner_only() -> Iterator[None]:
-    """Files and directories made here are nobody else's to read: they hold what was rebuilt of clients' data."""
+    """Files and directories made here are for their owner alone to read.
+
+    They hold what was rebuilt of clients' data.
+    """
     before = os.umask(0o077)
     try:
         yield
@@ -495,9 +475,15 @@ def _say(message: str) -> None:
 
 @contextmanager
 def _interruptible(
-    message: str = "interrupted; a run that has a checkpoint goes on with: fedcore run --resume DIR",
+    message: str = (
+        "interrupted; a run that has a checkpoint goes on with: "
+        "fedcore run --resume DIR"
+    ),
 ) -> Iterator[None]:
-    """Ctrl-C where the round loop does not heed it: before the first round, or a second time."""
+    """Ctrl-C with a message and status 130, where the round loop does not heed it.
+
+    That is before the first round, or a second time.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -508,38 +494,40 @@ def _interruptible(
 def _experiment(
     preset: str | None,
     set_: list[str] | None,
-    engine: str | None,
-    seed: int | None,
-    resume: Path | None,
+    engine: str | None = None,
+    seed: int | None = None,
+    resume: Path | None = None,
 ) -> Experiment:
+    """The settings of a preset, or of the run to resume, with overrides."""
     from fedcore.config import Experiment
     from fedcore.rounds.rundir import stored
 
     overrides = list(set_ or [])
-    overrides += [f'engine.name="{engine}"'] if engine is not None else []
-    overrides += [f"seed={seed}"] if seed is not None else []
+    if engine is not None:
+        overrides.append(f'engine.name="{engine}"')
+    if seed is not None:
+        overrides.append(f"seed={seed}")
     if preset is not None:
         return Experiment.load(preset, overrides)
     if resume is None:
         raise SettingsError(
-            "expected a PRESET, e.g. fedcore run strategies/fedavg.toml, or --resume DIR"
+            "expected a PRESET, e.g. fedcore run strategies/fedavg.toml, "
+            "or --resume DIR"
         )
-    return Experiment.parse(
-        stored(resume), overrides, source=str(resume / "config.toml")
-    )
+    source = str(resume / "config.toml")
+    return Experiment.parse(stored(resume), overrides, source=source)
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message, never a traceback."""
+    """Run the command that was given; a user's mistake is one message, no traceback."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    sys.path.insert(
-        0, os.getcwd()
-    )  # a user's own task or method lies where the command is given
+    # A task or method of the user's own lies where the command is given.
+    sys.path.insert(0, os.getcwd())
     try:
         app()
-    except FedcoreError as e:
-        _say(str(e))
-        sys.exit(e.exit_status)
+    except FedcoreError as error:
+        _say(str(error))
+        sys.exit(error.exit_status)
     except BrokenPipeError:
         sys.exit(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -105,11 +106,17 @@ class NoBatching(Method[Settings]):
         )
 
 
-class Waiting(Scaffold):
-    """SCAFFOLD in rounds of at least $FEDCORE_TEST_WAIT seconds, so that a test can stop it in the middle of one."""
+class Gated(Scaffold):
+    """SCAFFOLD that begins a round when $FEDCORE_TEST_GATE lets it.
+
+    The file holds the number of rounds that may begin. So a test stops a run in the
+    middle of a round, however busy the machine is.
+    """
 
     def round(self, server: Server, r: Round) -> Server:
-        time.sleep(float(os.environ.get("FEDCORE_TEST_WAIT", "0")))
+        gate = Path(os.environ["FEDCORE_TEST_GATE"])
+        while int(gate.read_text()) <= r.t:
+            time.sleep(0.01)
         return super().round(server, r)
 
 

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it refuses and how, and runs that are killed."""
+"""The command line: results, refusals, and runs that are killed."""
 
 from __future__ import annotations
 
@@ -16,44 +16,59 @@ import pytest
 
 from fedcore import Experiment, run
 from fedcore.errors import SettingsError
+from fedcore.rounds.loop import Result
 from fedcore.rounds.rundir import fresh, lock
 from fedcore.storage.checkpoint import STATE
-from tests.helpers import STRATEGIES, small
+from tests.helpers import PATIENCE, STRATEGIES, small
 
 Cli = Callable[..., tuple[int, str, str]]
-QUICK = [
-    "--set",
-    "rounds=2",
-    "--set",
-    "population=20",
-    "--set",
-    "participation.cohort=4",
-    "--set",
-    "engine.chunk=4",
-]
-TINY = [
-    "--set",
-    "task=least-squares",
-    "--set",
-    "partition.name=iid",
-    *QUICK,
-    "--set",
-    "checkpoint.seconds=0",
-]
 
 
-# What works
+def sets(*settings: str) -> list[str]:
+    """The settings as options of the command line."""
+    arguments = []
+    for setting in settings:
+        arguments += ["--set", setting]
+    return arguments
+
+
+QUICK_SETTINGS = ["rounds=2", "population=20", "participation.cohort=4"]
+QUICK_SETTINGS += ["engine.chunk=4"]
+TINY_SETTINGS = ["task=least-squares", "partition.name=iid", *QUICK_SETTINGS]
+TINY_SETTINGS += ["checkpoint.seconds=0"]
+QUICK, TINY = sets(*QUICK_SETTINGS), sets(*TINY_SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A finished run of two rounds, with the settings TINY."""
+    experiment = Experiment.load("fedavg", TINY_SETTINGS)
+    return run(experiment, tmp_path_factory.mktemp("runs") / "done")
+
+
+@pytest.fixture
+def copy(done: Result, tmp_path: Path) -> Path:
+    """The finished run, to be resumed or spoilt."""
+    return shutil.copytree(done.run_dir, tmp_path / "r")
+
+
+# Results
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; sys.argv = ['fedcore', '--help']\ntry:\n import fedcore.cli as c; c.main()\nexcept SystemExit: pass\n"
-    code += "sys.exit(any(m in sys.modules for m in ('torch', 'flwr', 'pydantic', 'datasets')))"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, check=False
-        ).returncode
-        == 0
-    )
+    code = """
+import sys
+sys.argv = ["fedcore", "--help"]
+try:
+    import fedcore.cli
+    fedcore.cli.main()
+except SystemExit:
+    pass
+heavy = ("torch", "flwr", "pydantic", "datasets")
+sys.exit(any(module in sys.modules for module in heavy))
+"""
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def test_methods_lists_every_method_with_its_reference(cli: Cli) -> None:
@@ -71,50 +86,33 @@ def test_methods_lists_every_method_with_its_reference(cli: Cli) -> None:
 def test_run_prints_a_table_and_writes_the_run_directory(
     cli: Cli, tmp_path: Path
 ) -> None:
-    status, out, err = cli(
-        "run", "strategies/fedavg.toml", *QUICK, "--out", tmp_path / "r"
-    )
+    folder = tmp_path / "r"
+    status, out, err = cli("run", "strategies/fedavg.toml", *QUICK, "--out", folder)
     assert status == 0
     assert "test accuracy" in out
-    assert str(tmp_path / "r" / "report.html") in out
+    assert str(folder / "report.html") in out
     assert "round 2/2" in err
-    expected = {
-        "config.toml",
-        "environment.json",
-        "metrics.jsonl",
-        "clients.parquet",
-        "checkpoint",
-        "report.html",
-        "lock",
-    }
-    assert {f.name for f in (tmp_path / "r").iterdir()} == expected
+    settings = {"config.toml", "environment.json"}
+    results = {"metrics.jsonl", "clients.parquet", "checkpoint", "report.html"}
+    assert {file.name for file in folder.iterdir()} == settings | results | {"lock"}
 
 
 def test_json_is_one_object_with_the_promised_keys(cli: Cli, tmp_path: Path) -> None:
-    status, out, _ = cli(
-        "run",
-        "fedavg",
-        *QUICK,
-        "--json",
-        "--seed",
-        "5",
-        "--engine",
-        "sequential",
-        "--out",
-        tmp_path / "r",
-    )
+    options = ["--json", "--seed", "5", "--engine", "sequential"]
+    status, out, _ = cli("run", "fedavg", *QUICK, *options, "--out", tmp_path / "r")
     assert status == 0
     result = json.loads(out)
     promised = (
-        "method engine seed rounds population cohort final history clients_trained clients_per_second first_round_s "
-        "bytes_down bytes_up dropped late_answers params_sha256 run_dir"
+        "method engine seed rounds population cohort final history clients_trained "
+        "clients_per_second first_round_s bytes_down bytes_up dropped late_answers "
+        "params_sha256 run_dir"
     )
     assert set(promised.split()) <= result.keys()
     assert (result["seed"], result["engine"], result["rounds"]) == (5, "sequential", 2)
-    assert {"test_loss", "test_accuracy", "client_accuracy"} <= result["final"].keys()
-    assert {"mean", "std", "p10", "p50", "p90", "lowest_tenth", "pooled"} <= result[
-        "final"
-    ]["client_accuracy"].keys()
+    final = result["final"]
+    assert {"test_loss", "test_accuracy", "client_accuracy"} <= final.keys()
+    parts = {"mean", "std", "p10", "p50", "p90", "lowest_tenth", "pooled"}
+    assert parts <= final["client_accuracy"].keys()
     assert [row["round"] for row in result["history"]] == [1, 2]
     model = (64 * 64 + 64 + 64 * 10 + 10) * 4
     assert result["bytes_down"] == 2 * 4 * model
@@ -133,27 +131,20 @@ def test_show_prints_settings_that_load_to_the_same(cli: Cli, tmp_path: Path) ->
 def test_choosing_another_method_or_model_drops_the_settings_of_the_first(
     cli: Cli,
 ) -> None:
-    status, out, _ = cli(
-        "show",
-        "strategies/fedprox.toml",
-        "--set",
-        "model.name=logistic",
-        "--set",
-        "method.name=fedavg",
-    )
+    others = sets("model.name=logistic", "method.name=fedavg")
+    status, out, _ = cli("show", "strategies/fedprox.toml", *others)
     assert status == 0
     assert "hidden" not in out
     assert "mu =" not in out
 
 
-def test_a_resolved_config_reproduces_the_run(cli: Cli, tmp_path: Path) -> None:
-    first = json.loads(
-        cli("run", "fedavg", *TINY, "--json", "--out", tmp_path / "a")[1]
-    )
-    again = json.loads(
-        cli("run", tmp_path / "a" / "config.toml", "--json", "--out", tmp_path / "b")[1]
-    )
-    assert again["params_sha256"] == first["params_sha256"]
+def test_a_resolved_config_reproduces_the_run(
+    cli: Cli, done: Result, tmp_path: Path
+) -> None:
+    config = Path(done.run_dir) / "config.toml"
+    status, out, _ = cli("run", config, "--json", "--out", tmp_path / "b")
+    assert status == 0
+    assert json.loads(out)["params_sha256"] == done.params_sha256
 
 
 def test_five_lines_of_a_notebook(tmp_path: Path) -> None:
@@ -166,7 +157,7 @@ def test_five_lines_of_a_notebook(tmp_path: Path) -> None:
     assert 0 <= result.final["test_accuracy"] <= 1
 
 
-# What is refused
+# Refusals
 
 
 REFUSED = {
@@ -362,29 +353,19 @@ def test_toml_that_is_none_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert "not valid TOML" in err
 
 
-def test_an_occupied_directory_is_not_overwritten(cli: Cli, tmp_path: Path) -> None:
-    assert cli("run", "fedavg", *TINY, "--out", tmp_path / "r")[0] == 0
-    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
-    status, _, err = cli("run", "fedavg", *TINY, "--out", tmp_path / "r")
+def test_an_occupied_directory_is_not_overwritten(cli: Cli, copy: Path) -> None:
+    before = (copy / "metrics.jsonl").read_bytes()
+    status, _, err = cli("run", "fedavg", *TINY, "--out", copy)
     assert status == 2
     assert "already holds a run" in err
-    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
+    assert (copy / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_model_that_gives_nan_from_the_first_step_fails_with_status_1(
     cli: Cli, tmp_path: Path
 ) -> None:
-    status, _, err = cli(
-        "run",
-        "fedavg",
-        *TINY,
-        "--set",
-        "rounds=9",
-        "--set",
-        "method.local_lr=1e38",
-        "--out",
-        tmp_path / "r",
-    )
+    broken = sets("rounds=9", "method.local_lr=1e38")
+    status, _, err = cli("run", "fedavg", *TINY, *broken, "--out", tmp_path / "r")
     assert status == 1
     assert "lower the learning rate" in err
     assert "Traceback" not in err
@@ -393,45 +374,30 @@ def test_a_model_that_gives_nan_from_the_first_step_fails_with_status_1(
 # Resuming
 
 
-def test_resuming_with_other_settings_names_them(cli: Cli, tmp_path: Path) -> None:
-    assert cli("run", "fedavg", *TINY, "--out", tmp_path / "r")[0] == 0
-    status, _, err = cli(
-        "run",
-        "fedavg",
-        *TINY,
-        "--set",
-        "method.local_lr=0.3",
-        "--resume",
-        tmp_path / "r",
-    )
+def test_resuming_with_other_settings_names_them(cli: Cli, copy: Path) -> None:
+    other = sets("method.local_lr=0.3")
+    status, _, err = cli("run", "fedavg", *TINY, *other, "--resume", copy)
     assert status == 2
     assert "method.local_lr was 0.1 and is now 0.3" in err
 
 
 def test_resuming_to_fewer_rounds_than_are_done_is_refused(
-    cli: Cli, tmp_path: Path
+    cli: Cli, copy: Path
 ) -> None:
-    assert cli("run", "fedavg", *TINY, "--out", tmp_path / "r")[0] == 0
-    before = (tmp_path / "r" / "config.toml").read_bytes()
-    status, _, err = cli("run", "--resume", tmp_path / "r", "--set", "rounds=1")
+    before = (copy / "config.toml").read_bytes()
+    status, _, err = cli("run", "--resume", copy, *sets("rounds=1"))
     assert status == 2
     assert "has done 2" in err
-    assert (tmp_path / "r" / "config.toml").read_bytes() == before
+    assert (copy / "config.toml").read_bytes() == before
 
 
-def test_known_rates_are_refused_where_nobody_knows_them_before_anything_is_written(
+def test_known_rates_that_the_process_lacks_are_refused_before_anything_is_written(
     cli: Cli, tmp_path: Path
 ) -> None:
     (tmp_path / "trace").write_text("0 1\n2\n")
-    trace = f"participation.file={tmp_path / 'trace'}"
-    settings = [
-        "task=least-squares",
-        "population=20",
-        "rounds=2",
-        "participation.name=trace",
-        "method.weighting=known",
-    ]
-    arguments = [part for setting in [*settings, trace] for part in ("--set", setting)]
+    trace = ["participation.name=trace", f"participation.file={tmp_path / 'trace'}"]
+    small_task = ["task=least-squares", "population=20", "rounds=2"]
+    arguments = sets(*small_task, *trace, "method.weighting=known")
     status, _, err = cli("run", "fedavg", *arguments, "--out", tmp_path / "r")
     assert status == 2
     assert "no known rates" in err
@@ -448,23 +414,17 @@ def test_two_runs_of_one_moment_get_two_directories(
 def test_a_task_of_the_users_own_is_found_where_the_command_is_given(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "mine.py").write_text(
-        "from fedcore.tasks import least_squares as make_task\n"
-    )
-    more = [
-        "--set",
-        "task=mine:make_task",
-        "--set",
-        "rounds=1",
-        "--set",
-        "population=8",
-        "--set",
-        "participation.cohort=4",
-        "--json",
-    ]
-    command = [str(Path(sys.executable).parent / "fedcore"), "run", "fedavg", *more]
+    source = "from fedcore.tasks import least_squares as make_task\n"
+    (tmp_path / "mine.py").write_text(source)
+    program = str(Path(sys.executable).parent / "fedcore")
+    small_run = ["rounds=1", "population=8", "participation.cohort=4"]
+    arguments = ["run", "fedavg", *sets("task=mine:make_task", *small_run), "--json"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False
+        [program, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -472,130 +432,106 @@ def test_a_task_of_the_users_own_is_found_where_the_command_is_given(
 def test_a_comparison_that_lacks_a_run_ends_with_status_1(
     cli: Cli, tmp_path: Path
 ) -> None:
-    (tmp_path / "boom.toml").write_text(
-        'method.name = "fedavg"\nmethod.local_lr = 1e38\n'
-    )
-    status, out, _ = cli(
-        "compare",
-        "fedavg",
-        tmp_path / "boom.toml",
-        *TINY,
-        "--seeds",
-        "1",
-        "--out",
-        tmp_path / "c",
-    )
+    preset, folder = tmp_path / "boom.toml", tmp_path / "c"
+    preset.write_text('method.name = "fedavg"\nmethod.local_lr = 1e38\n')
+    options = [*TINY, "--seeds", "1", "--out", folder]
+    status, out, _ = cli("compare", "fedavg", preset, *options)
     assert status == 1
     assert "boom" in out
 
 
 def test_a_finished_run_can_be_made_longer_on_another_engine(
-    cli: Cli, tmp_path: Path
+    cli: Cli, copy: Path, tmp_path: Path
 ) -> None:
-    whole = json.loads(
-        cli(
-            "run",
-            "fedavg",
-            *TINY,
-            "--set",
-            "rounds=4",
-            "--json",
-            "--out",
-            tmp_path / "w",
-        )[1]
-    )
-    assert cli("run", "fedavg", *TINY, "--out", tmp_path / "r")[0] == 0
-    status, out, _ = cli(
-        "run",
-        "--resume",
-        tmp_path / "r",
-        "--set",
-        "rounds=4",
-        "--engine",
-        "sequential",
-        "--json",
-    )
+    whole = run(Experiment.load("fedavg", [*TINY_SETTINGS, "rounds=4"]), tmp_path / "w")
+    options = [*sets("rounds=4"), "--engine", "sequential", "--json"]
+    status, out, _ = cli("run", "--resume", copy, *options)
     assert status == 0
     longer = json.loads(out)
     assert longer["rounds"] == 4
-    assert longer["final"]["test_loss"] == pytest.approx(
-        whole["final"]["test_loss"], abs=1e-5
-    )
+    expected = pytest.approx(whole.final["test_loss"], abs=1e-5)
+    assert longer["final"]["test_loss"] == expected
 
 
-@pytest.mark.parametrize(
-    "damage", ["state", "bytes", "missing", "metrics", "version", "edited", "no state"]
-)
+def edit_state(folder: Path, **values: int) -> None:
+    file = folder / "checkpoint" / STATE
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def flip_last_bits(folder: Path) -> None:
+    file = next((folder / "checkpoint").glob("server-*"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "state": lambda folder: (folder / "checkpoint" / STATE).write_text("{"),
+    "bytes": flip_last_bits,
+    "missing": lambda folder: next(folder.glob("checkpoint/server-*")).unlink(),
+    "metrics": lambda folder: (folder / "metrics.jsonl").write_text(""),
+    "version": lambda folder: edit_state(folder, version=99),
+    "edited": lambda folder: edit_state(folder, round=1),
+    "no state": lambda folder: (folder / "checkpoint" / STATE).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_by_name(
-    damage: str, cli: Cli, tmp_path: Path
+    damage: str, cli: Cli, copy: Path
 ) -> None:
-    assert cli("run", "fedavg", *TINY, "--out", tmp_path / "r")[0] == 0
-    checkpoint = tmp_path / "r" / "checkpoint"
-    server = next(checkpoint.glob("server-*"))
-    if damage == "state":
-        (checkpoint / STATE).write_text("{")
-    elif damage == "bytes":
-        content = bytearray(server.read_bytes())
-        content[-1] ^= 1
-        server.write_bytes(bytes(content))
-    elif damage == "missing":
-        server.unlink()
-    elif damage == "metrics":
-        (tmp_path / "r" / "metrics.jsonl").write_text("")
-    else:
-        state = json.loads((checkpoint / STATE).read_text())
-        (checkpoint / STATE).write_text(
-            json.dumps(
-                {**state, **({"version": 99} if damage == "version" else {"round": 1})}
-            )
-        )
-    if damage == "no state":
-        (checkpoint / STATE).unlink()
-    status, _, err = cli("run", "--resume", tmp_path / "r", "--set", "rounds=3")
+    DAMAGES[damage](copy)
+    status, _, err = cli("run", "--resume", copy, *sets("rounds=3"))
     assert status == 2
     assert ("expected 1" if damage == "version" else "is damaged") in err
 
 
-WAITING = "tests.methods:Waiting"  # SCAFFOLD, slowly
+GATED = "tests.methods:Gated"  # SCAFFOLD, whose rounds begin as the test lets them
 
 
 def start(folder: Path, method: str, rounds: int, *more: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "fedcore.cli",
-        "run",
-        "fedavg",
-        *TINY,
-        "--set",
-        f"method.name={method}",
-    ]
-    command += ["--set", f"rounds={rounds}", *more]
-    command += (
-        ["--resume", str(folder)]
-        if (folder / "config.toml").exists()
-        else ["--out", str(folder)]
-    )
-    environment = {**os.environ, "FEDCORE_TEST_WAIT": "0.1"}
+    """A process that begins the run in this folder, or goes on with it."""
+    settings = sets(f"method.name={method}", f"rounds={rounds}", *more)
+    where = "--resume" if (folder / "config.toml").exists() else "--out"
+    arguments = ["run", "fedavg", *TINY, *settings, where, str(folder), "--json"]
     return subprocess.Popen(
-        [*command, "--json"],
+        [sys.executable, "-m", "fedcore.cli", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, "FEDCORE_TEST_GATE": str(_gate(folder))},
     )
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, object]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     result: dict[str, object] = json.loads(out)
     return result
 
 
-KEEPERS = [
-    name for name in STRATEGIES if name not in ("fedavg", "fedprox")
-]  # methods that keep more than the model
+def _gate(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-gate")
+
+
+def let_begin(folder: Path, rounds: int) -> None:
+    """Let the first `rounds` rounds of the run begin, and the next one wait."""
+    new = _gate(folder).with_suffix(".new")
+    new.write_text(str(rounds))
+    new.replace(_gate(folder))
+
+
+def wait_for_rounds(folder: Path, rounds: int, process: subprocess.Popen[str]) -> None:
+    """Wait until the metrics have so many rounds; the process must live until then."""
+    deadline = time.monotonic() + PATIENCE
+    while _lines(folder) < rounds:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"round {rounds} has not come"
+        time.sleep(0.01)
+
+
+# Methods that keep more than the model.
+KEEPERS = sorted(set(STRATEGIES) - {"fedavg", "fedprox"})
 
 
 @pytest.mark.slow
@@ -613,21 +549,11 @@ def test_kill_9_in_the_middle_of_a_round_costs_nothing(
     e = Experiment.parse(e.model_dump(mode="json") | values)
     (tmp_path / "preset.toml").write_text(e.to_toml())
     whole = run(e, tmp_path / "whole")
-    command = [
-        sys.executable,
-        "-m",
-        "fedcore.cli",
-        "run",
-        str(tmp_path / "preset.toml"),
-        "--out",
-        str(tmp_path / "r"),
-    ]
+    command = [sys.executable, "-m", "fedcore.cli", "run"]
+    command += [str(tmp_path / "preset.toml"), "--out", str(tmp_path / "r")]
     # One process: what a killed fork leaves is in test_forks.py.
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "FEDCORE_TEST_CRASH": str(reads),
-    }
+    crash = {"OMP_NUM_THREADS": "1", "FEDCORE_TEST_CRASH": str(reads)}
+    environment = os.environ | crash
     killed = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL
     done = _lines(tmp_path / "r")
@@ -648,9 +574,8 @@ def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
         signal.pause()
     assert os.read(reader, 4) == b"held"
     try:
-        with pytest.raises(
-            SettingsError, match=r"being written by another process.*stop it"
-        ):
+        message = r"being written by another process.*stop it"
+        with pytest.raises(SettingsError, match=message):
             run(e, resume=tmp_path / "r")
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -659,47 +584,46 @@ def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7 * PATIENCE)
 def test_kill_9_at_any_moment_costs_nothing(tmp_path: Path) -> None:
-    more = ["--set", 'participation={name="markov",mean=0.4,dropout=0.1}']
-    whole = finish(start(tmp_path / "whole", "scaffold", 12, *more))
-    process, kills = start(tmp_path / "r", WAITING, 12, *more), 0
-    while kills < 4:
-        lines = _lines(tmp_path / "r") + 1
-        deadline = time.monotonic() + 60
-        while (
-            _lines(tmp_path / "r") < lines
-            and process.poll() is None
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.01)
-        time.sleep(0.023 * kills)
+    more = ['participation={name="markov",mean=0.4,dropout=0.1}']
+    whole = finish(start(tmp_path / "whole", "scaffold", 16, *more))
+    folder = tmp_path / "r"
+    for kill in range(4):
+        rounds = _lines(folder) + 1
+        let_begin(folder, rounds)
+        process = start(folder, GATED, 16, *more)
+        wait_for_rounds(folder, rounds, process)
+        # Anywhere in the next two rounds; the third waits for the gate.
+        let_begin(folder, rounds + 2)
+        time.sleep(0.023 * kill)
         process.kill()
-        process.communicate()
-        kills += 1
-        process = start(tmp_path / "r", WAITING, 12, *more)
-    assert finish(process)["params_sha256"] == whole["params_sha256"]
+        process.communicate(timeout=PATIENCE)
+    let_begin(folder, 16)
+    again = finish(start(folder, GATED, 16, *more))
+    assert again["params_sha256"] == whole["params_sha256"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(5 * PATIENCE)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_a_checkpoint_that_resume_takes(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    more = ["--set", "checkpoint.seconds=1000"]
+    more, folder = ["checkpoint.seconds=1000"], tmp_path / "r"
     whole = finish(start(tmp_path / "whole", "scaffold", 10, *more))
-    process = start(tmp_path / "r", WAITING, 10, *more)
-    deadline = time.monotonic() + 60
-    while _lines(tmp_path / "r") < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    let_begin(folder, 3)
+    process = start(folder, GATED, 10, *more)
+    wait_for_rounds(folder, 3, process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    let_begin(folder, 10)  # the signal came while the fourth round waited
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert f"--resume {tmp_path / 'r'}" in err
+    assert f"--resume {folder}" in err
     assert "Traceback" not in err
-    assert (
-        finish(start(tmp_path / "r", WAITING, 10, *more))["params_sha256"]
-        == whole["params_sha256"]
-    )
+    assert _lines(folder) == 3
+    again = finish(start(folder, GATED, 10, *more))
+    assert again["params_sha256"] == whole["params_sha256"]
 
 
 def _lines(folder: Path) -> int:
@@ -707,15 +631,9 @@ def _lines(folder: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def test_an_unfinished_line_in_the_metrics_is_survived(
-    cli: Cli, tmp_path: Path
-) -> None:
-    assert cli("run", "fedavg", *TINY, "--out", tmp_path / "r")[0] == 0
-    shutil.copytree(tmp_path / "r", tmp_path / "copy")
-    with (tmp_path / "copy" / "metrics.jsonl").open("a") as f:
-        f.write('{"round": 3, "coh')
-    status, out, _ = cli(
-        "run", "--resume", tmp_path / "copy", "--set", "rounds=3", "--json"
-    )
+def test_an_unfinished_line_in_the_metrics_is_survived(cli: Cli, copy: Path) -> None:
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "coh')
+    status, out, _ = cli("run", "--resume", copy, *sets("rounds=3"), "--json")
     assert status == 0
     assert [row["round"] for row in json.loads(out)["history"]] == [1, 2, 3]

@@ -1,22 +1,26 @@
-"""Comparisons: what is run, what is read, and what comes out."""
+"""Comparisons: runs that are made, runs that are read, and the results."""
 
 from __future__ import annotations
 
+import doctest
 import json
 import statistics
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedcore import Experiment, RunError, SettingsError
+from fedcore.rounds.history import History
 from fedcore.rounds.loop import Interrupted, Quiet
 from fedcore.views import compare as comparing
-from fedcore.views.compare import Comparison, compare, curve, distinct, show, slug
-from fedcore.views.run_report import read_rows
+from fedcore.views import compare_page
+from fedcore.views.compare import compare, distinct, show, slug
+from fedcore.views.comparison import Comparison, Run, curve
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "population": 12,
     "rounds": 2,
     "evaluation.every": 1,
@@ -29,24 +33,21 @@ SMALL = {
 
 
 def small(method: str = "fedavg", **more: Any) -> Experiment:
-    return Experiment.parse(
-        {"method": method},
-        {**SMALL, **{key.replace("__", "."): value for key, value in more.items()}},
-    )
+    overrides = dict(SMALL)
+    for key, value in more.items():
+        overrides[key.replace("__", ".")] = value
+    return Experiment.parse({"method": method}, overrides)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     """Two methods on two seeds."""
-    return compare(
-        [("fedavg", small()), ("fedprox", small("fedprox"))],
-        2,
-        tmp_path_factory.mktemp("runs") / "c",
-    )
+    presets = [("fedavg", small()), ("fedprox", small("fedprox"))]
+    return compare(presets, 2, tmp_path_factory.mktemp("runs") / "c")
 
 
 class Listener(Quiet):
-    """Remembers which runs were started and how many rounds were done."""
+    """The seeds of runs that were started, and the number of rounds that were done."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.seeds: list[int] = []
@@ -66,24 +67,32 @@ class Listener(Quiet):
 
 
 def test_mean_and_deviation_are_those_of_the_runs(done: Comparison) -> None:
-    finals = [
-        read_rows(done.folder / f"fedavg-seed{seed}" / "metrics.jsonl")[-1]
-        for seed in (0, 1)
-    ]
-    table = json.loads((done.folder / "compare.json").read_text())
-    assert table == done.to_dict()
-    row = table["methods"]["fedavg"]
+    finals = []
+    for seed in (0, 1):
+        metrics = done.folder / f"fedavg-seed{seed}" / "metrics.jsonl"
+        finals.append(History.read(metrics).rows[-1])
+    written = json.loads((done.folder / "compare.json").read_text())
+    assert written == done.to_dict()
+    row = written["methods"]["fedavg"]
     accuracies = [final["test_accuracy"] for final in finals]
     assert row["seeds"] == [0, 1]
     assert row["test_accuracy"]["values"] == accuracies
     assert row["test_accuracy"]["mean"] == pytest.approx(statistics.fmean(accuracies))
     assert row["test_accuracy"]["std"] == pytest.approx(statistics.stdev(accuracies))
-    assert row["client_p10"]["values"] == [
-        final["client_accuracy"]["p10"] for final in finals
-    ]
-    assert row["bytes"]["values"][0] == sum(
-        r["bytes_down"] + r["bytes_up"] for r in done.runs["fedavg"][0].rows
-    )
+    tenths = [final["client_accuracy"]["p10"] for final in finals]
+    assert row["client_p10"]["values"] == tenths
+    history = done.runs["fedavg"][0].history
+    sent = sum(row["bytes_down"] + row["bytes_up"] for row in history)
+    assert row["bytes"]["values"][0] == sent
+
+
+def test_a_number_that_is_not_finite_is_null_in_json(done: Comparison) -> None:
+    run = done.runs["fedavg"][0]
+    last = run.history.rows[-1] | {"test_loss": float("inf")}
+    diverged = run._replace(history=History([*run.history.rows[:-1], last]))
+    spoilt = replace(done, runs={**done.runs, "fedavg": [diverged]})
+    loss = spoilt.to_dict()["methods"]["fedavg"]["test_loss"]
+    assert loss == {"mean": None, "std": None, "values": [None]}
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
@@ -91,20 +100,15 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     stat = c.stat("fedavg", "test_accuracy")
     assert stat is not None
     assert stat.std is None
-    assert (
-        "±"
-        not in (tmp_path / "compare.html")
-        .read_text()
-        .partition("<table>")[2]
-        .partition("</table>")[0]
-    )
+    page = (tmp_path / "compare.html").read_text()
+    results = page.partition("<table>")[2].partition("</table>")[0]
+    assert "±" not in results
 
 
 def test_complete_runs_are_read_and_not_run_again(done: Comparison) -> None:
     listener = Listener()
-    again = compare(
-        [("fedavg", small()), ("fedprox", small("fedprox"))], 2, done.folder, listener
-    )
+    presets = [("fedavg", small()), ("fedprox", small("fedprox"))]
+    again = compare(presets, 2, done.folder, listener)
     assert listener.seeds == []
     assert again.to_dict() == done.to_dict()
 
@@ -146,20 +150,15 @@ def test_other_settings_in_the_same_folder_are_refused(done: Comparison) -> None
 
 
 def test_fewer_rounds_than_were_run_are_refused(done: Comparison) -> None:
-    with pytest.raises(
-        SettingsError, match="holds a run of 2 rounds, and 1 are wanted"
-    ):
+    message = "holds a run of 2 rounds, and 1 are wanted"
+    with pytest.raises(SettingsError, match=message):
         compare([("fedavg", small(rounds=1))], 1, done.folder)
 
 
 def test_failed_run_is_left_out_and_named(tmp_path: Path) -> None:
     listener = Listener()
-    c = compare(
-        [("good", small()), ("bad", small(method__local_lr=1e300, rounds=4))],
-        1,
-        tmp_path,
-        listener,
-    )
+    bad = small(method__local_lr=1e300, rounds=4)
+    c = compare([("good", small()), ("bad", bad)], 1, tmp_path, listener)
     assert list(c.failed) == ["bad, seed 0"]
     assert any("bad, seed 0, failed" in note for note in listener.notes)
     assert c.stat("good", "test_accuracy") is not None
@@ -188,24 +187,26 @@ def test_labels_and_their_directories_are_distinct() -> None:
 
 
 def test_curves_are_taken_where_every_seed_was_evaluated() -> None:
-    def one(rounds: list[int]) -> comparing.Run:
-        rows = [
-            {
-                "round": t,
-                "bytes_down": 1,
-                "bytes_up": 1,
-                **({"test_loss": float(t)} if t in rounds else {}),
-            }
-            for t in (1, 2, 3)
-        ]
-        return comparing.Run(0, Path(), rows)
+    def one(rounds: list[int]) -> Run:
+        rows: list[dict[str, Any]] = []
+        for number in (1, 2, 3):
+            rows.append({"round": number, "bytes_down": 1, "bytes_up": 1})
+            if number in rounds:
+                rows[-1]["test_loss"] = float(number)
+        return Run(0, Path(), History(rows))
 
-    rounds, sent, values = curve([one([1, 3]), one([2, 3])], "test_loss")
-    assert (rounds.tolist(), sent.tolist(), values.tolist()) == (
-        [3],
-        [6.0],
-        [[3.0], [3.0]],
-    )
+    drawn = curve([one([1, 3]), one([2, 3])], "test_loss")
+    assert drawn.rounds.tolist() == [3]
+    assert drawn.sent.tolist() == [6.0]
+    assert drawn.values.tolist() == [[3.0], [3.0]]
+    assert len(curve([], "test_loss").rounds) == 0
+
+
+def test_the_examples_run() -> None:
+    for module in (comparing, compare_page):
+        outcome = doctest.testmod(module)
+        assert outcome.attempted > 0
+        assert outcome.failed == 0
 
 
 def test_pictures_are_whole(done: Comparison) -> None:

@@ -1,4 +1,7 @@
-"""The commands of a deployment. The server's and the client's packages are imported by name, when a command needs them."""
+"""The commands of a deployment.
+
+The packages `server` and `client` are imported by name, when a command needs them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,22 @@ import typer
 
 from fedcore.errors import SettingsError
 
+__all__ = ["register"]
+
+Preset = Annotated[
+    str,
+    typer.Argument(metavar="PRESET", help="a TOML file, or the name of a method"),
+]
+RunDir = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_DIR",
+        help="the run directory of a fedcore server on this machine",
+    ),
+]
+StateDir = Annotated[
+    Path, typer.Argument(metavar="DIR", help="the --state directory of a client")
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="print one JSON object and nothing else on stdout"),
@@ -21,7 +40,7 @@ Certs = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="what fedcore certs made: DIR/server, or DIR/client-N of this device",
+        help="from fedcore certs: DIR/server, or DIR/client-N of this device",
     ),
 ]
 Insecure = Annotated[
@@ -31,9 +50,85 @@ Insecure = Annotated[
         help="no TLS and no authentication: on a network where everybody is trusted",
     ),
 ]
+Hosts = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME",
+        help="name or address by which clients reach the server; repeatable",
+    ),
+]
+Nodes = Annotated[
+    int, typer.Option(metavar="N", min=1, help="clients, one key pair each")
+]
+CertsOut = Annotated[
+    Path,
+    typer.Option(metavar="DIR", help="files that are there stay, others are made"),
+]
+Listen = Annotated[
+    str, typer.Option(metavar="HOST:PORT", help="where clients connect to")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="default: a new one in runs/; an old one is gone on with"
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="override a setting; repeatable"),
+]
+DeviceSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="options.* and engine.device of this device; repeatable",
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="of everything that is drawn")
+]
+ClientId = Annotated[
+    int,
+    typer.Option(
+        "--id",
+        metavar="N",
+        min=0,
+        help="number of this client in the population, from 0",
+    ),
+]
+Server = Annotated[
+    str, typer.Option(metavar="HOST:PORT", help="where the server listens")
+]
+MaybeServer = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="the server, as clients name it"),
+]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="the client's own states; default: ./client-N-state"
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="this device's own data, the task's data_folder"),
+]
+Poll = Annotated[
+    float,
+    typer.Option(
+        metavar="S",
+        min=0.01,
+        help="longest pause between two looks for work, in seconds",
+    ),
+]
+Forget = Annotated[
+    list[str] | None,
+    typer.Option(metavar="RUN", help="delete the states of this run; repeatable"),
+]
+OlderThan = Annotated[
+    float | None,
+    typer.Option(metavar="DAYS", min=0, help="delete states not used for so many days"),
 ]
 
 
@@ -43,25 +138,8 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def certs(
-    host: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME",
-            help="name or address by which clients reach the server; repeatable",
-        ),
-    ],
-    nodes: Annotated[
-        int, typer.Option(metavar="N", min=1, help="clients, one key pair each")
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR", help="what is there stays, what is missing is made"
-        ),
-    ] = Path("certs"),
-) -> None:
-    """Make an authority, the server's certificate and a key pair for each client. Print what is new."""
+def certs(host: Hosts, nodes: Nodes, out: CertsOut = Path("certs")) -> None:
+    """Make an authority, the server's certificate and key pairs; print new files."""
     from fedcore.deploy import certs as making
 
     for file in making.make(out, host, nodes):
@@ -69,47 +147,32 @@ def certs(
 
 
 def server(
-    preset: Annotated[
-        str,
-        typer.Argument(metavar="PRESET", help="a TOML file, or the name of a method"),
-    ],
+    preset: Preset,
     certs: Certs = None,
     insecure: Insecure = False,
-    listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="where clients connect to")
-    ] = "0.0.0.0:9092",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="default: a new one in runs/; an old one is gone on with",
-        ),
-    ] = None,
+    listen: Listen = "0.0.0.0:9092",
+    out: Out = None,
     set_: Set = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="of everything that is drawn")
-    ] = None,
+    seed: Seed = None,
     json_: Json = False,
 ) -> None:
-    """Train with clients on other machines, one for each client of the population; they join with fedcore client."""
+    """Train with clients on other machines, which join with fedcore client.
+
+    There is one for each client of the population.
+    """
     from fedcore.config import Experiment
     from fedcore.rounds.loop import Result
     from fedcore.views.terminal import show_result
 
-    given = {
-        "checkpoint.seconds": 0,
-        **({} if seed is None else {"seed": seed}),
-    }  # every round: clients need not keep more states
-    overrides = [
-        *(f"{key}={value}" for key, value in given.items()),
-        *(set_ or []),
-        'engine.name="grid"',
-    ]
-    e = Experiment.load(preset, overrides)
-    _quiet()
-    result = importlib.import_module("server.serve").serve(
-        e, listen, _secured(certs, insecure), out
-    )
+    # A checkpoint every round, so that clients need not keep more states.
+    overrides = ["checkpoint.seconds=0"]
+    if seed is not None:
+        overrides.append(f"seed={seed}")
+    overrides += [*(set_ or []), 'engine.name="grid"']
+    experiment = Experiment.load(preset, overrides)
+    _quieten()
+    serve = importlib.import_module("server.serve").serve
+    result = serve(experiment, listen, _keys(certs, insecure), out)
     if json_:
         print(json.dumps(result))
     else:
@@ -118,146 +181,77 @@ def server(
 
 
 def client(
-    id_: Annotated[
-        int,
-        typer.Option(
-            "--id",
-            metavar="N",
-            min=0,
-            help="which client of the population this is, from 0",
-        ),
-    ],
-    server: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="where the server listens")
-    ],
+    id_: ClientId,
+    server: Server,
     certs: Certs = None,
     insecure: Insecure = False,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="what the client keeps; default: ./client-N-state"
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="this device's own data, the task's data_folder"
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="options.* and engine.device of this device; repeatable",
-        ),
-    ] = None,
-    poll: Annotated[
-        float,
-        typer.Option(
-            metavar="S",
-            min=0.01,
-            help="longest pause between two looks for work, in seconds",
-        ),
-    ] = 0.2,
+    state: State = None,
+    data: Data = None,
+    set_: DeviceSet = None,
+    poll: Poll = 0.2,
 ) -> None:
     """Take part in a federation, until stopped."""
-    folder = _secured(certs, insecure)
-    _quiet()
-    importlib.import_module("client.supernode").serve(
-        server, id_, folder, state, data, set_ or [], poll
-    )
+    keys = _keys(certs, insecure)
+    _quieten()
+    serve = importlib.import_module("client.supernode").serve
+    serve(server, id_, keys, state, data, set_ or [], poll)
 
 
 def doctor(
-    certs: Certs = None,
-    server: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="the server, as clients name it"),
-    ] = None,
-    json_: Json = False,
+    certs: Certs = None, server: MaybeServer = None, json_: Json = False
 ) -> None:
-    """Check versions, certificates, keys, names, ports and clocks, and say what to fix. Exit status 1 when something is wrong."""
-    _quiet()
-    checks: list[tuple[str, str | None]] = importlib.import_module(
-        "client.doctor"
-    ).examine(certs, server)
+    """Check versions, certificates, keys, names, ports and clocks; say what to fix.
+
+    Exit status 1 when something is wrong.
+    """
+    _quieten()
+    examine = importlib.import_module("client.doctor").examine
+    checks: list[tuple[str, str | None]] = examine(certs, server)
     faults = [fault for _, fault in checks if fault]
     if json_:
-        print(
-            json.dumps(
-                {
-                    "ok": not faults,
-                    "checks": [
-                        {"check": what, "fault": fault} for what, fault in checks
-                    ],
-                }
-            )
-        )
+        listed = [{"check": check, "fault": fault} for check, fault in checks]
+        print(json.dumps({"ok": not faults, "checks": listed}))
     else:
-        for what, fault in checks:
-            print(f"{'FIX ' if fault else 'ok  '}{what}{': ' + fault if fault else ''}")
+        for check, fault in checks:
+            print(f"FIX {check}: {fault}" if fault else f"ok  {check}")
     raise typer.Exit(1 if faults else 0)
 
 
-def status(
-    run_dir: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN_DIR",
-            help="the run directory of a fedcore server on this machine",
-        ),
-    ],
-    json_: Json = False,
-) -> None:
-    """Nodes, when each was last heard of, the round, and who it waits for."""
-    _quiet()
-    facts: dict[str, Any] = importlib.import_module("server.status").status(run_dir)
-    print(
-        json.dumps(facts)
-        if json_
-        else importlib.import_module("server.status").text(facts)
-    )
+def status(run_dir: RunDir, json_: Json = False) -> None:
+    """Print the nodes, when each was last heard of, and whom the round waits for."""
+    _quieten()
+    module = importlib.import_module("server.status")
+    nodes: dict[str, Any] = module.status(run_dir)
+    print(json.dumps(nodes) if json_ else module.text(nodes))
 
 
 def states(
-    state: Annotated[
-        Path, typer.Argument(metavar="DIR", help="the --state directory of a client")
-    ],
-    forget: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RUN", help="delete what is kept of this run; repeatable"),
-    ] = None,
-    older_than: Annotated[
-        float | None,
-        typer.Option(
-            metavar="DAYS", min=0, help="delete what was not used for so many days"
-        ),
-    ] = None,
+    state: StateDir,
+    forget: Forget = None,
+    older_than: OlderThan = None,
     json_: Json = False,
 ) -> None:
-    """List what a client keeps, by run, and delete what is not needed any more."""
-    found = importlib.import_module("client.states").tidy(
-        state, forget or [], older_than
-    )
-    print(
-        json.dumps(found)
-        if json_
-        else importlib.import_module("client.states").text(found)
-    )
+    """List the states that a client keeps, by run, and delete those not needed."""
+    module = importlib.import_module("client.states")
+    kept = module.tidy(state, forget or [], older_than)
+    print(json.dumps(kept) if json_ else module.text(kept))
 
 
-def _secured(certs: Path | None, insecure: bool) -> Path | None:
-    """The directory of keys, None for a connection without TLS. Raises SettingsError unless exactly one was asked for."""
+def _keys(certs: Path | None, insecure: bool) -> Path | None:
+    """The directory of keys; None for a connection without TLS.
+
+    Raises SettingsError unless exactly one of the two was asked for.
+    """
     if insecure == (certs is not None):
         raise SettingsError(
-            "expected --certs DIR, as fedcore certs makes it; or --insecure, for no TLS and no authentication"
+            "expected --certs DIR, as fedcore certs makes it; "
+            "or --insecure, for no TLS and no authentication"
         )
     return certs
 
 
-def _quiet() -> None:
-    """Flower tells nobody about its use, and says nothing that is not ours to say."""
+def _quieten() -> None:
+    """Stop Flower from reporting its use and from printing more than warnings."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")

@@ -1,4 +1,4 @@
-"""A federation of real processes on the loopback interface: started, killed, cleared."""
+"""A federation of real processes on the loopback interface, cleared away at its end."""
 
 from __future__ import annotations
 

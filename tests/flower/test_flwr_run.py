@@ -1,4 +1,4 @@
-"""`flwr run .` as a user types it, in a copy of the sources with its own Flower home."""
+"""`flwr run .` as a user types it, in a copy of the sources and a Flower home."""
 
 from __future__ import annotations
 

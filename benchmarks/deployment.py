@@ -1,10 +1,18 @@
-"""What a deployment costs, and what it survives: real processes over TLS with node authentication on one machine.
+"""The cost of a deployment, and the faults that it survives.
 
-python -m benchmarks.deployment                      overhead of a round, warm clients against stock SuperNodes
-python -m benchmarks.deployment faults --number 50   random faults in a row; the seed is printed, and --seed takes it
-python -m benchmarks.deployment memory               50 warm clients for 100 rounds: memory against rounds
-python -m benchmarks.deployment memory --clients 6 --rounds 100000 --minutes 15 --set "model.hidden=[8]"     light rounds, for long
-python -m benchmarks.deployment large                a model of 44 MB, and one of 1 GB
+Real processes over TLS with node authentication on one machine.
+
+python -m benchmarks.deployment
+    overhead of a round, warm clients against stock SuperNodes
+python -m benchmarks.deployment faults --number 50
+    random faults in a row; the seed is printed, and --seed takes it
+python -m benchmarks.deployment memory
+    50 warm clients for 100 rounds: memory against rounds
+python -m benchmarks.deployment memory --clients 6 --rounds 100000 --minutes 15 \\
+    --set "model.hidden=[8]"
+    light rounds, for long
+python -m benchmarks.deployment large
+    a model of 44 MB, and one of 1 GB
 """
 
 from __future__ import annotations
@@ -18,15 +26,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from fedcore.config import Experiment
 from fedcore.rounds.loop import run
-from tests.flower.federation import Federation, federation, free_port
+from tests.flower.federation import Federation, Gate, federation, free_port
+from tests.helpers import PATIENCE
 
 # 64-600-200-10: 161 210 parameters
 MLP = ["model.hidden=[600, 200]", "partition.name=iid", "participation.name=uniform"]
@@ -50,36 +58,27 @@ def settings(clients: int, rounds: int, *more: str) -> list[str]:
 
 
 def stock(f: Federation, i: int) -> None:
-    tls = ["--root-certificates", str(f.certs / f"client-{i}" / "ca.crt")]
-    key = ["--auth-supernode-private-key", str(f.certs / f"client-{i}" / "client.key")]
-    program, bin_ = "flower-supernode", Path(sys.executable).parent
-    f.start(
-        f"stock-{i}",
-        [
-            str(bin_ / program),
-            "--superlink",
-            f.address,
-            *tls,
-            *key,
-            "--port",
-            str(free_port()),
-            "--node-config",
-            f"partition-id={i}",
-        ],
-        FLWR_HOME=str(f.folder / f"home-{i}"),
-        PATH=f"{bin_}{os.pathsep}{os.environ['PATH']}",
-    )
+    """Start a SuperNode of Flower's own."""
+    keys, programs = f.certs / f"client-{i}", Path(sys.executable).parent
+    command = [str(programs / "flower-supernode"), "--superlink", f.address]
+    command += ["--root-certificates", str(keys / "ca.crt")]
+    command += ["--auth-supernode-private-key", str(keys / "client.key")]
+    command += ["--port", str(free_port()), "--node-config", f"partition-id={i}"]
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    home = str(f.folder / f"home-{i}")
+    f.start(f"stock-{i}", command, FLWR_HOME=home, PATH=path)
 
 
 def overhead() -> None:
-    """Seconds of a round beyond those of the training itself, which `sequential` measures: four clients, one after another."""
+    """Seconds of a round beyond those of the training itself.
+
+    `sequential` measures the training: four clients, one after another.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        e = Experiment.load("fedavg", [*settings(4, 12), "engine.name=sequential"])
-        training = float(
-            np.median(
-                [row["seconds"] for row in run(e, Path(folder) / "s").history[1:]]
-            )
-        )
+        given = [*settings(4, 12), "engine.name=sequential"]
+        result = run(Experiment.load("fedavg", given), Path(folder) / "s")
+        seconds = [row["seconds"] for row in result.history[1:]]
+        training = float(np.median(seconds))
     print(f"the training itself: {training:.3f} s a round")
     for kind, rounds in (("warm clients", 30), ("stock SuperNodes", 3)):
         with tempfile.TemporaryDirectory() as folder, federation(Path(folder), 4) as f:
@@ -89,13 +88,15 @@ def overhead() -> None:
                     f.client(i)
                 else:
                     stock(f, i)
-            f.finished(300)
+            f.finished()
             seconds = [row["seconds"] for row in f.rows()][1:]
         beyond = np.array(seconds) - training
         load = os.getloadavg()[0]
         print(
-            f"{kind}: {np.median(seconds):.3f} s a round, {np.median(beyond):.3f} s beyond the training "
-            f"({beyond.min():.3f} to {beyond.max():.3f}, {len(seconds)} rounds, load {load:.1f})",
+            f"{kind}: {np.median(seconds):.3f} s a round, "
+            f"{np.median(beyond):.3f} s beyond the training "
+            f"({beyond.min():.3f} to {beyond.max():.3f}, {len(seconds)} rounds, "
+            f"load {load:.1f})",
             flush=True,
         )
 
@@ -113,83 +114,108 @@ KINDS = (
 
 
 def faults(number: int, seed: int, clients: int = 4) -> bool:
-    """Kill and cut at random; every round and report has to be there in the end, and all parameters as if nothing had been.
+    """Kill and cut at random; whether no round, report or bit is lost in the end.
 
-    For that a round waits for a client that went away in it (`engine.rejoin_timeout`), and none is left out (no `round_timeout`).
+    For that a round waits for a client that went away in it (`engine.rejoin_timeout`),
+    and none is left out (no `round_timeout`). A gate keeps the run from ending before
+    the last fault.
     """
     draw = random.Random(seed)
     print(f"seed {seed}, {number} faults", flush=True)
-    rounds = 4 * number + 10
+    rounds = 6 * number + 10
     given = settings(clients, rounds, "engine.rejoin_timeout=300")
     done: list[str] = []
     with (
         tempfile.TemporaryDirectory() as folder,
         federation(Path(folder), clients) as f,
     ):
-        expected = run(
-            Experiment.load("scaffold", [*given, "engine.name=sequential"]),
-            Path(folder) / "sequential",
-        )
-        f.server("scaffold", *given)
+        oracle = Experiment.load("scaffold", [*given, "engine.name=sequential"])
+        expected = run(oracle, Path(folder) / "sequential")
+        gate = Gate(Path(folder), t=4)
+        gated = Gated(f, gate, [*given, gate.TASK])
         for i in range(clients):
             f.proxy(i)
-        f.all_clients()
-        f.reached(1, 120)
+        gated.start()
+        f.reached(1)
         for _ in range(number):
             before, began = len(f.rows()), time.monotonic()
-            assert before < rounds, (
-                "the run ended before the last fault: more rounds are needed"
-            )
+            gate.open_to(before + 4)
             time.sleep(draw.random())
-            done.append(fault(draw, f, lambda: f.server("scaffold", *given)))
-            f.reached(len(f.rows()) + 1, 240)
+            done.append(fault(draw, gated))
+            after = len(f.rows())
+            gate.open_to(after + 2)
+            f.reached(after + 1)
+            seconds = time.monotonic() - began
             print(
-                f"{len(done)}: {done[-1]}, after round {before}, healed after {time.monotonic() - began:.1f} s",
+                f"{len(done)}: {done[-1]}, after round {before}, "
+                f"healed after {seconds:.1f} s",
                 flush=True,
             )
-        result = f.finished(600)
+        gate.open()
+        result = f.finished()
         rows, reasons = f.rows(), f.log("server")
-    assert [row["round"] for row in rows] == list(range(1, rounds + 1)), (
-        "a round is missing"
-    )
+    numbers = [row["round"] for row in rows]
+    assert numbers == list(range(1, rounds + 1)), "a round is missing"
     lost = sum(sum(row["dropped"].values()) for row in rows)
-    same = result["params_sha256"] == expected.params_sha256
-    counted = ", ".join(
-        f"{kind} {n}" for kind, n in Counter(kind.split()[0] for kind in done).items()
-    )
+    is_same = result["params_sha256"] == expected.params_sha256
+    kinds = Counter(kind.split()[0] for kind in done)
+    counted = ", ".join(f"{kind} {times}" for kind, times in kinds.items())
     print(
-        f"{number} faults ({counted}), {len(rows)} rounds, {lost} reports lost, the same bits as never interrupted: {same}"
+        f"{number} faults ({counted}), {len(rows)} rounds, {lost} reports lost, "
+        f"the same bits as never interrupted: {is_same}"
     )
-    if not same or lost:
+    if not is_same or lost:
         print(reasons)
-    return same and not lost
+    return is_same and not lost
 
 
-def fault(draw: random.Random, f: Federation, start_server: Callable[[], Any]) -> str:
-    """Make one; what it was."""
-    kind = draw.choice(KINDS)
+class Gated(NamedTuple):
+    """A federation whose clients wait at a gate, as it is started."""
+
+    f: Federation
+    gate: Gate
+    settings: list[str]
+
+    def server(self) -> None:
+        self.f.server("scaffold", *self.settings, **self.gate.path)
+
+    def client(self, i: int) -> None:
+        self.f.client(i, **self.gate.environment)
+
+    def start(self) -> None:
+        self.server()
+        for i in range(self.f.clients):
+            self.client(i)
+
+
+def fault(draw: random.Random, gated: Gated) -> str:
+    """Make one fault; its description."""
+    f, kind = gated.f, draw.choice(KINDS)
     i = draw.randrange(f.clients)
-    if kind == "ServerApp" and (process := f.serverapp()):
-        os.kill(process, signal.SIGKILL)
+    if kind == "ServerApp":
+        os.kill(f.serverapp(), signal.SIGKILL)
     elif kind == "SuperLink" and (f.run / "server.json").exists():
         os.kill(f.facts()["superlink"], signal.SIGKILL)
     elif kind == "client":
         f.kill(f"client-{i}")
-        time.sleep(pause := draw.uniform(0, 5))
-        f.client(i)
+        pause = draw.uniform(0, 5)
+        time.sleep(pause)
+        gated.client(i)
         kind += f" {i} killed, started after {pause:.1f} s"
     elif kind == "network":
         how: Literal["swallow", "hold", "reset"] = draw.choice(
             ["swallow", "hold", "reset"]
         )
-        f.proxies[i].cut_for(seconds := draw.uniform(1, 10), how)
+        seconds = draw.uniform(1, 10)
+        f.proxies[i].cut_for(seconds, how)
         kind += f" of client {i}: {how} for {seconds:.1f} s"
-    else:
-        for name in list(f.processes) if kind == "everything" else ["server"]:
+    elif kind == "everything":
+        for name in list(f.processes):
             f.kill(name)
-        if kind == "everything":
-            f.all_clients()
-        start_server()
+        gated.start()
+    else:
+        f.kill("server")
+        gated.server()
     return kind
 
 
@@ -198,8 +224,10 @@ def memory(
 ) -> None:
     """Memory by kind of process, and how fast it grows.
 
-    What a process takes is its proportional set size, in which shared pages are divided by who shares them; what grows is its
-    anonymous memory, for the other changes with whoever else on the machine loads the same libraries.
+    The memory of a process is its proportional set size, in which shared pages are
+    divided by the processes that share them. Growth is measured by its anonymous
+    memory, for the rest changes with whatever else on the machine loads the same
+    libraries.
     """
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -208,60 +236,65 @@ def memory(
         f.server("fedavg", *settings(clients, rounds, *more))
         for i in range(clients):
             f.client(i, "--poll", poll)
-        f.reached(2, 900)
+        f.reached(2)
         begin, said, samples = time.monotonic(), 0.0, []
         while (
             f.processes["server"].poll() is None
             and len(f.rows()) < rounds
             and time.monotonic() - begin < 60 * minutes
         ):
-            kinds = {
-                "clients": [
-                    p.pid for name, p in f.processes.items() if name != "server"
-                ]
-            }
-            kinds |= {
-                "server": [f.processes["server"].pid],
-                "SuperLink": [f.facts()["superlink"]],
-                "ServerApp": [f.serverapp()],
-            }
-            pss, own = (
-                {
-                    kind: sum(_memory(number, what) for number in numbers)
-                    / len(numbers)
-                    for kind, numbers in kinds.items()
-                }
-                for what in ("Pss", "Anonymous")
-            )
+            anonymous, pss = _sample(f, "Anonymous"), _sample(f, "Pss")
             now = time.monotonic() - begin
-            samples.append((now, len(f.rows()), *own.values()))
+            samples.append((now, len(f.rows()), *anonymous.values()))
             if now - said > 60:
                 said = now
                 print(
-                    f"minute {now / 60:.1f}, round {samples[-1][1]}, anonymous MB: {_sizes(own)}; PSS: {_sizes(pss)}",
+                    f"minute {now / 60:.1f}, round {samples[-1][1]}, "
+                    f"anonymous MB: {_sizes(anonymous)}; PSS: {_sizes(pss)}",
                     flush=True,
                 )
             time.sleep(SAMPLE)
         took = [row["seconds"] for row in f.rows()]
     table = np.array(samples)
     print(
-        f"{clients} clients, {len(took)} rounds in {table[-1, 0] / 60:.1f} minutes, {np.median(took):.2f} s a round"
+        f"{clients} clients, {len(took)} rounds in {table[-1, 0] / 60:.1f} minutes, "
+        f"{np.median(took):.2f} s a round"
     )
-    for name, rows in (
-        ("the last half of the rounds", table[table[:, 1] >= len(took) / 2]),
-        ("from minute 6 on", table[table[:, 0] >= 360]),
-    ):
-        for column, kind in enumerate(
-            ("a client", "server", "SuperLink", "ServerApp"), 2
-        ):
-            if len(rows) > 2:
-                by_round, by_minute = (
-                    np.polyfit(rows[:, x], rows[:, column], 1)[0] for x in (1, 0)
-                )
-                print(
-                    f"{name}: {kind} {rows[0, column]:.1f} to {rows[-1, column]:.1f} MB, "
-                    f"{by_round * 1000:+.1f} kB a round, {by_minute * 60000:+.0f} kB a minute"
-                )
+    half = table[table[:, 1] >= len(took) / 2]
+    _print_growth("the last half of the rounds", half)
+    _print_growth("from minute 6 on", table[table[:, 0] >= 360])
+
+
+def _print_growth(name: str, rows: np.ndarray) -> None:
+    """Growth of memory in rows of (seconds, round, MB of each kind of process)."""
+    if len(rows) <= 2:
+        return
+    kinds = ("a client", "server", "SuperLink", "ServerApp")
+    for column, kind in enumerate(kinds, 2):
+        sizes = rows[:, column]
+        by_minute, by_round = (np.polyfit(rows[:, x], sizes, 1)[0] for x in (0, 1))
+        print(
+            f"{name}: {kind} {sizes[0]:.1f} to {sizes[-1]:.1f} MB, "
+            f"{by_round * 1000:+.1f} kB a round, "
+            f"{by_minute * 60000:+.0f} kB a minute"
+        )
+
+
+def _sample(f: Federation, measure: str) -> dict[str, float]:
+    """MB of a process, the mean of its kind."""
+    clients = [process.pid for name, process in f.processes.items() if name != "server"]
+    app = f.running_serverapp()
+    kinds = {
+        "clients": clients,
+        "server": [f.processes["server"].pid],
+        "SuperLink": [f.facts()["superlink"]],
+        "ServerApp": [] if app is None else [app],
+    }
+    means = {}
+    for kind, numbers in kinds.items():
+        sizes = [_memory(number, measure) for number in numbers]
+        means[kind] = sum(sizes) / max(len(sizes), 1)
+    return means
 
 
 SAMPLE = 10.0  # seconds between two looks at the memory
@@ -271,28 +304,24 @@ def _sizes(sizes: dict[str, float]) -> str:
     return ", ".join(f"{kind} {size:.1f}" for kind, size in sizes.items())
 
 
-def _memory(number: int, what: str) -> float:
+def _memory(number: int, measure: str) -> float:
     """In MB; 0 for a process that has ended."""
     try:
         lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0
-    return (
-        sum(int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
-        * 1024
-        / 1e6
-    )
+    sizes = [int(line.split()[1]) for line in lines if line.startswith(f"{measure}:")]
+    return sum(sizes) * 1024 / 1e6
 
 
 def large() -> None:
     """11 million parameters go round; a gigabyte is refused, with the limit named."""
-    for name, width, more in (("44 MB", 3260, []), ("1 GB", 15750, [])):
-        given: list[Any] = [*settings(2, 2, *more), f"model.hidden=[{width}, {width}]"]
+    for name, width in (("44 MB", 3260), ("1 GB", 15750)):
+        given = [*settings(2, 2), f"model.hidden=[{width}, {width}]"]
         with tempfile.TemporaryDirectory() as folder, federation(Path(folder), 2) as f:
             f.server("fedavg", *given)
-            f.client(0)
-            f.client(1)
-            status = f.processes["server"].wait(500)
+            f.all_clients()
+            status = f.processes["server"].wait(PATIENCE)
             took = [row["seconds"] for row in f.rows()]
             said = "" if status == 0 else f.log("server").strip().splitlines()[-1]
         print(
@@ -332,14 +361,8 @@ def main() -> None:
     )
     a = parser.parse_args()
     if a.what == "faults":
-        sys.exit(
-            0
-            if faults(
-                a.number,
-                random.SystemRandom().randrange(10**6) if a.seed is None else a.seed,
-            )
-            else 1
-        )
+        seed = random.SystemRandom().randrange(10**6) if a.seed is None else a.seed
+        sys.exit(0 if faults(a.number, seed) else 1)
     elif a.what == "memory":
         memory(a.clients, a.rounds, a.poll, a.minutes, a.set)
     else:

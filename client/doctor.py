@@ -1,4 +1,4 @@
-"""`fedcore doctor`: what a federation needs, looked at from this machine, with what to do about each fault."""
+"""`fedcore doctor`: faults of a federation as seen from this machine, and remedies."""
 
 from __future__ import annotations
 
@@ -24,130 +24,146 @@ CLOCK = 4.0  # seconds that a clock may be ahead of the server's: Flower takes 5
 BEHIND = 240.0  # seconds that it may be behind: Flower takes 305
 
 Check = tuple[str, str | None]
-"""(what was looked at, what to fix)."""
+"""(the thing that was looked at, what to fix)."""
 
 
 def examine(folder: Path | None, server: str | None) -> list[Check]:
-    """Every check that the arguments allow: of this machine, of a directory of keys, and of the way to a server.
+    """Every check that the arguments allow.
 
-    Raises SettingsError for an address that is none.
+    They are of this machine, of a directory of keys, and of the way to a server. Raises
+    SettingsError for an address that is none.
     """
-    checks = [*_versions()]
+    checks = _versions()
     host = None if server is None else host_and_port(server)[0]
-    device = folder is not None and (folder / "client.key").exists()
+    is_device = folder is not None and (folder / "client.key").exists()
     if folder is not None:
-        faults = certs.check(folder, None if device else host)
-        what = f"certificates and keys in {folder}"
-        checks += [(what, fault) for fault in faults] or [(what, None)]
+        faults = certs.check(folder, None if is_device else host)
+        subject = f"certificates and keys in {folder}"
         if faults:
-            return checks
+            return checks + [(subject, fault) for fault in faults]
+        checks.append((subject, None))
     if server is not None:
-        checks += _way_to(server, folder, device)
+        way = Way(server, folder)
+        checks += way.examine()
+        if folder is not None and is_device and not checks[-1][1]:
+            checks += way.examine_as_client(folder)
     return checks
 
 
 def _versions() -> list[Check]:
-    python = (
-        None if sys.version_info >= (3, 11) else "fedcore needs Python 3.11 or newer"
-    )
+    is_new = sys.version_info >= (3, 11)
+    python = None if is_new else "fedcore needs Python 3.11 or newer"
     flower = importlib.metadata.version("flwr")
-    old = (
-        None
-        if flower.startswith(f"{FLOWER}.")
-        else f'expected {FLOWER}: pip install "flwr[simulation]=={FLOWER}.*"'
-    )
+    old = None
+    if not flower.startswith(f"{FLOWER}."):
+        old = f'expected {FLOWER}: pip install "flwr[simulation]=={FLOWER}.*"'
+    torch = importlib.metadata.version("torch")
     return [
         (f"Python {platform.python_version()}", python),
         (f"Flower {flower}", old),
-        (f"fedcore {__version__}, PyTorch {importlib.metadata.version('torch')}", None),
+        (f"fedcore {__version__}, PyTorch {torch}", None),
     ]
 
 
-def _way_to(server: str, folder: Path | None, device: bool) -> list[Check]:
-    """Name, port, TLS, and as a device also clock, version and key: each only when the one before is well."""
-    host, port = host_and_port(server)
-    ca = None if folder is None else (folder / "ca.crt").read_bytes()
+class Way:
+    """The way from this machine to a server."""
 
-    def name() -> str | None:
+    def __init__(self, server: str, folder: Path | None) -> None:
+        self.server = server
+        self.host, self.port = host_and_port(server)
+        self.ca = None if folder is None else (folder / "ca.crt").read_bytes()
+
+    def examine(self) -> list[Check]:
+        """Name, port and TLS, each only when the one before is well."""
+        steps: list[tuple[str, Callable[[], str | None]]] = [
+            (f"the name {self.host}", self._fault_of_name),
+            (f"the port {self.server}", self._fault_of_port),
+            ("no TLS" if self.ca is None else "TLS", self._fault_of_tls),
+        ]
+        checks: list[Check] = []
+        for subject, find_fault in steps:
+            fault = find_fault()
+            checks.append((subject, fault))
+            if fault:
+                break
+        return checks
+
+    def _fault_of_name(self) -> str | None:
         try:
-            socket.getaddrinfo(host, port)
-        except OSError as e:
-            return f"{host} is no name that this machine knows ({e}): check the spelling and DNS, or use the address"
+            socket.getaddrinfo(self.host, self.port)
+        except OSError as error:
+            return (
+                f"{self.host} is no name that this machine knows ({error}): "
+                "check the spelling and DNS, or use the address"
+            )
         return None
 
-    def reach() -> str | None:
+    def _fault_of_port(self) -> str | None:
         try:
-            socket.create_connection((host, port), 5).close()
-        except OSError as e:
-            return f"nothing answers there ({e}): is fedcore server running with --listen 0.0.0.0:{port}, and the firewall open?"
+            socket.create_connection((self.host, self.port), 5).close()
+        except OSError as error:
+            return (
+                f"nothing answers there ({error}): is fedcore server running with "
+                f"--listen 0.0.0.0:{self.port}, and the firewall open?"
+            )
         return None
 
-    def tls() -> str | None:
-        if ca is not None:
-            try:
-                return tls_fault(host, port, ca)
-            except OSError as e:
-                return f"the connection ended in the middle of it ({e}): is it the fleet port of a fedcore server, with TLS?"
-        return (
-            "the server speaks TLS: give this client its directory with --certs"
-            if speaks_tls(host, port)
-            else None
-        )
+    def _fault_of_tls(self) -> str | None:
+        if self.ca is None:
+            if speaks_tls(self.host, self.port):
+                return "the server speaks TLS: give this client its --certs directory"
+            return None
+        try:
+            return tls_fault(self.host, self.port, self.ca)
+        except OSError as error:
+            return (
+                f"the connection ended in the middle of it ({error}): "
+                "is it the fleet port of a fedcore server, with TLS?"
+            )
 
-    steps: list[tuple[str, Callable[[], str | None]]] = [
-        (f"the name {host}", name),
-        (f"the port {server}", reach),
-        ("TLS" if ca is not None else "no TLS", tls),
-    ]
-    checks: list[Check] = []
-    for what, step in steps:
-        checks.append((what, step()))
-        if checks[-1][1]:
-            return checks
-    return checks + (
-        _as_client(server, ca, folder) if device and folder is not None else []
-    )
+    def examine_as_client(self, folder: Path) -> list[Check]:
+        """Clock, version and key, as the server sees them.
 
-
-def _as_client(server: str, ca: bytes | None, folder: Path) -> list[Check]:
-    """Ask the server as this client would, for nothing: it says its time and version whether it takes the question or not."""
-    connection = Connection(
-        server, ca, certs.load_private(folder / "client.key"), threading.Event()
-    )
-    told: dict[str, str] = {}
-    try:
-        # As a node with another key: refused for that, after signature and time were found good, so nothing changes there.
+        A question that changes nothing is asked: the server says its time and version
+        whether it takes the question or not.
+        """
+        key = certs.load_private(folder / "client.key")
+        connection = Connection(self.server, self.ca, key, threading.Event())
+        # As a node with another key: refused for that, after signature and time were
+        # found good, so nothing changes there.
         other = ec.generate_private_key(ec.SECP384R1()).public_key()
-        connection.once(
-            "ActivateNode",
-            fleet_pb2.ActivateNodeRequest(
-                public_key=public_key_to_bytes(other), heartbeat_interval=10.0
-            ),
+        request = fleet_pb2.ActivateNodeRequest(
+            public_key=public_key_to_bytes(other), heartbeat_interval=10.0
         )
-        refusal = ""
-    except grpc.RpcError as e:
-        refusal = str(e.details())
-        told = {str(key): str(value) for key, value in e.trailing_metadata() or ()}
-    finally:
-        connection.close()
-    away = connection.server_time
-    clock = None
-    if not -CLOCK < away < BEHIND:
-        where = "behind" if away > 0 else "ahead of"
-        clock = f"it is {abs(away):.0f} s {where} the server's: set it (NTP), signatures with such times are refused"
-    version = told.get("fedcore-version")
-    other_version = (
-        None
-        if version == __version__
-        else f"the server runs {version or 'another program'}: install the same on both"
+        refusal, told = "", dict[str, str]()
+        try:
+            connection.once("ActivateNode", request)
+        except grpc.RpcError as error:
+            refusal = str(error.details())
+            for name, value in error.trailing_metadata() or ():
+                told[str(name)] = str(value)
+        finally:
+            connection.close()
+        clock = _fault_of_clock(connection.server_time)
+        version, version_fault = told.get("fedcore-version"), None
+        if version != __version__:
+            runs = version or "another program"
+            version_fault = f"the server runs {runs}: install the same on both"
+        signature = None
+        if not clock and "wants to be the node of another" not in refusal:
+            signature = f"the server does not take it: {refusal}"
+        return [
+            (f"clock, {connection.server_time:+.1f} s to the server's", clock),
+            ("the server's fedcore", version_fault),
+            ("this client's signature", signature),
+        ]
+
+
+def _fault_of_clock(server_time: float) -> str | None:
+    if -CLOCK < server_time < BEHIND:
+        return None
+    where = "behind" if server_time > 0 else "ahead of"
+    return (
+        f"it is {abs(server_time):.0f} s {where} the server's: "
+        "set it (NTP), signatures with such times are refused"
     )
-    signature = (
-        None
-        if "wants to be the node of another" in refusal or clock
-        else f"the server does not take it: {refusal}"
-    )
-    checks: list[Check] = [
-        (f"clock, {away:+.1f} s to the server's", clock),
-        ("the server's fedcore", other_version),
-    ]
-    return [*checks, ("this client's signature", signature)]

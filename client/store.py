@@ -1,12 +1,16 @@
-"""What a device's clients keep between rounds, in a directory of the device.
+"""The states of a device's clients between rounds, in a directory of the device.
 
-    DIR/<series>/client-3/000012-00.safetensors     the state of client 3 after its first work in round t = 12 of that run series
+    DIR/<series>/client-3/000012-00.safetensors
 
-Every file says to which federation, run series and client it belongs, and is refused by name where it does not. It is written
-beside the old one, synced and renamed: a device that loses power has the old state or the new one, whole.
+is the state of client 3 after its first work in round t = 12 of that run series.
 
-A server that was killed goes on from its last checkpoint and asks for rounds again that this device has done already. So states of
-earlier work stay until the server says that they can no longer be asked for, and work starts from the newest state that is older
+Every file says to which federation, run series and client it belongs, and is refused by
+name where it does not. It is written beside the old one, synced and renamed: a device
+that loses power has the old state or the new one, whole.
+
+A server that was killed goes on from its last checkpoint and asks for rounds again that
+this device has done already. So states of earlier work stay until the server says that
+they can no longer be asked for, and work starts from the newest state that is older
 than it.
 """
 
@@ -16,7 +20,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -32,14 +36,22 @@ class StateError(FedcoreError):
     """The state of a client on this device cannot be used."""
 
 
-FORGOTTEN = "forgotten"  # in the place of a run's states, so that it is not gone on with as if there had been none
+# In the place of a run's states: it is not gone on with as if there had been none.
+FORGOTTEN = "forgotten"
 
 
 class Moment(NamedTuple):
-    """A client's work: in round t, the k-th that the server gave out in it; both from 0."""
+    """A client's work: in round t, the k-th that it was given in it; both from 0."""
 
     t: int
     k: int
+
+
+class Stored(NamedTuple):
+    """A state that was read."""
+
+    state: Tree
+    before: str  # the moment of the state that its work started from, or "initial"
 
 
 class Store:
@@ -48,69 +60,71 @@ class Store:
     def __init__(
         self, folder: Path, federation: str, series: str, sync: bool = True
     ) -> None:
-        """`series` names a run from its start to its end, however often its server was started again.
+        """`series` names a run from its start to its end, over starts of its server.
 
         Without `sync` states outlive this process, and not a loss of power.
         """
-        self.folder, self.federation, self.series, self.sync = (
-            folder / (series or "run"),
-            federation,
-            series,
-            sync,
-        )
+        self.folder = folder / (series or "run")
+        self.federation, self.series, self.sync = federation, series, sync
 
     def load(self, client: int, before: Moment, initial: Tree) -> Tree:
         """The client's state before this work; `initial` where it has not worked yet.
 
-        Raises StateError, naming the file, for a state that is damaged, or another federation's, run series', client's or model's;
-        and where the server went back further than it had promised.
+        Raises StateError, naming the file, for a state that is damaged, or another
+        federation's, run series', client's or model's; and where the server went back
+        further than it had promised.
         """
         if (self.folder / FORGOTTEN).exists():
             raise StateError(
-                f"the state of run {self.series} was deleted on this device (fedcore states --forget): to take part in it with a "
-                f"new one, delete {self.folder}"
+                f"the state of run {self.series} was deleted on this device "
+                "(fedcore states --forget): to take part in it with a new one, "
+                f"delete {self.folder}"
             )
-        found = self._moments(client)
-        earlier = [moment for moment in found if moment < before]
+        moments = self._moments(client)
+        earlier = [moment for moment in moments if moment < before]
         if earlier:
-            return self._read(client, earlier[-1], initial)[0]
-        if found and self._read(client, found[0], initial)[1] != "initial":
+            return self._read(client, earlier[-1], initial).state
+        if moments and self._read(client, moments[0], initial).before != "initial":
             raise StateError(
-                f"{self._folder(client)} holds the state of round {found[0].t + 1} and none before it, but the server asks for "
-                f"round {before.t + 1}: was it set back to an older copy of its run directory?"
+                f"{self._folder(client)} holds the state of round {moments[0].t + 1} "
+                f"and none before it, but the server asks for round {before.t + 1}: "
+                "was it set back to an older copy of its run directory?"
             )
         return initial
 
     def save(self, client: int, at: Moment, state: Tree, safe: int) -> None:
-        """Keep `state` as that after this work. The server will not go back to before round t = `safe`: older states may go."""
+        """Keep `state` as that after this work.
+
+        The server will not go back to before round t = `safe`: older states may go.
+        """
         folder = self._folder(client)
-        found = self._moments(client)
-        earlier = [moment for moment in found if moment < at]
-        if not found:
+        moments = self._moments(client)
+        earlier = [moment for moment in moments if moment < at]
+        if not moments:
             folder.mkdir(parents=True, exist_ok=True)
-            for parent in (folder.parent, folder.parent.parent):
-                self._sync(parent)
-        flat = {
-            path or ".": x.detach().cpu().contiguous().clone()
-            for path, x in trees.flatten(state).items()
-        }
-        facts = {
-            **self._owner(client),
-            "before": str(earlier[-1]) if earlier else "initial",
-            "sha256": _digest(flat),
-        }
+            self._sync(folder.parent)
+            self._sync(folder.parent.parent)
+        flat: dict[str, Tensor] = {}
+        for path, x in trees.flatten(state).items():
+            flat[path or "."] = x.detach().cpu().contiguous().clone()
+        facts = self._owner(client)
+        facts["before"] = str(earlier[-1]) if earlier else "initial"
+        facts["sha256"] = _digest(flat)
         write_atomically(self._file(client, at), save(flat, facts), self.sync)
         self._sync(folder)
-        needed = [moment for moment in earlier if moment < Moment(safe, 0)][-1:]
-        for moment in found:
-            if moment > at or (moment < Moment(safe, 0) and moment not in needed):
-                self._file(client, moment).unlink(missing_ok=True)
+        first_needed = Moment(safe, 0)
+        too_old = [moment for moment in earlier if moment < first_needed]
+        replayed = [moment for moment in moments if moment > at]
+        # The last one of the old ones is what round `safe` starts from.
+        for moment in [*too_old[:-1], *replayed]:
+            self._file(client, moment).unlink(missing_ok=True)
 
     def _moments(self, client: int) -> list[Moment]:
-        return sorted(
-            Moment(*map(int, file.stem.split("-")))
-            for file in self._folder(client).glob("*.safetensors")
-        )
+        moments = []
+        for file in self._folder(client).glob("*.safetensors"):
+            t, k = file.stem.split("-")
+            moments.append(Moment(int(t), int(k)))
+        return sorted(moments)
 
     def _folder(self, client: int) -> Path:
         return self.folder / f"client-{client}"
@@ -129,40 +143,43 @@ class Store:
         if self.sync:
             sync_folder(folder)
 
-    def _read(self, client: int, at: Moment, like: Tree) -> tuple[Tree, str]:
+    def _read(self, client: int, at: Moment, like: Tree) -> Stored:
         file = self._file(client, at)
+        what_to_do = f"restore it from a copy, or delete {file.parent} to start anew"
+        flat: dict[str, Tensor] = {}
         try:
             with safe_open(file, framework="pt") as content:
                 facts = content.metadata() or {}
-                flat = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  not a dict
-        except Exception as e:
-            raise StateError(
-                f"{file} is damaged ({e}): restore it from a copy, or delete {file.parent} to start anew"
-            ) from e
-        for key, wanted in self._owner(client).items():
-            if facts.get(key) != wanted:
+                for name in content.keys():  # noqa: SIM118  it is no dict
+                    flat[name] = content.get_tensor(name)
+        except Exception as error:
+            raise StateError(f"{file} is damaged ({error}): {what_to_do}") from error
+        for key, expected in self._owner(client).items():
+            if facts.get(key) != expected:
                 raise StateError(
-                    f"{file} belongs to {key} {facts.get(key)!r}, this is {key} {wanted!r}: put it back where it was, or use "
-                    "another --state"
+                    f"{file} belongs to {key} {facts.get(key)!r}, "
+                    f"this is {key} {expected!r}: put it back where it was, "
+                    "or use another --state"
                 )
         if facts.get("sha256") != _digest(flat):
+            raise StateError(f"{file} is damaged (its SHA-256 differs): {what_to_do}")
+        by_path: dict[str, Tensor] = {}
+        for name, x in flat.items():
+            by_path["" if name == "." else name] = x
+        if _shapes(by_path) != _shapes(trees.flatten(like)):
             raise StateError(
-                f"{file} is damaged (its SHA-256 differs): restore it from a copy, or delete {file.parent} to start anew"
+                f"{file} does not fit this method and model: "
+                "is the server's run another one?"
             )
-        expected = {path or ".": x for path, x in trees.flatten(like).items()}
-        if {name: (x.shape, x.dtype) for name, x in flat.items()} != {
-            name: (x.shape, x.dtype) for name, x in expected.items()
-        }:
-            raise StateError(
-                f"{file} does not fit this method and model: is the server's run another one?"
-            )
-        return trees.unflatten(
-            {"" if name == "." else name: x for name, x in flat.items()}, like
-        ), facts.get("before", "")
+        return Stored(trees.unflatten(by_path, like), facts.get("before", ""))
+
+
+def _shapes(flat: dict[str, Tensor]) -> dict[str, Any]:
+    return {path: (x.shape, x.dtype) for path, x in flat.items()}
 
 
 class Kept(NamedTuple):
-    """What a device holds of one run."""
+    """The states of one run on a device."""
 
     run: str  # the series, by which the server and this device know it
     clients: int
@@ -172,26 +189,21 @@ class Kept(NamedTuple):
 
 
 def kept(folder: Path) -> list[Kept]:
-    """Of every run that has states in this directory of a device, the last used first."""
-    found = []
+    """The runs that have states in a directory of a device, the last used first."""
+    runs = []
     for series in folder.iterdir():
-        files = [(file, file.stat()) for file in series.glob("client-*/*.safetensors")]
-        if files:
-            last = max(files, key=lambda each: each[1].st_mtime)
-            rounds, clients = (
-                int(last[0].stem.split("-")[0]) + 1,
-                len({file.parent for file, _ in files}),
-            )
-            found.append(
-                Kept(
-                    series.name,
-                    clients,
-                    rounds,
-                    sum(facts.st_size for _, facts in files),
-                    last[1].st_mtime,
-                )
-            )
-    return sorted(found, key=lambda run: -run.used)
+        size, used, last = 0, -1.0, None
+        clients: set[Path] = set()
+        for file in series.glob("client-*/*.safetensors"):
+            facts = file.stat()
+            size += facts.st_size
+            clients.add(file.parent)
+            if facts.st_mtime > used:
+                used, last = facts.st_mtime, file
+        if last is not None:
+            number = int(last.stem.split("-")[0]) + 1
+            runs.append(Kept(series.name, len(clients), number, size, used))
+    return sorted(runs, key=lambda run: -run.used)
 
 
 def forget(folder: Path, run: str) -> None:
@@ -206,8 +218,7 @@ def forget(folder: Path, run: str) -> None:
 def _digest(flat: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(flat):
-        digest.update(
-            json.dumps([name, str(flat[name].dtype), list(flat[name].shape)]).encode()
-        )
-        digest.update(save({name: flat[name]}))
+        x = flat[name]
+        digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
+        digest.update(save({name: x}))
     return digest.hexdigest()

@@ -1,7 +1,8 @@
 """The Flower ServerApp: the round loop, with Flower nodes as its clients.
 
-Under `flwr run` it is a run like any other. Under `fedcore server` the environment names the run directory, which holds the
-settings: the run goes on from its checkpoint, and how it ended is written there.
+Under `flwr run` it is a run like any other. Under `fedcore server` the environment
+names the run directory, which holds the settings: the run goes on from its checkpoint,
+and its outcome is written there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedcore.config import Experiment
+from fedcore.config import EngineSettings, Experiment
+from fedcore.engines.base import Work
 from fedcore.errors import FedcoreError, RunError, SettingsError
 from fedcore.rounds import loop
 from fedcore.rounds.rundir import open_run_dir, stored
@@ -29,16 +31,16 @@ from fedcore.views.terminal import Terminal, show_result
 from server.grid import GridEngine
 
 RUN_DIR = "FEDCORE_RUN_DIR"  # set by `fedcore server`
-OUTCOME = "outcome.json"  # how the run ended: {"exit_status", "error", "result"}
-SERIES = "series.json"  # what the clients know the run by, from its start to its end
-WATCH = "waiting.json"  # whose answers the round waits for
+OUTCOME = "outcome.json"  # the end of the run: {"exit_status", "error", "result"}
+SERIES = "series.json"  # the name by which clients know the run, from start to end
+WATCH = "waiting.json"  # the clients whose answers the round waits for
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment; what a user can get wrong is one line of the log."""
+    """Run the experiment; a mistake in the settings is one line of the log."""
     if folder := os.environ.get(RUN_DIR):
         _deploy(grid, Path(folder))
         return
@@ -46,29 +48,32 @@ def main(grid: Grid, context: Context) -> None:
         _simulate(grid, context)
     except FedcoreError as error:
         print(f"fedcore: {error}", file=sys.stderr, flush=True)
-        # Flower counts a run as failed by an exception alone, which must be no SystemExit, and logs its traceback below our line.
+        # Flower counts a run as failed by an exception alone, which must be no
+        # SystemExit, and logs its traceback below our line.
         raise RunError(str(error)) from None
 
 
 def _simulate(grid: Grid, context: Context) -> None:
     overrides = [*str(context.run_config["set"]).split(), 'engine.name="grid"']
-    e = Experiment.load(str(context.run_config["preset"]), overrides)
-    folder = open_run_dir(e, None, None)
+    experiment = Experiment.load(str(context.run_config["preset"]), overrides)
+    folder = open_run_dir(experiment, None, None)
     state = folder / "state" / "clients"  # the loop clears the first away
+
+    def engine(work: Work) -> GridEngine:
+        return _engine(grid, work, experiment.engine, state=state)
+
     with Terminal() as terminal:
-        result = loop.run(
-            e,
-            folder,
-            observer=terminal,
-            engine=lambda work: _engine(grid, work, e, state=state),
-        )
+        result = loop.run(experiment, folder, observer=terminal, engine=engine)
     report = write_or_note(result.run_dir)
     # In full, for the working directory is the SuperLink's.
     show_result(result, report and report.resolve())
 
 
 def _deploy(grid: Grid, folder: Path) -> None:
-    """Go on with the run of this directory, and write how it ended; nothing is written by a process that is killed."""
+    """Go on with the run of this directory, and write its outcome.
+
+    A process that is killed writes none.
+    """
     outcome: dict[str, Any] = {
         "exit_status": 1,
         "error": "the server's program failed; its traceback is above",
@@ -76,42 +81,48 @@ def _deploy(grid: Grid, folder: Path) -> None:
     }
     try:
         with _alone(folder), Terminal() as terminal:
-            e = Experiment.parse(stored(folder), source=str(folder / "config.toml"))
-            facts = {
-                "series": json.loads((folder / SERIES).read_text())["series"],
-                "safe": lambda: _checkpointed(folder),
-                "watch": folder / WATCH,
-            }
+            source = str(folder / "config.toml")
+            experiment = Experiment.parse(stored(folder), source=source)
+            series = json.loads((folder / SERIES).read_text())["series"]
+
+            def engine(work: Work) -> GridEngine:
+                return _engine(
+                    grid,
+                    work,
+                    experiment.engine,
+                    series=series,
+                    safe=lambda: _checkpointed(folder),
+                    watch=folder / WATCH,
+                )
+
             result = loop.run(
-                e,
-                resume=folder,
-                observer=terminal,
-                engine=lambda work: _engine(grid, work, e, **facts),
+                experiment, resume=folder, observer=terminal, engine=engine
             )
         write_or_note(result.run_dir)
         outcome = {"exit_status": 0, "error": None, "result": result.to_dict()}
-    except FedcoreError as error:
-        outcome |= {
-            "exit_status": error.exit_status,
-            "error": str(error),
-        }  # which `fedcore server` says, and ends with
+    except FedcoreError as error:  # `fedcore server` says it, and ends with the status
+        outcome |= {"exit_status": error.exit_status, "error": str(error)}
     finally:
         write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
 
 
-def _engine(grid: Grid, work: Any, e: Experiment, **facts: Any) -> GridEngine:
-    s = e.engine
-    limits: dict[str, Any] = {
-        "min_clients": s.min_clients,
-        "report_goal": s.report_goal,
-        "rejoin": s.rejoin_timeout,
-    }
-    limits["limit"] = s.message_limit_mb * 1e6
-    return GridEngine(grid, work, s.round_timeout, **limits, **facts)
+def _engine(
+    grid: Grid, work: Work, settings: EngineSettings, **places: Any
+) -> GridEngine:
+    return GridEngine(
+        grid,
+        work,
+        settings.round_timeout,
+        min_clients=settings.min_clients,
+        report_goal=settings.report_goal,
+        rejoin=settings.rejoin_timeout,
+        limit=settings.message_limit_mb * 1e6,
+        **places,
+    )
 
 
 def _checkpointed(folder: Path) -> int:
-    """Rounds in the last checkpoint: clients will not be asked for earlier ones again."""
+    """Rounds in the last checkpoint: clients are not asked for earlier ones again."""
     try:
         return int(json.loads((folder / "checkpoint" / STATE).read_bytes())["round"])
     except FileNotFoundError:
@@ -120,7 +131,10 @@ def _checkpointed(folder: Path) -> int:
 
 @contextmanager
 def _alone(folder: Path, patience: float = 30.0) -> Iterator[None]:
-    """One process at a time in a run directory; one whose server was killed may need a moment to end."""
+    """One process at a time in a run directory.
+
+    A process whose server was killed may need a moment to end.
+    """
     with (folder / "run.lock").open("w") as lock:
         end = time.monotonic() + patience
         while True:

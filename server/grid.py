@@ -6,7 +6,7 @@ id, never by Flower's random node id. Whatever a reply holds that it should not 
 out, counted and named.
 
     nodes     the nodes that are there, and the clients that each hosts
-    post      messages sent, waited for until a deadline, and swept up when late
+    post      messages sent, waited for until a deadline, and counted if late
     replies   what came back, read and checked
 """
 

@@ -1,4 +1,4 @@
-"""Messages to Flower nodes: sent, waited for until a deadline, and swept up when late."""
+"""Messages to Flower nodes: sent, waited for until a deadline, and counted if late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedcore status`: who is there, and who is waited for, of a server that runs on this machine."""
+"""`fedcore status`: the nodes of a server on this machine, and who is waited for."""
 
 from __future__ import annotations
 
@@ -20,16 +20,38 @@ from server.serve import FACTS
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    """{"listen", "round", "waiting_for", "waiting_s", "late_answers", "run", "nodes": [{"name", "status", "last_seen_s"}]}.
+    """The state of a server that runs in a run directory.
 
-    Raises SettingsError when no server runs there, RunError when its SuperLink does not answer.
+    {"listen", "round", "waiting_for", "waiting_s", "late_answers", "run", "nodes":
+    [{"name", "status", "last_seen_s"}]}. Raises SettingsError when no server runs
+    there, RunError when its SuperLink does not answer.
     """
     try:
         facts = json.loads((run_dir / FACTS).read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError) as error:
         raise SettingsError(
-            f"{run_dir}: no fedcore server runs in it; expected the run directory that it names when it starts"
-        ) from e
+            f"{run_dir}: no fedcore server runs in it; "
+            "expected the run directory that it names when it starts"
+        ) from error
+    nodes = _nodes(run_dir, facts)
+    try:
+        waiting = json.loads((run_dir / WATCH).read_text())
+    except (OSError, ValueError):
+        waiting = {"round": 0, "waiting_for": [], "since": time.time()}
+    seconds = round(time.time() - waiting["since"], 1)
+    return {
+        "listen": facts["listen"],
+        "round": waiting["round"],
+        "waiting_for": waiting["waiting_for"],
+        "waiting_s": seconds if waiting["waiting_for"] else 0.0,
+        "late_answers": waiting.get("late", 0),
+        "run": json.loads((run_dir / SERIES).read_text())["series"],
+        "nodes": [_row(node) for node in nodes],
+    }
+
+
+def _nodes(run_dir: Path, facts: dict[str, Any]) -> list[Any]:
+    """Flower's descriptions of the nodes, client-2 before client-10."""
     ca = None if facts["ca"] is None else Path(facts["ca"]).read_bytes()
     control = ControlHttpClient.from_server_address(
         server_address=facts["control"],
@@ -38,68 +60,48 @@ def status(run_dir: Path) -> dict[str, Any]:
         interceptors=[RuntimeVersionHttpInterceptor("flwr CLI")],
     )
     try:
-        nodes = control.ListNodes(control_pb2.ListNodesRequest()).nodes_info
-    except httpx.HTTPError as e:
+        infos = control.ListNodes(control_pb2.ListNodesRequest()).nodes_info
+    except httpx.HTTPError as error:
         raise RunError(
-            f"the SuperLink of {run_dir} does not answer ({e}): was its server killed? Start it again with --out {run_dir}"
-        ) from e
+            f"the SuperLink of {run_dir} does not answer ({error}): was its server "
+            f"killed? Start it again with --out {run_dir}"
+        ) from error
     finally:
         control.close()
-    now = datetime.now(UTC).timestamp()
-    rows = []
-    for node in sorted(nodes, key=lambda node: (len(node.name), node.name)):
-        # Flower keeps until when a node counts as there: that long after it was last heard of.
-        heard = (
-            node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval
-            if node.status == "online"
-            else node.online_until
-        )
-        seen = round(max(now - heard, 0), 1) if node.online_until else None
-        rows.append(
-            {
-                "name": node.name or f"node {node.node_id}",
-                "status": node.status,
-                "last_seen_s": seen,
-            }
-        )
-    try:
-        waiting = json.loads((run_dir / WATCH).read_text())
-    except (OSError, ValueError):
-        waiting = {"round": 0, "waiting_for": [], "since": time.time()}
-    return {
-        "listen": facts["listen"],
-        "round": waiting["round"],
-        "waiting_for": waiting["waiting_for"],
-        "waiting_s": round(time.time() - waiting["since"], 1)
-        if waiting["waiting_for"]
-        else 0.0,
-        "late_answers": waiting.get("late", 0),
-        "run": json.loads((run_dir / SERIES).read_text())["series"],
-        "nodes": rows,
-    }
+    return sorted(infos, key=lambda info: (len(info.name), info.name))
+
+
+def _row(info: Any) -> dict[str, Any]:
+    seen = None
+    if info.online_until:
+        # Flower keeps until when a node counts as there: so long after its last word.
+        heard = info.online_until
+        if info.status == "online":
+            heard -= HEARTBEAT_PATIENCE * info.heartbeat_interval
+        seen = round(max(datetime.now(UTC).timestamp() - heard, 0), 1)
+    name = info.name or f"node {info.node_id}"
+    return {"name": name, "status": info.status, "last_seen_s": seen}
 
 
 def text(facts: dict[str, Any]) -> str:
     """The same for people."""
-    lines = [
-        f"run {facts['run']}, listening on {facts['listen']}",
-        f"round {facts['round']}" if facts["round"] else "before the first round",
-    ]
-    if facts["waiting_for"]:
-        who = ", ".join(map(str, facts["waiting_for"]))
+    lines = [f"run {facts['run']}, listening on {facts['listen']}"]
+    number = facts["round"]
+    lines.append(f"round {number}" if number else "before the first round")
+    if clients := facts["waiting_for"]:
         lines.append(
-            f"waiting for {len(facts['waiting_for'])} clients: {who}; last answer {facts['waiting_s']:g} s ago"
+            f"waiting for {len(clients)} clients: {', '.join(map(str, clients))}; "
+            f"last answer {facts['waiting_s']:g} s ago"
         )
     if facts["late_answers"]:
         lines.append(
-            f"{facts['late_answers']} answers came after their round had ended, and were thrown away"
+            f"{facts['late_answers']} answers came after their round had ended, "
+            "and were thrown away"
         )
     width = max((len(node["name"]) for node in facts["nodes"]), default=4)
     for node in facts["nodes"]:
-        seen = (
-            "never seen"
-            if node["last_seen_s"] is None
-            else f"last seen {node['last_seen_s']:g} s ago"
-        )
+        seen = "never seen"
+        if node["last_seen_s"] is not None:
+            seen = f"last seen {node['last_seen_s']:g} s ago"
         lines.append(f"{node['name']:<{width}}  {node['status']:<10}  {seen}")
     return "\n".join(lines)

@@ -1,10 +1,12 @@
-"""Flower's SuperLink with a gate in front of its Fleet API, and Flower's ServerApp process: what `fedcore server` starts.
+"""Flower's SuperLink with a gate before its Fleet API, and its ServerApp process.
 
     python -m server.superlink superlink LIMIT KEYS [arguments of flower-superlink]
     python -m server.superlink serverapp [arguments of flwr-serverapp]
 
-The gate says in one line who was refused and why, on both ends; Flower itself logs nothing of most refusals. It also refuses what
-Flower takes: a signature that was used before, a key in the name of another, and a message over the limit.
+`fedcore server` starts both. The gate says in one line who was refused and why, on both
+ends; Flower itself logs nothing of most refusals. It also refuses calls that Flower
+takes: a signature that was used before, a key in the name of another, and a message
+over the limit.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from cryptography.hazmat.primitives import hashes
@@ -38,99 +40,82 @@ from fedcore import __version__
 from fedcore.deploy import certs
 
 REPEAT = 30.0  # seconds in which the same refusal is said once
-OBJECT_LIMIT = (
-    64 * 1024 * 1024
-)  # bytes of one gRPC message; Flower cuts arrays into objects of 20 MB
+OBJECT_LIMIT = 64 * 1024 * 1024  # bytes of a gRPC message; Flower's objects have 20 MB
 SESSIONS = 1000  # answers under way at one time whose bytes are counted
-QUIET = {"Invalid node ID"}  # what a client mends by itself
+QUIET = {"Invalid node ID"}  # faults that a client mends by itself
+MAY_PASS = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE)
 
 
 class Gate:
-    """Who may not pass: said on both ends, once in a while."""
+    """Refuses callers that may not pass, and says so on both ends, once in a while."""
 
-    def __init__(self, limit: int, keys: Path | None) -> None:
-        """`limit` in bytes of a whole message, `keys` the directory of the public keys that may join."""
-        self.limit, self.keys = limit, keys
-        self.state: Any = None  # Flower's, once there is one
+    def __init__(
+        self, limit: int, keys: Path | None, state: Callable[[], Any] | None = None
+    ) -> None:
+        """`limit` in bytes of a whole message, `keys` a directory of public keys.
+
+        `state` gives Flower's own, where the keys of nodes are registered.
+        """
+        self.limit, self.keys, self.state = limit, keys, state
         self._lock = threading.Lock()
         self._said: dict[str, float] = {}
-        self._signatures: OrderedDict[bytes, float] = (
-            OrderedDict()
-        )  # with the time at which they are too old anyway
+        # With the time at which they are too old anyway.
+        self._signatures: OrderedDict[bytes, float] = OrderedDict()
         self._bytes: OrderedDict[str, int] = OrderedDict()  # by push session
-        self.outer, self.inner = (
-            _Interceptor(self._watched),
-            _Interceptor(self._checked),
-        )
+        self.outer = _Interceptor(self._watched)
+        self.inner = _Interceptor(self._checked)
 
-    def _watched(
-        self,
-        method: str,
-        metadata: dict[str, Any],
-        inner: Callable[..., Any],
-        request: Any,
-        context: Any,
-    ) -> Any:
-        """Before everything of Flower's: names the refused, and tells the client the time and version here."""
+    def _watched(self, call: Call, request: Any, context: Any) -> Any:
+        """Before everything of Flower's: name the refused, and tell time and version.
+
+        The client compares them with its own.
+        """
+        now = f"{time.time():.3f}"
         context.set_trailing_metadata(
-            (("fedcore-time", f"{time.time():.3f}"), ("fedcore-version", __version__))
+            (("fedcore-time", now), ("fedcore-version", __version__))
         )
         try:
-            return inner(request, context)
+            return call.inner(request, context)
         except Exception:
-            self._say(metadata, context)
+            self._say(call.metadata, context)
             raise
 
     def _say(self, metadata: dict[str, Any], context: Any) -> None:
         details = context.details()
-        text = (
-            details.decode(errors="replace")
-            if isinstance(details, bytes)
-            else str(details or "")
-        ).removeprefix("Fedcore: ")
-        if text in QUIET or context.code() in (
-            grpc.StatusCode.NOT_FOUND,
-            grpc.StatusCode.UNAVAILABLE,
-        ):
+        if isinstance(details, bytes):
+            details = details.decode(errors="replace")
+        reason = str(details or "").removeprefix("Fedcore: ")
+        if reason in QUIET or context.code() in MAY_PASS:
             return
-        line = f"refused {self._name(metadata.get(PUBLIC_KEY_HEADER))}: {text or context.code()}"
+        name = self._name(metadata.get(PUBLIC_KEY_HEADER))
+        line = f"refused {name}: {reason or context.code()}"
         now = time.monotonic()
         with self._lock:
-            self._said = {
-                said: at for said, at in self._said.items() if now - at < REPEAT
-            }
+            for text, at in list(self._said.items()):
+                if now - at >= REPEAT:
+                    del self._said[text]
             if line in self._said:
                 return
             self._said[line] = now
-        print(
-            f"{line} (from {context.peer().partition(':')[2]})",
-            file=sys.stderr,
-            flush=True,
-        )
+        peer = context.peer().partition(":")[2]
+        print(f"{line} (from {peer})", file=sys.stderr, flush=True)
 
-    def _checked(
-        self,
-        method: str,
-        metadata: dict[str, Any],
-        inner: Callable[..., Any],
-        request: Any,
-        context: Any,
-    ) -> Any:
+    def _checked(self, call: Call, request: Any, context: Any) -> Any:
         """After Flower has verified the signature."""
-        key = metadata[PUBLIC_KEY_HEADER]
-        if self._seen(metadata[SIGNATURE_HEADER]):
+        if self._is_replay(call.metadata[SIGNATURE_HEADER]):
             context.abort(
                 grpc.StatusCode.UNAUTHENTICATED,
                 "Fedcore: a signature was used a second time, so the call is a replay",
             )
-        if method == "ActivateNode":
-            self._check_node(request, key, context)
-        if method == "PushObject":
+        if call.method == "ActivateNode":
+            self._check_node(request, call.metadata[PUBLIC_KEY_HEADER], context)
+        if call.method == "PushObject":
             self._check_size(request, context)
-        return inner(request, context)
+        return call.inner(request, context)
 
-    def _seen(self, signature: bytes) -> bool:
-        # ECDSA draws a number for every signature, so no two are the same. Half of one tells it from all others.
+    def _is_replay(self, signature: bytes) -> bool:
+        # ECDSA draws a number for every signature, so no two are the same. Half of one
+        # tells it from all others.
         now, short = time.monotonic(), signature[-32:]
         with self._lock:
             while self._signatures and next(iter(self._signatures.values())) < now:
@@ -148,11 +133,10 @@ class Gate:
                 grpc.StatusCode.PERMISSION_DENIED,
                 "Fedcore: it signs with one key and wants to be the node of another",
             )
+        assert self.state is not None, "the gate was opened before Flower's state"
         state = self.state()
         node = state.get_node_id_by_public_key(key)
-        if node is None and any(
-            key == public_key_to_bytes(known) for known in self._known().values()
-        ):
+        if node is None and key in self._names():
             context.abort(
                 grpc.StatusCode.UNAVAILABLE,
                 "Fedcore: the server is starting, and registers its clients",
@@ -161,12 +145,11 @@ class Gate:
             where = "" if self.keys is None else f" in {self.keys} on the server"
             context.abort(
                 grpc.StatusCode.PERMISSION_DENIED,
-                f"Fedcore: its key is not one of those that may join{where}: unknown, or revoked",
+                f"Fedcore: its key is not one of those that may join{where}: "
+                "unknown, or revoked",
             )
-        if any(
-            info.status == NodeStatus.ONLINE
-            for info in state.get_node_info(node_ids=[node])
-        ):
+        infos = state.get_node_info(node_ids=[node])
+        if any(info.status == NodeStatus.ONLINE for info in infos):
             context.abort(
                 grpc.StatusCode.ALREADY_EXISTS,
                 "Fedcore: a client with its key is connected already",
@@ -181,58 +164,67 @@ class Gate:
         if total > self.limit:
             context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"Fedcore: its message is over the limit of {self.limit / 1e6:g} MB (engine.message_limit_mb)",
+                f"Fedcore: its message is over the limit of {self.limit / 1e6:g} MB "
+                "(engine.message_limit_mb)",
             )
 
-    def _known(self) -> dict[str, Any]:
-        """Names and keys of those that may join."""
-        return {} if self.keys is None else certs.client_keys(self.keys)
+    def _names(self) -> dict[bytes, str]:
+        """The names of clients that may join, by public key."""
+        keys = {} if self.keys is None else certs.client_keys(self.keys)
+        return {public_key_to_bytes(key): name for name, key in keys.items()}
 
     def _name(self, key: Any) -> str:
-        """Whose key it is, as far as is known here."""
+        """The owner of a key, as far as it is known here."""
         if not isinstance(key, bytes):
             return "a caller without a key"
-        for name, known in self._known().items():
-            if public_key_to_bytes(known) == key:
-                return name
+        if name := self._names().get(key):
+            return name
         digest = hashes.Hash(hashes.SHA256())
         digest.update(key)
         return f"a client with the key {digest.finalize().hex()[:16]}"
 
 
+class Call(NamedTuple):
+    """A call on its way to Flower's handler."""
+
+    method: str
+    metadata: dict[str, Any]
+    inner: Callable[[Any, Any], Any]
+
+
 class _Interceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # gRPC has no types
-    def __init__(self, around: Callable[..., Any]) -> None:
+    def __init__(self, around: Callable[[Call, Any, Any], Any]) -> None:
         self.around = around
 
     def intercept_service(self, continuation: Callable[..., Any], details: Any) -> Any:
         handler = continuation(details)
         if handler is None or handler.unary_unary is None:
             return handler
-        method, metadata = (
-            details.method.rpartition("/")[2],
-            dict(details.invocation_metadata),
-        )
+        method = details.method.rpartition("/")[2]
+        metadata = dict(details.invocation_metadata)
+        call = Call(method, metadata, handler.unary_unary)
 
-        def call(request: Any, context: Any) -> Any:
-            return self.around(method, metadata, handler.unary_unary, request, context)
+        def handle(request: Any, context: Any) -> Any:
+            return self.around(call, request, context)
 
         return grpc.unary_unary_rpc_method_handler(
-            call, handler.request_deserializer, handler.response_serializer
+            handle, handler.request_deserializer, handler.response_serializer
         )
 
 
 def superlink(limit: int, keys: Path | None) -> None:
     """Flower's SuperLink in this process, gated."""
-    # The server ends it, after the ServerApp. A terminal, or systemd, sends these to all processes at once.
+    # The server ends it, after the ServerApp. A terminal, or systemd, sends these to
+    # all processes at once.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    flower: Any = importlib.import_module(
-        "flwr.superlink.cli.flower_superlink"
-    )  # its package has a function of that name
-    gate, create = Gate(limit, keys), flower.generic_create_grpc_server
+    # By name: its package has a function of the module's name.
+    flower: Any = importlib.import_module("flwr.superlink.cli.flower_superlink")
+    create = flower.generic_create_grpc_server
 
     def create_gated(**options: Any) -> Any:
-        gate.state = options["servicer_and_add_fn"][0].state_factory.state
-        only_whole_replies(gate.state)
+        state = options["servicer_and_add_fn"][0].state_factory.state
+        gate = Gate(limit, keys, state)
+        only_whole_replies(state)
         options["interceptors"] = [gate.outer, *options["interceptors"], gate.inner]
         return create(**{**options, "max_message_length": OBJECT_LIMIT})
 
@@ -243,35 +235,31 @@ def superlink(limit: int, keys: Path | None) -> None:
 def only_whole_replies(factory: Callable[[], Any]) -> None:
     """Give the ServerApp the replies that have arrived whole.
 
-    Flower gives one out when its head is there, and whoever takes it waits for the rest: minutes, where the client was killed or
-    cut off between the two, while nobody hears the others, or heeds the deadline of the round.
+    Flower gives one out when its head is there, and its taker waits for the rest: for
+    minutes, where the client was killed or cut off between the two, in which the others
+    are not heard and the deadline of the round is not heeded.
     """
     state = factory()
     give = state.get_message_res
 
-    def arriving(message: str) -> bool:
+    def is_arriving(message_id: str) -> bool:
         try:
-            tree = state.object_store.get_object_tree(
-                state.message_ins_id_to_message_res_id[message]
-            )
+            reply_id = state.message_ins_id_to_message_res_id[message_id]
+            tree = state.object_store.get_object_tree(reply_id)
         except (KeyError, NoObjectInStoreError):
             return False
-        return any(
-            state.object_store.get(o.object_id) == b""
-            for o in iterate_object_tree(tree)
-        )
+        parts = iterate_object_tree(tree)
+        return any(state.object_store.get(part.object_id) == b"" for part in parts)
 
     def give_whole(message_ids: set[str], run_id: int) -> Any:
-        return give(
-            message_ids={message for message in message_ids if not arriving(message)},
-            run_id=run_id,
-        )
+        whole = {number for number in message_ids if not is_arriving(number)}
+        return give(message_ids=whole, run_id=run_id)
 
     state.get_message_res = give_whole
 
 
 def end_with_parent() -> None:
-    """Be killed when the process that started this one ends, however it ends."""
+    """Be killed when the process that started this one ends, in whatever way."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() == 1:

@@ -104,18 +104,33 @@ SENT = Inner(
 )
 
 
-@pytest.mark.parametrize(
-    ("arrived", "message"),
-    [
-        (SENT._replace(count=torch.tensor(3.0)), '"count" of type float32, expected int64'),
-        (SENT._replace(params={**SENT.params, "0.weight": torch.zeros(64, 10)}),
-         '"params/0.weight" of shape (64, 10), expected (10, 64)'),
-        (SENT._replace(params={"0.weight": torch.zeros(10, 64)}), 'no "params/0.bias", which Inner declares'),
-        (SENT._replace(params={**SENT.params, "1.bias": torch.zeros(2)}), '"params/1.bias", which Inner does not declare'),
-        (SENT.params, 'no "count", which Inner declares'),
-        (Outer({}, SENT, Stateless(), torch.tensor(0.0)), 'no "count", which Inner declares'),
-    ],
-)  # fmt: skip
+W, B = "params/0.weight", "params/0.bias"
+TRANSPOSED = {**SENT.params, "0.weight": torch.zeros(64, 10)}
+WITHOUT_BIAS = {"0.weight": torch.zeros(10, 64)}
+WITH_MORE = {**SENT.params, "1.bias": torch.zeros(2)}
+MISFITS: list[tuple[Tree, str]] = [
+    (
+        SENT._replace(count=torch.tensor(3.0)),
+        '"count" of type float32, expected int64',
+    ),
+    (
+        SENT._replace(params=TRANSPOSED),
+        f'"{W}" of shape (64, 10), expected (10, 64)',
+    ),
+    (SENT._replace(params=WITHOUT_BIAS), f'no "{B}", which Inner declares'),
+    (
+        SENT._replace(params=WITH_MORE),
+        '"params/1.bias", which Inner does not declare',
+    ),
+    (SENT.params, 'no "count", which Inner declares'),
+    (
+        Outer({}, SENT, Stateless(), torch.tensor(0.0)),
+        'no "count", which Inner declares',
+    ),
+]
+
+
+@pytest.mark.parametrize(("arrived", "message"), MISFITS)
 def test_what_does_not_fit_is_refused_by_name(arrived: Tree, message: str) -> None:
     with pytest.raises(WireError) as caught:
         decode(encode(arrived), Inner, like=SENT)

@@ -1,12 +1,16 @@
-"""Keys and certificates of a deployment: one authority, the server's certificate, one key pair a client.
+"""Keys and certificates of a deployment.
 
-    DIR/ca.crt  DIR/ca.key      the authority; its key is needed to renew the server's certificate and nowhere else
-    DIR/server/                 for the server: ca.crt, server.crt, server.key, clients/client-0.pub, clients/client-1.pub, ...
+There are one authority, the server's certificate, and one key pair a client:
+
+    DIR/ca.crt  DIR/ca.key      the authority; its key renews the server's certificate
+    DIR/server/                 for the server: ca.crt, server.crt, server.key, and
+                                clients/client-0.pub, clients/client-1.pub, ...
     DIR/client-0/               for one device: ca.crt, client.key, client.pub
 
-TLS proves the server to the clients; Flower's node authentication proves each client to the server by its key pair (NIST P-384, in
-OpenSSH's format, as `flower-supernode --auth-supernode-private-key` reads it). Who is in `clients/` may join: to revoke a client,
-remove its file, also while the server runs.
+TLS proves the server to the clients. Flower's node authentication proves each client to
+the server by its key pair (NIST P-384, in OpenSSH's format, as `flower-supernode
+--auth-supernode-private-key` reads it). The keys in `clients/` may join: to revoke a
+client, remove its file, also while the server runs.
 """
 
 from __future__ import annotations
@@ -29,202 +33,224 @@ from fedcore.errors import SettingsError
 
 T = TypeVar("T")
 
-ALWAYS = (
-    "localhost",
-    "127.0.0.1",
-    "::1",
-)  # the server's own processes talk to each other under these names
-CA_DAYS, SERVER_DAYS = (
-    3650,
-    825,
-)  # how long certificates last; 825 is the most that common TLS libraries accept of a server
+# Names under which the server's own processes talk to each other.
+ALWAYS = ("localhost", "127.0.0.1", "::1")
+CA_DAYS = 3650
+SERVER_DAYS = 825  # the most that common TLS libraries accept of a server
 SOON = 30  # days before its end at which `fedcore doctor` warns of a certificate
 
 
 def make(out: Path, hosts: Sequence[str], nodes: int) -> list[Path]:
-    """Make what is missing under `out`; the files that are new. `hosts` are the server's names and addresses.
+    """Make the files that are missing under `out`; the files that are new.
 
-    What is there stays, so that more clients can be added later; the server's certificate is made anew when `hosts` differ from it.
-    Directories are 0700 and private keys 0600. Raises SettingsError for a bad host, and where files cannot be written.
+    `hosts` are the server's names and addresses. Files that are there stay, so that
+    more clients can be added later; the server's certificate is made anew when `hosts`
+    differ from it. Directories are 0700 and private keys 0600. Raises SettingsError for
+    a bad host, and where files cannot be written.
     """
     names = [_general_name(host) for host in dict.fromkeys([*hosts, *ALWAYS])]
-    made: list[Path] = []
     try:
-        _folder(out)
-        ca_key_file, ca_file = out / "ca.key", out / "ca.crt"
-        if ca_key_file.exists() != ca_file.exists():
-            raise SettingsError(
-                f"{out} holds one of ca.key and ca.crt: put the other back, or choose another --out"
-            )
-        if not ca_file.exists():
-            key = ec.generate_private_key(ec.SECP256R1())
-            made += [
-                _write_secret(ca_key_file, _pem(key)),
-                _write(ca_file, _authority(key)),
-            ]
-        ca = load_certificate(ca_file)
+        _make_folder(out)
+        made = _make_authority(out)
+        ca_file = out / "ca.crt"
         for folder in [out / "server", *(out / f"client-{i}" for i in range(nodes))]:
-            _folder(folder)
+            _make_folder(folder)
             if not (folder / "ca.crt").exists():
                 made.append(_write(folder / "ca.crt", ca_file.read_bytes()))
-        server = out / "server" / "server.crt"
-        if not server.exists() or _names(load_certificate(server)) != {
-            str(name.value) for name in names
-        }:
-            ca_key = serialization.load_pem_private_key(ca_key_file.read_bytes(), None)
-            assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
-            key = ec.generate_private_key(ec.SECP256R1())
-            made += [
-                _write_secret(server.with_suffix(".key"), _pem(key)),
-                _write(server, _certificate(key, names, ca, ca_key)),
-            ]
-        _folder(out / "server" / "clients")
+        made += _make_server(out, names)
+        _make_folder(out / "server" / "clients")
         for i in range(nodes):
-            folder = out / f"client-{i}"
-            if (folder / "client.key").exists():
-                continue  # its public key is not put back: it may have been revoked
-            node = ec.generate_private_key(ec.SECP384R1())
-            private = node.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.OpenSSH,
-                serialization.NoEncryption(),
-            )
-            public = node.public_key().public_bytes(
-                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-            )
-            made += [
-                _write_secret(folder / "client.key", private),
-                _write(folder / "client.pub", public + b"\n"),
-            ]
-            made.append(
-                _write(out / "server" / "clients" / f"client-{i}.pub", public + b"\n")
-            )
-    except OSError as e:
+            made += _make_client(out, f"client-{i}")
+    except OSError as error:
         raise SettingsError(
-            f"{e.filename}: {e.strerror}; expected a directory that can be made and written to"
-        ) from e
+            f"{error.filename}: {error.strerror}; "
+            "expected a directory that can be made and written to"
+        ) from error
     return made
 
 
+def _make_authority(out: Path) -> list[Path]:
+    key_file, file = out / "ca.key", out / "ca.crt"
+    if key_file.exists() != file.exists():
+        raise SettingsError(
+            f"{out} holds one of ca.key and ca.crt: "
+            "put the other back, or choose another --out"
+        )
+    if file.exists():
+        return []
+    key = ec.generate_private_key(ec.SECP256R1())
+    return [_write_secret(key_file, _pem(key)), _write(file, _authority(key))]
+
+
+def _make_server(out: Path, names: list[x509.DNSName | x509.IPAddress]) -> list[Path]:
+    file = out / "server" / "server.crt"
+    wanted = {str(name.value) for name in names}
+    if file.exists() and _names(load_certificate(file)) == wanted:
+        return []
+    ca = load_certificate(out / "ca.crt")
+    ca_key = serialization.load_pem_private_key((out / "ca.key").read_bytes(), None)
+    assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    return [
+        _write_secret(file.with_suffix(".key"), _pem(key)),
+        _write(file, _certificate(key, names, ca, ca_key)),
+    ]
+
+
+def _make_client(out: Path, name: str) -> list[Path]:
+    folder = out / name
+    if (folder / "client.key").exists():
+        return []  # its public key is not put back: it may have been revoked
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    return [
+        _write_secret(folder / "client.key", private),
+        _write(folder / "client.pub", public + b"\n"),
+        _write(out / "server" / "clients" / f"{name}.pub", public + b"\n"),
+    ]
+
+
 def client_keys(folder: Path) -> dict[str, ec.EllipticCurvePublicKey]:
-    """By name ("client-3"): the public keys in `folder`, a server's `clients/`. Raises SettingsError for one that is none."""
+    """The public keys in a server's `clients/`, by name ("client-3").
+
+    Raises SettingsError for a file that holds none.
+    """
     return {file.stem: load_public(file) for file in sorted(folder.glob("*.pub"))}
 
 
 def client_id(name: str) -> int | None:
     """The id in the name of a key that `make` made; None for another name."""
-    found = re.fullmatch(r"client-(\d+)", name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"client-(\d+)", name)
+    return int(match[1]) if match else None
 
 
 def load_public(file: Path) -> ec.EllipticCurvePublicKey:
-    """Raises SettingsError for what is no public key of a NIST curve in OpenSSH's format."""
+    """A public key of a NIST curve in OpenSSH's format. Raises SettingsError."""
     key = _load(
         file, serialization.load_ssh_public_key, "a public key in OpenSSH's format"
     )
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise SettingsError(
-            f"{file}: expected an ECDSA key (P-384), found {type(key).__name__}; make one with: fedcore certs"
-        )
+        raise _another_key(file, key)
     return key
 
 
 def load_private(file: Path) -> ec.EllipticCurvePrivateKey:
-    """Raises SettingsError for what is no private key of a NIST curve in OpenSSH's format."""
+    """A private key of a NIST curve in OpenSSH's format. Raises SettingsError."""
     key = _load(
         file,
         lambda data: serialization.load_ssh_private_key(data, None),
         "a private key in OpenSSH's format",
     )
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise SettingsError(
-            f"{file}: expected an ECDSA key (P-384), found {type(key).__name__}; make one with: fedcore certs"
-        )
+        raise _another_key(file, key)
     return key
 
 
+def _another_key(file: Path, key: object) -> SettingsError:
+    return SettingsError(
+        f"{file}: expected an ECDSA key (P-384), found {type(key).__name__}; "
+        "make one with: fedcore certs"
+    )
+
+
 def load_certificate(file: Path) -> x509.Certificate:
-    """Raises SettingsError for what is no certificate in PEM."""
+    """A certificate in PEM. Raises SettingsError for another file."""
     return _load(file, x509.load_pem_x509_certificate, "a certificate in PEM")
 
 
 def federation_of(folder: Path) -> str:
-    """What tells one federation from another: the beginning of the SHA-256 of the authority's certificate."""
+    """A name for a federation: the beginning of the SHA-256 of its authority."""
     return load_certificate(folder / "ca.crt").fingerprint(hashes.SHA256()).hex()[:16]
 
 
 def check(
     folder: Path, host: str | None = None, now: datetime | None = None
 ) -> list[str]:
-    """What is wrong with a server's or a client's directory, each with what to do; nothing when all is well.
+    """Faults of a server's or a client's directory, each with its remedy.
 
-    `host` is the name under which clients reach the server: its certificate must hold it. `now` in UTC.
+    `host` is the name under which clients reach the server: its certificate must hold
+    it. `now` in UTC.
     """
-    now = now or datetime.now(UTC)
     if not folder.is_dir():
         return [
-            f"{folder}: there is no such directory; make it with: fedcore certs --host NAME --nodes N"
+            f"{folder}: there is no such directory; "
+            "make it with: fedcore certs --host NAME --nodes N"
         ]
-    server = (folder / "server.crt").exists() or (folder / "clients").exists()
-    wanted = (
-        ["ca.crt", "server.crt", "server.key"]
-        if server
-        else ["ca.crt", "client.key", "client.pub"]
-    )
-    faults = [
-        f"{folder / name} is missing: copy it from where fedcore certs made it"
-        for name in wanted
-        if not (folder / name).exists()
-    ]
+    is_server = (folder / "server.crt").exists() or (folder / "clients").exists()
+    wanted = ["ca.crt", "client.key", "client.pub"]
+    if is_server:
+        wanted = ["ca.crt", "server.crt", "server.key"]
+    faults = []
+    for name in wanted:
+        if not (folder / name).exists():
+            faults.append(
+                f"{folder / name} is missing: copy it from where fedcore certs made it"
+            )
     if faults:
         return faults
     try:
-        for name in (name for name in wanted if name.endswith(".crt")):
-            faults += _check_dates(folder / name, now)
-        for file in folder.glob("*.key"):
-            mode = stat.S_IMODE(file.stat().st_mode)
-            if mode & 0o077:
-                faults.append(
-                    f"{file} can be read by others (mode {mode:o}): chmod 600 {file}"
-                )
-        if server:
-            faults += _check_server(folder, host)
-        elif load_private(folder / "client.key").public_key() != load_public(
-            folder / "client.pub"
-        ):
-            faults.append(
-                f"{folder}: client.pub is not the public key of client.key: copy both from one directory again"
-            )
-    except SettingsError as e:
-        faults.append(str(e))
+        for name in wanted:
+            if name.endswith(".crt"):
+                faults += _check_dates(folder / name, now or datetime.now(UTC))
+        faults += _check_modes(folder)
+        faults += _check_server(folder, host) if is_server else _check_client(folder)
+    except SettingsError as error:
+        faults.append(str(error))
     return faults
+
+
+def _check_modes(folder: Path) -> list[str]:
+    faults = []
+    for file in folder.glob("*.key"):
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if mode & 0o077:
+            faults.append(
+                f"{file} can be read by others (mode {mode:o}): chmod 600 {file}"
+            )
+    return faults
+
+
+def _check_client(folder: Path) -> list[str]:
+    public = load_public(folder / "client.pub")
+    if load_private(folder / "client.key").public_key() == public:
+        return []
+    return [
+        f"{folder}: client.pub is not the public key of client.key: "
+        "copy both from one directory again"
+    ]
 
 
 def _check_server(folder: Path, host: str | None) -> list[str]:
     faults = []
-    certificate, ca = (
-        load_certificate(folder / "server.crt"),
-        load_certificate(folder / "ca.crt"),
-    )
+    again = "run fedcore certs again with its --out"
+    certificate = load_certificate(folder / "server.crt")
+    ca = load_certificate(folder / "ca.crt")
     try:
         certificate.verify_directly_issued_by(ca)
     except Exception:
         faults.append(
-            f"{folder / 'server.crt'} was not issued by {folder / 'ca.crt'}: run fedcore certs again with its --out"
+            f"{folder / 'server.crt'} was not issued by {folder / 'ca.crt'}: {again}"
         )
     key = serialization.load_pem_private_key((folder / "server.key").read_bytes(), None)
     if key.public_key() != certificate.public_key():
-        faults.append(
-            f"{folder / 'server.key'} is not the key of server.crt: run fedcore certs again with its --out"
-        )
+        faults.append(f"{folder / 'server.key'} is not the key of server.crt: {again}")
     if host is not None and host not in _names(certificate):
         names = ", ".join(sorted(_names(certificate)))
         faults.append(
-            f"the server's certificate holds the names {names}, not {host}: fedcore certs --host {host}"
+            f"the server's certificate holds the names {names}, not {host}: "
+            f"fedcore certs --host {host}"
         )
     if not client_keys(folder / "clients"):
         faults.append(
-            f"{folder / 'clients'} holds no public key, so no client can join: fedcore certs --nodes N"
+            f"{folder / 'clients'} holds no public key, so no client can join: "
+            "fedcore certs --nodes N"
         )
     return faults
 
@@ -232,32 +258,30 @@ def _check_server(folder: Path, host: str | None) -> list[str]:
 def _check_dates(file: Path, now: datetime) -> list[str]:
     certificate = load_certificate(file)
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    again = "delete server/server.crt and run fedcore certs again with its --out"
     if now < begin:
         return [
-            f"{file} is valid from {begin:%Y-%m-%d %H:%M} UTC on, and here it is {now:%Y-%m-%d %H:%M}: set this machine's clock"
+            f"{file} is valid from {begin:%Y-%m-%d %H:%M} UTC on, and here it is "
+            f"{now:%Y-%m-%d %H:%M}: set this machine's clock"
         ]
     if now > end:
-        return [
-            f"{file} ended on {end:%Y-%m-%d}: delete server/server.crt and run fedcore certs again with its --out"
-        ]
+        return [f"{file} ended on {end:%Y-%m-%d}: {again}"]
     if now > end - timedelta(days=SOON):
-        return [
-            f"{file} ends on {end:%Y-%m-%d}, soon: delete server/server.crt and run fedcore certs again with its --out"
-        ]
+        return [f"{file} ends on {end:%Y-%m-%d}, soon: {again}"]
     return []
 
 
-def _load(file: Path, read: Callable[[bytes], T], what: str) -> T:
+def _load(file: Path, read: Callable[[bytes], T], kind: str) -> T:
     try:
         return read(file.read_bytes())
-    except OSError as e:
+    except OSError as error:
         raise SettingsError(
-            f"{file}: {e.strerror}; expected {what}, as fedcore certs makes it"
-        ) from e
-    except Exception as e:
+            f"{file}: {error.strerror}; expected {kind}, as fedcore certs makes it"
+        ) from error
+    except Exception as error:
         raise SettingsError(
-            f"{file} is not {what}: copy it again, or make it with fedcore certs"
-        ) from e
+            f"{file} is not {kind}: copy it again, or make it with fedcore certs"
+        ) from error
 
 
 def _general_name(host: str) -> x509.DNSName | x509.IPAddress:
@@ -267,18 +291,16 @@ def _general_name(host: str) -> x509.DNSName | x509.IPAddress:
         pass
     if not re.fullmatch(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", host):
         raise SettingsError(
-            f'--host "{host}": expected a name or an address, without port, e.g. --host fl.example.org'
+            f'--host "{host}": expected a name or an address, without port, '
+            "e.g. --host fl.example.org"
         )
     return x509.DNSName(host)
 
 
 def _names(certificate: x509.Certificate) -> set[str]:
-    return {
-        str(name.value)
-        for name in certificate.extensions.get_extension_for_class(
-            x509.SubjectAlternativeName
-        ).value
-    }
+    kind = x509.SubjectAlternativeName
+    names = certificate.extensions.get_extension_for_class(kind).value
+    return {str(name.value) for name in names}
 
 
 def _authority(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -318,15 +340,14 @@ def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
+    begin = now - timedelta(minutes=10)  # devices' clocks are not all the same
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(
-            now - timedelta(minutes=10)
-        )  # devices' clocks are not all the same
+        .not_valid_before(begin)
         .not_valid_after(now + timedelta(days=days))
         .add_extension(
             x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False
@@ -342,7 +363,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
 

@@ -1,4 +1,7 @@
-"""A Flower grid in this process: messages go through Flower's own serialisation to the real ClientApp, and weather can be made."""
+"""A Flower grid in this process, in which weather can be made.
+
+Messages go through Flower's own serialisation to the real ClientApp.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from client.app import app as client_app
 
 Weather = Callable[[Message], list[Message]]
-"""What becomes of a reply on its way: none, one or several."""
+"""The replies that arrive for one that was sent: none, one or several."""
 
 
 class FakeGrid:

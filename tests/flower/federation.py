@@ -1,4 +1,4 @@
-"""A federation of real processes on the loopback interface: started, killed, cleared."""
+"""A federation of real processes on the loopback interface, cleared away at its end."""
 
 from __future__ import annotations
 
@@ -222,10 +222,11 @@ class Federation:
 
         Never 0, which would send a signal to the process group of the tests.
         """
-        number: int = until(self._serverapp, self.everything)
+        number: int = until(self.running_serverapp, self.everything)
         return number
 
-    def _serverapp(self) -> int | None:
+    def running_serverapp(self) -> int | None:
+        """The process id of the ServerApp, None where there is none now."""
         server = self.processes["server"].pid
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError, ValueError, IndexError):  # it has just ended

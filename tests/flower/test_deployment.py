@@ -1,4 +1,7 @@
-"""Server and clients as users start them: real processes, TLS, node authentication, and what breaks."""
+"""Server and clients as users start them.
+
+Real processes, with TLS and node authentication, in good weather and bad.
+"""
 
 from __future__ import annotations
 

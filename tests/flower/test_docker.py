@@ -1,4 +1,4 @@
-"""What docker/ describes: files that the tools take, and commands that are run here, outside of any container."""
+"""The files of docker/, and the commands in them, run without containers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.flower.federation import fedcore, federation
+from tests.helpers import PATIENCE
 
 FOLDER = Path("docker")
 COMPOSE = ["compose.yml", "compose.tls.yml"]
@@ -114,7 +115,7 @@ def test_the_image_is_pinned_needs_no_root_and_copies_what_there_is() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
 @pytest.mark.parametrize("kind", [*COMPOSE, "kubernetes"])
 def test_the_commands_of_the_containers_train(kind: str, tmp_path: Path) -> None:
@@ -137,5 +138,5 @@ def test_the_commands_of_the_containers_train(kind: str, tmp_path: Path) -> None
                     *(("--set", "rounds=1") if name == "server" else ()),
                 ),
             )
-        result = f.finished(120)
+        result = f.finished()
     assert result["history"][0]["reports"] == 3

@@ -1,4 +1,4 @@
-"""`flwr run .` as a user types it, in a copy of the source tree with a Flower home of its own."""
+"""`flwr run .` as a user types it, in a copy of the sources and a Flower home."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ import pytest
 
 from fedcore.config import Experiment
 from fedcore.rounds.loop import run
+from tests.helpers import PATIENCE
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(2 * PATIENCE),
     pytest.mark.skipif(
         not Path("/proc/self/environ").exists(),
         reason="finds what Flower started through /proc",
@@ -55,7 +56,8 @@ def flwr(clone: Path) -> Iterator[Flwr]:
     home = clone.parent / "flwr-home"
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where flwr looks for flower-superlink
+        # Where flwr looks for flower-superlink.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": free_port(),
         "FLWR_LOCAL_CONTROL_API_PORT": free_port(),
@@ -74,7 +76,7 @@ def flwr(clone: Path) -> Iterator[Flwr]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=PATIENCE,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -101,7 +103,7 @@ def free_port() -> str:
 
 
 def started_with(variable: str) -> list[int]:
-    """Processes, other than those that have ended, that have this variable in their environment."""
+    """Running processes that have this variable in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended, or is another user's
@@ -144,19 +146,22 @@ def test_flwr_run_computes_what_sequential_computes(
 def test_a_setting_that_cannot_be_used_fails_the_run_with_one_clear_line(
     flwr: Flwr,
 ) -> None:
-    log = flwr(
-        "run", ".", "--stream", *run_config(["rounds=0"]), *NODES
-    )  # flwr itself exits with 0 whatever the run does
+    # flwr itself exits with 0 whatever the run does.
+    log = flwr("run", ".", "--stream", *run_config(["rounds=0"]), *NODES)
     assert "fedcore: strategies/fedavg.toml: rounds = 0: " in log
     runs = json.loads(flwr("ls", "--format", "json"))["runs"]
     assert [r["status"] for r in runs if "failed" in r["status"]] == ["finished:failed"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.soak
+@pytest.mark.timeout(3 * PATIENCE)
 def test_ten_thousand_clients_keep_their_state_out_of_the_memory_of_every_process(
     clone: Path, flwr: Flwr, tmp_path: Path
 ) -> None:
-    """640 MB of state on two nodes, against the peaks of a run of 500 clients: of each process that Flower started."""
+    """640 MB of state on two nodes, against the peaks of a run of 500 clients.
+
+    The peaks are those of each process that Flower started.
+    """
 
     def peak_of_a_run(population: int) -> int:
         cohorts = [range(start, start + 500) for start in range(0, population, 500)]
@@ -165,13 +170,16 @@ def test_ten_thousand_clients_keep_their_state_out_of_the_memory_of_every_proces
         )
         (tmp_path / "crowd.toml").write_text(
             f"""
-            method = {{name = "fedsim", personal = ["own"], local_lr = 1e-9, personal_lr = 16.0}}
+            method.name = "fedsim"
+            method.personal = ["own"]
+            method.local_lr = 1e-9
+            method.personal_lr = 16.0
             task = "crowd:wide"
             population = {population}
             rounds = {len(cohorts)}
             participation = {{name = "trace", file = "{tmp_path / "trace"}"}}
             evaluation = {{every = 1000, clients = 500}}
-            engine.round_timeout = 300
+            engine.round_timeout = {PATIENCE}
             """
         )
         peaks: dict[int, int] = {}
@@ -218,6 +226,7 @@ def test_ten_thousand_clients_keep_their_state_out_of_the_memory_of_every_proces
 
     few, many = peak_of_a_run(500), peak_of_a_run(10_000)
     print(
-        f"peak of the largest process: {few / 1e6:.0f} MB with 500 clients, {many / 1e6:.0f} MB with 10 000"
+        f"peak of the largest process: {few / 1e6:.0f} MB with 500 clients, "
+        f"{many / 1e6:.0f} MB with 10 000"
     )
     assert many < few + 150_000_000, (few, many)

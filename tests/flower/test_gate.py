@@ -26,8 +26,8 @@ def test_a_client_that_comes_before_its_key_is_registered_is_told_to_wait(
     key = public_key_to_bytes(
         certs.load_private(tmp_path / "client-0" / "client.key").public_key()
     )
-    gate = Gate(1000, tmp_path / "server" / "clients")
-    gate.state = lambda: Mock(get_node_id_by_public_key=lambda key: None)
+    state = Mock(get_node_id_by_public_key=lambda key: None)
+    gate = Gate(1000, tmp_path / "server" / "clients", lambda: state)
     context = Mock()
     context.abort.side_effect, context.peer.return_value = Aborted, "ipv4:127.0.0.1:5"
 

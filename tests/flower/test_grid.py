@@ -1,4 +1,4 @@
-"""The engine whose clients are Flower nodes, against the real ClientApp and a grid in this process."""
+"""The engine whose clients are Flower nodes: the real ClientApp, a grid in process."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_evaluation_leaves_no_trace_in_a_client(tmp_path: Path) -> None:
     assert not any(context.state for context in grid.contexts.values())
 
 
-# Bad weather: what a node answers in a round of all 12 clients, and what becomes of client 3 on node 103
+# Bad weather: the answer of node 103, which hosts client 3, in a round of 12 clients
 
 
 def rewrite(**changes: Any) -> Callable[[Message], list[Message]]:
@@ -122,8 +122,10 @@ def empty(reply: Message) -> list[Message]:
 
 
 RAY = (
-    "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run() (pid=9)\n File ...\n"
-    "flwr.clientapp.client_app.ClientAppException: \nException ClientAppException occurred. Message: out of\n memory'>"
+    "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:"
+    "<'ray::ClientAppActor.run() (pid=9)\n File ...\n"
+    "flwr.clientapp.client_app.ClientAppException: \n"
+    "Exception ClientAppException occurred. Message: out of\n memory'>"
 )
 DIED = (
     "<class 'ray.exceptions.ActorDiedError'>:<'The actor died unexpectedly.\n\tpid: 9'>"
@@ -150,11 +152,13 @@ BAD: dict[str, tuple[Weather, str]] = {
     "another round": (rewrite(t=7), "wrong round: an answer for t = 7, expected 0"),
     "misshapen": (
         resend(lambda up: Model({"weight": up.params["weight"].T})),
-        f'bad message: it sent "params/weight" of shape (5, 1), expected (1, 5): {AGAIN}',
+        'bad message: it sent "params/weight" of shape (5, 1), '
+        f"expected (1, 5): {AGAIN}",
     ),
     "another type": (
         resend(lambda up: Model({"weight": up.params["weight"].double()})),
-        f'bad message: it sent "params/weight" of type float64, expected float32: {AGAIN}',
+        'bad message: it sent "params/weight" of type float64, '
+        f"expected float32: {AGAIN}",
     ),
     "an undeclared field": (
         resend(lambda up: Model({**up.params, "secret": torch.zeros(1)})),
@@ -189,7 +193,10 @@ class Notes(Quiet):
 def one_round(
     weather: Weather, folder: Path, name: str = "tests.methods:NoBatching"
 ) -> tuple[dict[str, Any], list[str], Loop]:
-    """The row of a round of all 12 clients in which node 103 has this weather, and what the user was told."""
+    """A round of all 12 clients in which node 103 has this weather.
+
+    Its row, what the user was told, and the loop.
+    """
     e = small(name, participation__cohort=12)  # evaluates after two rounds
     grid = FakeGrid(
         preset_of(e, folder),
@@ -216,15 +223,18 @@ def test_a_bad_answer_is_left_out_counted_and_named(kind: str, tmp_path: Path) -
     [
         (
             lambda r: [r, r],
-            "client 3 left out: answered twice: of the answers in round 1 the first counts",
+            "client 3 left out: answered twice: "
+            "of the answers in round 1 the first counts",
         ),
         (
             rewrite(**{"clients": [3, 3, 3], "num-examples": [9, 9, 9]}),
-            "client 3 left out: answered twice: of the answers in round 1 the first counts",
+            "client 3 left out: answered twice: "
+            "of the answers in round 1 the first counts",
         ),
         (
             rewrite(**{"clients": [3, 99, 4], "num-examples": [9, 9, 9]}),
-            "client 99 left out: unknown client: a node answered for client 99, which it was not asked for",
+            "client 99 left out: unknown client: a node answered for client 99, "
+            "which it was not asked for",
         ),
     ],
     ids=["two messages", "three times in one message", "for others"],
@@ -253,12 +263,11 @@ def test_a_client_that_fails_fails_alone_and_gives_its_reason(tmp_path: Path) ->
     assert loop.round()["reports"] == 12
     (kept / "run/client-3/000000-00.safetensors").write_bytes(b"")
     assert loop.round()["reports"] == 11
-    assert notes.notes[0].startswith(
-        f"round 2: client 3 left out: error: StateError: {kept}/run/client-3/000000-00.safetensors is da"
-    )
+    start = f"round 2: client 3 left out: error: StateError: {kept}/run/client-3/"
+    assert notes.notes[0].startswith(start + "000000-00.safetensors is da")
 
 
-def test_a_node_without_a_directory_refuses_to_keep_states_and_needs_none_for_methods_without(
+def test_a_node_without_a_directory_refuses_only_methods_that_keep_states(
     tmp_path: Path,
 ) -> None:
     for name, reports in (("fedavg", 12), ("scaffold", 0)):
@@ -402,7 +411,7 @@ def test_a_node_that_does_not_come_back_is_waited_for_as_long_as_was_said(
     row = loop.round()
     assert row["dropped"] == {"disconnected": 3}
     assert offline in notes.notes[0]
-    assert 0.4 <= row["seconds"] < 20
+    assert row["seconds"] >= 0.4  # a lower bound: no machine is too slow for it
 
 
 def test_a_node_that_vanishes_while_messages_are_sent_is_left_out(

@@ -1,4 +1,4 @@
-"""What is read from gRPC's trace of its handshakes; the lines are gRPC 1.7x's own, shortened."""
+"""Reading gRPC's trace of its handshakes; the lines are gRPC 1.7x's own, shortened."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from server.handshakes import MOST, Handshakes
 
 BEGIN = """\
 W1125 07:57:42.665023   14614 log.cc:102] Log level INFO is not suitable for production.
-I1125 07:57:44.657678   14650 handshaker.cc:155] CallNextHandshakerLocked: error=OK shutdown=false index=1, args={{endpoint=0x7f5, \
+I1125 07:57:44.657678   14650 handshaker.cc:155] CallNextHandshakerLocked: error=OK \
+shutdown=false index=1, args={{endpoint=0x7f5, \
 args={{grpc.internal.endpoint_peer_address=ipv4:10.0.0.7:4826, x=1}}}}
 """
 FAILED = """\
-I1125 07:57:44.657728   14650 ssl_transport_security.cc:2563] Handshake failed with error SSL_ERROR_SSL: error:100000f7: {why}
-I1125 07:57:44.657745   14650 handshaker.cc:155] CallNextHandshakerLocked: error=UNKNOWN: Ssl handshake failed: {why}: Invalid: OK
+I1125 07:57:44.657728   14650 ssl_transport_security.cc:2563] Handshake failed with \
+error SSL_ERROR_SSL: error:100000f7: {why}
+I1125 07:57:44.657745   14650 handshaker.cc:155] CallNextHandshakerLocked: \
+error=UNKNOWN: Ssl handshake failed: {why}: Invalid: OK
 === Source Location Trace: ===
 src/core/util/status_helper.cc:68
- shutdown=false index=2, args={{endpoint=0x7f5, args={{grpc.internal.endpoint_peer_address={peer}, x=1}}}}
-I1125 07:57:44.657750   14650 channel_trace.h:396] handshake manager 0x7f5: Failed with error: UNKNOWN: Ssl handshake failed: {why}
+ shutdown=false index=2, args={{endpoint=0x7f5, \
+args={{grpc.internal.endpoint_peer_address={peer}, x=1}}}}
+I1125 07:57:44.657750   14650 channel_trace.h:396] handshake manager 0x7f5: Failed \
+with error: UNKNOWN: Ssl handshake failed: {why}
 
 """
 

@@ -1,4 +1,4 @@
-"""What a node does before its first round, and what becomes of one that is not ready."""
+"""Introductions of nodes: ready for their first round, or left out until they are."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def ask(kind, **records):
 ask("query", server=ConfigRecord({"fedcore": __version__}))
 assert client.app.work_of.cache_info().misses == 1, "the task was not built"
 imported = set(sys.modules)
-down = Model(client.app.work_of("fedavg", "population=4\\ntask=digits").task.init_params())
+task = client.app.work_of("fedavg", "population=4\\ntask=digits").task
+down = Model(task.init_params())
 work = ConfigRecord({"function": "train", "t": 0, "clients": [0]})
 about = ask("train", down=wire.encode(down), work=work)["about"]
 assert list(about["clients"]) == [0], list(about["reasons"])

@@ -1,4 +1,4 @@
-"""What a device keeps of runs that are over: listed, deleted by name or age, and not silently begun anew."""
+"""States of runs that are over: listed, deleted, and not silently begun anew."""
 
 from __future__ import annotations
 

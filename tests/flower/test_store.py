@@ -1,4 +1,4 @@
-"""What a device keeps: right after a replay, whole after a crash, refused by name where it does not belong."""
+"""States on a device: right after a replay, whole after a crash, refused by name."""
 
 from __future__ import annotations
 

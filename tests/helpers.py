@@ -151,7 +151,8 @@ def round_of(
 ) -> Round:
     """Round `t`, whose clients answer through `each`."""
     ids = torch.as_tensor(cohort, dtype=torch.int64)
-    return Round(t, ids, population, task, each, memory, seed, rates)  # type: ignore[arg-type]
+    fields: Any = (t, ids, population, task, each, memory, seed, rates)
+    return Round(*fields)
 
 
 def loop_round(

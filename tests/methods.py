@@ -1,4 +1,4 @@
-"""Methods and tasks that only tests use: what the shipped ones do not do (fail, wait, refuse to be batched)."""
+"""Methods and tasks for tests: they fail, wait, or refuse to be batched."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Guided(NamedTuple):
 
 
 class Two(Method[Settings]):
-    """Two kinds of work in one round: the cohort's full gradient, then training corrected by it."""
+    """Two kinds of work in a round: full gradients, then training corrected by them."""
 
     @on_client(data="all")
     def slope(
@@ -106,7 +106,7 @@ class NoBatching(Method[Settings]):
 
 
 class Waiting(Scaffold):
-    """SCAFFOLD in rounds of at least $FEDCORE_TEST_WAIT seconds, so that a test can stop it in the middle of one."""
+    """SCAFFOLD that waits $FEDCORE_TEST_WAIT seconds before each round."""
 
     def round(self, server: Server, r: Round) -> Server:
         time.sleep(float(os.environ.get("FEDCORE_TEST_WAIT", "0")))
@@ -114,11 +114,12 @@ class Waiting(Scaffold):
 
 
 def crashing(e: Experiment) -> Task:
-    """Least squares whose process kills itself when a client's training examples are read the $FEDCORE_TEST_CRASH-th time."""
-    task, left = (
-        TASKS["least-squares"](e),
-        int(os.environ.get("FEDCORE_TEST_CRASH", "0")),
-    )
+    """Least squares whose process kills itself.
+
+    It does so when training examples are read the $FEDCORE_TEST_CRASH-th time.
+    """
+    task = TASKS["least-squares"](e)
+    left = int(os.environ.get("FEDCORE_TEST_CRASH", "0"))
     rows = task.data.rows
 
     def counted(client: int, data: str) -> np.ndarray:

@@ -124,7 +124,10 @@ def test_without_noise_and_with_everybody_three_methods_take_one_path(
 def test_each_method_is_its_recursion_in_numpy(
     name: str, method: Some, cohort: int, variance: float, tmp_path: Path
 ) -> None:
-    """Nobody comes in one of the rounds, nor in the first: there "paper" needs C, which nobody knows yet, and is left out."""
+    """Some rounds are empty, one of them the first.
+
+    Not so for the start "paper", which needs C there.
+    """
     schedule = [
         *[[]] * (method.get("start") != "paper"),
         *drawn(5, cohort, 3),
@@ -194,10 +197,11 @@ def test_starts_are_ridge_or_least_squares_and_absent_clients_keep_every_bit(
     assert (after != before).any(1).tolist() == [False, True, False, True, False]
 
 
-def test_a_local_step_keeps_what_the_data_determine_and_copies_the_server_elsewhere() -> (
-    None
-):
-    """f.7: I - rho N = N H, with eigenvalues h / (h + rho) in [0, 1); for large weights rho N is the projector onto null(X)."""
+def test_a_local_step_keeps_what_the_data_determine_and_copies_the_rest() -> None:
+    """f.7: I - rho N = N H, with eigenvalues h / (h + rho) in [0, 1).
+
+    For large weights rho N is the projector onto null(X).
+    """
     x = np.random.default_rng(4).standard_normal((3, 5))
     null = np.eye(5) - np.linalg.pinv(x) @ x
     model, y, rho = (
@@ -337,9 +341,9 @@ def test_a_network_is_judged_by_the_test_set_and_least_squares_by_the_clients(
     assert found == [False, True]
 
 
-# For a client without an example J_k = 0 is left, with a minimum in closed form:
-#     rerce, clu   argmin -<g, w> + rho/2 |w - s|^2 = s + g / rho, and then g = 0
-#     admm         argmin  <z, w> + rho/2 |w - s|^2 = s - z / rho, with z = z + rho (w - s)
+# Without an example J_k = 0, so that the minimum has a closed form:
+#     rerce, clu   argmin -<g, w> + rho/2 |w - s|^2 = s + g / rho;  then g <- 0
+#     admm         z <- z + rho (w - s);  argmin <z, w> + rho/2 |w - s|^2 = s - z / rho
 EMPTY_CLIENT = {
     "rerce": {"w": 7.0, "g": 0.0, "sent": 7.0},
     "clu": {"w": 7.0, "g": 0.0, "sent": 2 * 7.0 - 2.0},

@@ -155,9 +155,7 @@ def test_a_miners_first_step_is_along_vbar_whatever_its_data() -> None:
         assert lab.round(miners=[t % 3]) == pytest.approx(t * 0.25 * 5 / 3, abs=1e-14)
 
 
-def test_with_full_batches_the_recursion_telescopes_and_is_scaffolds_path_with_fresh_caches() -> (
-    None
-):
+def test_with_full_batches_a_miner_takes_scaffolds_path_with_fresh_caches() -> None:
     steps, lr = 6, 0.1
     lab = Lab(steps=steps, local_lr=lr)
     y, x0 = 0.0, 0.0
@@ -178,9 +176,7 @@ def test_clients_of_one_curvature_do_not_drift() -> None:
     assert ends == pytest.approx([x] * 3, abs=1e-14)
 
 
-def test_with_all_clients_and_period_two_one_step_is_gradient_descent_every_second_round() -> (
-    None
-):
+def test_with_period_two_one_step_is_gradient_descent_every_second_round() -> None:
     lab, x = Lab(steps=1, period=2), 0.0
     for t in range(8):
         if t % 2:

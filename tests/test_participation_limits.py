@@ -51,9 +51,8 @@ def end(tmp_path_factory: pytest.TempPathFactory) -> End:
 
 def assert_same(a: Tensor, b: Tensor, engine: str, what: str) -> None:
     if engine == "sequential":
-        assert torch.equal(a, b), (
-            f"{what}: differ by {(a - b).abs().max().item():.1e}, expected the same bits"
-        )
+        gap = (a - b).abs().max().item()
+        assert torch.equal(a, b), f"{what}: differ by {gap:.1e}, not the same bits"
     assert_close(a, b, 1e-6, what)
 
 
@@ -136,7 +135,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     "process",
-    ["markov", "dropout", *map(slow, PROCESSES.keys() - {"markov", "dropout"})],
+    ["markov", "dropout", *map(slow, ("bernoulli", "rare", "cyclic", "uniform"))],
 )
 def test_fedau_with_cutoff_one_is_fedavg_over_all_whoever_comes(
     end: End, process: str
@@ -281,7 +280,8 @@ def test_clients_late_gone_and_never_seen_in_a_recorded_trace(
     assert torch.equal(end("fedau", trace, method__cutoff=1, **options), fedavg)
     assert (end("fedau", trace, **options) - fedavg).abs().max() > 1e-3
 
-    # Intervals: of client 1 101, 1, 1, or 50, 50, 1, 1, 1; of client 2 1, 101, or 1, 50, 50, 1.
+    # Intervals: of client 1 101, 1, 1, or 50, 50, 1, 1, 1;
+    # of client 2 1, 101, or 1, 50, 50, 1.
     for cutoff, weights in (
         (None, (1, 103 / 3, 102 / 2, 1)),
         (50, (1, 103 / 5, 102 / 4, 50)),

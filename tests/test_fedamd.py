@@ -379,6 +379,16 @@ def test_scaffold_is_the_papers_arithmetic_with_a_client_away() -> None:
         assert c == pytest.approx(np.mean(c_i), abs=1e-14)
 
 
+def test_scaffolds_client_without_examples_keeps_its_control_variate() -> None:
+    lab = Lab("scaffold", sizes=(2, 0, 1))
+    for _ in range(3):
+        lab.round()
+        variates = [float(lab.states.get(i)["weight"]) for i in range(3)]
+        assert variates[1] == 0
+        assert float(lab.state.c["weight"]) == pytest.approx(np.mean(variates))
+    assert variates[0] != 0
+
+
 def test_scaffold_finds_the_optimum_where_local_steps_make_fedavg_drift() -> None:
     lab = Lab("scaffold", steps=5, local_lr=0.1)
     for _ in range(60):

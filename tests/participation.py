@@ -109,17 +109,14 @@ def omegas(history: Any, cutoff: int | None = None) -> np.ndarray:
     """
     history = np.asarray(history, dtype=bool)
     history = history.reshape(len(history), -1)
-    everybody, x, found = (
-        torch.arange(history.shape[1]),
-        intervals.start(history.shape[1]),
-        [],
-    )
+    rounds, population = history.shape
+    everybody, x = torch.arange(population), intervals.start(population)
+    by_round = []
     for t, present in enumerate(history):
-        found.append(intervals.omega(x, everybody, t, cutoff).numpy())
+        by_round.append(intervals.omega(x, everybody, t, cutoff).numpy())
         x = intervals.after(x, [torch.from_numpy(np.flatnonzero(present))], t, cutoff)
-    return np.stack(
-        [*found, intervals.omega(x, everybody, len(history), cutoff).numpy()]
-    )
+    by_round.append(intervals.omega(x, everybody, rounds, cutoff).numpy())
+    return np.stack(by_round)
 
 
 def recursion(

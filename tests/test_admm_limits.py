@@ -151,12 +151,11 @@ def test_a_cohort_of_one_keeps_v_and_may_diverge_where_clients_hold_few_examples
     """
     task = {"clients": 6, "features": 6, "examples": 4, "draw": 2}
     rho = 0.5 * problem(**task).rho
-    one, two = (
-        Lab(tmp_path / str(C), "rerce", task, drawn(6, C, 300), {"rho": rho}).rounds(
-            300
-        )
-        for C in (1, 2)
-    )
+    labs = []
+    for C in (1, 2):
+        lab = Lab(tmp_path / str(C), "rerce", task, drawn(6, C, 300), {"rho": rho})
+        labs.append(lab.rounds(300))
+    one, two = labs
     near(one.V(rho), one.q.b.sum(0), 1e-12 * rho * np.abs(one.clients()).max(), "V")
     assert one.error() > 1.0
     assert two.error() < 1e-3

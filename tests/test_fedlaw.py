@@ -141,9 +141,8 @@ def test_gradients_are_central_differences_and_a_step_against_them_lowers_the_lo
     eta, h = 1e-3, 1e-5
     for seed in range(5):
         models, n, shares = cohort(4, seed)
-        n, shares = (
-            (n, shares) if kind == "exp" else (np.ones(4), np.full(4, 0.25))
-        )  # where "quad" starts
+        if kind == "quad":  # it starts from equal weights
+            n, shares = np.ones(4), np.full(4, 0.25)
         lab, v = (
             Lab(
                 server_epochs=1,
@@ -184,10 +183,8 @@ def test_gradients_of_the_variables_themselves_and_what_leaves_the_mixture_alone
     A shift of x in "exp" and a scale of it in "quad" change nothing.
     """
     (models, n, _), draw = cohort(4), np.random.default_rng(5)
-    D, G = (
-        torch.from_numpy(models),
-        torch.from_numpy(draw.standard_normal(models.shape[1])),
-    )
+    D = torch.from_numpy(models)
+    G = torch.from_numpy(draw.standard_normal(models.shape[1]))
     mix = fedlaw.Mixture(
         fedlaw.Settings(name="fedlaw", parametrisation=kind),
         torch.zeros_like(G),
@@ -274,10 +271,8 @@ def test_gamma_scales_the_logits_of_a_relu_network_by_its_power() -> None:
     )
     task = task_of(nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), c), softmax_task(40).proxy)
     models, n, _ = cohort(3, d=6 * FEATURES + 30 + 5 * CLASSES)
-    shrunk, plain = (
-        Lab(task, learn_lambda=False, server_lr=0.05),
-        Lab(task, server_epochs=0),
-    )
+    shrunk = Lab(task, learn_lambda=False, server_lr=0.05)
+    plain = Lab(task, server_epochs=0)
     shrunk.round(models, n)
     plain.round(models, n)
     scaled, logits = (

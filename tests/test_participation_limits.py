@@ -35,16 +35,15 @@ End = Callable[..., Tensor]
 @pytest.fixture(scope="module")
 def end(tmp_path_factory: pytest.TempPathFactory) -> End:
     """The model after ten rounds. No experiment is run twice."""
-    known: dict[str, Tensor] = {}
+    ends: dict[str, Tensor] = {}
 
     def of(name: str, participation: dict[str, Any], **settings: Any) -> Tensor:
-        key = repr((name, participation, sorted(settings.items())))
-        if key not in known:
-            e = small(
-                name, participation=participation, **{"rounds": 10, **QUICK, **settings}
-            )
-            known[key] = run(e, tmp_path_factory.mktemp("run") / "r").params["weight"]
-        return known[key]
+        values = {"rounds": 10, **QUICK, **settings}
+        e = small(name, participation=participation, **values)
+        key = e.to_toml()
+        if key not in ends:
+            ends[key] = run(e, tmp_path_factory.mktemp("run") / "r").params["weight"]
+        return ends[key]
 
     return of
 
@@ -57,10 +56,9 @@ def assert_same(a: Tensor, b: Tensor, engine: str, what: str) -> None:
 
 
 def on(engine: str) -> dict[str, Any]:
-    return {
-        "engine__name": engine,
-        **({"engine__chunk": 4} if engine == "vectorised" else {}),
-    }
+    if engine == "vectorised":
+        return {"engine__name": engine, "engine__chunk": 4}
+    return {"engine__name": engine}
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -109,10 +109,8 @@ def test_a_client_that_never_comes_changes_only_the_divisor(
     name: str, settings: dict[str, Any]
 ) -> None:
     draw = np.random.default_rng(2)
-    without, with_it = (
-        Server(name, 3, w=zeros(2), **settings),
-        Server(name, 4, w=zeros(2), **settings),
-    )
+    without = Server(name, 3, w=zeros(2), **settings)
+    with_it = Server(name, 4, w=zeros(2), **settings)
     for t in range(60):
         deltas = {i: draw.standard_normal(2) for i in range(3) if draw.random() < 0.4}
         a, b = (s.round(deltas, [0.4] * s.population) for s in (without, with_it))
@@ -249,10 +247,8 @@ def test_the_order_and_the_grouping_of_updates_change_nothing(
 def test_other_names_for_clients_change_only_whose_row_is_whose(name: str) -> None:
     draw, n = np.random.default_rng(12), 6
     settings = {"fedstale": {"rates": "known"}}.get(name, {})
-    order, p = (
-        draw.permutation(n),
-        draw.uniform(0.2, 1, n),
-    )  # client i is called order[i]
+    order = draw.permutation(n)  # client i is called order[i]
+    p = draw.uniform(0.2, 1, n)
     renamed_p = np.empty(n)
     renamed_p[order] = p
     plain, renamed = (Server(name, n, w=zeros(2), **settings) for _ in range(2))

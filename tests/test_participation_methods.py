@@ -117,6 +117,31 @@ def test_a_client_that_never_comes_changes_only_the_divisor(
         assert_close(a * 3, b * 4, 1e-12, f"{name}, round {t}")
 
 
+ANSWERS_COUNT = [
+    *NEVER,
+    ("fedavg", {"weighting": "participating"}),
+    ("fedavg", {"weighting": "examples"}),
+    ("fedvarp", {}),
+    ("fedvarp", {"weighting": "known"}),
+    ("scaffold", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), ANSWERS_COUNT)
+def test_a_client_that_was_asked_and_does_not_answer_counts_as_absent(
+    name: str, settings: dict[str, Any]
+) -> None:
+    draw, rates = np.random.default_rng(16), [0.5, 0.9, 0.4, 0.2]
+    plain, lossy = (Server(name, 4, w=zeros(2), **settings) for _ in range(2))
+    for t in range(12):
+        present = np.flatnonzero(draw.random(4) < 0.6)
+        deltas = {int(i): draw.standard_normal(2) for i in present}
+        absent = sorted(set(range(4)) - set(deltas))
+        expected = plain.round(deltas, rates)
+        step = lossy.round(deltas, rates, lost=absent)
+        assert torch.equal(step, expected), f"round {t}"
+
+
 # The theorem in one dimension
 
 

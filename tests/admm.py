@@ -76,7 +76,10 @@ def problem(
     draw: int = 0,
     init: float = 0.0,
 ) -> Problem:
-    """Random data; without clients the running example, in as many independent copies as features. `init` is the task's."""
+    """Random data; without clients the running example.
+
+    There are as many independent copies of it as features. `init` is the task's.
+    """
     r, one, root = np.random.default_rng(draw), np.ones(features), np.sqrt(3.0)
     sizes = [examples + uneven * (k % 3) for k in range(clients)]
     data = [
@@ -135,7 +138,7 @@ def conventional(
     noise: Noise = silent,
     absent: str = "last",
 ) -> Rounds:
-    """(c.0): w_n+1, w_k, z_k. Who is not heard counts with its last message, or as zero."""
+    """(c.0): w_n+1, w_k, z_k. An absent client counts with its last message or as 0."""
     N, K = q.N(rho), len(q.b)
     what = np.einsum("kij,kj->ki", N, q.b)
     last = np.array([what[k] + noise("start", 0, k) for k in range(K)])
@@ -262,7 +265,10 @@ def experiment(
 
 
 class Lab:
-    """A run with this schedule, round by round; with the sequential engine it overhears every message, and can add to it."""
+    """A run with this schedule, round by round.
+
+    With the sequential engine it overhears every message, and can add to it.
+    """
 
     def __init__(
         self,
@@ -281,7 +287,8 @@ class Lab:
         self.arrived: dict[tuple[str, int, int], Floats] = {}
         self.add: dict[tuple[str, int, int], float] = {}
         self.scalars: list[tuple[Tensor, Tensor]] = []  # as sent, as arrived
-        links, unasked = self.loop.engine.work.links, set()  # type: ignore[attr-defined]
+        engine: Any = self.loop.engine
+        links, unasked = engine.work.links, set()
         carry = links.carry
 
         def overheard(

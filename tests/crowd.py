@@ -16,10 +16,8 @@ class Wide(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shared, self.own = (
-            nn.Linear(1, 1, bias=False),
-            nn.Parameter(torch.zeros(16_000)),
-        )
+        self.shared = nn.Linear(1, 1, bias=False)
+        self.own = nn.Parameter(torch.zeros(16_000))
         nn.init.zeros_(self.shared.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,9 +29,5 @@ def wide(e: Experiment) -> Task:
     """One example a client: 1 -> its id."""
     n = e.population or 1
     rows = Examples(torch.ones(n, 1), torch.arange(float(n))[:, None])
-    return Task(
-        Wide(),
-        FederatedData(rows, rows, np.arange(n), np.arange(n + 1)),
-        loss=squared_error,
-        metrics={},
-    )
+    data = FederatedData(rows, rows, np.arange(n), np.arange(n + 1))
+    return Task(Wide(), data, loss=squared_error, metrics={})

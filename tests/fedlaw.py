@@ -70,7 +70,7 @@ def tree(vector: np.ndarray, like: Params) -> Params:
 
 
 class Lab:
-    """The server alone: rounds in which clients 0, 1, ... send what leads to these models."""
+    """The server alone: clients 0, 1, ... send what leads to given models."""
 
     def __init__(
         self,
@@ -97,9 +97,10 @@ class Lab:
         n: np.ndarray | Sequence[float],
         groups: Sequence[Sequence[int]] | None = None,
     ) -> np.ndarray:
-        """One round with `models` [m, d] of clients with `n` examples, in these groups; the new model w [d].
+        """One round with `models` [m, d] of clients with `n` examples: the new w [d].
 
-        `gam` and `lam` are read off it: w = sum_k gam lam_k w_k has one solution where the w_k are linearly independent.
+        Reports come in `groups`. `gam` and `lam` are read off the new model, because
+        w = sum_k gam lam_k w_k has one solution where the w_k are linearly independent.
         """
         deltas = trees.stack(
             [trees.sub(tree(w, self.state.params), self.state.params) for w in models]
@@ -171,7 +172,10 @@ def mixture(v: np.ndarray, kind: str, tau: float = 1.0) -> tuple[np.ndarray, flo
 def server_step(
     lab: Lab, models: np.ndarray, fixed: np.ndarray, t: int = 0, **changed: Any
 ) -> tuple[np.ndarray, float, int]:
-    """(lam, gam, steps) by the settings of `lab` and what is `changed` in them; lam is `fixed` where it is not learned."""
+    """(lam, gam, steps) by the settings of `lab`, except those that are `changed`.
+
+    lam is `fixed` where it is not learned.
+    """
     s, (px, py) = lab.method.s.model_copy(update=changed), lab.proxy
     kind, tau = s.parametrisation, s.temperature
     v = start(fixed, kind, tau)

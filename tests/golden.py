@@ -17,10 +17,7 @@ FILE = Path(__file__).with_name("golden.json")
 
 
 def curve(name: str, folder: Path) -> list[float]:
-    """Test loss after each of five rounds on `sequential`.
-
-    Clients come at unequal rates.
-    """
+    """Test loss after each of five rounds, with clients that come at unequal rates."""
     unequal = {"name": "bernoulli", "p": [0.2 + 0.06 * i for i in range(12)]}
     e = small(name, rounds=5, min_reports=0, evaluation__every=1, participation=unequal)
     return [row["test_loss"] for row in run(e, folder).history]

@@ -293,12 +293,18 @@ class Server:
         self,
         deltas: Mapping[int, Sequence[float]],
         rates: Sequence[float] | None = None,
+        lost: Sequence[int] = (),
     ) -> Tensor:
-        """One round in which these clients' updates arrive; the step of the model."""
+        """One round in which these clients' updates arrive; the step of the model.
+
+        Those of `lost` are asked, too, and do not answer.
+        """
         before = self.w
 
         def each(fn: Any, clients: Tensor, down: Tree) -> Iterator[Reports]:
             for i in clients.tolist():
+                if i in lost:
+                    continue
                 delta = {"w": torch.tensor(deltas[i], dtype=before.dtype)[None]}
                 fields = {"delta": delta, "loss": torch.zeros(1)}
                 if "dc" in self.up._fields:
@@ -309,7 +315,7 @@ class Server:
         p = None if rates is None else torch.tensor(rates, dtype=torch.float64)
         r = round_of(
             self.t,
-            sorted(deltas),
+            sorted({*deltas, *lost}),
             self.population,
             each,
             self.memory,

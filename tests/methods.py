@@ -1,4 +1,4 @@
-"""Methods and tasks that only tests use: what the shipped ones do not do (fail, wait, refuse to be batched)."""
+"""Methods and tasks for tests: they fail, wait, or refuse to be batched."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Guided(NamedTuple):
 
 
 class Two(Method[Settings]):
-    """Two kinds of work in one round: the cohort's full gradient, then training corrected by it."""
+    """Two kinds of work in a round: full gradients, then training corrected by them."""
 
     @on_client(data="all")
     def slope(
@@ -121,11 +121,12 @@ class Gated(Scaffold):
 
 
 def crashing(e: Experiment) -> Task:
-    """Least squares whose process kills itself when a client's training examples are read the $FEDCORE_TEST_CRASH-th time."""
-    task, left = (
-        TASKS["least-squares"](e),
-        int(os.environ.get("FEDCORE_TEST_CRASH", "0")),
-    )
+    """Least squares whose process kills itself.
+
+    It does so when training examples are read the $FEDCORE_TEST_CRASH-th time.
+    """
+    task = TASKS["least-squares"](e)
+    left = int(os.environ.get("FEDCORE_TEST_CRASH", "0"))
     rows = task.data.rows
 
     def counted(client: int, data: str) -> np.ndarray:

@@ -20,11 +20,15 @@ from fedcore.rounds.participation import Process
 from tests.helpers import Server, redirected
 
 MEMORY = ["fedstale", "fedvarp", "mifa"]
-NO_COUNTS: Callable[[], np.ndarray] = lambda: np.empty((0, 0))  # noqa: E731  rates are given, so no class counts are asked for
+
+
+def no_counts() -> np.ndarray:
+    """The label counts of a process whose rates are given: not to be asked for."""
+    return np.empty((0, 0))
 
 
 def zeros(d: int = 1) -> Any:
-    """A model of d numbers in float64, in which fractions of small integers come out correctly rounded."""
+    """A model of d numbers in float64, which rounds fractions of integers correctly."""
     return np.zeros(d)
 
 
@@ -93,26 +97,26 @@ def fractions(text: str) -> list[Fraction]:
 
 
 def omegas(history: Any, cutoff: int | None = None) -> np.ndarray:
-    """omega_0 .. omega_T by the code, [T + 1, n], for who took part: [T, n] or [T] of 0 and 1."""
+    """omega_0 .. omega_T by the code, [T + 1, n].
+
+    `history` says who took part: [T, n] or [T] of 0 and 1.
+    """
     history = np.asarray(history, dtype=bool)
     history = history.reshape(len(history), -1)
-    everybody, x, found = (
-        torch.arange(history.shape[1]),
-        intervals.start(history.shape[1]),
-        [],
-    )
+    rounds, population = history.shape
+    everybody, x = torch.arange(population), intervals.start(population)
+    by_round = []
     for t, present in enumerate(history):
-        found.append(intervals.omega(x, everybody, t, cutoff).numpy())
+        by_round.append(intervals.omega(x, everybody, t, cutoff).numpy())
         x = intervals.after(x, [torch.from_numpy(np.flatnonzero(present))], t, cutoff)
-    return np.stack(
-        [*found, intervals.omega(x, everybody, len(history), cutoff).numpy()]
-    )
+    by_round.append(intervals.omega(x, everybody, rounds, cutoff).numpy())
+    return np.stack(by_round)
 
 
 def recursion(
     history: Sequence[int], cutoff: int | None = None
 ) -> list[tuple[Fraction, int, int]]:
-    """(omega_t, M, s) for t = 0 .. T: the paper's running mean, in exact fractions, for one client."""
+    """(omega_t, M, s) of one client for t = 0 .. T: the paper's running mean, exact."""
     omega, m, s = Fraction(1), 0, 0
     found = [(omega, m, s)]
     for present in history:
@@ -125,7 +129,7 @@ def recursion(
 
 
 def weight_in(name: str, before: Sequence[int], **settings: Any) -> float:
-    """The factor that an update gets in the round after `before`, from the step that the model makes; N = 1."""
+    """The weight of an update in the round after `before`; N = 1."""
     server = Server(name, 1, w=zeros(), **settings)
     for present in before:
         server.round({0: [0.0]} if present else {})
@@ -145,7 +149,10 @@ def simulated(
 
 
 def harmonic(x: np.ndarray) -> float:
-    """The mean of 1 / omega has far less bias than that of omega: it counts intervals, and clients have equally many rounds."""
+    """One over the mean of 1 / omega, which has far less bias than the mean of omega.
+
+    It counts intervals, and clients have equally many rounds.
+    """
     return float(1 / np.mean(1 / x))
 
 

@@ -55,31 +55,21 @@ def test_the_running_example_comes_out_to_the_digit(
 ) -> None:
     lab = Lab(tmp_path, name, TWO, everybody(2, 3), {"rho": 2.0, **method})
     w_k = np.array([(0.5, 2.25), (1.625, 2.375), (2.125, 2.4375), (2.34375, 2.46875)])
-    z_k, w = (
-        np.array([(-1.75, 1.75), (-2.5, 2.5), (-2.8125, 2.8125)]),
-        [1.375, 2, 2.28125, 2.40625],
-    )
+    z_k = np.array([(-1.75, 1.75), (-2.5, 2.5), (-2.8125, 2.8125)])
+    w = [1.375, 2, 2.28125, 2.40625]
+    down = w if name == "admm" else [2.75, 2.625, 2.5625]
     for n in range(3):
-        lab.rounds(1)
-        near(lab.clients()[:, 0], w_k[n + 1], 1e-14, f"w_k after round {n}")
-        near(lab.w, w[n + 1], 1e-14, f"w after round {n}")
-        near(
-            lab.sent["downlink", n, 0],
-            w[n] if name == "admm" else [2.75, 2.625, 2.5625][n],
-            1e-14,
-            f"sent in round {n}",
-        )
-        message = {
+        up = {
             "admm": w_k[n + 1] + z_k[n] / 2,
             "rerce": w_k[n + 1],
             "clu": 2 * w_k[n + 1] - w_k[n],
         }[name]
-        near(
-            [lab.sent["uplink", n, k][0] for k in (0, 1)],
-            message,
-            1e-14,
-            f"messages of round {n}",
-        )
+        lab.rounds(1)
+        near(lab.clients()[:, 0], w_k[n + 1], 1e-14, f"w_k after round {n}")
+        near(lab.w, w[n + 1], 1e-14, f"w after round {n}")
+        near(lab.sent["downlink", n, 0], down[n], 1e-14, f"sent in round {n}")
+        messages = [lab.sent["uplink", n, k][0] for k in (0, 1)]
+        near(messages, up, 1e-14, f"messages of round {n}")
         if name == "admm":
             near(lab.clients("z")[:, 0], z_k[n], 1e-14, f"z_k after round {n}")
 
@@ -90,26 +80,15 @@ def test_without_noise_and_with_everybody_three_methods_take_one_path(
     task: Some, factor: float, tmp_path: Path
 ) -> None:
     """f.1 and f.6."""
-    (K, _), rho = problem(**task).b.shape, factor * problem(**task).rho
-    labs = [
-        Lab(
-            tmp_path / name,
-            name,
-            task,
-            everybody(K, 20),
-            {"rho": rho, **method},
-            **BATCHED,
-        )
-        for name, method in ALIKE
-    ]
+    rho, schedule = factor * problem(**task).rho, everybody(task["clients"], 20)
+    labs = []
+    for name, method in ALIKE:
+        settings = {"rho": rho, **method}
+        labs.append(Lab(tmp_path / name, name, task, schedule, settings, **BATCHED))
     for n in range(20):
         first, *others = [lab.rounds(1) for lab in labs]
-        near(
-            first.clients("z").sum(0),
-            0.0,
-            1e-12 * max(1.0, rho),
-            f"sum of the duals after round {n}",
-        )
+        duals = first.clients("z").sum(0)
+        near(duals, 0.0, 1e-12 * max(1.0, rho), f"sum of the duals after round {n}")
         for lab in others:
             near(lab.clients(), first.clients(), 1e-12, f"w_k after round {n}")
             near(lab.w, first.w, 1e-12, f"w after round {n}")
@@ -124,40 +103,34 @@ def test_without_noise_and_with_everybody_three_methods_take_one_path(
 def test_each_method_is_its_recursion_in_numpy(
     name: str, method: Some, cohort: int, variance: float, tmp_path: Path
 ) -> None:
-    """Nobody comes in one of the rounds, nor in the first: there "paper" needs C, which nobody knows yet, and is left out."""
-    schedule = [
-        *[[]] * (method.get("start") != "paper"),
-        *drawn(5, cohort, 3),
-        [],
-        *drawn(5, cohort, 12, 1),
-    ]
-    lab, rho = (
-        Lab(tmp_path, name, FIVE, schedule, {"rho": 3.0, **method}, **noisy(variance)),
-        3.0,
-    )
-    found = []
+    """Some rounds are empty, one of them the first.
+
+    Not so for the start "paper", which needs C there.
+    """
+    schedule = [*drawn(5, cohort, 3), [], *drawn(5, cohort, 12, 1)]
+    if method.get("start") != "paper":
+        schedule.insert(0, [])
+    settings = {"rho": 3.0, **method}
+    lab = Lab(tmp_path, name, FIVE, schedule, settings, **noisy(variance))
+    rounds = []
     for _ in schedule:
         lab.rounds(1)
-        rest = (
-            lab.w + vector(lab.server.p) / cohort
-            if name == "rerce"
-            else lab.clients("z" if name == "admm" else "s")
-        )
-        found.append(
-            (vector(lab.server.s) if name == "clu" else lab.w, lab.clients(), rest)
-        )
-    oracle: Callable[..., Rounds] = {
-        "admm": conventional,
-        "rerce": dual_free,
-        "clu": continual,
-    }[name]
-    for n, expected in enumerate(
-        oracle(lab.q, rho, schedule, lab.noise if variance else silent, **method)
-    ):
-        for what, a, b in zip(
-            ("at the server", "w_k", "z_k, s_k or s"), found[n], expected, strict=True
-        ):
-            near(a, b, 1e-10, f"{name} {method}, round {n}: {what}")
+        match name:
+            case "admm":
+                rounds.append((lab.w, lab.clients(), lab.clients("z")))
+            case "rerce":
+                s = lab.w + vector(lab.server.p) / cohort
+                rounds.append((lab.w, lab.clients(), s))
+            case "clu":
+                s = vector(lab.server.s)
+                rounds.append((s, lab.clients(), lab.clients("s")))
+    oracles = {"admm": conventional, "rerce": dual_free, "clu": continual}
+    oracle: Callable[..., Rounds] = oracles[name]
+    noise = lab.noise if variance else silent
+    parts = ("at the server", "w_k", "z_k, s_k or s")
+    for n, expected in enumerate(oracle(lab.q, 3.0, schedule, noise, **method)):
+        for part, a, b in zip(parts, rounds[n], expected, strict=True):
+            near(a, b, 1e-10, f"{name} {method}, round {n}: {part}")
     if variance:
         added = np.concatenate([lab.noise(*key) for key in lab.sent])
         assert all(torch.equal(x, y) for x, y in lab.scalars), "a loss was disturbed"
@@ -174,54 +147,38 @@ def test_each_method_is_its_recursion_in_numpy(
 def test_starts_are_ridge_or_least_squares_and_absent_clients_keep_every_bit(
     name: str, method: Some, tmp_path: Path
 ) -> None:
-    task = {
-        "clients": 5,
-        "features": 4,
-        "examples": 3,
-        "uneven": 3,
-    }  # three, six or nine examples for four numbers
-    lab = Lab(tmp_path, name, task, [[1], [1, 3], [3]], {"rho": 2.0, **method}).rounds(
-        1
-    )
-    inverse = (
-        np.linalg.pinv(lab.q.H, hermitian=True)
-        if method.get("start") == "ls"
-        else lab.q.N(2.0)
-    )
+    # Three, six or nine examples for four numbers.
+    task = {"clients": 5, "features": 4, "examples": 3, "uneven": 3}
+    schedule = [[1], [1, 3], [3]]
+    lab = Lab(tmp_path, name, task, schedule, {"rho": 2.0, **method}).rounds(1)
+    inverse = lab.q.N(2.0)
+    if method.get("start") == "ls":
+        inverse = np.linalg.pinv(lab.q.H, hermitian=True)
     before, start = lab.clients(), np.einsum("kij,kj->ki", inverse, lab.q.b)
     near(before[[0, 2, 3, 4]], start[[0, 2, 3, 4]], 1e-12, "start")
     after = lab.rounds(2).clients()
     assert (after != before).any(1).tolist() == [False, True, False, True, False]
 
 
-def test_a_local_step_keeps_what_the_data_determine_and_copies_the_server_elsewhere() -> (
-    None
-):
-    """f.7: I - rho N = N H, with eigenvalues h / (h + rho) in [0, 1); for large weights rho N is the projector onto null(X)."""
+def test_a_local_step_keeps_what_the_data_determine_and_copies_the_rest() -> None:
+    """f.7: I - rho N = N H, with eigenvalues h / (h + rho) in [0, 1).
+
+    For large weights rho N is the projector onto null(X).
+    """
     x = np.random.default_rng(4).standard_normal((3, 5))
     null = np.eye(5) - np.linalg.pinv(x) @ x
-    model, y, rho = (
-        nn.Linear(5, 1, bias=False).double(),
-        torch.ones(1, 3, 1, dtype=torch.float64),
-        0.7,
-    )
+    model = nn.Linear(5, 1, bias=False).double()
+    y, rho = torch.ones(1, 3, 1, dtype=torch.float64), 0.7
     for weight, away in ((1.0, 1.0), (1e8, 1e-6)):
 
         def loss(outputs: Tensor, y: Tensor, weight: float = weight) -> Tensor:
             return weight * (outputs[:, 0] - y[:, 0]).square()
 
         rows = Examples(torch.from_numpy(x), y[0])
-        task = Task(
-            model,
-            FederatedData(rows, rows, np.arange(3), np.array([0, 3])),
-            loss=loss,
-            metrics={},
-        )
-        J = quadratic(
-            task.loss,
-            task.init_params(),
-            Batches(rows.x[None], rows.y[None], torch.ones(1, 3)),
-        )
+        data = FederatedData(rows, rows, np.arange(3), np.array([0, 3]))
+        task = Task(model, data, loss=loss, metrics={})
+        batches = Batches(rows.x[None], rows.y[None], torch.ones(1, 3))
+        J = quadratic(task.loss, task.init_params(), batches)
         units = [{"weight": torch.from_numpy(e[None])} for e in np.eye(5)]
         N, H = np.array([vector(J.solve(rho, e)) for e in units]), 2 * weight * x.T @ x
         near(np.eye(5) - rho * N, N @ H, 1e-12 + 1e-14 * weight, "I - rho N, and N H")
@@ -236,14 +193,11 @@ def test_a_local_step_keeps_what_the_data_determine_and_copies_the_server_elsewh
 def test_without_noise_and_with_everybody_the_seed_changes_no_bit(
     name: str, method: Some, tmp_path: Path
 ) -> None:
-    one, other = (
-        run(
-            experiment(tmp_path, name, FEW, everybody(4, 5), method, seed=s),
-            tmp_path / str(s),
-        )
-        for s in (0, 1)
-    )
-    assert one.params_sha256 == other.params_sha256
+    shas = set()
+    for seed in (0, 1):
+        e = experiment(tmp_path, name, FEW, everybody(4, 5), method, seed=seed)
+        shas.add(run(e, tmp_path / str(seed)).params_sha256)
+    assert len(shas) == 1
 
 
 def test_what_rerce_sends_is_feddyns_server_model_with_noise_and_all(
@@ -337,9 +291,9 @@ def test_a_network_is_judged_by_the_test_set_and_least_squares_by_the_clients(
     assert found == [False, True]
 
 
-# For a client without an example J_k = 0 is left, with a minimum in closed form:
-#     rerce, clu   argmin -<g, w> + rho/2 |w - s|^2 = s + g / rho, and then g = 0
-#     admm         argmin  <z, w> + rho/2 |w - s|^2 = s - z / rho, with z = z + rho (w - s)
+# Without an example J_k = 0, so that the minimum has a closed form:
+#     rerce, clu   argmin -<g, w> + rho/2 |w - s|^2 = s + g / rho;  then g <- 0
+#     admm         z <- z + rho (w - s);  argmin <z, w> + rho/2 |w - s|^2 = s - z / rho
 EMPTY_CLIENT = {
     "rerce": {"w": 7.0, "g": 0.0, "sent": 7.0},
     "clu": {"w": 7.0, "g": 0.0, "sent": 2 * 7.0 - 2.0},

@@ -142,18 +142,20 @@ def test_cohorts_of_changing_size_and_dropouts_leave_the_limit_alone(
 
 
 @pytest.mark.slow
-def test_a_cohort_of_one_keeps_v_and_may_diverge_where_no_client_can_determine_the_model(
+def test_a_cohort_of_one_keeps_v_and_may_diverge_where_clients_hold_few_examples(
     tmp_path: Path,
 ) -> None:
-    """Not in the paper: V is kept for every schedule, but with d_k < L a cohort of one need not converge; one of two does."""
+    """Not in the paper: V is kept for every schedule.
+
+    But with d_k < L a cohort of one need not converge; one of two does.
+    """
     task = {"clients": 6, "features": 6, "examples": 4, "draw": 2}
     rho = 0.5 * problem(**task).rho
-    one, two = (
-        Lab(tmp_path / str(C), "rerce", task, drawn(6, C, 300), {"rho": rho}).rounds(
-            300
-        )
-        for C in (1, 2)
-    )
+    labs = []
+    for C in (1, 2):
+        lab = Lab(tmp_path / str(C), "rerce", task, drawn(6, C, 300), {"rho": rho})
+        labs.append(lab.rounds(300))
+    one, two = labs
     near(one.V(rho), one.q.b.sum(0), 1e-12 * rho * np.abs(one.clients()).max(), "V")
     assert one.error() > 1.0
     assert two.error() < 1e-3
@@ -214,7 +216,10 @@ def test_few_steps_with_tracked_gradients_reach_the_optimum(
 def test_the_bundled_task_is_solved_to_1e_8_where_rho_is_like_the_curvature(
     name: str, tmp_path: Path
 ) -> None:
-    """No client can determine the model alone. With the paper's rho = 1, h / rho rounds would be too many: docs/results.md."""
+    """No client can determine the model alone.
+
+    The paper's rho = 1 would take h / rho rounds, which are too many: docs/results.md.
+    """
     task = {
         "task": "weighted-least-squares",
         "options": {"examples": [12, 22], "features": 32},

@@ -98,7 +98,10 @@ def test_a_signal_to_noise_ratio_is_that_of_every_message_by_itself(
 def test_the_error_without_duals_grows_as_predicted_and_with_duals_it_does_not(
     tmp_path: Path,
 ) -> None:
-    """100 independent copies of the running example: mean square error over the copies after 60 and after 240 rounds."""
+    """Mean square error over 100 independent copies of the running example.
+
+    It is measured after 60 and after 240 rounds.
+    """
     task, variance, found = {"features": 100}, 0.01, {}
     for name in ("rerce", "admm"):
         lab = Lab(
@@ -111,7 +114,8 @@ def test_the_error_without_duals_grows_as_predicted_and_with_duals_it_does_not(
             **noisy(variance),
         )
         found[name] = [np.mean((lab.rounds(n).clients() - 2.5) ** 2) for n in (60, 180)]
-    # (w_1, w_2, w_n, w_n-1) a round later: w_k + B_k (2 w_n - w_n-1 + zeta_k - w_k) with B = rho N = (1/2, 1/4); w_n+1 with eta_k
+    # (w_1, w_2, w_n, w_n-1) a round later, with B = rho N = (1/2, 1/4):
+    # w_k + B_k (2 w_n - w_n-1 + zeta_k - w_k), and w_n+1 with eta_k
     local = np.array([[1 / 2, 0, 1, -1 / 2], [0, 3 / 4, 1 / 2, -1 / 4]])
     A = np.array([*local, local.mean(0), [0, 0, 1, 0]])
     G = np.zeros((4, 4))  # what zeta_1, zeta_2, eta_1, eta_2 add
@@ -130,7 +134,7 @@ def test_the_error_without_duals_grows_as_predicted_and_with_duals_it_does_not(
 
 @pytest.mark.slow
 def test_with_a_penalty_like_the_curvature_duals_win(tmp_path: Path) -> None:
-    """The negative control: K = 10, L = 4, sigma = 0.1. Levels in dB, over the second half of 300 rounds."""
+    """The negative control: K = 10, L = 4, sigma = 0.1; dB of rounds 150 to 299."""
     task, level = {"clients": 10, "features": 4, "examples": 8}, {}
     for name in ("rerce", "admm"):
         rho = {"rho": problem(**task).rho}
@@ -201,7 +205,10 @@ def test_noise_is_that_of_the_seed_in_every_engine_and_after_a_stop(
 def test_in_the_papers_regime_duals_lose_five_decibels_and_continual_updates_win_three(
     tmp_path: Path,
 ) -> None:
-    """K = 20, L = 32, d_k in 12..22, rho = 1, sigma^2 = 6.25e-4: measured there -27.8, -33.4, and -29.9, -33.4 at C = 5."""
+    """K = 20, L = 32, d_k in 12..22, rho = 1, sigma^2 = 6.25e-4.
+
+    Measured there: -27.8, -33.4, and -29.9, -33.4 at C = 5.
+    """
     task = {
         "task": "weighted-least-squares",
         "options": {"examples": [12, 22], "features": 32},

@@ -1,8 +1,10 @@
-"""Trees, splits, random numbers, local training, server optimizers: the small parts, each against plain arithmetic."""
+"""Trees, splits, random numbers, local training: each against plain arithmetic."""
 
 from __future__ import annotations
 
 import re
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -282,9 +284,9 @@ def test_bernoulli_takes_each_client_at_its_own_rate() -> None:
 
 
 def test_markov_has_the_long_run_rate_and_the_memory_of_the_reference() -> None:
-    process = Markov(p=(0.1, 0.02, 1.0), q=0.05).process(3, 0, no_counts)
-    assert process.enter == pytest.approx([0.05, 1 / 49, 0.05])  # type: ignore[attr-defined]
-    assert process.leave == pytest.approx([0.45, 1.0, 0.0])  # type: ignore[attr-defined]
+    process: Any = Markov(p=(0.1, 0.02, 1.0), q=0.05).process(3, 0, no_counts)
+    assert process.enter == pytest.approx([0.05, 1 / 49, 0.05])
+    assert process.leave == pytest.approx([0.45, 1.0, 0.0])
     state, seen = process.start(), np.zeros((20000, 3))
     for t in range(20000):
         cohort, state = process.sample(t, state)
@@ -355,7 +357,7 @@ def test_dropout_takes_its_share_and_is_the_same_each_time() -> None:
     assert not torch.equal(left, answering(cohort, 0.3, 0, 5))
 
 
-def test_a_trace_is_read_line_by_line(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_trace_is_read_line_by_line(tmp_path: Path) -> None:
     file = tmp_path / "trace"
     file.write_text("2 0\n\n1\n")
     process = Trace(file=file).process(3, 0, no_counts)
@@ -372,7 +374,7 @@ def test_a_trace_is_read_line_by_line(tmp_path) -> None:  # type: ignore[no-unty
 # Client state
 
 
-def test_state_is_kept_by_commit_and_forgotten_by_rollback(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_state_is_kept_by_commit_and_forgotten_by_rollback(tmp_path: Path) -> None:
     store = StateStore({"c": torch.zeros(2)}, 10**6, lambda: tmp_path)
     store.put([5], {"c": torch.ones(1, 2)})
     assert store.get(5)["c"].tolist() == [1, 1]
@@ -385,8 +387,8 @@ def test_state_is_kept_by_commit_and_forgotten_by_rollback(tmp_path) -> None:  #
 
 @pytest.mark.parametrize("ram", [10**9, 0], ids=["memory", "mapped files"])
 def test_a_store_is_the_same_in_memory_and_in_files_and_after_a_checkpoint(
-    ram: int, tmp_path
-) -> None:  # type: ignore[no-untyped-def]
+    ram: int, tmp_path: Path
+) -> None:
     initial = {"c": torch.zeros(3), "n": torch.zeros((), dtype=torch.int64)}
     store = StateStore(initial, ram, lambda: tmp_path)
     clients = rng(0, "ids").permutation(1000)[: 3 * ROWS + 5].tolist()
@@ -403,8 +405,13 @@ def test_a_store_is_the_same_in_memory_and_in_files_and_after_a_checkpoint(
     assert StateStore(Stateless(), ram, lambda: tmp_path).is_stateless
 
 
-def test_a_store_is_saved_whole_whichever_blocks_its_rows_move_to(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """Rounds of any size move rows up and down the blocks; a checkpoint takes over the blocks that did not change."""
+def test_a_store_is_saved_whole_whichever_blocks_its_rows_move_to(
+    tmp_path: Path,
+) -> None:
+    """Rounds of any size move rows up and down the blocks.
+
+    A checkpoint takes over the blocks that did not change.
+    """
     store = StateStore(
         {"n": torch.zeros((), dtype=torch.int64)}, 10**9, lambda: tmp_path
     )
@@ -435,13 +442,8 @@ def test_a_store_is_saved_whole_whichever_blocks_its_rows_move_to(tmp_path) -> N
 
 
 def test_the_version_is_the_one_in_pyproject() -> None:
-    import tomllib
-    from pathlib import Path
-
-    assert (
-        tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
-        == fedcore.__version__
-    )
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    assert project["version"] == fedcore.__version__
 
 
 # Settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import itertools
 import re
@@ -139,23 +138,6 @@ def test_the_notebook_lines_of_the_readme_run(
     monkeypatch.chdir(tmp_path)
     exec(code.replace('"rounds": 10', '"rounds": 1'), {})
     shutil.rmtree(tmp_path / "runs")
-
-
-def modules_with_examples() -> list[str]:
-    """Modules of fedcore whose docstrings hold an example."""
-    names = []
-    for file in sorted(Path("fedcore").rglob("*.py")):
-        if ">>> " in file.read_text():
-            parts = file.with_suffix("").parts
-            names.append(".".join(parts).removesuffix(".__init__"))
-    return names
-
-
-@pytest.mark.parametrize("module", modules_with_examples())
-def test_the_examples_in_docstrings_work(module: str) -> None:
-    results = doctest.testmod(importlib.import_module(module))
-    assert results.attempted > 0
-    assert results.failed == 0, f"see the output above: {results}"
 
 
 def benchmark_commands() -> list[str]:

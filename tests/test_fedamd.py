@@ -155,9 +155,7 @@ def test_a_miners_first_step_is_along_vbar_whatever_its_data() -> None:
         assert lab.round(miners=[t % 3]) == pytest.approx(t * 0.25 * 5 / 3, abs=1e-14)
 
 
-def test_with_full_batches_the_recursion_telescopes_and_is_scaffolds_path_with_fresh_caches() -> (
-    None
-):
+def test_with_full_batches_a_miner_takes_scaffolds_path_with_fresh_caches() -> None:
     steps, lr = 6, 0.1
     lab = Lab(steps=steps, local_lr=lr)
     y, x0 = 0.0, 0.0
@@ -178,9 +176,7 @@ def test_clients_of_one_curvature_do_not_drift() -> None:
     assert ends == pytest.approx([x] * 3, abs=1e-14)
 
 
-def test_with_all_clients_and_period_two_one_step_is_gradient_descent_every_second_round() -> (
-    None
-):
+def test_with_period_two_one_step_is_gradient_descent_every_second_round() -> None:
     lab, x = Lab(steps=1, period=2), 0.0
     for t in range(8):
         if t % 2:
@@ -381,6 +377,16 @@ def test_scaffold_is_the_papers_arithmetic_with_a_client_away() -> None:
         assert lab.round() == pytest.approx(x, abs=1e-14)
         assert float(lab.state.c["weight"]) == pytest.approx(c, abs=1e-14)
         assert c == pytest.approx(np.mean(c_i), abs=1e-14)
+
+
+def test_scaffolds_client_without_examples_keeps_its_control_variate() -> None:
+    lab = Lab("scaffold", sizes=(2, 0, 1))
+    for _ in range(3):
+        lab.round()
+        variates = [float(lab.states.get(i)["weight"]) for i in range(3)]
+        assert variates[1] == 0
+        assert float(lab.state.c["weight"]) == pytest.approx(np.mean(variates))
+    assert variates[0] != 0
 
 
 def test_scaffold_finds_the_optimum_where_local_steps_make_fedavg_drift() -> None:

@@ -134,13 +134,15 @@ def test_the_worked_example_comes_out_to_the_digit() -> None:
 def test_gradients_are_central_differences_and_a_step_against_them_lowers_the_loss(
     kind: str,
 ) -> None:
-    """Those of x sum to zero in "exp" and are orthogonal to x in "quad": so a step of SGD tells them from lam alone."""
+    """Those of x sum to zero in "exp" and are orthogonal to x in "quad".
+
+    So a step of SGD tells them from lam alone.
+    """
     eta, h = 1e-3, 1e-5
     for seed in range(5):
         models, n, shares = cohort(4, seed)
-        n, shares = (
-            (n, shares) if kind == "exp" else (np.ones(4), np.full(4, 0.25))
-        )  # where "quad" starts
+        if kind == "quad":  # it starts from equal weights
+            n, shares = np.ones(4), np.full(4, 0.25)
         lab, v = (
             Lab(
                 server_epochs=1,
@@ -176,12 +178,13 @@ def test_gradients_are_central_differences_and_a_step_against_them_lowers_the_lo
 def test_gradients_of_the_variables_themselves_and_what_leaves_the_mixture_alone(
     kind: str,
 ) -> None:
-    """f.7 and f.10, which the new model alone cannot show: a shift of x in "exp" and a scale of it in "quad" change nothing."""
+    """f.7 and f.10, which the new model alone cannot show.
+
+    A shift of x in "exp" and a scale of it in "quad" change nothing.
+    """
     (models, n, _), draw = cohort(4), np.random.default_rng(5)
-    D, G = (
-        torch.from_numpy(models),
-        torch.from_numpy(draw.standard_normal(models.shape[1])),
-    )
+    D = torch.from_numpy(models)
+    G = torch.from_numpy(draw.standard_normal(models.shape[1]))
     mix = fedlaw.Mixture(
         fedlaw.Settings(name="fedlaw", parametrisation=kind),
         torch.zeros_like(G),
@@ -245,9 +248,7 @@ def test_one_client_and_equal_ones_are_shrunk_and_no_more(
         assert ("coherence" in lab.log) == (m > 1)
 
 
-def test_order_and_arrival_of_clients_the_unit_of_n_and_the_model_before_do_not_matter() -> (
-    None
-):
+def test_order_and_grouping_the_unit_of_n_and_the_model_before_do_not_matter() -> None:
     models, n, _ = cohort(5)
     labs = [Lab(server_batch=4, w=w) for w in (0.0, 0.0, 0.0, 0.0, 3.0)]
     w, order = labs[0].round(models, n), [3, 0, 4, 1, 2]
@@ -270,10 +271,8 @@ def test_gamma_scales_the_logits_of_a_relu_network_by_its_power() -> None:
     )
     task = task_of(nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), c), softmax_task(40).proxy)
     models, n, _ = cohort(3, d=6 * FEATURES + 30 + 5 * CLASSES)
-    shrunk, plain = (
-        Lab(task, learn_lambda=False, server_lr=0.05),
-        Lab(task, server_epochs=0),
-    )
+    shrunk = Lab(task, learn_lambda=False, server_lr=0.05)
+    plain = Lab(task, server_epochs=0)
     shrunk.round(models, n)
     plain.round(models, n)
     scaled, logits = (
@@ -368,10 +367,12 @@ def test_in_two_stages_gamma_is_learned_for_weights_that_are_fixed_by_then(
     )
 
 
-def test_the_first_stage_averages_x_from_its_seventh_epoch_on_when_the_rate_is_that_of_swa() -> (
-    None
-):
-    """At a server_lr of nothing: one state of no move, or 14 states of 0 to 13 moves of at most 0.05 each, 0.325 in the mean."""
+def test_the_first_stage_averages_x_from_its_seventh_epoch_on() -> None:
+    """From there on the rate is that of SWA; before it, server_lr is next to nothing.
+
+    One state without a move, or 14 states after 0 to 13 moves of at most 0.05 each,
+    0.325 in the mean.
+    """
     models, n, shares = cohort(4)
     for epochs, least, most in ((14, 0.0, 0.06), (40, 0.02, 0.35)):
         lab = Lab(swa=True, server_epochs=epochs, server_lr=1e-6)

@@ -63,10 +63,18 @@ def test_a_client_runs_torchs_sgd_at_the_rate_of_its_round(t: int) -> None:
     )  # the rate of a round is in float32
 
 
-REFUSED = "swa=true gamma=0.9 gamma_bounds=[1.2,0.8] gamma_bounds=[-1,1] server_epochs=-1 server_batch=0 temperature=0"
+REFUSED = [
+    "swa=true",
+    "gamma=0.9",
+    "gamma_bounds=[1.2,0.8]",
+    "gamma_bounds=[-1,1]",
+    "server_epochs=-1",
+    "server_batch=0",
+    "temperature=0",
+]
 
 
-@pytest.mark.parametrize("setting", REFUSED.split())
+@pytest.mark.parametrize("setting", REFUSED)
 def test_settings_that_cannot_be_meant_are_refused(setting: str) -> None:
     with pytest.raises(SettingsError, match=setting.split("=")[0]):
         Experiment.load(

@@ -94,7 +94,11 @@ def stale(beta: float, n: int, **settings: Any) -> Server:
 def test_mean_and_variance_of_fedstale_are_the_formulas_over_all_outcomes(
     n: int, beta: float
 ) -> None:
-    """E[U] = sum a_i Delta_i; Var(U) = sum a_i^2 (1 - p_i) / p_i |Delta_i - beta h_i|^2."""
+    """Mean and variance of U, by the paper.
+
+    E[U] = sum a_i Delta_i
+    Var(U) = sum a_i^2 (1 - p_i) / p_i |Delta_i - beta h_i|^2
+    """
     draw = np.random.default_rng(n)
     h, delta, p = (
         draw.standard_normal((n, 2)),
@@ -135,7 +139,10 @@ def test_the_step_of_fedstale_is_linear_in_beta() -> None:
 def numpy_step(
     beta: float, h: np.ndarray, delta: np.ndarray, p: np.ndarray, subset: Sequence[int]
 ) -> np.ndarray:
-    """The reading client by client: absent beta a h; present (a/q) Delta - beta a (1/q - 1) h."""
+    """The step client by client.
+
+    An absent one adds beta a h, a present one (a/q) Delta - beta a (1/q - 1) h.
+    """
     a, u = 1 / len(h), np.zeros(h.shape[1])
     for i in range(len(h)):
         u += (
@@ -200,9 +207,7 @@ def test_with_beta_zero_the_memory_does_not_matter_in_a_run(tmp_path: Path) -> N
     assert torch.equal(found[0], found[1])
 
 
-def test_a_round_in_which_everybody_comes_for_the_first_time_is_the_same_for_every_beta() -> (
-    None
-):
+def test_a_first_round_that_everybody_attends_is_the_same_for_every_beta() -> None:
     draw = np.random.default_rng(6)
     deltas = {i: draw.standard_normal(3) for i in range(5)}
     for settings in ({"rates": "known"}, {"rates": "estimated"}):
@@ -216,7 +221,7 @@ def test_a_round_in_which_everybody_comes_for_the_first_time_is_the_same_for_eve
 
 
 def test_fedstale_with_beta_one_is_fedvarp_for_cohorts_of_one_size() -> None:
-    """v = mean over S of (Delta - y) + mean of all y; here in NumPy, and by strategies/fedvarp.py."""
+    """v = mean over S of (Delta - y) + mean of all y: in NumPy, and by FedVARP."""
     n, m, draw = 7, 3, np.random.default_rng(7)
     fedstale, fedvarp = (
         Server("fedstale", n, w=zeros(2), beta=1.0, rates="known"),

@@ -14,13 +14,13 @@ import pytest
 from fedcore.rounds.participation import Bernoulli, Markov
 from tests.helpers import Server
 from tests.participation import (
-    NO_COUNTS,
     OMEGA,
     SEQUENCE,
     bernoulli_limit,
     fractions,
     harmonic,
     markov_limit,
+    no_counts,
     omegas,
     recursion,
     simulated,
@@ -46,7 +46,7 @@ def test_the_intervals_of_the_example_have_the_means_worked_by_hand(
 def test_an_update_is_multiplied_by_the_weight_of_its_round(
     name: str, settings: dict[str, Any], cutoff: int | None
 ) -> None:
-    """For FedStale, 1 / q: q = 1, 1, 1, 1/3, 1/3, 2/5, 1/2, 1/2, 1/2, 1/2, 2/5 without cut-off."""
+    """For FedStale, 1 / q: without cut-off q = 1, 1, 1, 1/3, 1/3, 2/5, 1/2 ... 2/5."""
     found = [
         weight_in(name, SEQUENCE[:t], cutoff=cutoff, **settings)
         for t in range(len(SEQUENCE) + 1)
@@ -55,7 +55,7 @@ def test_an_update_is_multiplied_by_the_weight_of_its_round(
 
 
 def test_the_estimated_rate_is_participations_over_the_rounds_up_to_the_last() -> None:
-    """q(t) = c / (s + 1) with c participations so far, the last in round s; 1 before the first. It is in (0, 1]."""
+    """q(t) = c / (s + 1), with c participations so far, the last in round s; else 1."""
     draw = np.random.default_rng(0)
     for p in (0.1, 0.5, 0.9):
         history = (draw.random(25) < p).astype(int)
@@ -79,9 +79,7 @@ def test_a_client_that_always_comes_has_weight_one(cutoff: int | None) -> None:
         )  # q = 1 exactly
 
 
-def test_a_client_that_never_came_has_weight_one_or_the_cutoff_once_that_is_reached() -> (
-    None
-):
+def test_a_client_that_never_came_has_weight_one_and_later_the_cutoff() -> None:
     assert (omegas(np.zeros(200)) == 1.0).all()
     assert omegas(np.zeros(7), 3)[:, 0].tolist() == [1, 1, 1, 3, 3, 3, 3, 3]
     for cutoff in (1, 2, 5, 50):
@@ -156,10 +154,11 @@ def test_under_bernoulli_participation_the_weight_goes_to_the_limit(
     ) == pytest.approx(deviation, abs=5e-3)
 
     rounds = 4000
-    found = simulated(Bernoulli(mean=p).process(2000, 1, NO_COUNTS), rounds, [50, None])
+    found = simulated(Bernoulli(mean=p).process(2000, 1, no_counts), rounds, [50, None])
     assert harmonic(found[50]) == pytest.approx(limit, rel=0.01)
     assert harmonic(found[None]) == pytest.approx(1 / p, rel=0.02)
-    # A mean over `rounds / limit` intervals has the deviation of one divided by the root of that.
+    # A mean over `rounds / limit` intervals has the deviation of one of them, over the
+    # root of their number.
     assert found[50].std() * math.sqrt(rounds / limit) == pytest.approx(
         deviation, rel=0.06
     )
@@ -169,7 +168,7 @@ def test_under_markov_participation_the_weight_goes_to_the_limit() -> None:
     assert markov_limit(0.1, 50, 0.05) == pytest.approx(9.620, abs=5e-4)
     assert markov_limit(0.1, 10, 0.05) == pytest.approx(5.859, abs=5e-4)
     found = simulated(
-        Markov(mean=0.1, q=0.05).process(1000, 1, NO_COUNTS), 5000, [50, 10]
+        Markov(mean=0.1, q=0.05).process(1000, 1, no_counts), 5000, [50, 10]
     )
     assert harmonic(found[50]) == pytest.approx(9.620, rel=0.01)
     assert harmonic(found[10]) == pytest.approx(5.859, rel=0.01)
@@ -180,7 +179,7 @@ def test_a_markov_client_without_memory_has_the_bernoulli_limit() -> None:
         assert markov_limit(p, cutoff, q=p) == pytest.approx(
             bernoulli_limit(p, cutoff), rel=1e-12
         )
-    found = simulated(Markov(mean=0.2, q=0.2).process(1000, 1, NO_COUNTS), 2000, [10])
+    found = simulated(Markov(mean=0.2, q=0.2).process(1000, 1, no_counts), 2000, [10])
     assert harmonic(found[10]) == pytest.approx(bernoulli_limit(0.2, 10), rel=0.01)
 
 
@@ -212,7 +211,11 @@ def random_histories(n: int = 300, rounds: int = 90) -> np.ndarray:
 def test_recursion_and_both_closed_forms_agree_to_the_last_bit(
     cutoff: int | None,
 ) -> None:
-    """The running mean in fractions; (t - s) / M of the server's counters; and (c, e) of a client that hears of its own rounds."""
+    """The running mean in fractions, and two closed forms.
+
+    (t - s) / M of the server's counters; and (c, e) of a client, which hears of its own
+    rounds alone.
+    """
     histories = random_histories()
     found = omegas(histories, cutoff)
     for i, history in enumerate(histories.T):

@@ -16,13 +16,13 @@ from fedcore.rounds.participation import Bernoulli
 from tests.helpers import Server, assert_close, redirected, slow
 from tests.participation import (
     MEMORY,
-    NO_COUNTS,
     OMEGA,
     SEQUENCE,
     Told,
     bernoulli_limit,
     fractions,
     in_groups,
+    no_counts,
     ones,
     primed,
     recursion,
@@ -109,14 +109,37 @@ def test_a_client_that_never_comes_changes_only_the_divisor(
     name: str, settings: dict[str, Any]
 ) -> None:
     draw = np.random.default_rng(2)
-    without, with_it = (
-        Server(name, 3, w=zeros(2), **settings),
-        Server(name, 4, w=zeros(2), **settings),
-    )
+    without = Server(name, 3, w=zeros(2), **settings)
+    with_it = Server(name, 4, w=zeros(2), **settings)
     for t in range(60):
         deltas = {i: draw.standard_normal(2) for i in range(3) if draw.random() < 0.4}
         a, b = (s.round(deltas, [0.4] * s.population) for s in (without, with_it))
         assert_close(a * 3, b * 4, 1e-12, f"{name}, round {t}")
+
+
+ANSWERS_COUNT = [
+    *NEVER,
+    ("fedavg", {"weighting": "participating"}),
+    ("fedavg", {"weighting": "examples"}),
+    ("fedvarp", {}),
+    ("fedvarp", {"weighting": "known"}),
+    ("scaffold", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), ANSWERS_COUNT)
+def test_a_client_that_was_asked_and_does_not_answer_counts_as_absent(
+    name: str, settings: dict[str, Any]
+) -> None:
+    draw, rates = np.random.default_rng(16), [0.5, 0.9, 0.4, 0.2]
+    plain, lossy = (Server(name, 4, w=zeros(2), **settings) for _ in range(2))
+    for t in range(12):
+        present = np.flatnonzero(draw.random(4) < 0.6)
+        deltas = {int(i): draw.standard_normal(2) for i in present}
+        absent = sorted(set(range(4)) - set(deltas))
+        expected = plain.round(deltas, rates)
+        step = lossy.round(deltas, rates, lost=absent)
+        assert torch.equal(step, expected), f"round {t}"
 
 
 # The theorem in one dimension
@@ -167,14 +190,17 @@ THEOREM = [
 def test_unequal_participation_moves_the_optimum_by_what_the_weights_leave(
     name: str, settings: dict[str, Any], expected: float, formula: float
 ) -> None:
-    """f = (x - 1)^2 / 2 with rate 0.9, (x + 1)^2 / 2 with rate 0.1: 500 clients of each instead of very many rounds."""
+    """f = (x - 1)^2 / 2 with rate 0.9, (x + 1)^2 / 2 with rate 0.1.
+
+    There are 500 clients of each instead of very many rounds.
+    """
     assert formula == pytest.approx(expected, abs=5e-5)
     pairs, rounds = 500, 3000
     centres, rates = np.repeat([1.0, -1.0], pairs), np.repeat([0.9, 0.1], pairs)
     server = one_step(
         Server(name, 2 * pairs, w=zeros(), **settings), centres, gamma=0.1
     )
-    process, mean = Bernoulli(p=tuple(rates)).process(2 * pairs, 7, NO_COUNTS), 0.0
+    process, mean = Bernoulli(p=tuple(rates)).process(2 * pairs, 7, no_counts), 0.0
     for t in range(rounds):
         cohort, _ = process.sample(t, {})
         server.round(dict.fromkeys(cohort.tolist(), ()), rates.tolist())
@@ -183,7 +209,11 @@ def test_unequal_participation_moves_the_optimum_by_what_the_weights_leave(
 
 
 def test_the_mean_over_participants_misses_the_optimum_by_a_known_amount() -> None:
-    """0.80 / 0.91. Two clients; both, one or none come in the proportions 9 : 81 : 1 : 9, in blocks of 100 shuffled rounds."""
+    """It ends at 0.80 / 0.91.
+
+    Two clients: both, the first, the second or none come in the proportions
+    9 : 81 : 1 : 9, in blocks of 100 shuffled rounds.
+    """
     server = one_step(
         Server("fedavg", 2, w=zeros(), weighting="participating"),
         np.array([1.0, -1.0]),
@@ -213,7 +243,10 @@ ORDERS: dict[str, Callable[[list[int]], list[list[int]]]] = {
 def test_the_order_and_the_grouping_of_updates_change_nothing(
     name: str, order: str
 ) -> None:
-    """Integer updates and N = 8, so that sums are exact in any order; FedAU's weights here are integers too."""
+    """Integer updates and N = 8, so that sums are exact in any order.
+
+    FedAU's weights are integers here, too.
+    """
     settings = {
         "fedstale": {"rates": "known", "beta": 0.5},
         "fedau": {"cutoff": 1},
@@ -239,10 +272,8 @@ def test_the_order_and_the_grouping_of_updates_change_nothing(
 def test_other_names_for_clients_change_only_whose_row_is_whose(name: str) -> None:
     draw, n = np.random.default_rng(12), 6
     settings = {"fedstale": {"rates": "known"}}.get(name, {})
-    order, p = (
-        draw.permutation(n),
-        draw.uniform(0.2, 1, n),
-    )  # client i is called order[i]
+    order = draw.permutation(n)  # client i is called order[i]
+    p = draw.uniform(0.2, 1, n)
     renamed_p = np.empty(n)
     renamed_p[order] = p
     plain, renamed = (Server(name, n, w=zeros(2), **settings) for _ in range(2))
@@ -288,7 +319,10 @@ def test_the_server_neither_changes_nor_keeps_what_clients_sent(name: str) -> No
 
 
 class Oracle:
-    """The methods as in the table of Wang and Ji, and FedStale's box; omega by recursion, q as c / (s + 1)."""
+    """The methods as in the table of Wang and Ji, and FedStale's box.
+
+    omega is computed by recursion, q as c / (s + 1).
+    """
 
     def __init__(
         self,
@@ -368,9 +402,10 @@ KINDS: dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_clients_late_gone_and_never_seen_the_path_is_numpys(kind: str) -> None:
-    """Client 1 first comes in round 100, client 2 is gone for rounds 40 to 139, client 3 never comes; some rounds are empty.
+    """Client 1 first comes in round 100, client 2 is away in rounds 40 to 139.
 
-    The mean over participants is formed with reciprocals in float32, all else in the model's float64.
+    Client 3 never comes, and some rounds are empty. The mean over participants is
+    formed with reciprocals in float32, all else in the model's float64.
     """
     draw, n, rounds = np.random.default_rng(15), 4, 190
     present = draw.random((rounds, n)) < 0.5
@@ -393,7 +428,8 @@ def test_with_clients_late_gone_and_never_seen_the_path_is_numpys(kind: str) -> 
             ), f"{name} {settings}, round {t}"
 
 
-# Client 0 always sends 1. Client 1 first comes in round 100 and sends 4, is away for 100 rounds, and sends 3 in round 201.
+# Client 0 always sends 1. Client 1 first comes in round 100 and sends 4, is away for
+# 100 rounds, and sends 3 in round 201.
 # The steps of rounds 99, 100, 101 and 201; N = 2, p = (1, 1/4).
 BY_HAND = [
     ("fedavg", {"weighting": "participating"}, (1, 2.5, 1, 2)),

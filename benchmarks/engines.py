@@ -35,9 +35,10 @@ from fedcore import Experiment
 from fedcore.engines.base import Work
 from fedcore.engines.vectorised import Vectorised
 from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.reports import equally
 from fedcore.rounds.loop import Loop, Quiet
 from fedcore.task import Task
-from fedcore.trees import add, scale, uniform_mean
+from fedcore.trees import add, scale
 from fedcore.types import Batches, Model, Params, Stateless
 
 ROOT = Path(__file__).parent
@@ -87,15 +88,8 @@ class Noop(Method[Settings]):
         return Up(down.params), state
 
     def round(self, server: Model, r: Round) -> Model:
-        return Model(
-            scale(
-                add(
-                    server.params,
-                    uniform_mean(r.each(self.train, r.cohort, server)).delta,
-                ),
-                0.5,
-            )
-        )
+        mean = r.mean(self.train, r.cohort, server, equally).value
+        return Model(scale(add(server.params, mean.delta), 0.5))
 
 
 def experiment(*settings: str) -> Experiment:

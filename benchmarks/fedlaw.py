@@ -42,7 +42,7 @@ class OnTheServerToo(fedlaw.FedLAW):
 
     def round(self, server: fedlaw.Server, r: Round) -> fedlaw.Server:
         assert r.task.proxy is not None
-        mean = trees.weighted_mean(r.each(self.train, r.cohort, Model(server.params)))
+        mean = r.mean(self.train, r.cohort, Model(server.params)).value
         w = trees.add(server.params, mean.delta)
         (x, y), B, s = r.task.proxy, self.s.server_batch, self.s
         for epoch in range(s.server_epochs):

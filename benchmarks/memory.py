@@ -21,9 +21,9 @@ from torch import Tensor
 from benchmarks.engines import EVEN, experiment
 from fedcore import Experiment
 from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.reports import equally
 from fedcore.rounds.loop import Loop, Quiet
 from fedcore.task import Task
-from fedcore.trees import uniform_mean
 from fedcore.types import Batches, Model, Params
 
 
@@ -48,7 +48,7 @@ class Counting(Method[Settings]):
         return Visits(state.n + 1), Visits(state.n + 1)
 
     def round(self, server: Model, r: Round) -> Model:
-        uniform_mean(r.each(self.train, r.cohort, server))
+        r.mean(self.train, r.cohort, server, equally)
         return server
 
 

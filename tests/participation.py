@@ -55,6 +55,7 @@ def with_examples(server: Server, sizes: Sequence[int]) -> Server:
     data = FederatedData(nothing, nothing, np.arange(n), np.cumsum([0, *sizes]))
     task = Task(nn.Linear(1, 1, bias=False), data, loss=squared_error, metrics={})
     server.method = Told(server.method, lambda r: replace(r, task=task))
+    server.sizes = list(sizes)
     return server
 
 
@@ -66,7 +67,8 @@ def in_groups(server: Server, groups: Callable[[list[int]], list[list[int]]]) ->
             one = {int(p.clients[0]): p.up for p in r.each(fn, clients, down)}
             for group in filter(None, groups(list(one))):
                 up = trees.map(lambda *xs: torch.cat(xs), *[one[i] for i in group])
-                yield Reports(torch.tensor(group), up, torch.ones(len(group)))
+                num_examples = torch.tensor([float(server.sizes[i]) for i in group])
+                yield Reports(torch.tensor(group), up, num_examples)
 
         return replace(r, each=each)
 

@@ -19,7 +19,7 @@ from fedcore.data.federated import Examples, FederatedData
 from fedcore.rounds.participation import Process
 from fedcore.task import Task, squared_error
 from fedcore.types import Reports, Round
-from tests.helpers import Server
+from tests.helpers import Server, redirected
 
 MEMORY = ["fedstale", "fedvarp", "mifa"]
 
@@ -70,7 +70,7 @@ def in_groups(server: Server, groups: Callable[[list[int]], list[list[int]]]) ->
                 num_examples = torch.tensor([float(server.sizes[i]) for i in group])
                 yield Reports(torch.tensor(group), up, num_examples)
 
-        return replace(r, each=each)
+        return redirected(r, each)
 
     server.method = Told(server.method, change)
     return server

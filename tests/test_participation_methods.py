@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fedcore.rounds.participation import Bernoulli
 from fedcore.types import Reports, Round
-from tests.helpers import Server, assert_close, slow
+from tests.helpers import Server, assert_close, redirected, slow
 from tests.participation import (
     MEMORY,
     OMEGA,
@@ -159,7 +158,7 @@ def one_step(server: Server, centres: np.ndarray, gamma: float) -> Server:
                     torch.ones(len(clients)),
                 )
 
-        return replace(r, each=each)
+        return redirected(r, each)
 
     server.method = Told(server.method, change)
     return server
@@ -296,7 +295,7 @@ def test_the_server_neither_changes_nor_keeps_what_clients_sent(name: str) -> No
                 sent.append((p.up.delta["w"], p.up.delta["w"].clone()))
                 yield p
 
-        return replace(r, each=each)
+        return redirected(r, each)
 
     server, deltas = Server(name, 3, w=[0.0] * 2), draw.standard_normal((3, 3, 2))
     server.method = Told(server.method, change)

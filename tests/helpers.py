@@ -267,7 +267,8 @@ class Server:
     """A method's server alone: clients send what the test says, the model is one "w".
 
     For methods whose clients send a NamedTuple with `delta`. FedAMD's send other
-    things, and it is tested with clients that train.
+    things, and it is tested with clients that train. Client i holds i + 1 examples
+    unless `sizes` are changed.
     """
 
     def __init__(
@@ -278,11 +279,11 @@ class Server:
         self.up: Any = module.Up
         self.method = cls(methods.settings_of(cls)(name=name, **settings))
         self.population, self.t = population, 0
+        self.sizes: Sequence[float] = range(1, population + 1)
         params = {"w": torch.tensor(w)}
         self.memory = StateStore(self.method.init_memory(params), 10**9, Path)
         self.state = self.method.init_server(params, population)
         self.log: dict[str, float] = {}
-        self.num_examples = torch.ones(population)  # as clients report them
 
     @property
     def w(self) -> Tensor:
@@ -309,8 +310,8 @@ class Server:
                 fields = {"delta": delta, "loss": torch.zeros(1)}
                 if "dc" in self.up._fields:
                     fields["dc"] = trees.zeros_like(delta)
-                count = self.num_examples[i : i + 1]
-                yield Reports(torch.tensor([i]), self.up(**fields), count)
+                num_examples = torch.tensor([float(self.sizes[i])])
+                yield Reports(torch.tensor([i]), self.up(**fields), num_examples)
 
         p = None if rates is None else torch.tensor(rates, dtype=torch.float64)
         r = round_of(

@@ -47,8 +47,8 @@ class Told:
 
 
 def with_examples(server: Server, sizes: Sequence[int]) -> Server:
-    """Its clients report this many examples each."""
-    server.num_examples = torch.as_tensor(np.asarray(sizes), dtype=torch.float32)
+    """Its clients hold, and report, this many examples each."""
+    server.sizes = list(sizes)
     return server
 
 
@@ -60,7 +60,8 @@ def in_groups(server: Server, groups: Callable[[list[int]], list[list[int]]]) ->
             one = {int(p.clients[0]): p.up for p in r.each(fn, clients, down)}
             for group in filter(None, groups(list(one))):
                 up = trees.map(lambda *xs: torch.cat(xs), *[one[i] for i in group])
-                yield Reports(torch.tensor(group), up, torch.ones(len(group)))
+                num_examples = torch.tensor([float(server.sizes[i]) for i in group])
+                yield Reports(torch.tensor(group), up, num_examples)
 
         return redirected(r, each)
 

@@ -109,6 +109,8 @@ def test_finite_finds_what_is_not(bad: float) -> None:
     assert trees.row_sums(tree).isfinite().tolist() == [True, True, False, True]
     assert trees.row_sums(trees.at(tree, slice(2, 3))).isfinite().tolist() == [False]
     assert trees.row_sums({"n": torch.ones(3, dtype=torch.int64)}).tolist() == []
+    second = {"a": torch.zeros(2, 3), "b": torch.tensor([0.0, bad])}
+    assert trees.row_sums(second).isfinite().tolist() == [True, False]
     large = {
         "a": torch.full((2, 100_000), 2.0, dtype=torch.half)
     }  # whose sum no half can hold

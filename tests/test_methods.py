@@ -84,10 +84,30 @@ def adaptive(kind: str) -> list[float]:
     return path
 
 
+def pfedme() -> list[float]:
+    """Both clients count the same, although one holds three examples."""
+    lam, personal_lr, w, path = 2.0, 0.05, W0, []
+    for _ in range(ROUNDS):
+        ends = []
+        for x, y in zip(X, Y, strict=True):
+            w_i = w
+            for _ in range(EPOCHS):
+                theta = w_i
+                for _ in range(4):
+                    slope = np.mean((theta * x - y) * x) + lam * (theta - w_i)
+                    theta = theta - personal_lr * slope
+                w_i = w_i - LR * lam * (w_i - theta)
+            ends.append(w_i)
+        w = float(np.mean(ends))
+        path.append(w)
+    return path
+
+
 ADAPTIVE = {"server_lr": 0.3, "beta1": 0.8, "tau": 0.01}
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "fedavg": ({}, fedavg),
     "fedprox": ({"mu": 0.7}, fedprox),
+    "pfedme": ({"lam": 2.0, "personal_lr": 0.05, "inner_steps": 4}, pfedme),
     "fedavgm": ({"server_lr": 0.5, "beta1": 0.9}, fedavgm),
     "fedadagrad": (ADAPTIVE, partial(adaptive, "fedadagrad")),
     "fedadam": ({**ADAPTIVE, "beta2": 0.95}, partial(adaptive, "fedadam")),

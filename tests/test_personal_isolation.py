@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.rounds.loop import Loop, spread
+from fedcore.rounds.evaluation import Measured, over_clients
+from fedcore.rounds.loop import Loop
 from fedcore.split import split
 from fedcore.types import Batches, Model, Params
 from tests.helpers import equal, loop_of, small
@@ -230,6 +231,7 @@ def test_pooled_accuracy_is_that_over_all_held_out_examples(
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
 def test_the_median_is_the_middle_and_equal_sizes_pool_to_the_mean(n: int) -> None:
     values = torch.from_numpy(np.random.default_rng(n).random(n))
-    found = spread(values, torch.full((n,), 3.0, dtype=torch.float64))
+    num_examples = torch.full((n,), 3.0, dtype=torch.float64)
+    found = over_clients(Measured(values, num_examples))
     assert found["p50"] == pytest.approx(np.median(values.numpy()))
     assert found["pooled"] == pytest.approx(found["mean"])

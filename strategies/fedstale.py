@@ -70,7 +70,8 @@ class Server(NamedTuple):
     # is a running sum.
     h: Params
     intervals: Intervals
-    num_examples: Tensor  # [N] float64, as reported last; -1 = not heard yet
+    # [N] float64, as reported last; -1 = not heard yet. [0] for uniform weights.
+    num_examples: Tensor
 
 
 class Up(NamedTuple):
@@ -82,11 +83,12 @@ class FedStale(Method[Settings]):
     needs_updates = True  # remembers the last of every client
 
     def init_server(self, params: Params, population: int) -> Server:
+        weighed = population if self.s.weights == "examples" else 0
         return Server(
             params,
             trees.zeros_like(params, torch.float64),
             intervals.start(population),
-            torch.full((population,), -1.0, dtype=torch.float64),
+            torch.full((weighed,), -1.0, dtype=torch.float64),
         )
 
     def init_memory(self, params: Params) -> Params:
@@ -115,7 +117,8 @@ class FedStale(Method[Settings]):
             change = trees.sub(trees.double(delta), h)
             news = trees.add_weighted_(news, change, torch.ones(len(p.clients)))
             r.memory.put(p.clients, delta)  # h_i <- Delta_i
-            num_examples[p.clients] = n.to(num_examples)
+            if self.s.weights == "examples":
+                num_examples[p.clients] = n.to(num_examples)
             arrived.append(p.clients)
             largest.append((n * inverse).max().item())
         heard = num_examples[num_examples >= 0]

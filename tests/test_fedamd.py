@@ -19,6 +19,7 @@ from fedcore import SettingsError, trees
 from fedcore import method as methods
 from fedcore.data.federated import Examples, FederatedData, LocalSettings
 from fedcore.engines.base import Work
+from fedcore.engines.message_shape import message_shape
 from fedcore.engines.sequential import Sequential
 from fedcore.method import Round
 from fedcore.rounds.loop import run
@@ -90,7 +91,13 @@ class Lab:
         return self.x
 
     def round_of(self, cohort: Sequence[int], each: Any = no_answers) -> Round:
-        return round_of(self.t, cohort, self.n, each, self.memory, self.task)
+        def zeros(fn: Any, down: Any) -> Any:
+            work = self.engine.work
+            return trees.zeros_like(message_shape(work, fn, down, self.t))
+
+        return round_of(
+            self.t, cohort, self.n, each, self.memory, self.task, zeros=zeros
+        )
 
     def roles(self, cohort: Sequence[int]) -> tuple[list[int], list[int]]:
         """(anchors, miners) of a round in which everybody has a cache."""

@@ -151,7 +151,8 @@ class Ray:
                     logging_level=logging.ERROR,
                 )
                 self._started_ray = True
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        cluster: Any = ray
+        resources: dict[str, float] = cluster.cluster_resources()
         fitting = resources.get("CPU", 1)
         if self.gpus:
             fitting = resources.get("GPU", 0) / self.gpus

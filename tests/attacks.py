@@ -63,6 +63,12 @@ def data(
     return x, torch.randint(0, classes, (n,), generator=draw)
 
 
+def ends_of_the_box(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value of an input, [1, 1, 1]."""
+    black, white = torch.zeros(1, 1, 1, dtype=dtype), torch.ones(1, 1, 1, dtype=dtype)
+    return PIXELS.inputs(black), PIXELS.inputs(white)
+
+
 def gradient_of(model: nn.Module, w: Params, x: Tensor, y: Tensor) -> Params:
     """Of the mean cross-entropy, by autograd alone."""
     held = {name: p.detach().clone().requires_grad_() for name, p in w.items()}

@@ -15,7 +15,7 @@ from fedcore import trees
 from fedcore.audit import metrics
 from fedcore.audit.attacks.analytic import Analytic
 from fedcore.audit.attacks.analytic import Settings as AnalyticSettings
-from fedcore.audit.attacks.base import lacking, noise
+from fedcore.audit.attacks.base import gradient, lacking, noise
 from fedcore.audit.attacks.dlfa import (
     DLFA,
     averaged,
@@ -40,6 +40,7 @@ from tests.attacks import (
     cnn,
     data,
     decibel,
+    ends_of_the_box,
     gradient_of,
     mlp,
     see,
@@ -93,6 +94,18 @@ def test_gradient_leakage_matches_the_mean_gradient_at_the_start() -> None:
     assert found.objective <= found.curve[0]
 
 
+def test_the_mean_gradient_is_that_of_the_steps_along_the_path() -> None:
+    model, (x, y) = mlp().double(), data(4, 93, dtype=torch.float64)
+    seen = see(model, x, y, lr=0.3, epochs=2, batch=2)
+    w, slopes = dict(seen.w0), []
+    for rows in ([0, 1], [2, 3], [0, 1], [2, 3]):
+        slope = gradient_of(model, w, x[rows], y[rows])
+        w = trees.axpy(-0.3, slope, w)
+        slopes.append(slope)
+    mean = trees.map(lambda *g: sum(g) / 4, *slopes)
+    assert_close(gradient(seen), mean, 1e-12, "mean of four gradients")
+
+
 def test_the_best_place_is_kept_where_a_search_runs_away() -> None:
     x, y = data(3, 91)
     (found,) = DLG(DLGSettings(iterations=20, lr=50.0)).reconstruct(
@@ -124,9 +137,7 @@ def test_the_true_images_in_their_batches_have_a_simulated_update_like_the_real_
     model, (x, y) = cnn().double(), data(4, 110, dtype=torch.float64)
     o = see(model, x, y, lr=0.1, epochs=3, batch=2)
     attack = DLFA(DLFASettings())
-    least, greatest = (
-        PIXELS.inputs(torch.full((1, 1, 1), end, dtype=x.dtype)) for end in (0.0, 1.0)
-    )
+    least, greatest = ends_of_the_box(x.dtype)
     value = attack._objective(o, 0.1, 2, least, greatest)(model)
     fixed = Fixed(
         o.w0, {name: -change / (0.1 * 2) for name, change in o.delta.items()}, y

@@ -38,11 +38,11 @@ from fedcore.audit.observe import (
 )
 from fedcore.tasks import build_task
 from tests.attacks import (
-    PIXELS,
     cnn,
     data,
     decibel,
     digits,
+    ends_of_the_box,
     lane,
     mlp,
     objective,
@@ -106,40 +106,36 @@ def test_the_surrogate_attack_starts_as_its_paper_has_it() -> None:
 
 
 def reference_loop(
-    o: Observation, x: Tensor, y: Tensor, iterations: int, tv: float, alpha_lr: float
+    o: Observation, x: Tensor, y: Tensor, settings: SurrogateSettings
 ) -> tuple[Tensor, float]:
     """Section 4 step by step, with torch's own scheduler, in plain autograd."""
+    iterations = settings.iterations
     D = torch.cat([-v.flatten() for v in o.delta.values()])
-    least, greatest = (
-        PIXELS.inputs(torch.full((1, 1, 1), end, dtype=x.dtype)) for end in (0.0, 1.0)
+    least, greatest = ends_of_the_box(x.dtype)
+    x = x.clamp(least, greatest).requires_grad_()
+    alpha = torch.tensor(0.5, dtype=x.dtype, requires_grad=True)
+    optimisers = (
+        torch.optim.Adam([x], lr=1.0),
+        torch.optim.Adam([alpha], lr=1 / iterations),
     )
-    x, alpha = (
-        x.clamp(least, greatest).requires_grad_(),
-        torch.tensor(0.5, dtype=x.dtype, requires_grad=True),
-    )
-    optimisers = torch.optim.Adam([x], lr=1.0), torch.optim.Adam([alpha], lr=alpha_lr)
     marks = [3 * iterations // 8, 5 * iterations // 8, 7 * iterations // 8]
-    schedules = [
-        torch.optim.lr_scheduler.MultiStepLR(each, marks) for each in optimisers
-    ]
+    falling = torch.optim.lr_scheduler.MultiStepLR
+    schedules = [falling(optimiser, marks) for optimiser in optimisers]
     for _ in range(iterations):
-        w = {
-            name: alpha * p + (1 - alpha) * (p + o.delta[name])
-            for name, p in o.w0.items()
-        }
-        loss = functional.cross_entropy(
-            torch.func.functional_call(o.public.model, w, (x,)), y
-        )
-        g = torch.cat(
-            [
-                v.flatten()
-                for v in torch.autograd.grad(loss, list(w.values()), create_graph=True)
-            ]
-        )
-        value = 1 - torch.dot(D / D.norm(), g / g.norm()) + tv * total_variation(x)
+        w = dict(o.w0)
+        for name, change in o.delta.items():
+            w[name] = alpha * w[name] + (1 - alpha) * (w[name] + change)
+        outputs = torch.func.functional_call(o.public.model, w, (x,))
+        loss = functional.cross_entropy(outputs, y)
+        slopes = torch.autograd.grad(loss, list(w.values()), create_graph=True)
+        g = torch.cat([v.flatten() for v in slopes])
+        match = 1 - torch.dot(D / D.norm(), g / g.norm())
+        value = match + settings.tv * total_variation(x)
         x.grad, alpha.grad = torch.autograd.grad(value, [x, alpha])
-        for each, schedule in zip(optimisers, schedules, strict=True):
-            each.step()
+        if settings.signed:
+            x.grad = x.grad.sign()
+        for optimiser, schedule in zip(optimisers, schedules, strict=True):
+            optimiser.step()
             schedule.step()
         with torch.no_grad():
             x.clamp_(least, greatest)
@@ -147,14 +143,14 @@ def reference_loop(
     return x.detach(), alpha.item()
 
 
-def test_the_loop_is_the_specifications() -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_loop_is_the_specifications(signed: bool) -> None:
     model, (x, y) = mlp().double(), data(3, 20, dtype=torch.float64)
     o = see(model, x, y, lr=0.2, epochs=4)
-    s = SurrogateSettings(iterations=24, tv=0.02)
-    (found,) = SME(s).reconstruct([o], [y], 5)
-    expected, alpha = reference_loop(
-        o, noise(o, 5, 0, tuple(x.shape)), y, 24, 0.02, 1 / 24
-    )
+    settings = SurrogateSettings(iterations=24, tv=0.02, signed=signed)
+    (found,) = SME(settings).reconstruct([o], [y], 5)
+    start = noise(o, 5, 0, tuple(x.shape))
+    expected, alpha = reference_loop(o, start, y, settings)
     assert_close(found.x, expected, 1e-9, "images")
     assert found.facts["alpha"] == pytest.approx(alpha, abs=1e-12)
 
@@ -162,7 +158,7 @@ def test_the_loop_is_the_specifications() -> None:
 def test_images_stay_in_the_box_and_alpha_between_its_ends() -> None:
     x, y = data(3, 21)
     o = see(cnn(), x, y, epochs=3)
-    least, greatest = (PIXELS.inputs(torch.full((1, 1, 1), end)) for end in (0.0, 1.0))
+    least, greatest = ends_of_the_box()
     for iterations in (1, 2, 3, 5, 9):
         (found,) = SME(
             SurrogateSettings(iterations=iterations, lr=30.0, alpha_lr=0.7)
@@ -209,17 +205,16 @@ def test_global_random_state_is_neither_used_nor_moved() -> None:
 def test_of_several_starts_the_best_match_is_kept_and_the_others_told() -> None:
     x, y = data(2, 24)
     o = see(cnn(), x, y, epochs=2)
-    (found,) = SME(SurrogateSettings(iterations=12, restarts=3)).reconstruct(
-        [o], [y], 0
-    )
-    alone = SME(SurrogateSettings(iterations=12)).reconstruct([o], [y], 0)[0]
+    several = SurrogateSettings(iterations=12, restarts=3)
+    (found,) = SME(several).reconstruct([o], [y], 0)
+    (alone,) = SME(SurrogateSettings(iterations=12)).reconstruct([o], [y], 0)
     assert len(found.others) == 2
     assert found.objective <= alone.objective + 1e-6
-    near = min(
-        (alone.x - candidate).abs().max().item()
-        for candidate in (found.x, *found.others)
-    )
-    assert near < 1e-3, "the first start is one of the three"
+    ends = [found.x, *found.others]
+    distances = [(alone.x - end).abs().max().item() for end in ends]
+    assert min(distances) < 1e-3, "the first start is one of the three"
+    for one, other in itertools.combinations(ends, 2):
+        assert (one - other).abs().max().item() > 0.1, "each start has its own noise"
 
 
 def test_a_stop_gives_what_there_is() -> None:

@@ -23,6 +23,7 @@ from fedcore.audit.attacks.dlfa import (
     layer_weights,
     outside,
     squared_variation,
+    update_match,
 )
 from fedcore.audit.attacks.dlfa import Lane as Fixed
 from fedcore.audit.attacks.dlfa import Settings as DLFASettings
@@ -40,7 +41,6 @@ from tests.attacks import (
     cnn,
     data,
     decibel,
-    ends_of_the_box,
     gradient_of,
     mlp,
     see,
@@ -136,9 +136,7 @@ def test_the_true_images_in_their_batches_have_a_simulated_update_like_the_real_
 ):
     model, (x, y) = cnn().double(), data(4, 110, dtype=torch.float64)
     o = see(model, x, y, lr=0.1, epochs=3, batch=2)
-    attack = DLFA(DLFASettings())
-    least, greatest = ends_of_the_box(x.dtype)
-    value = attack._objective(o, 0.1, 2, least, greatest)(model)
+    value = update_match(o, DLFASettings())(model)
     fixed = Fixed(
         o.w0, {name: -change / (0.1 * 2) for name, change in o.delta.items()}, y
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedcore import trees
-from fedcore.audit.attacks import lanes
+from fedcore.audit.attacks import lane_gradients, lanes
 from fedcore.audit.attacks.sme import (
     SME,
     SurrogateSettings,
@@ -47,9 +47,7 @@ def test_lanes_side_by_side_are_lanes_one_after_another(build: Any) -> None:
             model,
             start,
             fixed,
-            {"x": 0.1, "alpha": 0.05},
-            8,
-            lambda v: None,
+            lanes.Descent({"x": 0.1, "alpha": 0.05}, 8, lambda v: None),
             batched=batched,
         )
         for batched in (True, False)
@@ -74,7 +72,7 @@ def test_lanes_side_by_side_are_lanes_one_after_another(build: Any) -> None:
 def test_convolutions_as_products_are_the_same_function_of_the_same_parameters(
     layer: nn.Module,
 ) -> None:
-    changed, x = lanes.products(layer), torch.randn(2, 3, 9, 8)
+    changed, x = lane_gradients.convolutions_as_products(layer), torch.randn(2, 3, 9, 8)
     assert list(dict(changed.named_parameters())) == list(
         dict(layer.named_parameters())
     )
@@ -95,7 +93,9 @@ def test_a_model_as_products_is_the_model() -> None:
         )
         model = e.model.build((1, 8, 8) if name == "mlp" else (1, 28, 28), 10).eval()
         x = torch.randn(2, 1, 8, 8) if name == "mlp" else torch.randn(2, 1, 28, 28)
-        assert_close(lanes.products(model)(x), model(x), 1e-5, name)
+        assert_close(
+            lane_gradients.convolutions_as_products(model)(x), model(x), 1e-5, name
+        )
 
 
 def test_clients_of_other_sizes_beside_one_change_nothing() -> None:
@@ -150,9 +150,7 @@ def test_step_sizes_fall_at_three_five_and_seven_eighths() -> None:
             nn.Identity(),
             {"x": torch.ones(1, 2)},
             {},
-            {"x": 1.0},
-            16,
-            lambda v: None,
+            lanes.Descent({"x": 1.0}, 16, lambda v: None),
         )
     finally:
         torch.optim.Adam = whole  # type: ignore[misc]
@@ -172,9 +170,7 @@ def shared_out(processes: int, objective: Any, **more: Any) -> lanes.Trace:
             nn.Identity(),
             {"x": start},
             {"to": to},
-            {"x": 0.5},
-            16,
-            lambda v: None,
+            lanes.Descent({"x": 0.5}, 16, lambda v: None),
             **more,
         )
     finally:

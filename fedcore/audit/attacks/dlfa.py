@@ -190,7 +190,8 @@ def update_match(
                     g = grad(loss)(w, lane.w0, images, y)
                     w = trees.axpy(-training.lr, g, w)
             scale = 1 / (training.lr * training.batches)
-            return trees.scale(trees.sub(start, w), scale)
+            update: Params = trees.scale(trees.sub(start, w), scale)
+            return update
 
         def value(v: Variables, lane: Lane) -> tuple[Tensor, Tensor]:
             difference = trees.sub(simulated(v["x"], lane), lane.target)
@@ -240,7 +241,7 @@ def disorder(x: Tensor) -> Tensor:
 
 
 def averaged(x: Tensor) -> Tensor:
-    """The mean of all epochs' images in the order of the first: [E, N, ...] to [N, ...]."""
+    """All epochs' images in the first one's order, averaged: [E, N, ...] to [N, ...]."""
     first = x[0].flatten(1)
     total = x[0].clone()
     largest = torch.finfo(first.dtype).max

@@ -81,7 +81,7 @@ def optimise(
     lanes, on_cpu = count_lanes(variables), device_of(variables).type == "cpu"
     threads = torch.get_num_threads() if on_cpu and forks.possible() else 1
     shares = min(threads, lanes)
-    pieces = []
+    pieces: list[tuple[Variables, Tree]] = []
     for numbers in np.array_split(np.arange(lanes), shares):
         rows = slice(numbers[0], numbers[-1] + 1)
         pieces.append(trees.at((variables, constants), rows))
@@ -133,7 +133,7 @@ def _shared_out(work: list[Work], names: list[str], progress: Progress) -> list[
     pool, goes_on = forks.Forks(len(work), go), None
     try:
         while True:
-            jobs = [((number, goes_on), []) for number in range(len(work))]
+            jobs: list[forks.Job] = [((i, goes_on), []) for i in range(len(work))]
             results = list(pool.run(jobs, []))
             done = results[0][0]
             if not isinstance(done, float):

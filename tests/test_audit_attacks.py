@@ -57,26 +57,19 @@ pytestmark = pytest.mark.usefixtures("same_models")
     "build", [mlp, lambda: mlp(between=nn.Identity()), lambda: mlp(between=nn.Tanh())]
 )
 def test_gradient_leakage_recovers_one_example_of_a_smooth_model(build: Any) -> None:
-    model = build()
-    seen = [see(model, *data(1, 80 + i), client=i) for i in range(3)]
-    truths = [Truth(*data(1, 80 + i)) for i in range(3)]
-    known = IDLG(DLGSettings(iterations=15)).reconstruct(seen, [None] * 3, 0)
-    assert [int(r.y) for r in known if r.y is not None] == [int(t.y) for t in truths]
-    assert (
-        min(
-            metrics.score(r.x, t, PIXELS).psnr.item()
-            for r, t in zip(known, truths, strict=True)
-        )
-        > 30
-    )
-    joint = DLG(DLGSettings(iterations=15)).reconstruct(seen, [None] * 3, 0)
-    values = [
-        metrics.score(r.x, t, PIXELS).psnr.item()
-        for r, t in zip(joint, truths, strict=True)
-    ]
-    assert max(values) > 30, (
-        values
-    )  # from some starts it settles on another label, as its authors say too
+    model, settings = build(), DLGSettings(iterations=5)
+    truths = [Truth(*data(1, 80)), Truth(*data(1, 81))]
+    seen = [see(model, *truth, client=i) for i, truth in enumerate(truths)]
+    with_labels = IDLG(settings).reconstruct(seen, [None] * 2, 0)
+    jointly = DLG(settings).reconstruct(seen, [None] * 2, 0)
+    joint_psnr = []
+    for truth, one, other in zip(truths, with_labels, jointly, strict=True):
+        assert one.y is not None
+        assert one.y.tolist() == truth.y.tolist()
+        assert metrics.score(one.x, truth, PIXELS).psnr.item() > 30
+        joint_psnr.append(metrics.score(other.x, truth, PIXELS).psnr.item())
+    # From some starts it settles on another label, as its authors say too.
+    assert max(joint_psnr) > 30, joint_psnr
 
 
 def test_gradient_leakage_matches_the_mean_gradient_at_the_start() -> None:
@@ -199,14 +192,10 @@ def test_epochs_are_put_in_one_order_before_they_are_averaged() -> None:
 
 def test_the_simulated_attack_comes_nearer_than_its_start() -> None:
     seen, y, truths, pixels = subjects(1, 4, local__epochs=2, local__batch_size=2)
-    start = decibel(
-        DLFA(DLFASettings(iterations=1, lr=1e-6)).reconstruct(seen, y, 0),
-        truths,
-        pixels,
-    )
-    (found,) = DLFA(DLFASettings(iterations=80)).reconstruct(seen, y, 0)
+    still = DLFA(DLFASettings(iterations=1, lr=1e-6)).reconstruct(seen, y, 0)
+    (found,) = DLFA(DLFASettings(iterations=40)).reconstruct(seen, y, 0)
     assert found.curve[-1] < 0.3 * found.curve[0]
-    assert decibel([found], truths, pixels) > start + 2
+    assert decibel([found], truths, pixels) > decibel(still, truths, pixels) + 1
     assert found.x.shape == truths[0].x.shape
 
 

@@ -51,6 +51,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def same_models() -> None:
+    """Models that a test builds start from the same parameters, whatever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """Runs of `small`, each done once: to be compared with, not to be resumed."""

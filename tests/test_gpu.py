@@ -37,8 +37,8 @@ from fedcore.speed.recording import Recorder
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.types import Batches, Model, Stateless, Tree
 from strategies.fedavg import FedAvg, Up
+from tests.attacks import cnn, data, mlp, see
 from tests.helpers import STRATEGIES, TOYS, VARIANTS, assert_close, loop_of, small
-from tests.test_audit_attacks import cnn, data, mlp, see
 from tests.test_audit_observe import Silent, digits, plan
 from tests.test_engines import DIGITS
 from tests.test_recording import (

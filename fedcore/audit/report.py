@@ -457,7 +457,8 @@ def _attacks_in_words(a: Audit) -> list[tuple[str, str]]:
         for name in a.plan["attacks"]
         if name in IMAGE_ATTACKS
     }
-    modules |= {name: f"fedcore.audit.{name}" for name in ("labels", "membership")}
+    for name in ("labels", "membership"):
+        modules[name] = f"fedcore.audit.attacks.{name}"
     return [
         (
             name,

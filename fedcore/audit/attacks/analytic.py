@@ -1,9 +1,12 @@
-"""Analytic recovery from a first linear layer (Phong et al., IEEE TIFS 2018; Geiping et al. 2020, Proposition 3.1).
+"""Analytic recovery from a first linear layer (Phong et al., IEEE TIFS 2018).
 
-z = W a + b, the first layer, fed by the raw input a   G_W, G_b  the update in W and b
-    per example   dl/dW_i = d_i a,  dl/db_i = d_i:   a = G_W[i] / G_b[i] for every row i with d_i not 0
-Exact for one example, after any number of local SGD steps, since each adds a multiple of a. With more examples a row gives their
-mean, weighted by d_i; rows that only one of them made active are still exact, and found because several such rows agree.
+See also Geiping et al. 2020, Proposition 3.1.
+z = W a + b  the first layer, fed by the raw input a   G_W, G_b  the update in W and b
+    per example   dl/dW_i = d_i a,  dl/db_i = d_i:
+                  a = G_W[i] / G_b[i] for every row i with d_i not 0
+Exact for one example, after any number of local SGD steps, since each adds a multiple
+of a. With more examples a row gives their mean, weighted by d_i; rows that only one of
+them made active are still exact, and found because several such rows agree.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ from fedcore.audit.attacks.base import (
     AttackSettings,
     Progress,
     Reconstruction,
-    silent,
+    keep_going,
 )
 from fedcore.audit.observe import Observation
+
+TINY = torch.finfo(torch.float64).tiny
 
 
 class Settings(AttackSettings):
@@ -42,49 +47,59 @@ class Analytic(Attack[Settings]):
         seen: Sequence[Observation],
         labels: Sequence[Tensor | None],
         seed: int,
-        progress: Progress = silent,
+        progress: Progress = keep_going,
     ) -> list[Reconstruction]:
-        found = []
-        for i, o in enumerate(seen):
-            x, rows = inputs(o, self.s)
-            found.append(
-                Reconstruction(x, None, 0.0, 1, {"rows": rows, "inputs": len(x)})
-            )
+        reconstructions = []
+        for i, client in enumerate(seen):
+            x, rows = inputs(client, self.s)
+            facts = {"rows": rows, "inputs": len(x)}
+            reconstructions.append(Reconstruction(x, None, 0.0, 1, facts))
             progress((i + 1) / len(seen), None)
-        return found
+        return reconstructions
 
 
-def first_layer(o: Observation) -> tuple[str, str]:
-    """Names of weight and bias. Raises ValueError for a first layer that is not linear, with a bias, on the raw input."""
-    names = list(o.w0)[:2]
-    size = torch.Size(o.public.shape).numel()
-    shapes = [tuple(o.w0[name].shape) for name in names]
+def first_layer(seen: Observation) -> tuple[str, str]:
+    """Names of weight and bias.
+
+    Raises ValueError unless that layer is linear, with a bias, on the raw input.
+    """
+    names = list(seen.w0)[:2]
+    size = torch.Size(seen.public.shape).numel()
+    shapes = [tuple(seen.w0[name].shape) for name in names]
     if len(names) < 2 or shapes[0][1:] != (size,) or shapes[1] != shapes[0][:1]:
         raise ValueError(
-            f'the first layer ("{names[0]}", {shapes[0]}) is not a linear one with a bias on the raw input'
+            f'the first layer ("{names[0]}", {shapes[0]}) is not a linear one with a '
+            "bias on the raw input"
         )
     return names[0], names[1]
 
 
-def inputs(o: Observation, s: Settings) -> tuple[Tensor, int]:
-    """(up to N distinct inputs [n, ...], those that most rows agree on first; rows that were active). Raises ValueError."""
-    names = first_layer(o)
-    if any(name not in o.delta for name in names):
-        raise ValueError(f'the first layer\'s "{names[0]}" never left the client')
-    W, b = (o.delta[name].double() for name in names)
-    active = b.abs() > s.least * b.abs().max().clamp(
-        min=torch.finfo(torch.float64).tiny
-    )
+def inputs(seen: Observation, settings: Settings) -> tuple[Tensor, int]:
+    """(up to N distinct inputs [n, ...], number of rows that were active).
+
+    The inputs that most rows agree on come first. Raises ValueError where the first
+    layer was not sent, or no row of it was active.
+    """
+    weight, bias = first_layer(seen)
+    if weight not in seen.delta or bias not in seen.delta:
+        raise ValueError(f'the first layer\'s "{weight}" never left the client')
+    W, b = seen.delta[weight].double(), seen.delta[bias].double()
+    active = b.abs() > settings.least * b.abs().max().clamp(min=TINY)
     if not bool(active.any()):
         raise ValueError("no row of the first layer was active")
     rows = W[active] / b[active, None]  # [rows, size]
-    unit = rows / rows.norm(dim=1, keepdim=True).clamp(
-        min=torch.finfo(torch.float64).tiny
-    )
-    alike = unit @ unit.T > s.same
-    found: list[int] = []
-    for row in alike.sum(1).argsort(descending=True, stable=True).tolist():
-        if len(found) < o.total and not any(alike[row, other] for other in found):
-            found.append(row)
-    like = next(iter(o.w0.values()))
-    return rows[found].view(-1, *o.public.shape).to(like.dtype), len(rows)
+    distinct = _distinct(rows, settings.same, seen.total)
+    like = next(iter(seen.w0.values()))
+    x = rows[distinct].view(-1, *seen.public.shape).to(like.dtype)
+    return x, len(rows)
+
+
+def _distinct(rows: Tensor, same: float, most: int) -> list[int]:
+    """Indices of at most so many different rows, those that most others equal first."""
+    unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=TINY)
+    is_same = unit @ unit.T > same
+    chosen: list[int] = []
+    for row in is_same.sum(1).argsort(descending=True, stable=True).tolist():
+        if len(chosen) < most and not bool(is_same[row, chosen].any()):
+            chosen.append(row)
+    return chosen

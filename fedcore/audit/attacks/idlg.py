@@ -1,7 +1,9 @@
-"""iDLG - improved deep leakage from gradients (Zhao, Mopuri, Bilen, 2020): DLG for one example, its label read off first.
+"""iDLG - improved deep leakage from gradients (Zhao, Mopuri, Bilen, 2020).
 
-With cross-entropy, G_i = p_i - 1[i = label] in the output layer's bias: the label is where the gradient is negative. Then dlg.py's
-objective over x alone.
+DLG for one example, its label read off first. With cross-entropy,
+    G_i = p_i - 1[i = label]   in the output layer's bias,
+so that the label is where the gradient is negative. Then dlg.py's objective over x
+alone.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from fedcore.audit.attacks.base import (
     Attack,
     Progress,
     Reconstruction,
+    keep_going,
     noise,
     part,
-    silent,
 )
 from fedcore.audit.attacks.dlg import Settings, match_gradient
 from fedcore.audit.attacks.labels import bias_of
@@ -33,23 +35,27 @@ class IDLG(Attack[Settings]):
         seen: Sequence[Observation],
         labels: Sequence[Tensor | None],
         seed: int,
-        progress: Progress = silent,
+        progress: Progress = keep_going,
     ) -> list[Reconstruction]:
-        found = []
-        for i, o in enumerate(seen):
-            if o.total != 1:
-                raise ValueError(f"is for one example; client {o.client} has {o.total}")
-            x = noise(o, seed, 0, (1, *o.public.shape))
-            z = x.new_zeros(1, o.public.outputs)
-            z[0, label(o)] = SURE
-            found.append(
-                match_gradient(
-                    o, x, z, self.s, part(progress, i, len(seen)), fixed=True
+        reconstructions = []
+        for i, client in enumerate(seen):
+            if client.total != 1:
+                raise ValueError(
+                    f"is for one example; client {client.client} has {client.total}"
                 )
+            x = noise(client, seed, 0, (1, *client.public.shape))
+            z = x.new_zeros(1, client.public.outputs)
+            z[0, label(client)] = SURE
+            watch = part(progress, i, len(seen))
+            reconstructions.append(
+                match_gradient(client, x, z, self.s, watch, fixed=True)
             )
-        return found
+        return reconstructions
 
 
-def label(o: Observation) -> int:
-    """The class of the one example: where the gradient of the output layer's bias, w0 - wT, is least."""
-    return int(bias_of(o).argmax())
+def label(seen: Observation) -> int:
+    """The class of the one example.
+
+    It is where the gradient of the output layer's bias, w0 - wT, is least.
+    """
+    return int(bias_of(seen).argmax())

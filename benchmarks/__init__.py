@@ -1,1 +1,2 @@
-import fedcore  # noqa: F401 - before torch, as the command line does: it says how PyTorch's threads wait
+# Before torch, as the command line does: fedcore says how PyTorch's threads wait.
+import fedcore  # noqa: F401

@@ -1,14 +1,20 @@
-"""FedLAW against FedAvg, and what it learns: gamma by local epochs and heterogeneity, weights by who is worth listening to.
+"""FedLAW against FedAvg, and what it learns: gamma, and the weights of clients.
 
-    python -m benchmarks.fedlaw accuracy    FedAvg, GWS, attentive LAW, FedLAW on Fashion-MNIST and digits, by heterogeneity; and
-                                            FedAvg with SGD on the proxy set: what the same data is worth without weights
-    python -m benchmarks.fedlaw gamma       learned gamma against local epochs, IID and not (the paper's figure 2)
-    python -m benchmarks.fedlaw fixed       accuracy against a fixed gamma (the paper's figure 1)
-    python -m benchmarks.fedlaw weights     half of the clients imbalanced (figure 5), and 4 of 10 with random labels
+python -m benchmarks.fedlaw accuracy
+    FedAvg, GWS, attentive LAW, FedLAW on Fashion-MNIST and digits, by heterogeneity;
+    and FedAvg with SGD on the proxy set: the worth of the same data without weights
+python -m benchmarks.fedlaw gamma
+    learned gamma against local epochs, IID and not (the paper's figure 2)
+python -m benchmarks.fedlaw fixed
+    accuracy against a fixed gamma (the paper's figure 1)
+python -m benchmarks.fedlaw weights
+    half of the clients imbalanced (figure 5), and 4 of 10 with random labels
 
-Small on purpose: 2 000 training images over 10 clients, 20 proxy images a class (10 on digits), MLP 784-32-10, 30 rounds, everybody
-takes part. FedAvg is FedLAW with neither weights nor gamma learned, so that clients train alike. Scores are means of the last
-ten rounds, mean and standard deviation over seeds. Options: --out DIR (runs there are read, or gone on with), --seeds N.
+Small on purpose: 2 000 training images over 10 clients, 20 proxy images a class (10 on
+digits), MLP 784-32-10, 30 rounds, full participation. FedAvg is FedLAW with neither
+weights nor gamma learned, so that clients train alike. Scores are means of the last ten
+rounds, mean and standard deviation over seeds. Options: --out DIR (runs there are read,
+or gone on with), --seeds N.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.tables import mean_and_std, print_table
 from fedcore import Experiment, trees
 from fedcore.data import sources
 from fedcore.data.federated import Examples, FederatedData
@@ -30,7 +37,7 @@ from fedcore.local import local_sgd
 from fedcore.method import Round
 from fedcore.rng import rng
 from fedcore.task import Task
-from fedcore.types import Batches, Model
+from fedcore.types import Batches, Model, Params
 from fedcore.views.compare import compare
 from fedcore.views.comparison import Run
 from fedcore.views.terminal import Terminal
@@ -38,30 +45,35 @@ from strategies import fedlaw
 
 
 class OnTheServerToo(fedlaw.FedLAW):
-    """FedAvg whose server goes on where the clients end: FedLAW's number of passes over the proxy set, by SGD without momentum."""
+    """FedAvg whose server goes on where the clients end.
+
+    FedLAW's number of passes over the proxy set, by SGD without momentum.
+    """
 
     def round(self, server: fedlaw.Server, r: Round) -> fedlaw.Server:
         assert r.task.proxy is not None
         mean = r.mean(self.train, r.cohort, Model(server.params)).value
-        w = trees.add(server.params, mean.delta)
-        (x, y), B, s = r.task.proxy, self.s.server_batch, self.s
-        for epoch in range(s.server_epochs):
-            for rows in torch.from_numpy(
-                rng(r.seed, "proxy", r.t, epoch).permutation(len(x))
-            ).split(B):
-                one = Batches(
-                    x[rows][None],
-                    y[rows][None],
-                    torch.ones(1, len(rows), device=x.device),
-                )
-                w, _, _ = local_sgd(
-                    r.task.loss,
-                    w,
-                    one,
-                    s.local_lr * s.lr_decay**r.t,
-                    weight_decay=s.weight_decay,
-                )
-        return fedlaw.Server(w, server.gamma_product)
+        params = trees.add(server.params, mean.delta)
+        num_examples = len(r.task.proxy.x)
+        for epoch in range(self.s.server_epochs):
+            order = rng(r.seed, "proxy", r.t, epoch).permutation(num_examples)
+            for start in range(0, num_examples, self.s.server_batch):
+                rows = order[start : start + self.s.server_batch]
+                params = self._step(params, r, torch.from_numpy(rows))
+        return fedlaw.Server(params, server.gamma_product)
+
+    def _step(self, params: Params, r: Round, rows: torch.Tensor) -> Params:
+        """The parameters after one step on these proxy examples."""
+        assert r.task.proxy is not None
+        x, y = r.task.proxy
+        mask = torch.ones(1, len(rows), device=x.device)
+        return local_sgd(
+            r.task.loss,
+            params,
+            Batches(x[rows][None], y[rows][None], mask),
+            self.s.local_lr * self.s.lr_decay**r.t,
+            weight_decay=self.s.weight_decay,
+        ).params
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -71,55 +83,52 @@ METHODS: dict[str, dict[str, Any]] = {
     "FedLAW": {},
 }
 TUNED = {"name": "benchmarks.fedlaw:OnTheServerToo"}
-CLIENTS, LAST = 10, 10
+CLIENTS = 10
+LAST = 10  # rounds that a score is the mean of
+ROWS = 2000
 
 
-def small(e: Experiment) -> Task:
-    """`options.source` with at most 2 000 training rows beside the proxy set, spread by `options.kind`.
+def small(settings: Experiment) -> Task:
+    """`options.source` with at most 2 000 training rows beside the proxy set.
 
-    plain: Dirichlet(`partition.alpha`). hybrid: the first half of the clients by Dirichlet(100), the second by Dirichlet(0.1), half
-    of the rows each. noisy: Dirichlet(100), and the labels of the first four clients are random.
+    They are spread by `options.kind`:
+    plain: Dirichlet(`partition.alpha`).
+    hybrid: the first half of the clients by Dirichlet(100), the second by
+    Dirichlet(0.1), half of the rows each.
+    noisy: Dirichlet(100), and the labels of the first four clients are random.
     """
-    source = sources.load(e.options["source"], e.data_folder)
-    labels, x, test = (
-        source.y_train.clone(),
-        source.x_train,
-        Examples(source.x_test, source.y_test),
-    )
-    servers, pool = carve(labels.numpy(), e.proxy, e.seed)
-    rows = rng(e.seed, "rows").permutation(pool)[:2000]
+    seed, kind = settings.seed, settings.options.get("kind", "plain")
+    source = sources.load(settings.options["source"], settings.data_folder)
+    x, labels = source.x_train, source.y_train.clone()
+    servers, pool = carve(labels.numpy(), settings.proxy, seed)
+    rows = rng(seed, "rows").permutation(pool)[:ROWS]
     proxy = Examples(x[servers], labels[servers])
-    kind = e.options.get("kind", "plain")
 
-    def spread(rows: np.ndarray, alpha: float, clients: int, seed: int) -> Partition:
-        part = Dirichlet(alpha=alpha, min_size=10).split(
-            labels[rows].numpy(), None, clients, seed
-        )
+    def spread(rows: np.ndarray, alpha: float, clients: int) -> Partition:
+        process = Dirichlet(alpha=alpha, min_size=10)
+        part = process.split(labels[rows].numpy(), None, clients, seed)
         return Partition(rows[part.order], part.offsets)
 
     if kind == "hybrid":
-        halves = [
-            spread(half, alpha, CLIENTS // 2, e.seed)
-            for half, alpha in zip(np.array_split(rows, 2), (100.0, 0.1), strict=True)
-        ]
-        order = np.concatenate([half.order for half in halves])
-        offsets = np.append(
-            halves[0].offsets, halves[0].offsets[-1] + halves[1].offsets[1:]
-        )
+        first_rows, second_rows = np.array_split(rows, 2)
+        first = spread(first_rows, 100.0, CLIENTS // 2)
+        second = spread(second_rows, 0.1, CLIENTS // 2)
+        order = np.concatenate([first.order, second.order])
+        moved = first.offsets[-1] + second.offsets[1:]
+        offsets = np.append(first.offsets, moved)
     else:
-        assert isinstance(e.partition, Dirichlet)
-        order, offsets = spread(
-            rows, e.partition.alpha if kind == "plain" else 100.0, CLIENTS, e.seed
-        )
+        assert isinstance(settings.partition, Dirichlet)
+        alpha = settings.partition.alpha if kind == "plain" else 100.0
+        order, offsets = spread(rows, alpha, CLIENTS)
     if kind == "noisy":
         mislabelled = order[: offsets[4]]
-        labels[mislabelled] = labels.new_tensor(
-            rng(e.seed, "labels").integers(0, source.num_classes, len(mislabelled))
-        )
-    data = FederatedData(Examples(x, labels), test, order, offsets, e.holdout, e.seed)
-    return Task(
-        e.model.build(tuple(x.shape[1:]), source.num_classes), data, proxy=proxy
-    )
+        draw = rng(seed, "labels")
+        wrong = draw.integers(0, source.num_classes, len(mislabelled))
+        labels[mislabelled] = labels.new_tensor(wrong)
+    train, test = Examples(x, labels), Examples(source.x_test, source.y_test)
+    data = FederatedData(train, test, order, offsets, settings.holdout, seed)
+    model = settings.model.build(tuple(x.shape[1:]), source.num_classes)
+    return Task(model, data, proxy=proxy)
 
 
 def experiment(
@@ -145,129 +154,114 @@ def experiment(
     return Experiment.parse(values)
 
 
-def late(runs: list[Run], value: Callable[[dict[str, Any]], float]) -> str:
-    """Of the last ten rounds, mean and standard deviation over seeds."""
-    means = [
-        statistics.fmean(value(row) for row in run.history.rows[-LAST:]) for run in runs
-    ]
-    return f"{statistics.fmean(means):.3f} ± {statistics.stdev(means) if len(means) > 1 else 0:.3f}"
+Row = dict[str, Any]
+
+
+def mean_late(run: Run, measure: Callable[[Row], float]) -> float:
+    """The mean of the last ten rounds."""
+    return statistics.fmean(measure(row) for row in run.history.rows[-LAST:])
+
+
+def learned_gamma(runs: list[Run]) -> str:
+    gammas = [mean_late(run, lambda row: row["server_gamma"]) for run in runs]
+    return mean_and_std(gammas, ".3f")
 
 
 def percent(runs: list[Run]) -> str:
-    means = [
-        100 * statistics.fmean(row["test_accuracy"] for row in run.history.rows[-LAST:])
-        for run in runs
-    ]
-    return f"{statistics.fmean(means):.1f} ± {statistics.stdev(means) if len(means) > 1 else 0:.1f}"
+    scores = [100 * mean_late(run, lambda row: row["test_accuracy"]) for run in runs]
+    return mean_and_std(scores)
 
 
-def table(head: list[str], rows: dict[str, list[str]]) -> None:
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for label, cells in rows.items():
-        print(f"| {' | '.join([label, *cells])} |")
-    print(flush=True)
+def share(runs: list[Run], t: int, clients: int) -> str:
+    """The weight of the first `clients` clients together in round t."""
+    shares = []
+    for run in runs:
+        weights = run.history.rows[t - 1]["server_lambda"]
+        shares.append(sum(weights[:clients]))
+    return mean_and_std(shares, ".2f")
+
+
+def print_rows(head: list[str], rows: dict[str, list[str]]) -> None:
+    """A table whose rows begin with their label."""
+    print_table(head, [[label, *cells] for label, cells in rows.items()])
 
 
 def accuracy(out: Path, seeds: int) -> None:
+    judged = METHODS | {"FedAvg, then SGD on the proxy set": TUNED}
+    learning = ("adaptive GWS", "FedLAW")
+    alphas = (0.1, 1.0, 100.0)
     for source in ("fashion-mnist", "digits"):
-        judged = METHODS | {"FedAvg, then SGD on the proxy set": TUNED}
-        rows: dict[str, list[str]] = {
-            label: [] for label in [*judged, "gamma of adaptive GWS", "gamma of FedLAW"]
-        }
-        alphas = (0.1, 1.0, 100.0)
+        head = [f"{source}, test accuracy, %"]
+        rows: dict[str, list[str]] = {label: [] for label in judged}
+        rows |= {f"gamma of {label}": [] for label in learning}
         for alpha in alphas:
-            experiments = [
-                (label, experiment(source, 3, method, alpha))
-                for label, method in judged.items()
-            ]
-            found = compare(
-                experiments, seeds, out / f"{source}-{alpha}", Terminal()
-            ).runs
+            head.append(f"Dirichlet {alpha:g}")
+            experiments = []
+            for label, method in judged.items():
+                experiments.append((label, experiment(source, 3, method, alpha)))
+            folder = out / f"{source}-{alpha}"
+            runs = compare(experiments, seeds, folder, Terminal()).runs
             for label in judged:
-                rows[label].append(percent(found[label]))
-            for label in ("adaptive GWS", "FedLAW"):
-                rows[f"gamma of {label}"].append(
-                    late(found[label], lambda row: row["server_gamma"])
-                )
-        table(
-            [
-                f"{source}, test accuracy, %",
-                *(f"Dirichlet {alpha:g}" for alpha in alphas),
-            ],
-            rows,
-        )
+                rows[label].append(percent(runs[label]))
+            for label in learning:
+                rows[f"gamma of {label}"].append(learned_gamma(runs[label]))
+        print_rows(head, rows)
 
 
 def gamma(out: Path, seeds: int) -> None:
-    epochs, rows = (1, 2, 5, 10), {}
+    method, labels = METHODS["adaptive GWS"], [f"E = {n}" for n in (1, 2, 5, 10)]
+    rows = {}
     for alpha in (100.0, 1.0):
-        experiments = [
-            (f"E = {n}", experiment("fashion-mnist", n, METHODS["adaptive GWS"], alpha))
-            for n in epochs
-        ]
-        found = compare(experiments, seeds, out / f"gamma-{alpha}", Terminal()).runs
-        rows[f"Dirichlet {alpha:g}"] = [
-            late(runs, lambda row: row["server_gamma"]) for runs in found.values()
-        ]
-    table(["learned gamma", *(f"E = {n}" for n in epochs)], rows)
+        experiments = []
+        for label, epochs in zip(labels, (1, 2, 5, 10), strict=True):
+            settings = experiment("fashion-mnist", epochs, method, alpha)
+            experiments.append((label, settings))
+        runs = compare(experiments, seeds, out / f"gamma-{alpha}", Terminal()).runs
+        rows[f"Dirichlet {alpha:g}"] = list(map(learned_gamma, runs.values()))
+    print_rows(["learned gamma", *labels], rows)
 
 
 def fixed(out: Path, seeds: int) -> None:
     gammas = (1.0, 0.99, 0.97, 0.95, 0.93, 0.9)
-    experiments = [
-        (
-            f"gamma {g}",
-            experiment("fashion-mnist", 3, {**METHODS["FedAvg"], "gamma": g}, 100.0),
-        )
-        for g in gammas
-    ]
-    found = compare(experiments, seeds, out / "fixed", Terminal()).runs
-    table(
-        ["fixed gamma", *map(str, gammas)],
-        {"test accuracy, %": [percent(runs) for runs in found.values()]},
-    )
+    experiments = []
+    for value in gammas:
+        method = METHODS["FedAvg"] | {"gamma": value}
+        settings = experiment("fashion-mnist", 3, method, 100.0)
+        experiments.append((f"gamma {value}", settings))
+    runs = compare(experiments, seeds, out / "fixed", Terminal()).runs
+    head = ["fixed gamma", *map(str, gammas)]
+    print_rows(head, {"test accuracy, %": list(map(percent, runs.values()))})
 
 
 def weights(out: Path, seeds: int) -> None:
-    for kind, those, first in (
+    rounds = (1, 5, 30)
+    for kind, group, clients in (
         ("hybrid", "the balanced half", 5),
         ("noisy", "the four with random labels", 4),
     ):
-        experiments = [
-            (label, experiment("fashion-mnist", 3, method, kind=kind))
-            for label, method in METHODS.items()
-        ]
-        found = compare(experiments, seeds, out / kind, Terminal()).runs
-        rows = {label: [percent(runs)] for label, runs in found.items()}
-
-        def share(runs: list[Run], t: int, first: int = first) -> str:
-            values = [
-                sum(run.history.rows[t - 1]["server_lambda"][:first]) for run in runs
-            ]
-            return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
-
+        experiments = []
+        for label, method in METHODS.items():
+            settings = experiment("fashion-mnist", 3, method, kind=kind)
+            experiments.append((label, settings))
+        runs = compare(experiments, seeds, out / kind, Terminal()).runs
+        rows = {label: [percent(runs[label])] for label in METHODS}
         for label in ("attentive LAW", "FedLAW"):
-            rows[label] += [share(found[label], t) for t in (1, 5, 30)]
+            rows[label] += [share(runs[label], t, clients) for t in rounds]
         for label in ("FedAvg", "adaptive GWS"):
             rows[label] += ["", "", ""]
-        head = [
-            f"{kind}",
-            "test accuracy, %",
-            *(f"weight of {those}, round {t}" for t in (1, 5, 30)),
-        ]
-        table(head, rows)
+        columns = [f"weight of {group}, round {t}" for t in rounds]
+        print_rows([kind, "test accuracy, %", *columns], rows)
 
 
 def main() -> None:
     studies = {"accuracy": accuracy, "gamma": gamma, "fixed": fixed, "weights": weights}
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    title = __doc__.splitlines()[0] if __doc__ else None
+    parser = argparse.ArgumentParser(description=title)
     parser.add_argument("study", choices=studies)
     parser.add_argument("--out", type=Path, default=Path("runs") / "fedlaw")
     parser.add_argument("--seeds", type=int, default=5)
-    a = parser.parse_args()
-    studies[a.study](a.out, a.seeds)
+    arguments = parser.parse_args()
+    studies[arguments.study](arguments.out, arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Flower's own Ray simulation with the same model, data, cohort and batches: what `benchmarks.engines` compares with.
+"""Flower's own Ray simulation with the same model, data, cohort and batches.
 
-Written as Flower's examples are: a ClientApp with one handler and a ServerApp that sends the model to the cohort and averages.
-Prints SECONDS and a JSON list, one number a round.
+`benchmarks.engines` compares with it. Written as Flower's examples are: a ClientApp
+with one handler and a ServerApp that sends the model to the cohort and averages. Prints
+SECONDS and a JSON list, one number a round.
 """
 
 from __future__ import annotations
@@ -24,70 +25,91 @@ from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.rng import rng
 from fedcore.tasks import build_task
+from fedcore.types import Batches
+
+SETTINGS, ROUNDS = "FEDCORE_BENCH_SETTINGS", "FEDCORE_BENCH_ROUNDS"
 
 client_app, server_app = ClientApp(), ServerApp()
 
 
+def read_settings() -> Experiment:
+    return Experiment.model_validate_json(Path(os.environ[SETTINGS]).read_text())
+
+
 @functools.cache
-def work() -> Work:
-    e = Experiment.model_validate_json(
-        Path(os.environ["FEDCORE_BENCH_SETTINGS"]).read_text()
+def shared_work() -> Work:
+    """Task and method, made once a process."""
+    settings = read_settings()
+    return Work(
+        build_task(settings),
+        settings.build_method(),
+        settings.local,
+        settings.seed,
+        settings.links,
+        settings.defence,
     )
-    return Work(build_task(e), e.build_method(), e.local, e.seed, e.links, e.defence)
 
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
-    w, t = work(), int(message.content["config"]["t"])  # type: ignore[index,call-overload]
-    model = w.task.model
-    model.load_state_dict(message.content["model"].to_torch_state_dict())  # type: ignore[union-attr]
-    optimizer = torch.optim.SGD(model.parameters(), lr=w.method.s.local_lr)
-    batches = w.batches(w.method.train, [int(context.node_config["partition-id"])], t)
-    if type(w.method).__name__ == "Noop":
-        batches = batches._replace(
-            x=batches.x[:, :0], y=batches.y[:, :0], mask=batches.mask[:, :0]
-        )
-    for x, y, mask in zip(batches.x[0], batches.y[0], batches.mask[0], strict=True):
-        n = int(mask.sum())
+    work, content = shared_work(), message.content
+    t = int(content["config"]["t"])  # type: ignore[arg-type]
+    client = int(context.node_config["partition-id"])
+    model, method = work.task.model, work.method
+    model.load_state_dict(content["model"].to_torch_state_dict())  # type: ignore[union-attr]
+    optimizer = torch.optim.SGD(model.parameters(), lr=method.s.local_lr)
+    batches = work.batches(method.train, [client], t)  # type: ignore[attr-defined]
+    assert isinstance(batches, Batches)
+    x, y, mask = batches.x, batches.y, batches.mask
+    if type(method).__name__ == "Noop":
+        x, y, mask = x[:, :0], y[:, :0], mask[:, :0]
+    for batch_x, batch_y, real in zip(x[0], y[0], mask[0], strict=True):
+        n = int(real.sum())
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[:n]), y[:n]).backward()
+        loss = nn.functional.cross_entropy(model(batch_x[:n]), batch_y[:n])
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    about = ConfigRecord({"num-examples": max(int(batches.mask.sum()), 1)})
-    return Message(
-        RecordDict({"model": ArrayRecord(model.state_dict()), "about": about}),
-        reply_to=message,
-    )
+    about = ConfigRecord({"num-examples": max(int(mask.sum()), 1)})
+    reply = RecordDict({"model": ArrayRecord(model.state_dict()), "about": about})
+    return Message(reply, reply_to=message)
 
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    e = Experiment.model_validate_json(
-        Path(os.environ["FEDCORE_BENCH_SETTINGS"]).read_text()
-    )
-    while len(nodes := sorted(grid.get_node_ids())) < e.population:
+    settings = read_settings()
+    assert settings.population is not None
+    while len(nodes := sorted(grid.get_node_ids())) < settings.population:
         time.sleep(0.1)
-    params = ArrayRecord(work().task.model.state_dict())
+    params = ArrayRecord(shared_work().task.model.state_dict())
     seconds = []
-    for t in range(int(os.environ["FEDCORE_BENCH_ROUNDS"])):
+    for t in range(int(os.environ[ROUNDS])):
         begin = time.perf_counter()
-        cohort = rng(e.seed, "bench", t).choice(len(nodes), 100, replace=False)
-        content = RecordDict({"model": params, "config": ConfigRecord({"t": t})})
-        messages = [
-            Message(content, dst_node_id=nodes[i], message_type="train") for i in cohort
-        ]
-        total: dict[str, torch.Tensor] = {}
-        weight = 0
-        for reply in grid.send_and_receive(messages):
-            if reply.has_error():
-                raise SystemExit(reply.error.reason)
-            n = int(reply.content["about"]["num-examples"])  # type: ignore[index,call-overload]
-            weight += n
-            for name, value in reply.content["model"].to_torch_state_dict().items():  # type: ignore[union-attr]
-                total[name] = total.get(name, 0) + n * value
-        params = ArrayRecord({name: value / weight for name, value in total.items()})
+        params = run_round(grid, nodes, params, settings.seed, t)
         seconds.append(round(time.perf_counter() - begin, 4))
     print("SECONDS", json.dumps(seconds), flush=True)
+
+
+def run_round(
+    grid: Grid, nodes: list[int], params: ArrayRecord, seed: int, t: int
+) -> ArrayRecord:
+    """The mean of the models of 100 clients, by their numbers of examples."""
+    cohort = rng(seed, "bench", t).choice(len(nodes), 100, replace=False)
+    content = RecordDict({"model": params, "config": ConfigRecord({"t": t})})
+    messages = []
+    for i in cohort:
+        messages.append(Message(content, dst_node_id=nodes[i], message_type="train"))
+    total: dict[str, torch.Tensor] = {}
+    weight = 0
+    for reply in grid.send_and_receive(messages):
+        if reply.has_error():
+            raise SystemExit(reply.error.reason)
+        num_examples = int(reply.content["about"]["num-examples"])  # type: ignore[arg-type]
+        weight += num_examples
+        model = reply.content["model"].to_torch_state_dict()  # type: ignore[union-attr]
+        for name, value in model.items():
+            total[name] = total.get(name, 0) + num_examples * value
+    return ArrayRecord({name: value / weight for name, value in total.items()})
 
 
 def simulate() -> None:
@@ -100,10 +122,9 @@ def simulate() -> None:
 
 
 if __name__ == "__main__":
-    # Ray's workers find the app by its module's name and its settings in the environment.
-    os.environ["FEDCORE_BENCH_SETTINGS"], os.environ["FEDCORE_BENCH_ROUNDS"] = sys.argv[
-        1:
-    ]
+    # Ray's workers find the app by its module's name, and its settings in the
+    # environment.
+    os.environ[SETTINGS], os.environ[ROUNDS] = sys.argv[1:]
     from benchmarks import flower_simulation  # noqa: PLW0406
 
     flower_simulation.simulate()

@@ -1,9 +1,13 @@
-"""Resident memory of runs, forks included, as they go: `python -m benchmarks.memory [flat] [scalar] [rows]`; default: all.
+"""Resident memory of runs as they go, forks included.
+
+python -m benchmarks.memory [RUN ...]      default: all of them
 
 flat     FedAvg, MLP, cohort 100 of 1 000, 500 rounds: the slope over the last 400
-scalar   100 000 clients of which each keeps one number between rounds, 2 000 a round, until nearly all have taken part
-rows     SCAFFOLD, 10 000 clients, each with a state of the MLP's 159 010 parameters: 6.4 GB of rows under a cap of 2 GB; what is
-         above the cap lies in mapped files of the run directory
+scalar   100 000 clients of which each keeps one number between rounds, 2 000 a round,
+         until nearly all have taken part
+rows     SCAFFOLD, 10 000 clients, each with a state of the MLP's 159 010 parameters:
+         6.4 GB of rows under a cap of 2 GB; the rows above the cap lie in mapped files
+         of the run directory
 """
 
 from __future__ import annotations
@@ -52,43 +56,18 @@ class Counting(Method[Settings]):
         return server
 
 
-def resident() -> float:
-    """MB of this process and its forks; a page that several have counts once (PSS)."""
-    me = psutil.Process()
-    return sum(process.memory_full_info().pss for process in (me, *me.children())) / 1e6
+class Case(NamedTuple):
+    """A run to watch."""
+
+    settings: dict[str, Any]
+    rounds: int
+    every: int  # rounds between two lines of the table
+    fit: int  # the slope is that of the rounds after this one
 
 
-def watch(e: Experiment, rounds: int, every: int, fit: int | None = None) -> None:
-    """Run, and print what is resident above the start; the slope from round `fit` on."""
-    with tempfile.TemporaryDirectory() as folder:
-        loop = Loop(e, Path(folder), Quiet(), None, False)
-        start, points = resident(), []
-        print(f"{'round':>6}{'clients':>9}{'rows, GB':>10}{'resident, GB':>14}{'s':>7}")
-        for t in range(rounds):
-            row = loop.round()
-            loop.history.append(row)
-            used = resident() - start
-            points.append((t + 1, used))
-            if t % every == every - 1 or t == rounds - 1:
-                store = loop.stores["clients"]
-                size = len(store.row_of) * store.row_bytes / 1e9
-                print(
-                    f"{t + 1:>6}{len(store.row_of):>9,}{size:>10.2f}{used / 1e3:>14.2f}{row['seconds']:>7.2f}",
-                    flush=True,
-                )
-        if fit is not None:
-            slope = np.polyfit(*np.array([p for p in points if p[0] > fit]).T, 1)[0]
-            print(f"slope from round {fit} on: {1e3 * slope:.2f} kB a round")
-        loop.save()
-        print(
-            f"after the checkpoint: {(resident() - start) / 1e3:.2f} GB above the start\n"
-        )
-        loop.close()
-
-
-RUNS: dict[str, tuple[dict[str, Any], int, int, int | None]] = {
-    "flat": ({}, 500, 50, 100),
-    "scalar": (
+CASES = {
+    "flat": Case({}, rounds=500, every=50, fit=100),
+    "scalar": Case(
         {
             "method.name": "benchmarks.memory:Counting",
             "task": "least-squares",
@@ -96,39 +75,85 @@ RUNS: dict[str, tuple[dict[str, Any], int, int, int | None]] = {
             "participation.cohort": 2000,
             "checkpoint.state_ram_gb": 2.0,
         },
-        150,
-        25,
-        50,
+        rounds=150,
+        every=25,
+        fit=50,
     ),
-    "rows": (
+    "rows": Case(
         {
             "method.name": "scaffold",
             "population": 10_000,
             "participation.cohort": 500,
             "checkpoint.state_ram_gb": 2.0,
         },
-        60,
-        10,
-        20,
+        rounds=60,
+        every=10,
+        fit=20,
     ),
 }
 
 
+def resident() -> float:
+    """MB of this process and its forks; a page that several share counts once (PSS)."""
+    me = psutil.Process()
+    return sum(process.memory_full_info().pss for process in (me, *me.children())) / 1e6
+
+
+def slope(used: list[float], first: int) -> float:
+    """MB a round after round `first`, of the memory in use after each round, in MB."""
+    rounds = np.arange(first + 1, len(used) + 1)
+    return float(np.polyfit(rounds, np.array(used[first:]), 1)[0])
+
+
+def save(loop: Loop) -> None:
+    """A checkpoint, as `Loop.run` makes one."""
+    with (loop.folder / "metrics.jsonl").open("a") as metrics:
+        loop._saving.save(loop.state, metrics)
+
+
+def watch(settings: Experiment, case: Case) -> None:
+    """Run, and print the memory above that at the start, and its slope."""
+    with tempfile.TemporaryDirectory() as folder:
+        loop = Loop(settings, Path(folder), Quiet(), None, False)
+        start = resident()
+        used: list[float] = []
+        print(f"{'round':>6}{'clients':>9}{'rows, GB':>10}{'resident, GB':>14}{'s':>7}")
+        for t in range(1, case.rounds + 1):
+            row = loop.round()
+            loop.history.add(row)
+            used.append(resident() - start)
+            if t % case.every == 0 or t == case.rounds:
+                store = loop.stores["clients"]
+                clients = len(store.row_of)
+                size = clients * store.row_bytes / 1e9
+                print(
+                    f"{t:>6}{clients:>9,}{size:>10.2f}"
+                    f"{used[-1] / 1e3:>14.2f}{row['seconds']:>7.2f}",
+                    flush=True,
+                )
+        kilobytes = 1e3 * slope(used, case.fit)
+        print(f"slope from round {case.fit} on: {kilobytes:.2f} kB a round")
+        save(loop)
+        gigabytes = (resident() - start) / 1e3
+        print(f"after the checkpoint: {gigabytes:.2f} GB above the start\n")
+        loop.close()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None
-    )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=", ".join(RUNS))
-    a = parser.parse_args()
-    if unknown := set(a.runs) - set(RUNS):
+    title = __doc__.splitlines()[0] if __doc__ else None
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=", ".join(CASES))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.runs) - set(CASES):
         parser.error(
-            f"no such run: {', '.join(sorted(unknown))}; expected some of {', '.join(RUNS)}"
+            f"no such run: {', '.join(sorted(unknown))}; "
+            f"expected some of {', '.join(CASES)}"
         )
-    for name in a.runs or RUNS:
-        settings, rounds, every, fit = RUNS[name]
+    for name in arguments.runs or CASES:
+        case = CASES[name]
         print(name)
-        changes = [f"{key}={value}" for key, value in settings.items()]
-        watch(experiment(*EVEN, "evaluation.clients=0", *changes), rounds, every, fit)
+        changes = [f"{key}={value}" for key, value in case.settings.items()]
+        watch(experiment(*EVEN, "evaluation.clients=0", *changes), case)
 
 
 if __name__ == "__main__":

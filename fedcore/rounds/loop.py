@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from fedcore import __version__, engines, privacy, trees
-from fedcore.audit.observe import Captures
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine, Work
 from fedcore.errors import RunError, SettingsError, TooFewReports
 from fedcore.messages.links import LinkSettings
 from fedcore.method import Method, evaluates
 from fedcore.rng import rng
+from fedcore.rounds.captures import Captures
 from fedcore.rounds.participation import Process, UniformProcess, answering
 from fedcore.rounds.readout import Readout, read
 from fedcore.rounds.rundir import (

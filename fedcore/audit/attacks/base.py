@@ -1,4 +1,7 @@
-"""What an attack is: settings, what it needs to know, and what it gives back. No attack ever gets a client's real data."""
+"""What an attack is: its settings, its needs, and its result.
+
+No attack ever gets a client's real data.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,18 @@ from fedcore.rng import seed_of
 from fedcore.types import Params
 
 Need = Literal["images", "classes", "scale", "batches"]
-NEEDS: dict[str, str] = {
+NEEDS: dict[Need, str] = {
     "images": "inputs that are images (Task(..., pixels=Pixels()) says so)",
     "classes": "a classification task with cross-entropy",
     "scale": "the local step size and the number of local steps",
     "batches": "the local step size, epochs and batch size",
 }
 Progress = Callable[[float, float | None], bool]
-"""(share of the attack that is done, in [0, 1]; the objective now, lower is a better match) -> whether to go on."""
+"""(share that is done, in [0, 1]; the objective, lower is better) -> go on?"""
 
 
-def silent(done: float, objective: float | None) -> bool:
-    """Progress that nobody watches."""
+def unwatched(done: float, objective: float | None) -> bool:
+    """The progress of an attack that runs to its end."""
     return True
 
 
@@ -37,13 +40,16 @@ def part(progress: Progress, number: int, of: int, size: int = 1) -> Progress:
 
 
 class AttackSettings(BaseModel):
-    """Base of an attack's settings: frozen, and unknown keys are refused. Defaults are the paper's."""
+    """Base of an attack's settings: frozen, unknown keys refused, defaults the paper's.
+
+    An attack names its settings class: `class SME(Attack[SurrogateSettings])`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class InversionSettings(AttackSettings):
-    """What attacks by optimisation share."""
+    """Settings that attacks by optimisation share."""
 
     iterations: int = Field(1000, ge=1, description="steps of the optimiser")
     restarts: int = Field(
@@ -54,23 +60,22 @@ class InversionSettings(AttackSettings):
     tv: float = Field(
         0.01,
         ge=0,
-        description="lambda, weight of total variation, half the sum of two mean absolute differences",
+        description="lambda, weight of total variation, "
+        "half the sum of two mean absolute differences",
     )
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What one attack found of one client, from its update alone."""
+    """One attack's result on one client, from its update alone."""
 
     x: Tensor  # [M N, ...] as the model takes them
     y: Tensor | None  # [M N] the labels it worked with; None where it found none
-    objective: float  # at the end: 1 - cosine, or what the attack minimises, without its priors
+    objective: float  # at the end: 1 - cosine, or the attack's own, without priors
     iterations: int
     facts: dict[str, Any] = field(default_factory=dict)  # alpha, path_scale, ...
     curve: list[float] = field(default_factory=list)  # the objective along the way
-    others: tuple[
-        Tensor, ...
-    ] = ()  # images of the other restarts, for self-consistency
+    others: tuple[Tensor, ...] = ()  # images of other restarts, for self-consistency
 
     def cpu(self) -> Reconstruction:
         return replace(
@@ -97,11 +102,12 @@ class Attack(Generic[S]):
         seen: Sequence[Observation],
         labels: Sequence[Tensor | None],
         seed: int,
-        progress: Progress = silent,
+        progress: Progress = unwatched,
     ) -> list[Reconstruction]:
-        """The clients' inputs, on the device of the observations. `labels` are given or recovered, int64 [M N]; None: unknown.
+        """The clients' inputs, on the device of the observations.
 
-        Raises ValueError where an observation does not allow the attack.
+        `labels` are given or recovered, int64 [M N]; None: unknown. Raises ValueError
+        where an observation does not allow the attack.
         """
         raise NotImplementedError
 
@@ -112,26 +118,22 @@ def settings_of(attack: type[Attack[Any]]) -> type[AttackSettings]:
         for argument in get_args(base):
             if inspect.isclass(argument) and issubclass(argument, AttackSettings):
                 return argument
-    raise TypeError(
-        f"{attack.__name__} names no settings: write class {attack.__name__}(Attack[Settings])"
-    )
+    name = attack.__name__
+    raise TypeError(f"{name} names no settings: write class {name}(Attack[Settings])")
 
 
 def lacking(needs: frozenset[Need], seen: Observation) -> str | None:
-    """Why an attack with these needs cannot be run on this observation; None where it can."""
-    known = seen.public
-    has = {
-        "images": known.pixels is not None,
-        "classes": known.classes is not None,
-        "scale": known.lr is not None
-        and known.local_steps(seen.num_examples) is not None,
-        "batches": known.lr is not None
-        and known.batch_size is not None
-        and known.epochs is not None,
+    """The reason why an attack with these needs cannot be run; None where it can."""
+    public = seen.public
+    has_lr = public.lr is not None
+    has_epochs = public.batch_size is not None and public.epochs is not None
+    has: dict[Need, bool] = {
+        "images": public.pixels is not None,
+        "classes": public.classes is not None,
+        "scale": has_lr and public.local_steps(seen.num_examples) is not None,
+        "batches": has_lr and has_epochs,
     }
-    missing = [
-        NEEDS[need] for need in get_args(Need) if need in needs and not has[need]
-    ]
+    missing = [text for need, text in NEEDS.items() if need in needs and not has[need]]
     return f"needs {' and '.join(missing)}" if missing else None
 
 
@@ -141,30 +143,31 @@ def gradient_like(seen: Observation) -> Params:
 
 
 def gradient(seen: Observation) -> Params:
-    """The mean gradient along the client's path, (w0 - wT) / (eta T). Raises ValueError where eta T is unknown."""
-    steps = seen.public.local_steps(seen.num_examples)
-    if seen.public.lr is None or steps is None:
+    """The mean gradient along the client's path, (w0 - wT) / (eta T).
+
+    Raises ValueError where eta or T is unknown.
+    """
+    lr, steps = seen.public.lr, seen.public.local_steps(seen.num_examples)
+    if lr is None or steps is None:
         raise ValueError(f"needs {NEEDS['scale']}")
-    return {
-        name: -change / (seen.public.lr * steps) for name, change in seen.delta.items()
-    }
+    return {name: -change / (lr * steps) for name, change in seen.delta.items()}
 
 
 def noise(seen: Observation, seed: int, restart: int, shape: tuple[int, ...]) -> Tensor:
     """N(0, 1) as a start, from the key of this client, round and restart."""
-    draw = torch.Generator().manual_seed(
-        seed_of(seed, "audit start", seen.round, seen.client, restart)
-    )
+    key = seed_of(seed, "audit start", seen.round, seen.client, restart)
+    draw = torch.Generator().manual_seed(key)
     like = next(iter(seen.w0.values()))
     return torch.randn(shape, generator=draw, dtype=like.dtype).to(seen.device)
 
 
 def total_variation(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Half the sum of the mean absolute differences along each axis, over images [N, C, H, W]; of those with mask [N] 1. 0-d."""
-    across, down = (
-        (x[..., 1:] - x[..., :-1]).abs(),
-        (x[..., 1:, :] - x[..., :-1, :]).abs(),
-    )
+    """Half the sum of the mean absolute differences along each axis, 0-d.
+
+    Over images x [N, C, H, W]; with mask [N] over those where it is 1.
+    """
+    across = (x[..., 1:] - x[..., :-1]).abs()
+    down = (x[..., 1:, :] - x[..., :-1, :]).abs()
     if mask is None:
         return 0.5 * (across.mean() + down.mean())
     real = mask.sum().clamp(min=1)
@@ -173,12 +176,8 @@ def total_variation(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def box(seen: Observation) -> tuple[Tensor, Tensor]:
-    """(least, greatest) value of an input whose pixels are in [0, 1], by channel [C, 1, 1]."""
-    assert seen.public.pixels is not None
-    sides = seen.public.shape[0], 1, 1
-    ends = (
-        seen.public.pixels.inputs(torch.full(sides, end, device=seen.device))
-        for end in (0.0, 1.0)
-    )
-    least, greatest = ends
-    return least, greatest
+    """(least, greatest) input whose pixels are in [0, 1], by channel [C, 1, 1]."""
+    pixels = seen.public.pixels
+    assert pixels is not None, "the attack needs images"
+    black = torch.zeros((seen.public.shape[0], 1, 1), device=seen.device)
+    return pixels.inputs(black), pixels.inputs(black + 1)

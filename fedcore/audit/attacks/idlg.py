@@ -1,7 +1,8 @@
-"""iDLG - improved deep leakage from gradients (Zhao, Mopuri, Bilen, 2020): DLG for one example, its label read off first.
+"""iDLG - improved deep leakage from gradients (Zhao, Mopuri, Bilen, 2020).
 
-With cross-entropy, G_i = p_i - 1[i = label] in the output layer's bias: the label is where the gradient is negative. Then dlg.py's
-objective over x alone.
+DLG for one example, its label read off first. With cross-entropy,
+G_i = p_i - 1[i = label] in the output layer's bias: the label is where the gradient is
+negative. Then dlg.py's objective over x alone.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from fedcore.audit.attacks.base import (
     Reconstruction,
     noise,
     part,
-    silent,
+    unwatched,
 )
-from fedcore.audit.attacks.dlg import Settings, match_gradient
+from fedcore.audit.attacks.dlg import Dummies, Settings, match_gradient
 from fedcore.audit.attacks.labels import bias_of
 from fedcore.audit.observe import Observation
 
@@ -33,23 +34,24 @@ class IDLG(Attack[Settings]):
         seen: Sequence[Observation],
         labels: Sequence[Tensor | None],
         seed: int,
-        progress: Progress = silent,
+        progress: Progress = unwatched,
     ) -> list[Reconstruction]:
         found = []
-        for i, o in enumerate(seen):
-            if o.total != 1:
-                raise ValueError(f"is for one example; client {o.client} has {o.total}")
-            x = noise(o, seed, 0, (1, *o.public.shape))
-            z = x.new_zeros(1, o.public.outputs)
-            z[0, label(o)] = SURE
-            found.append(
-                match_gradient(
-                    o, x, z, self.s, part(progress, i, len(seen)), fixed=True
+        for i, observation in enumerate(seen):
+            n, public = observation.total_examples, observation.public
+            if n != 1:
+                raise ValueError(
+                    f"is for one example; client {observation.client} has {n}"
                 )
-            )
+            x = noise(observation, seed, 0, (1, *public.shape))
+            z = x.new_zeros(1, public.outputs)
+            z[0, label(observation)] = SURE
+            share = part(progress, i, len(seen))
+            start = Dummies(x, z)
+            found.append(match_gradient(observation, start, self.s, share, True))
         return found
 
 
-def label(o: Observation) -> int:
-    """The class of the one example: where the gradient of the output layer's bias, w0 - wT, is least."""
-    return int(bias_of(o).argmax())
+def label(seen: Observation) -> int:
+    """The class of the one example: where the output bias's gradient is least."""
+    return int(bias_of(seen).argmax())

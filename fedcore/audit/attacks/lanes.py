@@ -1,11 +1,13 @@
-"""Many reconstructions in one batch of optimisations: a lane is one client, one start, one path scale.
+"""Many reconstructions in one batch of optimisations.
 
-Adam works element by element, so lanes side by side are lanes one after another; what differs is how their gradients are taken:
-under `torch.func.vmap`, or one by one; both from recordings (`fedcore.speed.recording`). Which is
-faster depends on model and machine, so it is measured and remembered, as the vectorised engine does. Convolutions with other
-weights in each lane are written as matrix products for vmap: PyTorch would make them grouped convolutions, which on a CPU are
-twenty times slower. On a CPU the lanes are shared out among forks of this process, one for each core; on a GPU they stay together,
-and their gradients become CUDA graphs.
+A lane is one client, one start, one path scale. Adam works element by element, so lanes
+side by side are lanes one after another; they differ in how gradients are taken: under
+`torch.func.vmap`, or one by one; both from recordings (`fedcore.speed.recording`).
+Which is faster depends on model and machine, so it is measured and remembered, as the
+vectorised engine does. Convolutions with other weights in each lane are written as
+matrix products for vmap: PyTorch would make them grouped convolutions, which on a CPU
+are twenty times slower. On a CPU the lanes are shared out among forks of this process,
+one for each core; on a GPU they stay together, and their gradients become CUDA graphs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch.func import grad_and_value, vmap
 from torch.nn import functional
 
 from fedcore import __version__, trees
-from fedcore.audit.attacks.base import Progress, silent
+from fedcore.audit.attacks.base import Progress, unwatched
 from fedcore.engines.base import one_thread
 from fedcore.speed import forks
 from fedcore.speed.cuda_graphs import EAGER, Graphs
@@ -33,7 +35,7 @@ from fedcore.storage import cache
 from fedcore.types import Tree
 
 AT_ONCE = 32  # lanes in one batch
-HEARD = 20  # times that an optimisation in forks or on a GPU tells how far it is, and hears whether to go on; else at every step
+HEARD = 20  # times that an optimisation in forks or on a GPU tells its progress
 TRIALS = EAGER + 4  # of each way, of which the fastest counts: the first ones record
 CURVE = 50  # points kept of the objective along the way
 
@@ -41,16 +43,30 @@ Variables = dict[str, Tensor]
 """What is optimised, by name; [lanes, ...], or of one lane inside an objective."""
 
 Objective = Callable[[Variables, Tree], tuple[Tensor, Tensor]]
-"""(variables, constants) of one lane -> (what is minimised, the part of it that is the match), both 0-d."""
+"""(variables, constants) of one lane -> (the value that is minimised, its match), 0-d.
+
+The match is the part of the value that compares the update."""
 
 
 class Trace(NamedTuple):
-    """Where the optimisation ended."""
+    """The end of an optimisation, and the way there."""
 
     variables: Variables  # [lanes, ...]
     match: Tensor  # [lanes] at the last variables
     curve: list[list[float]]  # by lane
     iterations: int  # done
+
+
+class Steps(NamedTuple):
+    """The steps of an optimisation, the same for all lanes."""
+
+    rates: dict[str, float]  # Adam's step size by variable
+    iterations: int
+    project: Callable[[Variables], None]  # clamps in place after every step
+    milestones: bool  # step sizes fall tenfold at 3/8, 5/8 and 7/8 of the way
+    gamma: float | None  # or by this factor each step
+    signed: bool  # the sign of the gradient of x instead of the gradient
+    every: int  # iterations from one report of progress to the next
 
 
 def optimise(
@@ -64,70 +80,52 @@ def optimise(
     milestones: bool = True,
     gamma: float | None = None,
     signed: bool = False,
-    progress: Progress = silent,
+    progress: Progress = unwatched,
     batched: bool | None = None,
 ) -> Trace:
-    """Adam over all lanes, with step size `rates[name]`; variables without a rate stay as they are.
+    """Adam over all lanes, with step size `rates[name]`.
 
-    `objective(model)` is the objective on that model; `constants` have a leading lane axis. `project` clamps in place after every
-    step. `milestones`: step sizes fall tenfold at 3/8, 5/8 and 7/8 of the way; `gamma`: by this factor each step. `signed`: the
-    sign of the gradient of x instead of the gradient. `batched` = None: measure.
+    Variables without a rate stay as they are. `objective(model)` is the objective on
+    that model; `constants` have a leading lane axis. The other arguments are those of
+    `Steps`. `batched` = None: measured.
     """
     lanes, on_cpu = _count(variables), _device(variables).type == "cpu"
     shares = min(torch.get_num_threads() if on_cpu and forks.possible() else 1, lanes)
-    pieces = [
-        trees.at((variables, constants), slice(n[0], n[-1] + 1))
-        for n in np.array_split(np.arange(lanes), shares)
-    ]
+    every = 1 if on_cpu and shares == 1 else max(iterations // HEARD, 1)
+    steps = Steps(rates, iterations, project, milestones, gamma, signed, every)
+    pieces = []
+    for numbers in np.array_split(np.arange(lanes), shares):
+        piece = slice(numbers[0], numbers[-1] + 1)
+        pieces.append(trees.at((variables, constants), piece))
     with one_thread():  # of each fork; and operations this small are slower on several
         some, fixed = pieces[0]
         gradients = Gradients(objective, model, some, fixed, tuple(rates), batched)
-        every = 1 if on_cpu and shares == 1 else max(iterations // HEARD, 1)
-        work = [
-            _lanes(
-                gradients,
-                v,
-                c,
-                rates,
-                iterations,
-                project,
-                milestones,
-                gamma,
-                signed,
-                every,
-            )
-            for v, c in pieces
-        ]
-        traces = (
-            _here(work[0], progress)
-            if shares == 1
-            else _shared_out(work, list(variables), progress)
-        )
-    joined = {
-        name: torch.cat([trace.variables[name] for trace in traces])
-        for name in variables
-    }
+        work = [_lanes(gradients, v, fixed, steps) for v, fixed in pieces]
+        if shares == 1:
+            traces = [_here(work[0], progress)]
+        else:
+            traces = _shared_out(work, list(variables), progress)
+    joined = {}
+    for name in variables:
+        joined[name] = torch.cat([trace.variables[name] for trace in traces])
     match = torch.cat([trace.match for trace in traces])
-    return Trace(
-        joined,
-        match,
-        [row for trace in traces for row in trace.curve],
-        traces[0].iterations,
-    )
+    curves = [row for trace in traces for row in trace.curve]
+    return Trace(joined, match, curves, traces[0].iterations)
 
 
 Work = Generator[tuple[float, Tensor], bool | None, Trace]
-"""An optimisation on its way: yields (how much is done, [lanes] the match), and takes whether to go on."""
+"""An optimisation on its way: yields (share done, [lanes] the match), is sent go on?"""
 
 
-def _here(work: Work, progress: Progress) -> list[Trace]:
-    on = None
+def _here(work: Work, progress: Progress) -> Trace:
+    goes_on = None
     while True:
         try:
-            done, match = work.send(on)
+            done, match = work.send(goes_on)
         except StopIteration as end:
-            return [end.value]
-        on = progress(done, float(match.mean()))
+            trace: Trace = end.value
+            return trace
+        goes_on = progress(done, float(match.mean()))
 
 
 def _shared_out(work: list[Work], names: list[str], progress: Progress) -> list[Trace]:
@@ -136,83 +134,70 @@ def _shared_out(work: list[Work], names: list[str], progress: Progress) -> list[
     def go(
         job: tuple[int, bool | None], _: list[Tensor], __: list[Tensor]
     ) -> tuple[Any, list[Tensor]]:
-        number, on = job
+        number, goes_on = job
         try:
-            done, match = work[number].send(on)
+            done, match = work[number].send(goes_on)
         except StopIteration as end:
             trace: Trace = end.value
-            return (trace.curve, trace.iterations), [
-                trace.match,
-                *(trace.variables[name] for name in names),
-            ]
+            variables = [trace.variables[name] for name in names]
+            return (trace.curve, trace.iterations), [trace.match, *variables]
         return done, [match]
 
-    pool, on = forks.Forks(len(work), go), None
+    pool, goes_on = forks.Forks(len(work), go), None
     try:
         while True:
-            found = list(
-                pool.run([((number, on), []) for number in range(len(work))], [])
-            )
-            if not isinstance(found[0][0], float):
+            jobs = [(number, goes_on) for number in range(len(work))]
+            answers = list(pool.run([(job, []) for job in jobs], []))
+            done = answers[0][0]
+            if not isinstance(done, float):
                 break
-            on = progress(
-                found[0][0], float(torch.cat([match for _, (match,) in found]).mean())
-            )
+            match = torch.cat([match for _, (match,) in answers])
+            goes_on = progress(done, float(match.mean()))
     finally:
         pool.close()
-    return [
-        Trace(
-            {name: x.clone() for name, x in zip(names, values, strict=True)},
-            match.clone(),
-            *rest,
-        )
-        for rest, (match, *values) in found
-    ]
+    traces = []
+    for (curve, iterations), (match, *values) in answers:
+        # Copied: the memory that they lie in goes with the forks.
+        own = [value.clone() for value in values]
+        variables = dict(zip(names, own, strict=True))
+        traces.append(Trace(variables, match.clone(), curve, iterations))
+    return traces
 
 
 def _lanes(
-    gradients: Gradients,
-    variables: Variables,
-    constants: Tree,
-    rates: dict[str, float],
-    iterations: int,
-    project: Callable[[Variables], None],
-    milestones: bool,
-    gamma: float | None,
-    signed: bool,
-    every: int,
+    gradients: Gradients, variables: Variables, constants: Tree, steps: Steps
 ) -> Work:
+    """The optimisation of some of the lanes."""
     held = {name: value.clone() for name, value in variables.items()}
-    optimiser = torch.optim.Adam(
-        [{"params": [held[name]], "lr": rate} for name, rate in rates.items()]
-    )
-    marks = [part * iterations // 8 for part in (3, 5, 7)]
+    groups = [{"params": [held[name]], "lr": lr} for name, lr in steps.rates.items()]
+    optimiser = torch.optim.Adam(groups)
+    iterations = steps.iterations
+    marks = [eighths * iterations // 8 for eighths in (3, 5, 7)]
     match = torch.zeros(_count(held))
     curve: list[Tensor] = []
     for i in range(iterations):
-        found, match = gradients(held, constants)
-        for name in rates:
-            held[name].grad = (
-                found[name].sign() if signed and name == "x" else found[name]
-            )
+        slopes, match = gradients(held, constants)
+        for name in steps.rates:
+            is_signed = steps.signed and name == "x"
+            held[name].grad = slopes[name].sign() if is_signed else slopes[name]
         optimiser.step()
         with torch.no_grad():
-            project(held)
+            steps.project(held)
+        falls = steps.milestones and i + 1 in marks
         for group in optimiser.param_groups:
-            group["lr"] *= gamma or (0.1 if milestones and i + 1 in marks else 1.0)
+            group["lr"] *= steps.gamma or (0.1 if falls else 1.0)
         if i % max(iterations // CURVE, 1) == 0:
             curve.append(match)
-        if (i + 1) % every == 0 and not (yield (i + 1) / iterations, match):
+        if (i + 1) % steps.every == 0 and not (yield (i + 1) / iterations, match):
             break
     _, match = gradients(held, constants)
     rows = torch.stack([*curve, match], 1).tolist()
-    return Trace(
-        {name: value.detach() for name, value in held.items()}, match, rows, i + 1
-    )
+    ends = {name: value.detach() for name, value in held.items()}
+    return Trace(ends, match, rows, i + 1)
 
 
 class Gradients:
-    """(gradient of every lane's objective, its match), batched over lanes or one by one."""
+    """(gradient of every lane's objective, its match), batched or one by one."""
 
     def __init__(
         self,
@@ -237,43 +222,36 @@ class Gradients:
     def __call__(
         self, variables: Variables, constants: Tree
     ) -> tuple[Variables, Tensor]:
-        return (
-            self._batched(variables, constants)
-            if self.batched
-            else self._one_by_one(variables, constants)
-        )
+        way = self._batched if self.batched else self._one_by_one
+        return way(variables, constants)
 
     def _batched(
         self, variables: Variables, constants: Tree
     ) -> tuple[Variables, Tensor]:
-        starts = range(0, _count(variables), AT_ONCE)
-        pieces = [
-            trees.at((variables, constants), slice(start, start + AT_ONCE))
-            for start in starts
-        ]
-        gradients, match = trees.map(
-            lambda *xs: torch.cat(xs),
-            *[self._recorded("batched", self._batch, *piece) for piece in pieces],
-        )
+        pieces = []
+        for start in range(0, _count(variables), AT_ONCE):
+            piece = trees.at((variables, constants), slice(start, start + AT_ONCE))
+            pieces.append(self._recorded("batched", self._batch, *piece))
+        gradients, match = trees.map(lambda *xs: torch.cat(xs), *pieces)
         return gradients, match
 
     def _one_by_one(
         self, variables: Variables, constants: Tree
     ) -> tuple[Variables, Tensor]:
-        lanes = range(_count(variables))
-        found = [
-            self._recorded(
-                "alone", self._alone, trees.at(variables, i), trees.at(constants, i)
-            )
-            for i in lanes
-        ]
-        gradients, match = trees.stack(found)
+        lanes = []
+        for i in range(_count(variables)):
+            lane = trees.at((variables, constants), i)
+            lanes.append(self._recorded("alone", self._alone, *lane))
+        gradients, match = trees.stack(lanes)
         return gradients, match
 
     def _recorded(
         self, kind: str, way: Callable[..., Any], variables: Variables, constants: Tree
     ) -> tuple[Variables, Tensor]:
-        """(gradient, match), of a piece of the lanes or of one; the first of its shape is recorded, the others run from that."""
+        """(gradient, match) of a piece of the lanes, or of one.
+
+        The first of its shape is recorded, the others run from that.
+        """
 
         def step(inputs: tuple[Variables, Tree]) -> tuple[Variables, Tensor]:
             gradient, (_, match) = way(*inputs)
@@ -293,14 +271,15 @@ class Gradients:
     def _batching_pays(
         self, model: nn.Module, variables: Variables, constants: Tree
     ) -> bool:
-        """Measured once a (model, shapes, machine), and remembered: two audits with one seed then compute the same bits."""
-        shapes = [
-            [name, list(x.shape)]
-            for name, x in trees.flatten((variables, constants)).items()
-        ]
-        device = str(_device(variables))
+        """Measured once a (model, shapes, machine), and remembered.
+
+        Two audits with one seed then compute the same bits.
+        """
+        shapes = []
+        for name, x in trees.flatten((variables, constants)).items():
+            shapes.append([name, list(x.shape)])
         machine = [
-            device,
+            str(_device(variables)),
             platform.processor(),
             os.cpu_count(),
             torch.get_num_threads(),
@@ -308,18 +287,19 @@ class Gradients:
             __version__,
         ]
         key = cache.key_of("lanes", [str(model), shapes, machine])
-        known = cache.load(key)
-        if known is None:
-            try:
-                times = [
-                    self._time(way, variables, constants)
-                    for way in (self._batched, self._one_by_one)
-                ]
-            except Exception:  # a model that vmap cannot take
-                return False
-            cache.save(key, batched=np.array(times[0] < times[1]))
-            known = cache.load(key) or {"batched": np.array(times[0] < times[1])}
-        return bool(known["batched"])
+        measured = cache.load(key)
+        if measured is not None:
+            return bool(measured["batched"])
+        try:
+            batched = self._time(self._batched, variables, constants)
+            one_by_one = self._time(self._one_by_one, variables, constants)
+        except Exception:  # a model that vmap cannot take
+            return False
+        pays = batched < one_by_one
+        cache.save(key, batched=np.array(pays))
+        # Another process may have measured and saved before this one.
+        measured = cache.load(key)
+        return pays if measured is None else bool(measured["batched"])
 
     def _time(
         self,
@@ -346,7 +326,10 @@ def _count(variables: Variables) -> int:
 
 
 def products(model: nn.Module) -> nn.Module:
-    """A copy of the model whose plain convolutions are matrix products, with the same parameters by name."""
+    """A copy of the model whose plain convolutions are matrix products.
+
+    It has the same parameters by name.
+    """
     changed = copy.deepcopy(model)
     for name, layer in list(changed.named_modules()):
         if (

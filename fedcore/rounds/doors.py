@@ -26,7 +26,7 @@ from fedcore.rounds.tally import Tally
 from fedcore.types import ClientFunction, Tree
 
 if TYPE_CHECKING:
-    from fedcore.audit.observe import Captures
+    from fedcore.rounds.captures import Captures
     from fedcore.rounds.client_table import ClientTable
     from fedcore.rounds.observer import Notes, Observer
     from fedcore.rounds.signals import StopRequest

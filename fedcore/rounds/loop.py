@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedcore import privacy, trees
-from fedcore.audit.observe import Captures
 from fedcore.errors import RunError, TooFewReports
+from fedcore.rounds.captures import Captures
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.doors import Desk, OpenRound
 from fedcore.rounds.evaluation import Evaluation

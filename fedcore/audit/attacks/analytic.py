@@ -12,6 +12,7 @@ them made active are still exact, and found because several such rows agree.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -58,20 +59,21 @@ class Analytic(Attack[Settings]):
         return reconstructions
 
 
-def first_layer(seen: Observation) -> tuple[str, str]:
-    """Names of weight and bias.
+class FirstLayer(NamedTuple):
+    """Names of the parameters of a linear first layer."""
 
-    Raises ValueError unless that layer is linear, with a bias, on the raw input.
-    """
+    weight: str
+    bias: str
+
+
+def first_layer(seen: Observation) -> FirstLayer | None:
+    """The first layer, if it is linear on the raw input and has a bias."""
     names = list(seen.w0)[:2]
     size = torch.Size(seen.public.shape).numel()
     shapes = [tuple(seen.w0[name].shape) for name in names]
     if len(names) < 2 or shapes[0][1:] != (size,) or shapes[1] != shapes[0][:1]:
-        raise ValueError(
-            f'the first layer ("{names[0]}", {shapes[0]}) is not a linear one with a '
-            "bias on the raw input"
-        )
-    return names[0], names[1]
+        return None
+    return FirstLayer(*names)
 
 
 def inputs(seen: Observation, settings: Settings) -> tuple[Tensor, int]:
@@ -80,7 +82,14 @@ def inputs(seen: Observation, settings: Settings) -> tuple[Tensor, int]:
     The inputs that most rows agree on come first. Raises ValueError where the first
     layer was not sent, or no row of it was active.
     """
-    weight, bias = first_layer(seen)
+    layer = first_layer(seen)
+    if layer is None:
+        name, start = next(iter(seen.w0.items()))
+        raise ValueError(
+            f'the first layer ("{name}", {tuple(start.shape)}) is not a linear one '
+            "with a bias on the raw input"
+        )
+    weight, bias = layer
     if weight not in seen.delta or bias not in seen.delta:
         raise ValueError(f'the first layer\'s "{weight}" never left the client')
     W, b = seen.delta[weight].double(), seen.delta[bias].double()
@@ -88,7 +97,7 @@ def inputs(seen: Observation, settings: Settings) -> tuple[Tensor, int]:
     if not bool(active.any()):
         raise ValueError("no row of the first layer was active")
     rows = W[active] / b[active, None]  # [rows, size]
-    distinct = _distinct(rows, settings.same, seen.total)
+    distinct = _distinct(rows, settings.same, seen.total_examples)
     like = next(iter(seen.w0.values()))
     x = rows[distinct].view(-1, *seen.public.shape).to(like.dtype)
     return x, len(rows)

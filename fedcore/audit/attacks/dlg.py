@@ -56,8 +56,8 @@ class DLG(Attack[Settings]):
     ) -> list[Reconstruction]:
         reconstructions = []
         for i, client in enumerate(seen):
-            x = noise(client, seed, 0, (client.total, *client.public.shape))
-            z = noise(client, seed, 1, (client.total, client.public.outputs))
+            x = noise(client, seed, 0, (client.total_examples, *client.public.shape))
+            z = noise(client, seed, 1, (client.total_examples, client.public.outputs))
             watch = part(progress, i, len(seen))
             reconstructions.append(match_gradient(client, x, z, self.s, watch))
         return reconstructions

@@ -47,11 +47,11 @@ def count(seen: Observation, seed: int = 0) -> Tensor:
         present = (-change).clamp(min=0)
         if not present.any():
             present = torch.ones_like(present)
-        return whole(present, seen.total)
+        return whole(present, seen.total_examples)
     before = mean_output(seen, seen.w0, seed)
     after = mean_output(seen, seen.wT, seed)
     p = 0.5 * (before + after)
-    return whole(seen.total * (p - change / (lr * steps)), seen.total)
+    return whole(seen.total_examples * (p - change / (lr * steps)), seen.total_examples)
 
 
 def bias_of(seen: Observation) -> Tensor:

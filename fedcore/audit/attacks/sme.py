@@ -183,7 +183,7 @@ class Group:
         self.seen, self.labels, self.seed = seen, labels, seed
         self.s, self.public = settings, seen[0].public
         self.box = box(seen[0])
-        self.most = max(client.total for client in seen)  # dummies in a lane
+        self.most = max(client.total_examples for client in seen)  # dummies in a lane
         self.starts: list[Start] = []
         for i, client in enumerate(seen):
             for restart in range(settings.restarts):
@@ -213,7 +213,7 @@ class Group:
         least, greatest = self.box
         dummies = []
         for i, restart, _ in self.starts:
-            shape = (self.seen[i].total, *self.public.shape)
+            shape = (self.seen[i].total_examples, *self.public.shape)
             start = noise(self.seen[i], self.seed, restart, shape)
             dummies.append(_padded(start, self.most))
         x, lanes = torch.stack(dummies).clamp(least, greatest), len(self.starts)
@@ -244,7 +244,7 @@ class Group:
 
     def _best(self, i: int, end: Trace) -> Reconstruction:
         """The client's lane with the lowest objective, never by what is not public."""
-        n, y, starts = self.seen[i].total, self.labels[i], self.starts
+        n, y, starts = self.seen[i].total_examples, self.labels[i], self.starts
         lanes = [lane for lane, start in enumerate(starts) if start.client == i]
         best = _lowest(end.match, lanes)
         rho, images = starts[best].rho, end.variables["x"]
@@ -285,7 +285,7 @@ def lane_of(seen: Observation, y: Tensor | None, rho: float, size: int) -> Lane:
     keep: Params = {}
     if seen.public.sparse:
         keep = trees.map(lambda x: (x != 0).to(like.dtype), D)
-    labels = like.new_zeros(seen.total, dtype=torch.int64) if y is None else y
+    labels = like.new_zeros(seen.total_examples, dtype=torch.int64) if y is None else y
     return Lane(
         seen.w0,
         D,
@@ -293,7 +293,7 @@ def lane_of(seen: Observation, y: Tensor | None, rho: float, size: int) -> Lane:
         keep,
         like.new_tensor(rho),
         _padded(labels.to(like.device), size),
-        _padded(like.new_ones(seen.total), size),
+        _padded(like.new_ones(seen.total_examples), size),
     )
 
 

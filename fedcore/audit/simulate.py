@@ -1,0 +1,135 @@
+"""Synthetic first rounds: observations without a run, of clients made for the audit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.audit.observe import Subject, observation, public_of, truth_of
+from fedcore.data.federated import Examples, FederatedData
+from fedcore.engines.base import Work
+from fedcore.engines.message_shape import message_shape
+from fedcore.engines.sequential import Sequential
+from fedcore.errors import RunError, SettingsError
+from fedcore.method import Round
+from fedcore.reports import Reports
+from fedcore.rng import rng
+from fedcore.rounds.captures import Exchange, exchanges
+from fedcore.rounds.participation import UniformProcess
+from fedcore.storage.rows import StateStore
+from fedcore.task import Task
+from fedcore.types import ClientFunction, Tree
+
+if TYPE_CHECKING:
+    from fedcore.config import Experiment
+
+IN_MEMORY = 10**9  # bytes of client state that are not moved to files
+
+
+def simulate(
+    experiment: Experiment, task: Task, clients: int, examples: int
+) -> list[Subject]:
+    """One round of the method with `clients` clients of `examples` examples each.
+
+    Clients are drawn from those of the partition that have as many, so that their
+    classes are as skewed as the run's. Raises SettingsError where there are too few,
+    or where messages cannot be inverted; RunError where a client fails.
+    """
+    few = copy.copy(task)
+    few.data = _data_of_few(experiment, task, clients, examples)
+    # A method may ask its clients more than once: its last question counts.
+    last = {kept.client: kept for kept in _one_round(experiment, few)}
+    if not last:
+        raise SettingsError(
+            f'method "{experiment.method.name}": its messages hold no change of '
+            "parameters that an attack could invert"
+        )
+    method, public = experiment.build_method(), public_of(experiment, task)
+    return [
+        Subject(observation(method, public, kept), truth_of(few, client))
+        for client, kept in sorted(last.items())
+    ]
+
+
+def _data_of_few(
+    experiment: Experiment, task: Task, clients: int, examples: int
+) -> FederatedData:
+    """The first `examples` training examples of each of the clients that are drawn."""
+    data = task.data
+    able = np.flatnonzero(data.sizes >= examples)
+    if len(able) < clients:
+        raise SettingsError(
+            f"{examples} examples of each of {clients} clients: only {len(able)} of "
+            f"{task.population} clients have as many; lower one of the two, or the "
+            "number of clients in the population"
+        )
+    draw = rng(experiment.seed, "audit clients")
+    chosen = np.sort(draw.choice(able, clients, replace=False, shuffle=False))
+    first = data.offsets[chosen]
+    rows = [data.order[start : start + examples] for start in first]
+    offsets = np.arange(clients + 1) * examples
+    train = Examples(data.x, data.y)
+    return FederatedData(train, data.test, np.concatenate(rows), offsets)
+
+
+def _one_round(experiment: Experiment, task: Task) -> list[Exchange]:
+    """Every exchange in a first round in which all clients of the task take part."""
+    method, everyone = experiment.build_method(), frozenset(range(task.population))
+    params = task.init_params()
+    work = Work(
+        task,
+        method,
+        experiment.local,
+        experiment.seed,
+        experiment.links,
+        experiment.defence,
+    )
+    states = StateStore(method.init_client(params), IN_MEMORY, Path)
+    n = task.population
+    rates = UniformProcess(n, experiment.seed, n).rates
+    r = SyntheticRound(
+        0,
+        torch.arange(n),
+        n,
+        task,
+        StateStore(method.init_memory(params), IN_MEMORY, Path),
+        experiment.seed,
+        torch.from_numpy(np.asarray(rates)),
+        engine=Sequential(work, states),
+        everyone=everyone,
+        kept=[],
+    )
+    method.round(method.init_server(params, n), r)
+    return r.kept
+
+
+@dataclass(frozen=True)
+class SyntheticRound(Round):
+    """A round whose exchanges are kept."""
+
+    engine: Sequential = field(kw_only=True)
+    everyone: frozenset[int] = field(kw_only=True)
+    kept: list[Exchange] = field(kw_only=True)
+
+    def each(
+        self, fn: ClientFunction, clients: Tensor, down: Tree
+    ) -> Iterator[Reports]:
+        method = self.engine.work.method
+        for reports in self.engine.each(fn, clients, down, self.t):
+            for client, reason in reports.failed.items():
+                raise RunError(f"client {client} failed in a synthetic round: {reason}")
+            self.kept.extend(
+                exchanges(method, self.t, fn, down, reports, self.everyone)
+            )
+            yield reports
+
+    def zero_message(self, fn: ClientFunction, down: Tree) -> Tree:
+        return trees.zeros_like(message_shape(self.engine.work, fn, down, self.t))

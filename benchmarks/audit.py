@@ -28,10 +28,11 @@ from matplotlib.figure import Figure
 
 from benchmarks.fedlaw import table
 from fedcore import Experiment
-from fedcore.audit import examine, metrics
+from fedcore.audit import examine, metrics, plan
 from fedcore.audit.attacks import labels
 from fedcore.audit.attacks.sme import SME, SurrogateSettings
-from fedcore.audit.observe import Subject, aggregate, moved, simulate
+from fedcore.audit.observe import Subject, aggregate, moved
+from fedcore.audit.simulate import simulate
 from fedcore.rounds.loop import Quiet
 from fedcore.tasks import build_task
 from fedcore.views.figures import STYLE, svg
@@ -58,7 +59,7 @@ def experiment(seed: int, lr: float = 0.01, **settings: Any) -> Experiment:
 
 
 class Watch:
-    """An examine.Observer that says on stderr where it is."""
+    """An cells.Observer that says on stderr where it is."""
 
     def cell(self, number: int, cells: int, name: str) -> None:
         print(f"{number + 1}/{cells} {name}", flush=True, file=sys.stderr)
@@ -86,7 +87,7 @@ def sweep(a: argparse.Namespace, cifar: bool = False) -> None:
     levels: list[float] = []
     settings = {"task": "cifar10", "data_folder": a.data} if cifar else {}
     for E in epochs:
-        cells: dict[str, list[dict[str, Any]]] = {}
+        audited: dict[str, list[dict[str, Any]]] = {}
         for seed in range(a.seeds):
             e = experiment(seed, **settings)
             attacks = (
@@ -101,7 +102,7 @@ def sweep(a: argparse.Namespace, cifar: bool = False) -> None:
                     "dlfa": {"iterations": a.dlfa_iterations},
                 }
                 clients = 1 if attack == "dlfa" else 2
-                plan = examine.Plan(
+                audit_plan = plan.Plan(
                     (attack,),
                     options,
                     "paper",
@@ -113,13 +114,13 @@ def sweep(a: argparse.Namespace, cifar: bool = False) -> None:
                 found = examine.examine(
                     "sweep",
                     e,
-                    examine.sweep(e, plan, [E], [4], [8]),
-                    plan,
+                    cells.sweep(e, audit_plan, [E], [4], [8]),
+                    audit_plan,
                     a.out,
                     Watch(),
                 )
-                cells.setdefault(attack, []).extend(found.cells)
-        for attack, of in cells.items():
+                audited.setdefault(attack, []).extend(found.cells)
+        for attack, of in audited.items():
             value = [cell["summary"]["attacks"][attack]["psnr"]["mean"] for cell in of]
             rows.setdefault(f"{attack}, dB", ["-"] * len(epochs))[epochs.index(E)] = (
                 spread(value)

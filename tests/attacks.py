@@ -15,12 +15,8 @@ from fedcore.audit.attacks.sme import (
     Lane,
     cosine_match,
 )
-from fedcore.audit.observe import (
-    Observation,
-    Public,
-    Truth,
-    simulate,
-)
+from fedcore.audit.observe import Observation, Public, Truth
+from fedcore.audit.simulate import simulate
 from fedcore.config import Experiment
 from fedcore.data.sources import Pixels
 from fedcore.task import cross_entropy

@@ -30,12 +30,9 @@ from fedcore.audit.attacks.dlfa import Settings as DLFASettings
 from fedcore.audit.attacks.dlg import DLG
 from fedcore.audit.attacks.dlg import Settings as DLGSettings
 from fedcore.audit.attacks.idlg import IDLG, label
-from fedcore.audit.examine import IMAGE_ATTACKS
 from fedcore.audit.inspection import inspect_model
-from fedcore.audit.observe import (
-    Observation,
-    Truth,
-)
+from fedcore.audit.observe import Observation, Truth
+from fedcore.audit.plan import IMAGE_ATTACKS
 from tests.attacks import (
     PIXELS,
     cnn,

@@ -7,8 +7,10 @@ from typing import Any
 
 from fedcore import trees
 from fedcore.audit.attacks.base import gradient
-from fedcore.audit.observe import Exchange, captured, observation, public, truth_of
+from fedcore.audit.observe import public_of
+from fedcore.audit.observe import observation, truth_of
 from fedcore.config import Experiment
+from fedcore.rounds.captures import Exchange, captured
 from fedcore.rounds.loop import Loop
 from tests.attacks import gradient_of
 from tests.helpers import assert_close, loop_of
@@ -38,7 +40,7 @@ def run_fedamd(folder: Path) -> tuple[Experiment, Loop, list[Exchange]]:
 
 def test_a_captured_full_gradient_is_one_step_of_size_one(tmp_path: Path) -> None:
     experiment, run, exchanges = run_fedamd(tmp_path)
-    known = public(experiment, run.task)
+    known = public_of(experiment, run.task)
     anchors = [x for x in exchanges if x.function == "anchor"]
     assert anchors
     for exchange in anchors:
@@ -52,7 +54,7 @@ def test_a_captured_full_gradient_is_one_step_of_size_one(tmp_path: Path) -> Non
 
 def test_training_is_captured_with_its_own_step_size(tmp_path: Path) -> None:
     experiment, run, exchanges = run_fedamd(tmp_path)
-    known = public(experiment, run.task)
+    known = public_of(experiment, run.task)
     miners = [x for x in exchanges if x.function == "mine"]
     assert miners
     for exchange in miners:

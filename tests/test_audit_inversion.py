@@ -28,14 +28,9 @@ from fedcore.audit.attacks.sme import (
     cosine_match,
     scales,
 )
-from fedcore.audit.examine import BUDGETS, IMAGE_ATTACKS
-from fedcore.audit.observe import (
-    Observation,
-    Subject,
-    Truth,
-    aggregate,
-    simulate,
-)
+from fedcore.audit.observe import Observation, Subject, Truth, aggregate
+from fedcore.audit.plan import BUDGETS, IMAGE_ATTACKS
+from fedcore.audit.simulate import simulate
 from fedcore.tasks import build_task
 from tests.attacks import (
     cnn,

@@ -10,9 +10,7 @@ from torch.nn import functional
 
 from fedcore.audit import metrics
 from fedcore.audit.attacks import labels, membership
-from fedcore.audit.observe import (
-    simulate,
-)
+from fedcore.audit.simulate import simulate
 from fedcore.tasks import build_task
 from tests.attacks import (
     cnn,

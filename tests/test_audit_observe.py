@@ -18,25 +18,24 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.audit import examine, observe
+from fedcore.audit import cells, examine, observe, plan
 from fedcore.audit.attacks import base as attack
+from fedcore.audit.observe import public_of
 from fedcore.audit.observe import (
-    Exchange,
     Observation,
     Subject,
     Truth,
     aggregate,
-    captured,
     observation,
-    public,
-    simulate,
 )
+from fedcore.audit.simulate import simulate
 from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
 from fedcore.errors import SettingsError
 from fedcore.reports import Reports
-from fedcore.rounds import loop
+from fedcore.rounds import captures, loop
+from fedcore.rounds.captures import Exchange, captured
 from fedcore.storage.rows import StateStore
 from fedcore.tasks import build_task
 from fedcore.types import Params, Tree
@@ -160,7 +159,7 @@ def test_a_captured_run_trains_as_one_that_is_not(name: str, tmp_path: Path) -> 
     plain = loop.run(digits(name, audit__capture=0), tmp_path / "plain")
     kept = loop.run(digits(name), tmp_path / "kept")
     assert plain.params_sha256 == kept.params_sha256
-    assert not (tmp_path / "plain" / observe.FOLDER).exists()
+    assert not (tmp_path / "plain" / captures.FOLDER).exists()
 
 
 def test_personal_tensors_never_reach_a_capture(tmp_path: Path) -> None:
@@ -171,9 +170,9 @@ def test_personal_tensors_never_reach_a_capture(tmp_path: Path) -> None:
     shared, personal = names[:2], names[2:]
     for x in captured(tmp_path):
         assert sorted(x.w0) == sorted(x.delta) == sorted(shared)
-    for file in (tmp_path / observe.FOLDER).iterdir():
+    for file in (tmp_path / captures.FOLDER).iterdir():
         assert not any(name.encode() in file.read_bytes() for name in personal)
-    o = observation(run.method, public(e, run.task), captured(tmp_path)[-1])
+    o = observation(run.method, public_of(e, run.task), captured(tmp_path)[-1])
     assert list(o.delta) == shared
     assert equal(
         {name: o.w0[name] for name in personal},
@@ -188,7 +187,7 @@ def test_factors_are_observed_as_factors(tmp_path: Path) -> None:
     e = digits("fedavg of FedPara factors")
     run = loop_of(e, tmp_path)
     run.run()
-    o = observation(run.method, public(e, run.task), captured(tmp_path)[0])
+    o = observation(run.method, public_of(e, run.task), captured(tmp_path)[0])
     assert list(o.w0) == list(o.delta) == list(run.task.init_params())
     assert {name.rpartition(".")[2] for name in o.delta} == {
         "X1",
@@ -235,7 +234,7 @@ def test_a_run_that_was_interrupted_keeps_its_captures(tmp_path: Path) -> None:
 
 def test_only_the_owner_may_read_captures(tmp_path: Path) -> None:
     loop.run(digits(), tmp_path / "run")
-    assert (tmp_path / "run" / observe.FOLDER).stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "run" / captures.FOLDER).stat().st_mode & 0o777 == 0o700
 
 
 def test_a_run_without_captures_says_how_to_get_them(tmp_path: Path) -> None:
@@ -261,7 +260,7 @@ def test_a_damaged_capture_is_named(damage: str, tmp_path: Path) -> None:
     from safetensors.torch import save
 
     loop.run(digits(), tmp_path)
-    file = sorted((tmp_path / observe.FOLDER).iterdir())[0]
+    file = sorted((tmp_path / captures.FOLDER).iterdir())[0]
     whole = file.read_bytes()
     file.write_bytes(
         {
@@ -304,7 +303,7 @@ def test_a_synthetic_round_and_a_captured_run_give_the_same_kind_of_observation(
     e = digits(name)
     run = loop_of(e, tmp_path)
     run.run()
-    known = public(e, run.task)
+    known = public_of(e, run.task)
     real = observation(run.method, known, captured(tmp_path)[0])
     made = simulate(e, build_task(e), clients=2, examples=20)[0].seen
     assert list(real.w0) == list(made.w0)
@@ -363,7 +362,7 @@ def test_local_steps_follow_from_epochs_and_batches(
     settings: dict[str, int], steps: int
 ) -> None:
     e = digits(**{f"local__{key}": value for key, value in settings.items()})
-    assert public(e, build_task(e)).local_steps(20) == steps
+    assert public_of(e, build_task(e)).local_steps(20) == steps
 
 
 def test_what_came_up_leads_from_the_start_to_the_end() -> None:
@@ -443,9 +442,9 @@ def test_the_alignment_is_a_cosine_with_the_public_gradient() -> None:
 # The boundary: attacks get observations, and nothing else
 
 
-@pytest.mark.parametrize("name", examine.IMAGE_ATTACKS)
+@pytest.mark.parametrize("name", plan.IMAGE_ATTACKS)
 def test_an_attack_takes_observations_and_labels_and_no_truth(name: str) -> None:
-    method = examine.IMAGE_ATTACKS[name].reconstruct
+    method = plan.IMAGE_ATTACKS[name].reconstruct
     hints = get_type_hints(method)
     assert list(inspect.signature(method).parameters) == [
         "self",
@@ -577,8 +576,8 @@ class Silent:
 FEW: dict[str, Any] = {"sme": {"iterations": 5}, "ig": {"iterations": 5}}
 
 
-def plan(*attacks: str, **settings: Any) -> examine.Plan:
-    return examine.Plan(
+def plan(*attacks: str, **settings: Any) -> plan.Plan:
+    return plan.Plan(
         **{
             "attacks": attacks or ("sme", "labels"),
             "options": FEW,
@@ -611,7 +610,7 @@ def test_a_run_without_the_truth_reconstructs_the_same_images(
     audits = []
     for truth in (True, False):
         p = plan(truth=truth)
-        cells = examine.sweep(digits(), p, [1], [4], [6])
+        cells = cells.sweep(digits(), p, [1], [4], [6])
         audits.append(
             examine.examine(
                 "sweep", digits(), cells, p, tmp_path / str(truth), Silent()
@@ -641,7 +640,7 @@ def test_the_oracle_alone_gets_true_labels(tmp_path: Path) -> None:
         found[mode] = examine.examine(
             "sweep",
             digits(),
-            examine.sweep(digits(), p, [1], [4], [6]),
+            cells.sweep(digits(), p, [1], [4], [6]),
             p,
             tmp_path / mode,
             Silent(),
@@ -658,11 +657,11 @@ def test_an_interrupted_audit_goes_on_without_doing_a_cell_twice(
 ) -> None:
     p, prepared = plan(), list[str]()
 
-    def cells() -> list[examine.Cell]:
-        made = examine.sweep(digits(), p, [1, 2], [4], [4, 6])
+    def cells() -> list[cells.Cell]:
+        made = cells.sweep(digits(), p, [1, 2], [4], [4, 6])
 
-        def counted(cell: examine.Cell) -> examine.Cell:
-            def prepare(observer: examine.Observer) -> examine.Prepared:
+        def counted(cell: cells.Cell) -> cells.Cell:
+            def prepare(observer: cells.Observer) -> cells.Prepared:
                 prepared.append(cell.name)
                 return cell.prepare(observer)
 
@@ -694,10 +693,10 @@ def test_an_interrupted_audit_goes_on_without_doing_a_cell_twice(
 def test_what_lacks_something_is_said_and_the_rest_is_run(tmp_path: Path) -> None:
     e = digits(local__steps=3)
     cells = [
-        examine.Cell(
+        cells.Cell(
             "steps",
             {},
-            lambda observer: examine.Prepared(
+            lambda observer: cells.Prepared(
                 simulate(e, build_task(e), 2, 6), build_task(e)
             ),
             "steps",
@@ -733,8 +732,8 @@ def test_a_sign_turned_round_is_corrected_under_a_flag_alone(tmp_path: Path) -> 
 
     def of(name: str, subjects: list[Subject], **settings: Any) -> dict[str, Any]:
         cells = [
-            examine.Cell(
-                "cell", {}, lambda observer: examine.Prepared(subjects, task), name
+            cells.Cell(
+                "cell", {}, lambda observer: cells.Prepared(subjects, task), name
             )
         ]
         return examine.examine(
@@ -768,7 +767,7 @@ def test_membership_is_told_from_all_rounds_in_which_a_client_was_captured(
     e = digits(participation__cohort=8, audit__rounds=[1, 2, 3])
     loop.run(e, tmp_path / "run")
     p = plan("membership")
-    e, cells = examine.rounds_of(tmp_path / "run", p)
+    e, cells = cells.rounds_of(tmp_path / "run", p)
     found = examine.examine("captured", e, cells, p, tmp_path / "audit", Silent())
     assert [cell["name"] for cell in found.cells] == ["round 1", "round 2", "round 3"]
     assert [
@@ -782,8 +781,8 @@ def test_captured_clients_are_attacked_with_what_the_server_saw(tmp_path: Path) 
     run = loop_of(e, tmp_path / "run")
     run.run()
     p = plan("sme", "labels", truth=False)
-    e, (cell,) = examine.rounds_of(tmp_path / "run", p)
-    (one, other), known = cell.prepare(Silent()).subjects, public(e, run.task)
+    e, (cell,) = cells.rounds_of(tmp_path / "run", p)
+    (one, other), known = cell.prepare(Silent()).subjects, public_of(e, run.task)
     kept = {x.client: x for x in captured(tmp_path / "run")}
     for s in (one, other):
         expected = observation(run.method, known, kept[s.seen.client])

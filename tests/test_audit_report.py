@@ -19,9 +19,13 @@ from PIL import Image
 
 from fedcore import Experiment, run
 from fedcore.audit import report
-from fedcore.audit.examine import Audit, Plan, defences, examine, rounds_of, sweep
+from fedcore.audit.cells import rounds_of, sweep
+from fedcore.audit.examine import examine
+from fedcore.audit.plan import Plan
+from fedcore.audit.remedies import defences
+from fedcore.audit.results import Audit
 from fedcore.rounds import loop
-from tests.test_report import CHROMIUM, Page, browse
+from tests.pages import CHROMIUM, Page, browse
 
 FEW = {"sme": {"iterations": 20}, "ig": {"iterations": 20}}
 SMALL = {

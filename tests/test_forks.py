@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcore.audit.observe import captured
 from fedcore.engines.readout import added
 from fedcore.engines.vectorised import Vectorised
 from fedcore.errors import RunError
 from fedcore.reports import RunningSum
+from fedcore.rounds.captures import captured
 from fedcore.rounds.loop import run
 from fedcore.speed import forks
 from fedcore.speed.forks import Answer, Forks, Job

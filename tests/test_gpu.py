@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedcore import trees
-from fedcore.audit import examine
+from fedcore.audit import cells, examine
 from fedcore.audit.attacks.analytic import Analytic
 from fedcore.audit.attacks.analytic import Settings as AnalyticSettings
 from fedcore.audit.attacks.base import Attack
@@ -386,10 +386,10 @@ def test_an_audit_uses_the_gpu_that_the_settings_name(
     found = []
     for device in ("auto", "cpu"):
         e = digits(engine__device=device)
-        cells = examine.sweep(e, plan("sme", "labels"), [1], [3], [6])
+        swept = cells.sweep(e, plan("sme", "labels"), [1], [3], [6])
         found.append(
             examine.examine(
-                "sweep", e, cells, plan("sme", "labels"), tmp_path / device, Silent()
+                "sweep", e, swept, plan("sme", "labels"), tmp_path / device, Silent()
             ).cells[0]
         )
     assert where == ["cuda", "cpu"]

@@ -1,16 +1,30 @@
-"""ADMM over noisy links on weighted least squares: the figures of the first author's thesis (Lari, 2025, chapter 4), and beyond.
+"""ADMM over noisy links on weighted least squares: the figures of a thesis, and more.
 
-    python -m benchmarks.admm 4.1      two variables against dual-free, everybody scheduled
-    python -m benchmarks.admm 4.2      two variables with 4 of 100 scheduled
-    python -m benchmarks.admm 4.3      how fast RERCE-Fed settles, by clients scheduled
-    python -m benchmarks.admm 4.4      continual local updates or none, 4 of 100 scheduled, two noise levels; 4.5: 10, 4.6: 25
-    python -m benchmarks.admm 4.7      is w_n biased, and by noise? 6 clients, 6 features, means over up to 1 000 runs
-    python -m benchmarks.admm 4.8      steady state by uplink noise; 4.9: by downlink noise; 4.10: by clients asked; and predicted
-    python -m benchmarks.admm walk     rho as large as the curvature: dual-free noise is integrated, with two variables it is not
+Lari (2025), chapter 4.
 
-Prints tables in Markdown, in dB: 10 log10 of |w_k - w*|^2 / |w*|^2, mean over clients, seeds and the last quarter of the rounds.
-"Predicted" is the exact second moment of the recursion: the covariance of all errors, stepped through every schedule of one round.
-Options: --out DIR (runs there are read, or gone on with), --seeds N (each draws data, noise and schedule anew; 4.7: not the data).
+python -m benchmarks.admm 4.1
+    two variables against dual-free, everybody scheduled
+python -m benchmarks.admm 4.2
+    two variables with 4 of 100 scheduled
+python -m benchmarks.admm 4.3
+    how fast RERCE-Fed settles, by clients scheduled
+python -m benchmarks.admm 4.4
+    continual local updates or none, 4 of 100 scheduled, two noise levels; 4.5: 10,
+    4.6: 25
+python -m benchmarks.admm 4.7
+    is w_n biased, and by noise? 6 clients, 6 features, means over up to 1 000 runs
+python -m benchmarks.admm 4.8
+    steady state by uplink noise; 4.9: by downlink noise; 4.10: by clients asked; and
+    predicted
+python -m benchmarks.admm walk
+    rho as large as the curvature: dual-free noise is integrated, with two variables it
+    is not
+
+Prints tables in Markdown, in dB: 10 log10 of |w_k - w*|^2 / |w*|^2, mean over clients,
+seeds and the last quarter of the rounds. "Predicted" is the exact second moment of the
+recursion: the covariance of all errors, stepped through every schedule of one round.
+Options: --out DIR (runs there are read, or gone on with), --seeds N (each draws data,
+noise and schedule anew; 4.7: not the data).
 """
 
 from __future__ import annotations
@@ -19,14 +33,15 @@ import argparse
 import itertools
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from benchmarks.tables import print_table
 from fedcore import Experiment
 from fedcore.rounds.loop import run
 from fedcore.task import Task
@@ -45,6 +60,10 @@ SMALL: dict[str, Any] = {
 }
 
 Measured = dict[str, list[Run]]
+"""Runs of all seeds, by label."""
+
+Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
+"""(x, y) of each line of a plot, by label."""
 
 
 def experiment(
@@ -70,15 +89,31 @@ def experiment(
     return Experiment.parse(values)
 
 
+def with_seed(settings: Experiment, seed: int) -> Experiment:
+    return settings.model_copy(update={"seed": seed})
+
+
+def decibels(ratio: float) -> float:
+    return 10 * math.log10(ratio)
+
+
+def texts(levels: Sequence[float]) -> list[str]:
+    return [f"{level:.1f}" for level in levels]
+
+
+def measured_rows(run: Run) -> list[dict[str, Any]]:
+    """The rounds that were evaluated."""
+    return [row for row in run.history.rows if "client_nmsd" in row]
+
+
 def nmsd(runs: list[Run], first: float, last: float) -> float:
     """Mean over seeds and the rounds in (first, last], in dB."""
-    values = [
-        row["client_nmsd"]["mean"]
-        for r in runs
-        for row in r.history.rows
-        if "client_nmsd" in row and first < row["round"] <= last
-    ]
-    return 10 * math.log10(np.mean(values))
+    values = []
+    for one in runs:
+        for row in measured_rows(one):
+            if first < row["round"] <= last:
+                values.append(row["client_nmsd"]["mean"])
+    return decibels(float(np.mean(values)))
 
 
 def settled(runs: list[Run]) -> float:
@@ -86,39 +121,68 @@ def settled(runs: list[Run]) -> float:
     return nmsd(runs, 0.75 * rounds, rounds)
 
 
-def floor(e: Experiment, seeds: int) -> float:
-    """What is left in the paper's regime, in dB: downlink noise in the directions that a client's data do not determine."""
+def optimum(task: Task) -> np.ndarray:
+    """w*, [features] float64."""
+    assert task.optimum is not None
+    best: np.ndarray = task.optimum["weight"].numpy()[0]
+    return best
+
+
+def floor(settings: Experiment, seeds: int) -> float:
+    """The error that is left in the paper's regime, in dB.
+
+    Downlink noise in the directions that a client's data do not determine.
+    """
+    variance = settings.links.downlink.variance
     levels = []
     for seed in range(seeds):
-        task = build_task(e.model_copy(update={"seed": seed}))
-        assert task.optimum is not None
-        best = task.optimum["weight"].numpy()
-        levels.append(
-            e.links.downlink.variance
-            * (best.size - task.data.kept.mean())
-            / (best**2).sum()
-        )
-    return 10 * math.log10(np.mean(levels))
+        task = build_task(with_seed(settings, seed))
+        best = optimum(task)
+        undetermined = best.size - task.data.kept.mean()
+        levels.append(variance * undetermined / (best**2).sum())
+    return decibels(float(np.mean(levels)))
 
 
-def predicted(e: Experiment, seeds: int) -> float:
-    """Mean over the last quarter of the rounds of the NMSD that second moments give for RERCE-Fed, in dB."""
-    return 10 * math.log10(
-        np.mean(
-            [_predicted(e.model_copy(update={"seed": seed})) for seed in range(seeds)]
-        )
-    )
+def predicted(settings: Experiment, seeds: int) -> float:
+    """The NMSD that second moments give for RERCE-Fed, in dB.
+
+    Mean over the last quarter of the rounds, and over seeds.
+    """
+    values = [_predicted(with_seed(settings, seed)) for seed in range(seeds)]
+    return decibels(float(np.mean(values)))
 
 
-def _predicted(e: Experiment) -> float:
-    task, rho = build_task(e), e.method.model_dump()["rho"]
-    assert task.optimum is not None
-    best, K = task.optimum["weight"].numpy()[0], task.population
-    L, C = len(best), int(e.model_dump()["participation"]["cohort"])
-    A, error = (
-        np.zeros((K, L, L)),
-        np.zeros((K + 2, L)),
-    )  # rho N_k; errors of w_1 .. w_K, w_n, w_{n-1}
+class Step(NamedTuple):
+    """One round with one schedule: error' = F error + noise, over K + 2 blocks of L.
+
+    The blocks are the errors of w_1 .. w_K, w_n and w_{n-1}.
+    """
+
+    F: np.ndarray  # [(K + 2) L, (K + 2) L]
+    covariance: np.ndarray  # of the noise, in the same shape
+
+
+def _predicted(settings: Experiment) -> float:
+    task = build_task(settings)
+    best, K = optimum(task), task.population
+    L, cohort = len(best), int(settings.model_dump()["participation"]["cohort"])
+    A, error = _first_errors(settings, task)
+    steps = []
+    for chosen in itertools.combinations(range(K), cohort):
+        steps.append(_step(settings, A, chosen))
+    P, values = np.outer(error, error), []
+    for n in range(1, settings.rounds + 1):
+        P = np.mean([F @ P @ F.T + covariance for F, covariance in steps], axis=0)
+        if n > 0.75 * settings.rounds:
+            values.append(np.trace(P[: K * L, : K * L]) / K / (best**2).sum())
+    return float(np.mean(values))
+
+
+def _first_errors(settings: Experiment, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """(rho N_k, [K, L, L]; the errors before the first round, [K + 2, L])."""
+    rho, best = settings.method.model_dump()["rho"], optimum(task)
+    K, L = task.population, len(best)
+    A, error = np.zeros((K, L, L)), np.zeros((K + 2, L))
     for k in range(K):
         rows = task.data.rows(k, "train")
         x, (y, weight) = task.data.x[rows].numpy(), task.data.y[rows].numpy().T
@@ -126,60 +190,42 @@ def _predicted(e: Experiment) -> float:
         A[k] = rho * np.linalg.inv(H + rho * np.eye(L))
         error[k] = np.linalg.pinv(H, hermitian=True) @ b - best
     error[K:] = -best  # w_0 = w_{-1} = 0
-    identity, steps = np.eye(L), []
-    for chosen in itertools.combinations(range(K), C):
-        F, G = (
-            np.zeros((K + 2, L, K + 2, L)),
-            np.zeros((K + 2, L, 2, K, L)),
-        )  # error' = F error + G (zeta, eta)
-        for k in range(K):
-            F[k, :, k] = identity
-        for k in chosen:
-            F[k, :, k], F[k, :, K], F[k, :, K + 1], G[k, :, 0, k] = (
-                identity - A[k],
-                2 * A[k],
-                -A[k],
-                A[k],
-            )
-            G[K, :, 1, k] = identity / C
-        F[K], F[K + 1, :, K] = sum(F[k] for k in chosen) / C, identity
-        G[K, :, 0] = sum(G[k, :, 0] for k in chosen) / C
-        noise = G.reshape((K + 2) * L, 2, K * L)
-        spread = (
-            e.links.downlink.variance * noise[:, 0] @ noise[:, 0].T
-            + e.links.uplink.variance * noise[:, 1] @ noise[:, 1].T
-        )
-        steps.append((F.reshape((K + 2) * L, (K + 2) * L), spread))
-    P, values = np.outer(error, error), []
-    for n in range(1, e.rounds + 1):
-        P = np.mean([F @ P @ F.T + spread for F, spread in steps], axis=0)
-        if n > 0.75 * e.rounds:
-            values.append(np.trace(P[: K * L, : K * L]) / K / (best**2).sum())
-    return float(np.mean(values))
+    return A, error
 
 
-def table(head: list[str], rows: list[list[str]]) -> None:
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-    print(flush=True)
+def _step(settings: Experiment, A: np.ndarray, chosen: tuple[int, ...]) -> Step:
+    """A round in which these clients are scheduled."""
+    (K, L, _), C, identity = A.shape, len(chosen), np.eye(A.shape[1])
+    # error' = F error + G (zeta, eta), with noise zeta downlink and eta uplink
+    F, G = np.zeros((K + 2, L, K + 2, L)), np.zeros((K + 2, L, 2, K, L))
+    for k in range(K):
+        F[k, :, k] = identity
+    for k in chosen:
+        F[k, :, k] = identity - A[k]
+        F[k, :, K] = 2 * A[k]
+        F[k, :, K + 1] = -A[k]
+        G[k, :, 0, k] = A[k]
+        G[K, :, 1, k] = identity / C
+    F[K] = sum(F[k] for k in chosen) / C
+    F[K + 1, :, K] = identity
+    G[K, :, 0] = sum(G[k, :, 0] for k in chosen) / C
+    size = (K + 2) * L
+    noise = G.reshape(size, 2, K * L)
+    zeta, eta = noise[:, 0], noise[:, 1]
+    down, up = settings.links.downlink.variance, settings.links.uplink.variance
+    covariance = down * zeta @ zeta.T + up * eta @ eta.T
+    return Step(F.reshape(size, size), covariance)
 
 
-def draw(
-    file: Path,
-    curves: dict[str, tuple[list[float], list[float]]],
-    xlabel: str,
-    log: bool = False,
-) -> None:
+def draw(file: Path, curves: Curves, xlabel: str, log: bool = False) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
         for number, (label, (x, y)) in enumerate(curves.items()):
-            mark = "--" if "predicted" in label else "-"
             axes.plot(
                 x,
                 y,
-                mark,
+                "--" if "predicted" in label else "-",
                 color=SERIES[number],
                 label=label,
                 marker="o" if len(x) < 20 else "",
@@ -190,22 +236,15 @@ def draw(
     print(file)
 
 
-def by_round(found: Measured) -> dict[str, tuple[list[float], list[float]]]:
-    curves = {}
-    for label, runs in found.items():
-        rounds = [row["round"] for row in runs[0].history.rows if "client_nmsd" in row]
-        values = np.mean(
-            [
-                [
-                    row["client_nmsd"]["mean"]
-                    for row in r.history.rows
-                    if "client_nmsd" in row
-                ]
-                for r in runs
-            ],
-            axis=0,
-        )
-        curves[label] = (rounds, list(10 * np.log10(values)))
+def by_round(measured: Measured) -> Curves:
+    """NMSD by round: the mean over seeds, in dB."""
+    curves: Curves = {}
+    for label, runs in measured.items():
+        values = []
+        for one in runs:
+            values.append([row["client_nmsd"]["mean"] for row in measured_rows(one)])
+        levels = 10 * np.log10(np.mean(values, axis=0))
+        curves[label] = [row["round"] for row in measured_rows(runs[0])], list(levels)
     return curves
 
 
@@ -217,226 +256,206 @@ def figure_1(out: Path, seeds: int) -> None:
         ("two variables", experiment("admm", 100, 100, LOW, LOW, every=1)),
         ("dual-free", experiment("rerce", 100, 100, LOW, LOW, every=1)),
     ]
-    found = compare(experiments, seeds, out, Terminal()).runs
+    measured = compare(experiments, seeds, out, Terminal()).runs
     level = floor(experiments[0][1], seeds)
-    table(
+    levels = [settled(runs) for runs in measured.values()]
+    print_table(
         ["C = K = 100, noise 6.25e-4", "two variables", "dual-free"],
         [
-            ["measured", *(f"{settled(runs):.1f}" for runs in found.values())],
-            ["predicted", f"{level + 10 * math.log10(5):.1f}", f"{level:.1f}"],
+            ["measured", *texts(levels)],
+            ["predicted", *texts([level + decibels(5), level])],
             ["thesis", "-26.8", "-34.7"],
         ],
     )
-    draw(out / "figure.svg", by_round(found), "round")
+    draw(out / "figure.svg", by_round(measured), "round")
 
 
 def figure_2(out: Path, seeds: int) -> None:
-    experiments = [
-        (f"absent: {absent}", experiment("admm", 4, 250, LOW, LOW, absent=absent))
-        for absent in ("zero", "last")
-    ]
-    found = compare(experiments, seeds, out, Terminal()).runs
-    rows = [
-        [label, f"{nmsd(runs, 95, 100):.1f}", f"{nmsd(runs, 245, 250):.1f}"]
-        for label, runs in found.items()
-    ]
-    table(
-        ["two variables, 4 of 100", "round 100", "round 250"],
-        [*rows, ["thesis", "-4.5", "-5.3"]],
-    )
-    draw(out / "figure.svg", by_round(found), "round")
+    experiments = []
+    for absent in ("zero", "last"):
+        settings = experiment("admm", 4, 250, LOW, LOW, absent=absent)
+        experiments.append((f"absent: {absent}", settings))
+    measured = compare(experiments, seeds, out, Terminal()).runs
+    rows = []
+    for label, runs in measured.items():
+        rows.append([label, *texts([nmsd(runs, 95, 100), nmsd(runs, 245, 250)])])
+    rows.append(["thesis", "-4.5", "-5.3"])
+    print_table(["two variables, 4 of 100", "round 100", "round 250"], rows)
+    draw(out / "figure.svg", by_round(measured), "round")
 
 
 def figure_3(out: Path, seeds: int) -> None:
-    experiments = [
-        (f"C = {C}", experiment("rerce", C, rounds, LOW, LOW))
-        for C, rounds in ((4, 500), (10, 250), (25, 100))
-    ]
-    found = compare(experiments, seeds, out, Terminal()).runs
+    experiments = []
+    for scheduled, rounds in ((4, 500), (10, 250), (25, 100)):
+        settings = experiment("rerce", scheduled, rounds, LOW, LOW)
+        experiments.append((f"C = {scheduled}", settings))
+    measured = compare(experiments, seeds, out, Terminal()).runs
+    curves = by_round(measured)
     rows = []
-    for label, runs in found.items():
+    for label, runs in measured.items():
         level = settled(runs)
-        rounds, curve = by_round({label: runs})[label]
-        flat = next(
-            t for t, value in zip(rounds, curve, strict=True) if value < level + 0.5
-        )
+        points = zip(*curves[label], strict=True)
+        flat = next(t for t, value in points if value < level + 0.5)
         rows.append([label, f"{level:.1f}", f"{flat:.0f}"])
-    table(
-        ["RERCE-Fed, noise 6.25e-4", "settled at", "within 0.5 dB of it from round"],
-        rows,
-    )
-    draw(out / "figure.svg", by_round(found), "round")
+    head = ["RERCE-Fed, noise 6.25e-4", "settled at", "within 0.5 dB of it from round"]
+    print_table(head, rows)
+    draw(out / "figure.svg", curves, "round")
 
 
 def figure_456(
     scheduled: int, thesis: tuple[str, str, str, str]
 ) -> Callable[[Path, int], None]:
+    rounds = {4: 500, 10: 300, 25: 150}[scheduled]
+
     def figure(out: Path, seeds: int) -> None:
-        rounds = {4: 500, 10: 300, 25: 150}[scheduled]
-        experiments = [
-            (f"{label}, {noise:g}", experiment(method, scheduled, rounds, noise, noise))
-            for noise in (LOW, HIGH)
-            for method, label in (("rerce", "RERCE-Fed"), ("clu", "with CLU"))
-        ]
-        found = compare(experiments, seeds, out, Terminal()).runs
-        levels = [settled(runs) for runs in found.values()]
-        full = [f"{floor(experiments[2 * i][1], seeds):.1f}" for i in (0, 1)]
-        table(
-            [f"{scheduled} of 100", *found],
+        experiments, floors = [], []
+        for noise in (LOW, HIGH):
+            plain = experiment("rerce", scheduled, rounds, noise, noise)
+            continual = experiment("clu", scheduled, rounds, noise, noise)
+            experiments.append((f"RERCE-Fed, {noise:g}", plain))
+            experiments.append((f"with CLU, {noise:g}", continual))
+            floors += [floor(plain, seeds)] * 2
+        measured = compare(experiments, seeds, out, Terminal()).runs
+        levels = [settled(runs) for runs in measured.values()]
+        print_table(
+            [f"{scheduled} of 100", *measured],
             [
-                ["measured", *(f"{level:.1f}" for level in levels)],
+                ["measured", *texts(levels)],
                 ["thesis", *thesis],
-                ["predicted with everybody", full[0], full[0], full[1], full[1]],
+                ["predicted with everybody", *texts(floors)],
             ],
         )
-        draw(out / "figure.svg", by_round(found), "round")
+        draw(out / "figure.svg", by_round(measured), "round")
 
     return figure
 
 
-def one_data_set(e: Experiment) -> Task:
+def one_data_set(settings: Experiment) -> Task:
     """The data of seed 0, whatever the seed of noise and schedule."""
-    return TASKS["weighted-least-squares"](e.model_copy(update={"seed": 0}))
+    return TASKS["weighted-least-squares"](with_seed(settings, 0))
 
 
 def figure_7(out: Path, seeds: int) -> None:
     base = {**SMALL, "task": "benchmarks.admm:one_data_set"}
-    noisy, silent = (
-        experiment("rerce", 3, 200, noise, noise, base, every=10**6)
-        for noise in (1e-4, 0.0)
-    )
-    best, found = build_task(noisy).optimum, []
-    assert best is not None
+    noisy = experiment("rerce", 3, 200, 1e-4, 1e-4, base, every=10**6)
+    noiseless = experiment("rerce", 3, 200, 0.0, 0.0, base, every=10**6)
+    best = optimum(build_task(noisy))
+    to_best, to_noiseless = [], []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
-            pair = [
-                run(e.model_copy(update={"seed": seed}), Path(folder) / f"{seed}-{i}")
-                .params["weight"]
-                .numpy()[0]
-                for i, e in enumerate((noisy, silent))  # on the same schedule
-            ]
-            found.append((pair[0] - best["weight"].numpy()[0], pair[0] - pair[1]))
-    scale, counts = (
-        float(best["weight"].square().sum()),
-        [m for m in (10, 30, 100, 300, 1000, 3000, 10000) if m <= seeds],
-    )
-    rows, curves = [], {}
-    for label, errors in zip(
-        ("w_n - w*", "w_n - w_n without noise"),
-        np.array(found).swapaxes(0, 1),
-        strict=True,
+            models = []
+            for i, settings in enumerate((noisy, noiseless)):  # on the same schedule
+                result = run(with_seed(settings, seed), Path(folder) / f"{seed}-{i}")
+                models.append(result.params["weight"].numpy()[0])
+            to_best.append(models[0] - best)
+            to_noiseless.append(models[0] - models[1])
+    scale = float((best**2).sum())
+    counts = [m for m in (10, 30, 100, 300, 1000, 3000, 10000) if m <= seeds]
+    rows: list[list[str]] = []
+    curves: Curves = {}
+    for label, differences in (
+        ("w_n - w*", to_best),
+        ("w_n - w_n without noise", to_noiseless),
     ):
-        bias = [
-            10 * math.log10((errors[:m].mean(0) ** 2).sum() / scale) for m in counts
-        ]
-        single = [
-            10 * math.log10((errors[:m] ** 2).sum(1).mean() / m / scale) for m in counts
-        ]
-        rows += [
-            [f"mean of {label}, squared, dB", *(f"{v:.1f}" for v in bias)],
-            ["if unbiased", *(f"{v:.1f}" for v in single)],
-        ]
-        curves |= {
-            label: ([*counts], bias),
-            f"{label}, if unbiased": ([*counts], single),
-        }
-    table(["runs M", *map(str, counts)], rows)
+        errors = np.array(differences)
+        bias, unbiased = [], []
+        for m in counts:
+            bias.append(decibels((errors[:m].mean(0) ** 2).sum() / scale))
+            single = (errors[:m] ** 2).sum(1).mean()
+            unbiased.append(decibels(single / m / scale))
+        rows.append([f"mean of {label}, squared, dB", *texts(bias)])
+        rows.append(["if unbiased", *texts(unbiased)])
+        curves[label] = counts, bias
+        curves[f"{label}, if unbiased"] = counts, unbiased
+    print_table(["runs M", *map(str, counts)], rows)
     out.mkdir(parents=True, exist_ok=True)
     draw(out / "figure.svg", curves, "runs", log=True)
 
 
-def steady(
-    out: Path, seeds: int, cases: dict[str, list[tuple[float, Experiment]]], xlabel: str
-) -> None:
-    """A curve a case, simulated and predicted."""
-    experiments = [
-        (f"{label}, {x:g}", e) for label, points in cases.items() for x, e in points
-    ]
-    found = compare(experiments, seeds, out, Terminal()).runs
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    rows = []
+Cases = dict[str, list[tuple[float, Experiment]]]
+"""The points (x, experiment) of each curve, by label."""
+
+
+def steady(out: Path, seeds: int, cases: Cases, xlabel: str) -> None:
+    """Tabulate and draw a curve for each case, simulated and predicted."""
+    experiments = []
+    for label, points in cases.items():
+        experiments += [(f"{label}, {x:g}", settings) for x, settings in points]
+    measured = compare(experiments, seeds, out, Terminal()).runs
+    curves: Curves = {}
+    rows: list[list[str]] = []
+    head = [xlabel]
     for label, points in cases.items():
         x = [value for value, _ in points]
-        measured = [settled(found[f"{label}, {value:g}"]) for value in x]
-        expected = [predicted(e, seeds) for _, e in points]
-        curves[label], curves[f"{label}, predicted"] = (x, measured), (x, expected)
-        rows += [
-            [label, *(f"{v:.1f}" for v in measured)],
-            ["predicted", *(f"{v:.1f}" for v in expected)],
-        ]
-    table([xlabel, *(f"{value:g}" for value, _ in next(iter(cases.values())))], rows)
+        head[1:] = [f"{value:g}" for value in x]
+        levels = [settled(measured[f"{label}, {value:g}"]) for value in x]
+        expected = [predicted(settings, seeds) for _, settings in points]
+        curves[label], curves[f"{label}, predicted"] = (x, levels), (x, expected)
+        rows += [[label, *texts(levels)], ["predicted", *texts(expected)]]
+    print_table(head, rows)
     draw(out / "figure.svg", curves, xlabel)
 
 
 def figure_8(out: Path, seeds: int) -> None:
-    cases = {
-        f"downlink {down:g}": [
-            (up, experiment("rerce", 3, 400, down, up, SMALL)) for up in GRID
-        ]
-        for down in (0.0, HIGH)
-    }
+    cases: Cases = {}
+    for down in (0.0, HIGH):
+        points = [(up, experiment("rerce", 3, 400, down, up, SMALL)) for up in GRID]
+        cases[f"downlink {down:g}"] = points
     steady(out, seeds, cases, "uplink noise power")
 
 
 def figure_9(out: Path, seeds: int) -> None:
-    cases = {
-        f"uplink {up:g}": [
-            (down, experiment("rerce", 3, 400, down, up, SMALL)) for down in GRID
-        ]
-        for up in (0.0, HIGH)
-    }
+    cases: Cases = {}
+    for up in (0.0, HIGH):
+        points = [(down, experiment("rerce", 3, 400, down, up, SMALL)) for down in GRID]
+        cases[f"uplink {up:g}"] = points
     steady(out, seeds, cases, "downlink noise power")
 
 
 def figure_10(out: Path, seeds: int) -> None:
-    cases = {
-        f"noise {noise:g}": [
-            (C, experiment("rerce", C, 400, noise, noise, SMALL)) for C in range(2, 7)
-        ]
-        for noise in (LOW, HIGH)
-    }
+    cases: Cases = {}
+    for noise in (LOW, HIGH):
+        points: list[tuple[float, Experiment]] = []
+        for scheduled in range(2, 7):
+            settings = experiment("rerce", scheduled, 400, noise, noise, SMALL)
+            points.append((scheduled, settings))
+        cases[f"noise {noise:g}"] = points
     steady(out, seeds, cases, "clients scheduled of 6")
 
 
 def walk(out: Path, seeds: int) -> None:
+    clients, features, rounds = 10, 4, 10_000
     base: dict[str, Any] = {
-        "population": 10,
-        "options": {"examples": [12, 22], "features": 4, "noise": 1.0},
+        "population": clients,
+        "options": {"examples": [12, 22], "features": features, "noise": 1.0},
     }
-    task = build_task(experiment("rerce", 10, 1, 0, 0, base))
-    H = [
-        2 * x.T @ x
-        for x in (task.data.x[task.data.rows(k, "train")].numpy() for k in range(10))
-    ]
-    rho = float(np.mean([np.trace(h) / 4 for h in H]))
-    found: Measured = {}
+    task = build_task(experiment("rerce", clients, 1, 0, 0, base))
+    eigenvalues = []
+    for k in range(clients):
+        x = task.data.x[task.data.rows(k, "train")].numpy()
+        eigenvalues.append(np.trace(2 * x.T @ x) / features)
+    mean = float(np.mean(eigenvalues))
+    measured: Measured = {}
     for label, value in (
-        ("rho = mean eigenvalue of H_k", rho),
-        ("rho 100 times smaller", rho / 100),
+        ("rho = mean eigenvalue of H_k", mean),
+        ("rho 100 times smaller", mean / 100),
     ):
+        more: dict[str, Any] = {"base": base, "every": 50, "rho": round(value, 6)}
+        two = experiment("admm", clients, rounds, 1e-2, 1e-2, **more)
+        dual_free = experiment("rerce", clients, rounds, 1e-2, 1e-2, **more)
         experiments = [
-            (
-                f"{name}, {label}",
-                experiment(
-                    method, 10, 10_000, 1e-2, 1e-2, base, every=50, rho=round(value, 6)
-                ),
-            )
-            for name, method in (("two variables", "admm"), ("dual-free", "rerce"))
+            (f"two variables, {label}", two),
+            (f"dual-free, {label}", dual_free),
         ]
-        found |= compare(experiments, seeds, out / f"{value:.3g}", Terminal()).runs
-    marks = (100, 1000, 10_000)
-    rows = [
-        [label, *(f"{nmsd(runs, 0.5 * n, n):.1f}" for n in marks)]
-        for label, runs in found.items()
-    ]
-    table(
-        [
-            "10 clients, 4 features, noise 1e-2, all scheduled",
-            *(f"rounds {n // 2} to {n}" for n in marks),
-        ],
-        rows,
-    )
-    draw(out / "figure.svg", by_round(found), "round", log=True)
+        measured |= compare(experiments, seeds, out / f"{value:.3g}", Terminal()).runs
+    marks = (100, 1000, rounds)
+    columns = [f"rounds {n // 2} to {n}" for n in marks]
+    rows = []
+    for label, runs in measured.items():
+        rows.append([label, *texts([nmsd(runs, 0.5 * n, n) for n in marks])])
+    title = "10 clients, 4 features, noise 1e-2, all scheduled"
+    print_table([title, *columns], rows)
+    draw(out / "figure.svg", by_round(measured), "round", log=True)
 
 
 FIGURES: dict[str, Callable[[Path, int], None]] = {
@@ -452,18 +471,19 @@ FIGURES: dict[str, Callable[[Path, int], None]] = {
     "4.10": figure_10,
     "walk": walk,
 }
+SEEDS = {"4.7": 1000, "4.8": 10, "4.9": 10, "4.10": 10}  # of the others: 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    title = __doc__.splitlines()[0] if __doc__ else None
+    parser = argparse.ArgumentParser(description=title)
     parser.add_argument("figure", choices=FIGURES)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int)
-    a = parser.parse_args()
-    seeds = a.seeds or {"4.7": 1000, "4.8": 10, "4.9": 10, "4.10": 10}.get(a.figure, 3)
-    FIGURES[a.figure](a.out or Path("runs") / f"admm-{a.figure}", seeds)
+    arguments = parser.parse_args()
+    figure = arguments.figure
+    out = arguments.out or Path("runs") / f"admm-{figure}"
+    FIGURES[figure](out, arguments.seeds or SEEDS.get(figure, 3))
 
 
 if __name__ == "__main__":

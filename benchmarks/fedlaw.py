@@ -181,7 +181,7 @@ def share(runs: list[Run], t: int, clients: int) -> str:
     return mean_and_std(shares, ".2f")
 
 
-def print_rows(head: list[str], rows: dict[str, list[str]]) -> None:
+def table(head: list[str], rows: dict[str, list[str]]) -> None:
     """A table whose rows begin with their label."""
     print_table(head, [[label, *cells] for label, cells in rows.items()])
 
@@ -205,7 +205,7 @@ def accuracy(out: Path, seeds: int) -> None:
                 rows[label].append(percent(runs[label]))
             for label in learning:
                 rows[f"gamma of {label}"].append(learned_gamma(runs[label]))
-        print_rows(head, rows)
+        table(head, rows)
 
 
 def gamma(out: Path, seeds: int) -> None:
@@ -218,7 +218,7 @@ def gamma(out: Path, seeds: int) -> None:
             experiments.append((label, settings))
         runs = compare(experiments, seeds, out / f"gamma-{alpha}", Terminal()).runs
         rows[f"Dirichlet {alpha:g}"] = list(map(learned_gamma, runs.values()))
-    print_rows(["learned gamma", *labels], rows)
+    table(["learned gamma", *labels], rows)
 
 
 def fixed(out: Path, seeds: int) -> None:
@@ -230,7 +230,7 @@ def fixed(out: Path, seeds: int) -> None:
         experiments.append((f"gamma {value}", settings))
     runs = compare(experiments, seeds, out / "fixed", Terminal()).runs
     head = ["fixed gamma", *map(str, gammas)]
-    print_rows(head, {"test accuracy, %": list(map(percent, runs.values()))})
+    table(head, {"test accuracy, %": list(map(percent, runs.values()))})
 
 
 def weights(out: Path, seeds: int) -> None:
@@ -250,7 +250,7 @@ def weights(out: Path, seeds: int) -> None:
         for label in ("FedAvg", "adaptive GWS"):
             rows[label] += ["", "", ""]
         columns = [f"weight of {group}, round {t}" for t in rounds]
-        print_rows([kind, "test accuracy, %", *columns], rows)
+        table([kind, "test accuracy, %", *columns], rows)
 
 
 def main() -> None:

@@ -1,14 +1,18 @@
-"""Which methods survive a noisy channel.
+"""Methods under a noisy channel: which of them survive it.
 
-    python -m benchmarks.noisy_links           every method under the same channels
-    python -m benchmarks.noisy_links rounds    FedAvg and the ADMM family round by round: 10 clients, all or half of them scheduled
+python -m benchmarks.noisy_links
+    every method under the same channels
+python -m benchmarks.noisy_links rounds
+    FedAvg and the ADMM family round by round: 10 clients, all or half of them scheduled
 
-Digits, Dirichlet 0.5, 5 local steps of batch 16, MLP 64-32-10, 150 rounds, the same Gaussian noise on both links; the first study
-has 30 clients, 10 a round. Every method keeps the step sizes of its preset; the ADMM family solves by SGD, with the rho that is
-best without noise, or those that `rounds` names. Test accuracy, mean of the last five evaluations (`rounds`: at that round); where
-clients have models of their own, the mean accuracy of clients on their own held-out examples, beside FedAvg's. Mean and standard
-deviation over seeds. Options: --out DIR (runs there are read, or gone on with), --seeds N, --method NAME (some only). Prints
-Markdown.
+Digits, Dirichlet 0.5, 5 local steps of batch 16, MLP 64-32-10, 150 rounds, the same
+Gaussian noise on both links; the first study has 30 clients, 10 a round. Every method
+keeps the step sizes of its preset; the ADMM family solves by SGD, with the rho that is
+best without noise, or those that `rounds` names. Test accuracy, mean of the last five
+evaluations (`rounds`: at that round); where clients have models of their own, the mean
+accuracy of clients on their own held-out examples, beside FedAvg's. Mean and standard
+deviation over seeds. Options: --out DIR (runs there are read, or gone on with),
+--seeds N, --method NAME (some only). Prints Markdown.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import mean_and_std, print_head, print_row
 from fedcore import Experiment
 from fedcore import method as methods
 from fedcore.config import read_preset
@@ -33,11 +38,10 @@ CHANNELS: dict[str, dict[str, float]] = {
     "variance 1e-2": {"variance": 1e-2},
     "SNR 10 dB": {"snr_db": 10.0},
 }
-ADMM = {
-    "admm": 1.0,
-    "rerce": 4.0,
-    "clu": 0.01,
-}  # rho, of 0.01, 0.03, 0.1, 0.3, 1, 2 and 4
+# The best rho of 0.01, 0.03, 0.1, 0.3, 1, 2 and 4.
+ADMM = {"admm": 1.0, "rerce": 4.0, "clu": 0.01}
+
+Measure = Callable[[dict[str, Any]], float]
 
 
 def experiment(name: str, channel: dict[str, float], **changed: Any) -> Experiment:
@@ -60,6 +64,11 @@ def experiment(name: str, channel: dict[str, float], **changed: Any) -> Experime
     return Experiment.parse(values, changed)
 
 
+def has_own_models(name: str) -> bool:
+    method: methods.Method[Any] = experiment(name, {}).build_method()
+    return method.personalises()
+
+
 def test_accuracy(row: dict[str, Any]) -> float:
     return float(row["test_accuracy"])
 
@@ -69,95 +78,84 @@ def client_accuracy(row: dict[str, Any]) -> float:
 
 
 def score(
-    runs: list[Run],
-    accuracy: Callable[[dict[str, Any]], float],
-    until: int = 150,
-    evaluations: int = 5,
+    runs: list[Run], measure: Measure, until: int = 150, evaluations: int = 5
 ) -> str:
     """Mean over the last evaluations until that round."""
     values = []
     for run in runs:
-        rows = [row for row in run.history.rows[:until] if "test_accuracy" in row][
-            -evaluations:
-        ]
-        values.append(100 * statistics.fmean(map(accuracy, rows)))
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+        rows = [row for row in run.history.rows[:until] if "test_accuracy" in row]
+        values.append(100 * statistics.fmean(map(measure, rows[-evaluations:])))
+    return mean_and_std(values)
 
 
-def every_method(out: Path, seeds: int, some: list[str]) -> None:
-    own = [name for name in some if experiment(name, {}).build_method().personalises()]
-    for measure, names in (
-        (test_accuracy, [n for n in some if n not in own]),
-        (client_accuracy, [*own, "fedavg"] if own else []),
-    ):
-        if not names:
-            continue
-        what = "test accuracy" if measure is test_accuracy else "accuracy of clients"
-        print(
-            f"| {what}, % | {' | '.join(CHANNELS)} |\n|---|{'---|' * len(CHANNELS)}",
-            flush=True,
-        )
-        for name in names:
-            cells = []
-            for label, channel in CHANNELS.items():
-                try:
-                    found = compare(
-                        [(name, experiment(name, channel))],
-                        seeds,
-                        out / label.replace(" ", "-"),
-                        Terminal(),
-                    )
-                    cells.append(score(found.runs[name], measure))
-                except RunError:  # three rounds without a finite update
-                    cells.append("diverges")
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
-        print()
+def every_method(out: Path, seeds: int, names: list[str]) -> None:
+    personal = [name for name in names if has_own_models(name)]
+    shared = [name for name in names if name not in personal]
+    if shared:
+        compare_methods(out, seeds, shared, test_accuracy, "test accuracy")
+    if personal:
+        beside = [*personal, "fedavg"]
+        compare_methods(out, seeds, beside, client_accuracy, "accuracy of clients")
 
 
-def by_round(out: Path, seeds: int, some: list[str]) -> None:
-    marks = (10, 50, 150)
-    head = [
-        *(f"variance 1e-3, round {t}" for t in marks),
-        f"no noise, round {marks[-1]}",
-    ]
+def compare_methods(
+    out: Path, seeds: int, names: list[str], measure: Measure, title: str
+) -> None:
+    """Print the scores of these methods by channel."""
+    print_head([f"{title}, %", *CHANNELS])
+    for name in names:
+        cells = [name]
+        for label, channel in CHANNELS.items():
+            case, folder = (name, experiment(name, channel)), label.replace(" ", "-")
+            try:
+                runs = compare([case], seeds, out / folder, Terminal()).runs[name]
+            except RunError:  # three rounds without a finite update
+                cells.append("diverges")
+            else:
+                cells.append(score(runs, measure))
+        print_row(cells)
+    print()
+
+
+def by_round(out: Path, seeds: int, names: list[str]) -> None:
+    marks = {"variance 1e-3": (10, 50, 150), "no noise": (150,)}
+    head = []
+    for noise, rounds in marks.items():
+        head += [f"{noise}, round {t}" for t in rounds]
+    cases: dict[str, tuple[str, dict[str, Any]]] = {}
+    if "fedavg" in names:
+        cases["fedavg"] = "fedavg", {}
+    for name in ADMM:
+        if name in names:
+            for rho in (0.1, 1.0):
+                cases[f"{name}, rho {rho:g}"] = name, {"method.rho": rho}
     for cohort in (10, 5):
-        print(
-            f"| {cohort} of 10 clients, test accuracy, % | {' | '.join(head)} |\n|---|{'---|' * len(head)}",
-            flush=True,
-        )
-        for name in (name for name in ("fedavg", *ADMM) if name in some):
-            for rho in (0.1, 1.0) if name in ADMM else (None,):
-                changed = {"population": 10, "participation.cohort": cohort} | (
-                    {} if rho is None else {"method.rho": rho}
-                )
-                label, cells = name if rho is None else f"{name}, rho {rho:g}", []
-                for noise in ("variance 1e-3", "no noise"):
-                    e = experiment(name, CHANNELS[noise], **changed)
-                    runs = compare(
-                        [(label, e)],
-                        seeds,
-                        out / f"{cohort}-of-10" / noise.replace(" ", "-"),
-                        Terminal(),
-                    ).runs[label]
-                    cells += [
-                        score(runs, test_accuracy, t, 1)
-                        for t in (marks if noise != "no noise" else marks[-1:])
-                    ]
-                print(f"| {label} | {' | '.join(cells)} |", flush=True)
+        print_head([f"{cohort} of 10 clients, test accuracy, %", *head])
+        for label, (name, more) in cases.items():
+            changed = {"population": 10, "participation.cohort": cohort, **more}
+            cells = [label]
+            for noise, rounds in marks.items():
+                settings = experiment(name, CHANNELS[noise], **changed)
+                folder = out / f"{cohort}-of-10" / noise.replace(" ", "-")
+                results = compare([(label, settings)], seeds, folder, Terminal())
+                runs = results.runs[label]
+                cells += [score(runs, test_accuracy, t, 1) for t in rounds]
+            print_row(cells)
         print()
 
 
 def main() -> None:
     studies = {"methods": every_method, "rounds": by_round}
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    every_name = methods.names()
+    title = __doc__.splitlines()[0] if __doc__ else None
+    parser = argparse.ArgumentParser(description=title)
     parser.add_argument("study", nargs="?", choices=studies, default="methods")
     parser.add_argument("--out", type=Path, default=Path("runs") / "noisy-links")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--method", choices=methods.names(), action="append")
-    a = parser.parse_args()
-    studies[a.study](a.out, a.seeds, a.method or methods.names())
+    parser.add_argument("--method", choices=every_name, action="append")
+    arguments = parser.parse_args()
+    names = arguments.method or every_name
+    studies[arguments.study](arguments.out, arguments.seeds, names)
 
 
 if __name__ == "__main__":

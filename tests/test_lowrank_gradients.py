@@ -167,9 +167,8 @@ def two_layers() -> tuple[nn.Sequential, Params, Tensor, Tensor]:
     return model, {name: 0.5 * p for name, p in values(model).items()}, x, y
 
 
-def test_the_jacobian_correction_is_the_papers_over_all_layers_and_so_is_its_gradient() -> (
-    None
-):
+def test_the_jacobian_correction_and_its_gradient_are_the_papers() -> None:
+    """Over all layers."""
     model, params, x, y = two_layers()
 
     def loss(p: Params) -> Tensor:

@@ -161,7 +161,8 @@ def test_inputs_that_are_no_images_or_too_small_are_refused(settings: Cnn) -> No
     for shape in [(784,), (1, 2, 2), (28, 28)]:
         with pytest.raises(
             SettingsError,
-            match=r'expected \(channels, height, width\) of at least .*; use model\.name = "mlp"',
+            match=r"expected \(channels, height, width\) of at least .*; "
+            r'use model\.name = "mlp"',
         ):
             settings.build(shape, 10)
 

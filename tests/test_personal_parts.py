@@ -85,9 +85,8 @@ def test_every_part_of_every_model_splits_it_in_two(model: str) -> None:
     assert split(params, ["all"]) == ({}, params)
 
 
-def test_the_parts_of_a_vision_transformer_are_those_of_the_fedperfix_table_and_leave_nothing_out() -> (
-    None
-):
+def test_the_parts_of_a_vision_transformer_are_those_of_the_fedperfix_table() -> None:
+    """Together they leave nothing out."""
     params = MODELS["vit"]
     block = r"blocks\.\d+\."
     table = {
@@ -126,7 +125,8 @@ def test_patterns_match_whole_names() -> None:
     for part in ("head", "weight", "blocks", "blocks.1", "token", "Output", ""):
         with pytest.raises(
             SettingsError,
-            match=r"no parameter .*; expected all, input, .*, or a regular expression for whole names",
+            match=r"no parameter .*; expected all, input, .*, "
+            "or a regular expression for whole names",
         ):
             split(params, ["output", part])
 
@@ -202,7 +202,8 @@ def test_the_server_holds_the_shared_part_alone_and_a_client_the_rest(
         (
             "fedsim",
             {"method__personal": ["head"]},
-            'the part "head": no parameter of the model belongs to it; expected all, input',
+            'the part "head": no parameter of the model belongs to it; '
+            "expected all, input",
         ),
         (
             "fedalt",
@@ -212,7 +213,8 @@ def test_the_server_holds_the_shared_part_alone_and_a_client_the_rest(
         (
             "fedsim",
             {"method__personal": ["prefix"]},
-            'the part "prefix": no parameter .* such as 0.weight, 0.bias, 1.weight, 1.bias',
+            'the part "prefix": no parameter .* '
+            "such as 0.weight, 0.bias, 1.weight, 1.bias",
         ),
         (
             "ditto",

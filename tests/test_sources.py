@@ -229,7 +229,8 @@ def test_without_files_or_network_all_ways_to_the_data_are_told(
     monkeypatch.delenv("FEDCORE_DATA", raising=False)
     with pytest.raises(
         SettingsError,
-        match="fashion-mnist; apt-get install dataset-fashion-mnist, or set data_folder",
+        match="fashion-mnist; apt-get install dataset-fashion-mnist, "
+        "or set data_folder",
     ):
         sources.load("fashion-mnist")
     with pytest.raises(

@@ -65,7 +65,8 @@ def test_weighted_least_squares_has_the_papers_sizes_and_optimum() -> None:
         ({"examples": [0, 3]}, r"expected two whole numbers, least and most"),
         (
             {"noise": 0},
-            r"options\.noise = 0: input should be greater than or equal to 0\.000001; weighted-least-squares knows examples",
+            r"options\.noise = 0: input should be greater than or equal to 0\.000001; "
+            "weighted-least-squares knows examples",
         ),
         ({"colour": 1}, r"options\.colour = 1"),
     ],
@@ -86,13 +87,14 @@ def test_a_proxy_set_that_a_task_does_not_make_is_refused() -> None:
 
 
 def test_a_proxy_set_that_takes_a_whole_class_is_refused() -> None:
+    values = {"method": "fedavg", "task": "digits", "proxy": 1430}
+    settings = Experiment.parse(values)
     with pytest.raises(
         SettingsError,
-        match=r"proxy = 1430: takes 143 examples of class \d, which has 14\d in the training pool",
+        match=r"proxy = 1430: takes 143 examples of class \d, "
+        r"which has 14\d in the training pool",
     ):
-        build_task(
-            Experiment.parse({"method": "fedavg", "task": "digits", "proxy": 1430})
-        )
+        build_task(settings)
 
 
 def test_without_a_proxy_set_clients_hold_what_they_held() -> None:
@@ -126,7 +128,8 @@ def test_a_hessian_that_does_not_fit_is_refused_before_anything_is_written(
     monkeypatch.setattr(limits, "available", lambda device: 100)
     with pytest.raises(
         SettingsError,
-        match=r"Hessian of 5 parameters for each of 12 clients: 15\.2 kB of memory on cpu, but 100 B are free",
+        match=r"Hessian of 5 parameters for each of 12 clients: "
+        r"15\.2 kB of memory on cpu, but 100 B are free",
     ):
         run(small(name), tmp_path / "r")
     assert not (tmp_path / "r").exists()
@@ -135,7 +138,8 @@ def test_a_hessian_that_does_not_fit_is_refused_before_anything_is_written(
 def test_a_hessian_that_takes_too_long_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         SettingsError,
-        match=r'15,010 parameters .* expected at most 2,000 .* use method.solver = "sgd"',
+        match=r"15,010 parameters .* expected at most 2,000 .* "
+        'use method.solver = "sgd"',
     ):
         run(small("admm exact", task="digits", options={}), tmp_path / "r")
 

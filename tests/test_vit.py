@@ -115,9 +115,7 @@ def test_attention_is_that_of_pytorch() -> None:
     assert close(ours(z), theirs(z, z, z, need_weights=False)[0])
 
 
-def test_prefixes_are_new_parameters_of_the_last_blocks_and_all_others_start_as_without_them() -> (
-    None
-):
+def test_prefixes_are_new_parameters_and_all_others_start_as_without_them() -> None:
     plain = dict(vit().named_parameters())
     for form, end in ENDS.items():
         for depth, blocks in ((None, "[012]"), (2, "[12]"), (1, "2")):
@@ -201,7 +199,8 @@ def test_prefixes_need_blocks_with_plain_attention() -> None:
     other.blocks[1].attn = nn.MultiheadAttention(D, HEADS)
     with pytest.raises(
         SettingsError,
-        match="prefixes need attention with qkv, proj and num_heads; the block has Multihead",
+        match="prefixes need attention with qkv, proj and num_heads; "
+        "the block has Multihead",
     ):
         add_prefixes(other, Prefix(form="additive"))
     normed = vit()
@@ -254,7 +253,7 @@ def test_at_scale_zero_it_is_the_plain_model_bit_for_bit_and_prefixes_do_not_lea
 
 @pytest.mark.parametrize("scale", [0.8, 1.5, -3.0])
 @pytest.mark.parametrize("form", ["additive", "linear"])
-def test_with_a_zero_way_up_it_is_the_plain_model_bit_for_bit_and_only_the_way_up_learns(
+def test_with_a_zero_way_up_it_is_the_plain_model_and_only_the_way_up_learns(
     form: str, scale: float
 ) -> None:
     model = vit(form, scale=scale, start="zero_up")

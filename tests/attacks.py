@@ -85,7 +85,7 @@ def see(
     batch: int | None = None,
     client: int = 0,
 ) -> Observation:
-    """A client that trains by plain SGD over its examples in order, as a server sees it."""
+    """A client as a server sees it: plain SGD over its examples in order."""
     model.eval()
     w0 = {name: p.detach().clone() for name, p in model.named_parameters()}
     w, batch_size = dict(w0), batch or len(x)

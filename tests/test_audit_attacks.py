@@ -124,9 +124,7 @@ def test_idlg_is_for_one_example() -> None:
 # DLFA
 
 
-def test_the_true_images_in_their_batches_have_a_simulated_update_like_the_real_one() -> (
-    None
-):
+def test_the_true_images_in_their_batches_have_the_update_of_the_client() -> None:
     model, (x, y) = cnn().double(), data(4, 110, dtype=torch.float64)
     o = see(model, x, y, lr=0.1, epochs=3, batch=2)
     value = update_match(o, DLFASettings())(model)

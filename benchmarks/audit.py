@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.fedlaw import table
 from fedcore import Experiment
-from fedcore.audit import examine, metrics, plan
+from fedcore.audit import cells, examine, metrics, plan
 from fedcore.audit.attacks import labels
 from fedcore.audit.attacks.sme import SME, SurrogateSettings
 from fedcore.audit.observe import Subject, aggregate, moved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,8 @@ from torch.nn import functional
 
 from fedcore import trees
 from fedcore.audit import metrics
-from fedcore.audit.attacks.sme import (
-    Lane,
-    cosine_match,
-)
+from fedcore.audit.attacks.base import Reconstruction
+from fedcore.audit.attacks.sme import Lane, cosine_match
 from fedcore.audit.observe import Observation, Public, Truth
 from fedcore.audit.simulate import simulate
 from fedcore.config import Experiment
@@ -65,13 +63,17 @@ def ends_of_the_box(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]
     return PIXELS.inputs(black), PIXELS.inputs(white)
 
 
+def flat(tree: Params) -> Tensor:
+    """All values of a tree as one vector."""
+    return torch.cat([values.flatten() for values in tree.values()])
+
+
 def gradient_of(model: nn.Module, w: Params, x: Tensor, y: Tensor) -> Params:
-    """Of the mean cross-entropy, by autograd alone."""
+    """Gradient of the mean cross-entropy, by autograd alone."""
     held = {name: p.detach().clone().requires_grad_() for name, p in w.items()}
     outputs = torch.func.functional_call(model, held, (x,))
-    slopes = torch.autograd.grad(
-        functional.cross_entropy(outputs, y), list(held.values())
-    )
+    loss = functional.cross_entropy(outputs, y)
+    slopes = torch.autograd.grad(loss, list(held.values()))
     return dict(zip(held, slopes, strict=True))
 
 
@@ -83,85 +85,67 @@ def see(
     epochs: int = 1,
     batch: int | None = None,
     client: int = 0,
-    **known: Any,
 ) -> Observation:
-    """What a server sees of a client that trains by plain SGD over its examples in order."""
+    """A client as a server sees it: plain SGD over its examples in order."""
     model.eval()
     w0 = {name: p.detach().clone() for name, p in model.named_parameters()}
-    w, size = dict(w0), batch or len(x)
+    w, batch_size = dict(w0), batch or len(x)
     for _ in range(epochs):
-        for rows in torch.arange(len(x)).split(size):
+        for rows in torch.arange(len(x)).split(batch_size):
             g = gradient_of(model, w, x[rows], y[rows])
             w = {name: p - lr * g[name] for name, p in w.items()}
-    facts = {
-        "pixels": PIXELS,
-        "lr": lr,
-        "epochs": epochs,
-        "batch_size": size,
-        "steps": None,
-    } | known
     public = Public(
         model,
         cross_entropy,
         tuple(x.shape[1:]),
-        next(reversed(w0.values())).shape[0],
-        **facts,
+        outputs=next(reversed(w0.values())).shape[0],
+        pixels=PIXELS,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        steps=None,
     )
-    return Observation(
-        public,
-        1,
-        client,
-        "train",
-        w0,
-        {name: w[name] - w0[name] for name in w0},
-        len(x),
-    )
+    delta = trees.sub(w, w0)
+    return Observation(public, 1, client, "train", w0, delta, len(x))
 
 
-def lane(o: Observation, y: Tensor, rho: float = 1.0) -> Lane:
-    dtype = next(iter(o.w0.values())).dtype
-    D = {name: -x for name, x in o.delta.items()}
-    return Lane(
-        o.w0,
-        D,
-        trees.dot(D, D),
-        {},
-        torch.tensor(rho, dtype=dtype),
-        y,
-        torch.ones(len(y), dtype=dtype),
-    )
+def lane(seen: Observation, y: Tensor, rho: float = 1.0) -> Lane:
+    """The constants of a lane, for an update that is whole."""
+    D = trees.scale(seen.delta, -1.0)
+    like = next(iter(seen.w0.values()))
+    mask = like.new_ones(len(y))
+    return Lane(seen.w0, D, trees.dot(D, D), {}, like.new_tensor(rho), y, mask)
 
 
 def objective(
-    o: Observation,
+    seen: Observation,
     x: Tensor,
     y: Tensor,
     alpha: float,
     tv: float = 0.0,
     rho: float = 1.0,
-) -> Tensor:
-    value, _ = cosine_match(o.public, tv)(o.public.model)(
-        {"x": x, "alpha": torch.tensor(alpha, dtype=x.dtype)}, lane(o, y, rho)
-    )
-    return value.detach()
+) -> float:
+    """The value that SME minimises."""
+    on_model = cosine_match(seen.public, tv)(seen.public.model)
+    variables = {"x": x, "alpha": torch.tensor(alpha, dtype=x.dtype)}
+    value, _ = on_model(variables, lane(seen, y, rho))
+    return value.item()
 
 
-def by_hand(o: Observation, x: Tensor, y: Tensor, alpha: float, tv: float) -> float:
+def by_hand(seen: Observation, x: Tensor, y: Tensor, alpha: float, tv: float) -> float:
     """L(x, alpha) of the specification, section 4, with plain autograd."""
-    w = {
-        name: alpha * o.w0[name] + (1 - alpha) * (o.w0[name] + change)
-        for name, change in o.delta.items()
-    }
-    g = torch.cat([v.flatten() for v in gradient_of(o.public.model, w, x, y).values()])
-    D = -torch.cat([v.flatten() for v in o.delta.values()])
-    flat = (x[..., 1:] - x[..., :-1]).abs().mean() + (
-        x[..., 1:, :] - x[..., :-1, :]
-    ).abs().mean()
-    return float(1 - torch.dot(D / D.norm(), g / g.norm()) + tv * 0.5 * flat)
+    w, wT = dict(seen.w0), seen.wT
+    for name in seen.delta:
+        w[name] = alpha * seen.w0[name] + (1 - alpha) * wT[name]
+    g, D = flat(gradient_of(seen.public.model, w, x, y)), -flat(seen.delta)
+    across = (x[..., 1:] - x[..., :-1]).abs().mean()
+    down = (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
+    match = 1 - torch.dot(D / D.norm(), g / g.norm())
+    return float(match + tv * 0.5 * (across + down))
 
 
 def digits(**settings: Any) -> Experiment:
-    """Handwritten digits and the small convolutional model that the specification attacks."""
+    """Handwritten digits and the small convolutional model of the specification."""
     values = {
         "method": {"name": "fedavg", "local_lr": 0.01},
         "task": "digits",
@@ -177,31 +161,34 @@ def digits(**settings: Any) -> Experiment:
             "pool": "avg",
         },
     }
-    return Experiment.parse(
-        values, {key.replace("__", "."): value for key, value in settings.items()}
-    )
+    dotted = {key.replace("__", "."): value for key, value in settings.items()}
+    return Experiment.parse(values, dotted)
 
 
-def subjects(
-    clients: int, examples: int, **settings: Any
-) -> tuple[list[Observation], list[Tensor], list[Truth], Pixels]:
-    """(what is seen, the labels in ascending order, the truths, the scale of pixels) of synthetic clients."""
-    e = digits(**settings)
-    task = build_task(e)
-    made = simulate(e, task, clients, examples)
-    truths = [s.truth for s in made if s.truth is not None]
+class Synthetic(NamedTuple):
+    """Synthetic clients under audit."""
+
+    seen: list[Observation]
+    labels: list[Tensor]  # in ascending order
+    truths: list[Truth]
+    pixels: Pixels
+
+
+def subjects(clients: int, examples: int, **settings: Any) -> Synthetic:
+    task = build_task(digits(**settings))
+    simulated = simulate(digits(**settings), task, clients, examples)
+    truths = [subject.truth for subject in simulated if subject.truth is not None]
+    labels = [truth.y.sort().values for truth in truths]
     assert task.pixels is not None
-    return (
-        [s.seen for s in made],
-        [t.y.sort().values for t in truths],
-        truths,
-        task.pixels,
-    )
+    seen = [subject.seen for subject in simulated]
+    return Synthetic(seen, labels, truths, task.pixels)
 
 
-def decibel(found: Sequence[Any], truths: Sequence[Truth], pixels: Pixels) -> float:
+def decibel(
+    found: Sequence[Reconstruction], truths: Sequence[Truth], pixels: Pixels
+) -> float:
     """Mean PSNR over images and clients."""
-    scores = [
-        metrics.score(r.x, t, pixels).psnr for r, t in zip(found, truths, strict=True)
-    ]
-    return torch.cat(scores).mean().item()
+    psnr = []
+    for reconstruction, truth in zip(found, truths, strict=True):
+        psnr.append(metrics.score(reconstruction.x, truth, pixels).psnr)
+    return torch.cat(psnr).mean().item()

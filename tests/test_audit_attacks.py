@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -121,64 +120,52 @@ def test_idlg_is_for_one_example() -> None:
 # DLFA
 
 
-def test_the_true_images_in_their_batches_have_a_simulated_update_like_the_real_one() -> (
-    None
-):
+def test_the_true_images_in_their_batches_have_the_update_of_the_client() -> None:
     model, (x, y) = cnn().double(), data(4, 110, dtype=torch.float64)
     o = see(model, x, y, lr=0.1, epochs=3, batch=2)
     value = update_match(o, DLFASettings())(model)
-    fixed = Fixed(
-        o.w0, {name: -change / (0.1 * 2) for name, change in o.delta.items()}, y
-    )
-    _, match = value({"x": x.expand(3, *x.shape), "f": torch.tensor(1.0)}, fixed)
-    assert match.item() < 1e-20
+    fixed = Fixed(o.w0, trees.scale(o.delta, -1 / (0.1 * 2)), y)
+
+    def match_of(images: Tensor) -> float:
+        epochs = images.expand(3, *images.shape)
+        _, match = value({"x": epochs, "f": torch.tensor(1.0)}, fixed)
+        return match.item()
+
+    assert match_of(x) < 1e-20
     other, _ = data(4, 111, dtype=torch.float64)
-    _, match = value({"x": other.expand(3, *x.shape), "f": torch.tensor(1.0)}, fixed)
     simulated = see(model, other, y, lr=0.1, epochs=3, batch=2).delta
-    weights = layer_weights(o.delta)
-    away = sum(
-        weights[name] * (simulated[name] - o.delta[name]).square().sum()
-        for name in o.delta
-    )
-    whole = sum(weights[name] * o.delta[name].square().sum() for name in o.delta)
-    assert match.item() == pytest.approx(float(away / whole), rel=1e-9)
+    away = whole = 0.0
+    for name, weight in layer_weights(o.delta).items():
+        away += weight * (simulated[name] - o.delta[name]).square().sum().item()
+        whole += weight * o.delta[name].square().sum().item()
+    assert match_of(other) == pytest.approx(away / whole, rel=1e-9)
 
 
 def test_earlier_layers_weigh_more() -> None:
-    found = layer_weights(
-        {
-            "0.weight": torch.ones(1),
-            "0.bias": torch.ones(1),
-            "4.weight": torch.ones(1),
-            "10.weight": torch.ones(1),
-        }
-    )
-    assert list(found.values()) == pytest.approx(
-        [
-            w / (2 + math.exp(-1) + math.exp(-2))
-            for w in (1, 1, math.exp(-1), math.exp(-2))
-        ]
-    )
+    names = ("0.weight", "0.bias", "4.weight", "10.weight")
+    weights = layer_weights(dict.fromkeys(names, torch.ones(1)))
+    raw = torch.tensor([0.0, 0.0, -1.0, -2.0]).exp()
+    assert list(weights.values()) == pytest.approx((raw / raw.sum()).tolist())
 
 
 def test_the_priors_of_the_simulated_attack_are_its_papers() -> None:
     x = torch.randn(3, 2, 4, 5)
-    flat = (x[..., 1:] - x[..., :-1]).square().sum() + (
-        x[..., 1:, :] - x[..., :-1, :]
-    ).square().sum()
-    assert squared_variation(x).item() == pytest.approx(flat.item() / 3, rel=1e-5)
+    across = (x[..., 1:] - x[..., :-1]).square().sum()
+    down = (x[..., 1:, :] - x[..., :-1, :]).square().sum()
+    variation = (across + down).item() / 3
+    assert squared_variation(x).item() == pytest.approx(variation, rel=1e-5)
+
     low, high = torch.tensor(-0.5), torch.tensor(0.5)
-    beyond = ((x - high).clamp(min=0) + (low - x).clamp(min=0)).square().sum() / 3
-    assert outside(x, low, high).item() == pytest.approx(beyond.item(), rel=1e-5)
+    beyond = (x - high).clamp(min=0) + (low - x).clamp(min=0)
+    expected = beyond.square().sum().item() / 3
+    assert outside(x, low, high).item() == pytest.approx(expected, rel=1e-5)
+
     epochs = torch.randn(4, 3, 1, 2, 2)
-    means = epochs.mean(1)
-    pairs = [(a - b).square().mean() for a, b in itertools.product(means, means)]
-    assert disorder(epochs).item() == pytest.approx(
-        float(sum(pairs) / len(pairs)), rel=1e-5
-    )
-    assert disorder(
-        torch.stack([epochs[0], epochs[0][[2, 0, 1]]])
-    ).item() == pytest.approx(0, abs=1e-12)
+    means = epochs.mean(1).flatten(1)
+    distances = (means[:, None] - means[None]).square().mean()
+    assert disorder(epochs).item() == pytest.approx(distances.item(), rel=1e-5)
+    reordered = torch.stack([epochs[0], epochs[0][[2, 0, 1]]])
+    assert disorder(reordered).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_epochs_are_put_in_one_order_before_they_are_averaged() -> None:
@@ -197,17 +184,16 @@ def test_the_simulated_attack_comes_nearer_than_its_start() -> None:
 
 
 def test_the_simulated_attack_says_what_it_cannot_do() -> None:
-    o = see(cnn(), *data(2, 112))
-    (still,) = DLFA(DLFASettings(iterations=2)).reconstruct(
-        [replace(o, delta=trees.zeros_like(o.delta))], [data(2, 112)[1]], 0
-    )
-    assert bool(still.x.isfinite().all())
+    x, y = data(2, 112)
+    o = see(cnn(), x, y)
+    still = replace(o, delta=trees.zeros_like(o.delta))
+    (found,) = DLFA(DLFASettings(iterations=2)).reconstruct([still], [y], 0)
+    assert bool(found.x.isfinite().all())
     with pytest.raises(ValueError, match="needs labels"):
         DLFA(DLFASettings()).reconstruct([o], [None], 0)
+    mean = replace(o, clients=2, together=4)
     with pytest.raises(ValueError, match="not the mean of several"):
-        DLFA(DLFASettings()).reconstruct(
-            [replace(o, clients=2, together=4)], [torch.zeros(4, dtype=torch.int64)], 0
-        )
+        DLFA(DLFASettings()).reconstruct([mean], [torch.zeros(4).long()], 0)
 
 
 # Analytic recovery
@@ -218,47 +204,46 @@ def test_one_example_through_a_first_linear_layer_is_recovered_exactly(
     steps: int,
 ) -> None:
     model, (x, y) = mlp(between=nn.ReLU()).double(), data(1, 120, dtype=torch.float64)
-    (found,) = Analytic(AnalyticSettings()).reconstruct(
-        [see(model, x, y, epochs=steps)], [None], 0
-    )
+    seen = see(model, x, y, epochs=steps)
+    (found,) = Analytic(AnalyticSettings()).reconstruct([seen], [None], 0)
     assert found.facts["inputs"] == 1
     assert_close(found.x, x, 1e-10, f"input after {steps} steps")
 
 
 def test_rows_that_one_example_alone_made_active_are_exact_among_several() -> None:
     x, y = data(3, 121, dtype=torch.float64)
-    model = mlp(between=nn.ReLU()).double()
-    with torch.no_grad():  # three units that answer to one example each
-        layer = model[1]
-        assert isinstance(layer, nn.Linear)
-        flat = x.flatten(1)
-        own = (
-            torch.linalg.solve(flat @ flat.T, torch.eye(3, dtype=torch.float64)) @ flat
-        )  # own[i] . x[j] = 1 if i = j
-        layer.weight.copy_(own.repeat(4, 1))
+    model, rows = mlp(between=nn.ReLU()).double(), x.flatten(1)
+    layer = model.get_submodule("1")
+    assert isinstance(layer, nn.Linear)
+    # Three units that answer to one example each: weight[i] . x[j] = 1 if i = j.
+    units = torch.linalg.solve(rows @ rows.T, torch.eye(3, dtype=x.dtype)) @ rows
+    with torch.no_grad():
+        layer.weight.copy_(units.repeat(4, 1))
         layer.bias.fill_(-0.5)
     (found,) = Analytic(AnalyticSettings()).reconstruct([see(model, x, y)], [None], 0)
-    s = metrics.score(found.x, Truth(x, y), PIXELS)
-    assert s.psnr.tolist() == [metrics.CAP] * 3
+    score = metrics.score(found.x, Truth(x, y), PIXELS)
+    assert score.psnr.tolist() == [metrics.CAP] * 3
 
 
 def test_recovery_from_layers_that_allow_none_says_why() -> None:
-    o = see(cnn(), *data(1, 122))
-    with pytest.raises(
-        ValueError, match="not a linear one with a bias on the raw input"
-    ):
-        Analytic(AnalyticSettings()).reconstruct([o], [None], 0)
+    attack = Analytic(AnalyticSettings())
+    reason = "not a linear one with a bias on the raw input"
+    with pytest.raises(ValueError, match=reason):
+        attack.reconstruct([see(cnn(), *data(1, 122))], [None], 0)
     o = see(mlp(), *data(1, 122))
     hidden = replace(o, delta=dict(list(o.delta.items())[2:]))
     with pytest.raises(ValueError, match="never left the client"):
-        Analytic(AnalyticSettings()).reconstruct([hidden], [None], 0)
+        attack.reconstruct([hidden], [None], 0)
+    still = replace(o, delta=trees.zeros_like(o.delta))
     with pytest.raises(ValueError, match="no row of the first layer was active"):
-        Analytic(AnalyticSettings()).reconstruct(
-            [replace(o, delta=trees.zeros_like(o.delta))], [None], 0
-        )
+        attack.reconstruct([still], [None], 0)
 
 
 # What attacks need
+
+
+SCALE = "needs the local step size and the number of local steps"
+BATCHES = "needs the local step size, epochs and batch size"
 
 
 @pytest.mark.parametrize(
@@ -266,21 +251,9 @@ def test_recovery_from_layers_that_allow_none_says_why() -> None:
     [
         ("sme", {"pixels": None}, "needs inputs that are images"),
         ("ig", {"loss": lambda a, b: a.sum(1)}, "needs a classification task"),
-        (
-            "dlg",
-            {"lr": None},
-            "needs the local step size and the number of local steps",
-        ),
-        (
-            "idlg",
-            {"epochs": None},
-            "needs the local step size and the number of local steps",
-        ),
-        (
-            "dlfa",
-            {"epochs": None, "steps": 5},
-            "needs the local step size, epochs and batch size",
-        ),
+        ("dlg", {"lr": None}, SCALE),
+        ("idlg", {"epochs": None}, SCALE),
+        ("dlfa", {"epochs": None, "steps": 5}, BATCHES),
     ],
 )
 def test_an_attack_that_lacks_something_says_what(
@@ -288,9 +261,8 @@ def test_an_attack_that_lacks_something_says_what(
 ) -> None:
     o, needs = see(mlp(), *data(2, 150)), IMAGE_ATTACKS[attack].needs
     assert lacking(needs, o) is None
-    assert str(
-        lacking(needs, replace(o, public=replace(o.public, **change)))
-    ).startswith(reason)
+    changed = replace(o, public=replace(o.public, **change))
+    assert str(lacking(needs, changed)).startswith(reason)
 
 
 def test_analytic_recovery_needs_nothing() -> None:
@@ -309,8 +281,8 @@ def test_analytic_recovery_needs_nothing() -> None:
 # Models made to leak
 
 
-def changed(o: Observation, name: str, value: Tensor) -> Observation:
-    return replace(o, w0={**o.w0, name: value})
+def with_parameter(seen: Observation, name: str, value: Tensor) -> Observation:
+    return replace(seen, w0={**seen.w0, name: value})
 
 
 def test_a_model_that_nobody_changed_is_not_suspected() -> None:
@@ -321,40 +293,21 @@ def test_a_model_that_nobody_changed_is_not_suspected() -> None:
 
 
 def test_an_imprint_layer_is_found() -> None:
-    x, y = data(3, 6)
-    o = see(
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5)),
-        x,
-        y,
-    )
-    planted = changed(
-        changed(o, "1.weight", torch.ones(32, 64) / 64),
-        "1.bias",
-        torch.linspace(-1, 0, 32),
-    )
-    assert any(
-        '32 of 32 rows of "1.weight" are one direction' in line
-        for line in inspect_model(planted)
-    )
-    equal_biases = changed(planted, "1.bias", torch.zeros(32))
-    assert not any("one direction" in line for line in inspect_model(equal_biases))
+    layers = nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5)
+    o = see(nn.Sequential(nn.Flatten(), *layers), *data(3, 6))
+    equal_rows = with_parameter(o, "1.weight", torch.ones(32, 64) / 64)
+    planted = with_parameter(equal_rows, "1.bias", torch.linspace(-1, 0, 32))
+    lines = "\n".join(inspect_model(planted))
+    assert '32 of 32 rows of "1.weight" are one direction' in lines
+    equal_biases = with_parameter(equal_rows, "1.bias", torch.zeros(32))
+    assert "one direction" not in "\n".join(inspect_model(equal_biases))
 
 
 @pytest.mark.parametrize(("name", "factor"), [("weight", 20.0), ("bias", 1e4)])
 def test_parameters_out_of_range_are_found(name: str, factor: float) -> None:
-    x, y = data(3, 6)
-    o = see(cnn(), x, y)
+    o = see(cnn(), *data(3, 6))
     last = [key for key in o.w0 if key.endswith(name)][-1]
-    assert any(
-        line.startswith(f'"{last}" is ')
-        for line in inspect_model(changed(o, last, factor * o.w0[last]))
-    )
-    trained = see(cnn(), x, y, epochs=40, lr=0.1)
-    assert (
-        inspect_model(
-            replace(
-                trained, w0={n: w + trained.delta[n] for n, w in trained.w0.items()}
-            )
-        )
-        == []
-    )
+    lines = inspect_model(with_parameter(o, last, factor * o.w0[last]))
+    assert f'"{last}" is ' in "\n".join(lines)
+    trained = see(cnn(), *data(3, 6), epochs=40, lr=0.1)
+    assert inspect_model(replace(trained, w0=trained.wT)) == []

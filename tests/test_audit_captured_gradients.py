@@ -7,8 +7,7 @@ from typing import Any
 
 from fedcore import trees
 from fedcore.audit.attacks.base import gradient
-from fedcore.audit.observe import public_of
-from fedcore.audit.observe import observation, truth_of
+from fedcore.audit.observe import observation, public_of, truth_of
 from fedcore.config import Experiment
 from fedcore.rounds.captures import Exchange, captured
 from fedcore.rounds.loop import Loop

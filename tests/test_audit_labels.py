@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tests.attacks import (
     cnn,
     data,
     digits,
+    flat,
     gradient_of,
     mlp,
     see,
@@ -43,16 +46,15 @@ def test_gradients_of_the_output_bias_sum_to_zero_and_tell_the_counts(
 @pytest.mark.parametrize("n", [1, 7, 30])
 def test_counts_are_whole_and_sum_to_the_number_of_examples(n: int) -> None:
     o = see(cnn(), *data(n, 131), lr=0.1, epochs=4, batch=4)
-    for seen in (
-        o,
-        replace(o, public=replace(o.public, lr=None)),
-        replace(o, together=3 * n, clients=3),
-    ):
-        found = labels.count(seen)
-        assert found.dtype == torch.int64
-        assert int(found.sum()) == seen.total
-        assert int(found.min()) >= 0
-        assert labels.recover(seen).tolist() == sorted(labels.recover(seen).tolist())
+    blind = replace(o, public=replace(o.public, lr=None))
+    mean = replace(o, together=3 * n, clients=3)
+    for seen in (o, blind, mean):
+        counts = labels.count(seen)
+        assert counts.dtype == torch.int64
+        assert int(counts.sum()) == seen.total_examples
+        assert int(counts.min()) >= 0
+        recovered = labels.recover(seen)
+        assert torch.equal(recovered, recovered.sort().values)
 
 
 @pytest.mark.parametrize(
@@ -85,14 +87,12 @@ def test_labels_that_are_granted_are_sorted_and_not_recovered() -> None:
 
 def test_labels_of_a_personal_output_layer_stay_unknown() -> None:
     o = see(mlp(), *data(3, 134))
+    hidden = replace(o, delta=dict(list(o.delta.items())[:2]))
     with pytest.raises(ValueError, match="never left the client"):
-        labels.recover(replace(o, delta=dict(list(o.delta.items())[:2])))
+        labels.recover(hidden)
+    squares = replace(o.public, loss=lambda a, b: (a - b).square().mean(1))
     with pytest.raises(ValueError, match="no classes"):
-        labels.recover(
-            replace(
-                o, public=replace(o.public, loss=lambda a, b: (a - b).square().mean(1))
-            )
-        )
+        labels.recover(replace(o, public=squares))
 
 
 @pytest.mark.parametrize(
@@ -101,79 +101,61 @@ def test_labels_of_a_personal_output_layer_stay_unknown() -> None:
 def test_label_counts_of_fresh_models_are_nearly_all_right(
     examples: int, size: int, epochs: int, least: float
 ) -> None:
-    found: list[float] = []
+    settings: dict[str, Any] = {
+        "partition__name": "pathological",
+        "partition__classes": 4,
+        "population": 10,
+        "method__local_lr": 0.004,
+        "local__batch_size": size,
+        "local__epochs": epochs,
+    }
+    accuracies: list[float] = []
     for seed in range(3):
-        settings = {
-            "partition__name": "pathological",
-            "partition__classes": 4,
-            "population": 10,
-            "method__local_lr": 0.004,
-        }
-        seen, _, truths, _ = subjects(
-            2,
-            examples,
-            seed=seed,
-            local__batch_size=size,
-            local__epochs=epochs,
-            **settings,
-        )
-        found += [
-            metrics.label_accuracy(labels.recover(o), t.y)["accuracy"]
-            for o, t in zip(seen, truths, strict=True)
-        ]
-    assert sum(found) / len(found) >= least, found
+        seen, _, truths, _ = subjects(2, examples, seed=seed, **settings)
+        for o, truth in zip(seen, truths, strict=True):
+            found = metrics.label_accuracy(labels.recover(o), truth.y)
+            accuracies.append(found["accuracy"])
+    assert sum(accuracies) / len(accuracies) >= least, accuracies
 
 
 # Membership
 
 
 def test_members_are_told_from_others_after_several_epochs() -> None:
-    e = digits(local__epochs=10, model__name="mlp")
-    task = build_task(e)
-    made = simulate(e, task, 8, 10)
+    experiment = digits(local__epochs=10, model__name="mlp")
+    task = build_task(experiment)
+    test_x, test_y = task.data.test
     areas: dict[str, list[float]] = {"loss_drop": [], "gradient": []}
-    for s in made:
-        assert s.truth is not None
-        own = {label: int((s.truth.y == label).sum()) for label in s.truth.y.tolist()}
-        rows = [
-            row
-            for label, n in own.items()
-            for row in (task.data.test.y == label)
-            .nonzero()
-            .flatten()[: 10 * n]
-            .tolist()
-        ]
+    for subject in simulate(experiment, task, 8, 10):
+        members = subject.truth
+        assert members is not None
+        # Others of the same classes, ten for each member.
+        rows: list[int] = []
+        for label, n in Counter(members.y.tolist()).items():
+            rows += (test_y == label).nonzero().flatten()[: 10 * n].tolist()
         x, y = (
-            torch.cat([s.truth.x, task.data.test.x[rows]]),
-            torch.cat([s.truth.y, task.data.test.y[rows]]),
+            torch.cat([members.x, test_x[rows]]),
+            torch.cat([members.y, test_y[rows]]),
         )
-        for name, values in membership.scores([s.seen], x, y).items():
+        for name, values in membership.scores([subject.seen], x, y).items():
             areas[name].append(metrics.membership(values[:10], values[10:])["auc"])
-    for name, values in areas.items():
-        assert sum(values) / len(values) > 0.6, (name, values)
+    for name, of_clients in areas.items():
+        assert sum(of_clients) / len(of_clients) > 0.6, (name, of_clients)
 
 
 def test_membership_scores_are_loss_drops_and_cosines() -> None:
     model, (x, y) = mlp().double(), data(4, 140, dtype=torch.float64)
-    first, second = (
-        see(model, x[:2], y[:2], epochs=3),
-        see(model, x[1:3], y[1:3], epochs=2),
-    )
+    first = see(model, x[:2], y[:2], epochs=3)
+    second = see(model, x[1:3], y[1:3], epochs=2)
     found = membership.scores([first, second], x, y)
-    drops, cosines = [], []
-    for o in (first, second):
-        before, after = (
-            functional.cross_entropy(o.public.predict(w, x), y, reduction="none")
-            for w in (o.w0, o.wT)
-        )
-        drops.append(before - after)
-        D = torch.cat([-v.flatten() for v in o.delta.values()])
-        slopes = [
-            gradient_of(model, o.w0, x[i : i + 1], y[i : i + 1]) for i in range(4)
-        ]
-        flat = torch.stack(
-            [torch.cat([v.flatten() for v in g.values()]) for g in slopes]
-        )
-        cosines.append(functional.cosine_similarity(D[None], flat))
-    assert_close(found["loss_drop"], (drops[0] + drops[1]) / 2, 1e-10, "loss drop")
-    assert_close(found["gradient"], (cosines[0] + cosines[1]) / 2, 1e-10, "cosine")
+    for i in range(4):
+        one_x, one_y = x[i : i + 1], y[i : i + 1]
+        drop = cosine = 0.0
+        for o in (first, second):
+            before = functional.cross_entropy(o.public.predict(o.w0, one_x), one_y)
+            after = functional.cross_entropy(o.public.predict(o.wT, one_x), one_y)
+            drop += (before - after).item() / 2
+            g, D = flat(gradient_of(model, o.w0, one_x, one_y)), -flat(o.delta)
+            cosine += functional.cosine_similarity(D, g, dim=0).item() / 2
+        assert found["loss_drop"][i].item() == pytest.approx(drop, abs=1e-10)
+        assert found["gradient"][i].item() == pytest.approx(cosine, abs=1e-10)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fedcore import trees
-from fedcore.audit.attacks import lane_gradients, lanes
+from fedcore.audit.attacks import lanes
+from fedcore.audit.attacks.lane_gradients import convolutions_as_products
 from fedcore.audit.attacks.sme import (
     SME,
     SurrogateSettings,
@@ -34,27 +35,26 @@ pytestmark = pytest.mark.usefixtures("same_models")
 @pytest.mark.parametrize("build", [cnn, mlp])
 def test_lanes_side_by_side_are_lanes_one_after_another(build: Any) -> None:
     model = build()
-    seen = [see(model, *data(3, 30 + i), epochs=2, client=i) for i in range(4)]
-    y = [data(3, 30 + i)[1] for i in range(4)]
-    fixed = trees.stack([lane(o, t) for o, t in zip(seen, y, strict=True)])
-    start = {
-        "x": torch.stack([data(3, 40 + i)[0] for i in range(4)]),
-        "alpha": torch.full((4,), 0.5),
-    }
-    ends = [
-        lanes.optimise(
-            cosine_match(seen[0].public, 0.01),
-            model,
-            start,
-            fixed,
-            lanes.Descent({"x": 0.1, "alpha": 0.05}, 8, lambda v: None),
-            batched=batched,
+    seen, fixed, images = [], [], []
+    for i in range(4):
+        x, y = data(3, 30 + i)
+        seen.append(see(model, x, y, epochs=2, client=i))
+        fixed.append(lane(seen[i], y))
+        images.append(data(3, 40 + i)[0])
+    start = {"x": torch.stack(images), "alpha": torch.full((4,), 0.5)}
+    descent = lanes.Descent({"x": 0.1, "alpha": 0.05}, 8, lambda v: None)
+    objective = cosine_match(seen[0].public, 0.01)
+
+    def optimised(batched: bool) -> lanes.Trace:
+        constants = trees.stack(fixed)
+        return lanes.optimise(
+            objective, model, start, constants, descent, batched=batched
         )
-        for batched in (True, False)
-    ]
-    assert_close(ends[0].variables, ends[1].variables, 1e-4, "variables")
-    assert_close(ends[0].match, ends[1].match, 1e-6, "match")
-    assert ends[0].variables["x"].shape == (4, 3, 1, 8, 8)
+
+    together, apart = optimised(True), optimised(False)
+    assert_close(together.variables, apart.variables, 1e-4, "variables")
+    assert_close(together.match, apart.match, 1e-6, "match")
+    assert together.variables["x"].shape == (4, 3, 1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -72,66 +72,64 @@ def test_lanes_side_by_side_are_lanes_one_after_another(build: Any) -> None:
 def test_convolutions_as_products_are_the_same_function_of_the_same_parameters(
     layer: nn.Module,
 ) -> None:
-    changed, x = lane_gradients.convolutions_as_products(layer), torch.randn(2, 3, 9, 8)
-    assert list(dict(changed.named_parameters())) == list(
-        dict(layer.named_parameters())
-    )
+    changed, x = convolutions_as_products(layer), torch.randn(2, 3, 9, 8)
+    parameters = dict(layer.named_parameters())
+    assert list(dict(changed.named_parameters())) == list(parameters)
     assert_close(changed(x), layer(x), 1e-5, "outputs")
-    own = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
-    one, other = (
-        torch.func.functional_call(each, own, (x,)) for each in (changed, layer)
-    )
+    others = trees.map(torch.randn_like, parameters)
+    one = torch.func.functional_call(changed, others, (x,))
+    other = torch.func.functional_call(layer, others, (x,))
     assert_close(one, other, 1e-4, "outputs with other parameters")
 
 
-def test_a_model_as_products_is_the_model() -> None:
-    for name in ("cnn", "lenet", "mlp"):
-        e = (
-            digits(model__name=name)
-            if name == "mlp"
-            else digits(task="fashion-mnist", model__name=name)
-        )
-        model = e.model.build((1, 8, 8) if name == "mlp" else (1, 28, 28), 10).eval()
-        x = torch.randn(2, 1, 8, 8) if name == "mlp" else torch.randn(2, 1, 28, 28)
-        assert_close(
-            lane_gradients.convolutions_as_products(model)(x), model(x), 1e-5, name
-        )
+@pytest.mark.parametrize(
+    ("name", "task", "side"),
+    [
+        ("cnn", "fashion-mnist", 28),
+        ("lenet", "fashion-mnist", 28),
+        ("mlp", "digits", 8),
+    ],
+)
+def test_a_model_as_products_is_the_model(name: str, task: str, side: int) -> None:
+    model = digits(task=task, model__name=name).model.build((1, side, side), 10).eval()
+    x = torch.randn(2, 1, side, side)
+    assert_close(convolutions_as_products(model)(x), model(x), 1e-5, name)
 
 
 def test_clients_of_other_sizes_beside_one_change_nothing() -> None:
-    model = cnn()
-    examples = [data(n, 50 + n) for n in (2, 4, 3)]
-    seen = [
-        see(model, x, y, epochs=2, batch=2, client=i)
-        for i, (x, y) in enumerate(examples)
-    ]
-    seen = [replace(o, public=seen[0].public) for o in seen]
-    s = SurrogateSettings(iterations=10, lr=0.1)
-    y = [t for _, t in examples]
-    together = SME(s).reconstruct(seen, y, 0)
-    for i, r in enumerate(together):
-        (alone,) = SME(s).reconstruct([seen[i]], [y[i]], 0)
-        assert r.x.shape == alone.x.shape == examples[i][0].shape
-        assert_close(r.x, alone.x, 1e-4, f"client {i}")
-        assert r.objective == pytest.approx(alone.objective, abs=1e-5)
+    model, seen, labels = cnn(), [], []
+    for i, n in enumerate((2, 4, 3)):
+        x, y = data(n, 50 + n)
+        o = see(model, x, y, epochs=2, batch=2, client=i)
+        seen.append(replace(o, public=seen[0].public) if seen else o)
+        labels.append(y)
+    attack = SME(SurrogateSettings(iterations=10, lr=0.1))
+    together = attack.reconstruct(seen, labels, 0)
+    for i, one in enumerate(together):
+        (alone,) = attack.reconstruct([seen[i]], [labels[i]], 0)
+        assert one.x.shape == alone.x.shape == (len(labels[i]), 1, 8, 8)
+        assert_close(one.x, alone.x, 1e-4, f"client {i}")
+        assert one.objective == pytest.approx(alone.objective, abs=1e-5)
 
 
 def test_clients_whose_messages_differ_are_attacked_apart() -> None:
-    model = mlp()
-    seen = [see(model, *data(2, 60 + i), epochs=2, client=i) for i in range(3)]
-    seen = [replace(o, public=seen[0].public) for o in seen]
+    model, seen, labels = mlp(), [], []
+    for i in range(3):
+        x, y = data(2, 60 + i)
+        o = see(model, x, y, epochs=2, client=i)
+        seen.append(replace(o, public=seen[0].public) if seen else o)
+        labels.append(y)
     seen[1] = replace(seen[1], delta=dict(list(seen[1].delta.items())[:2]))
-    found = SME(SurrogateSettings(iterations=5, lr=0.1)).reconstruct(
-        seen, [data(2, 60 + i)[1] for i in range(3)], 0
-    )
-    for i, r in enumerate(found):
-        (alone,) = SME(SurrogateSettings(iterations=5, lr=0.1)).reconstruct(
-            [seen[i]], [data(2, 60 + i)[1]], 0
-        )
-        assert_close(r.x, alone.x, 1e-4, f"client {i}")
+    attack = SME(SurrogateSettings(iterations=5, lr=0.1))
+    found = attack.reconstruct(seen, labels, 0)
+    for i, one in enumerate(found):
+        (alone,) = attack.reconstruct([seen[i]], [labels[i]], 0)
+        assert_close(one.x, alone.x, 1e-4, f"client {i}")
 
 
-def test_step_sizes_fall_at_three_five_and_seven_eighths() -> None:
+def test_step_sizes_fall_at_three_five_and_seven_eighths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rates: list[float] = []
 
     class Watched(torch.optim.Adam):
@@ -139,21 +137,10 @@ def test_step_sizes_fall_at_three_five_and_seven_eighths() -> None:
             rates.append(self.param_groups[0]["lr"])
             super().step(closure)
 
-    def on(model: nn.Module) -> lanes.Objective:
-        return lambda v, fixed: (v["x"].square().sum(),) * 2
-
-    whole = torch.optim.Adam
-    torch.optim.Adam = Watched  # type: ignore[misc]
-    try:
-        lanes.optimise(
-            on,
-            nn.Identity(),
-            {"x": torch.ones(1, 2)},
-            {},
-            lanes.Descent({"x": 1.0}, 16, lambda v: None),
-        )
-    finally:
-        torch.optim.Adam = whole  # type: ignore[misc]
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    start, to = {"x": torch.ones(1, 2)}, {"to": torch.zeros(1, 2)}
+    descent = lanes.Descent({"x": 1.0}, 16, lambda v: None)
+    lanes.optimise(towards, nn.Identity(), start, to, descent)
     assert rates == pytest.approx([1.0] * 6 + [0.1] * 4 + [0.01] * 4 + [0.001] * 2)
 
 
@@ -180,20 +167,23 @@ def shared_out(processes: int, objective: Any, **more: Any) -> lanes.Trace:
 @pytest.mark.skipif(not forks.possible(), reason="no forks on this system")
 @pytest.mark.parametrize("batched", [True, False])
 def test_lanes_of_several_processes_are_those_of_one(batched: bool) -> None:
-    heard: dict[int, list[tuple[float, float]]] = {1: [], 3: []}
+    reports: dict[int, list[tuple[float, float]]] = {1: [], 3: []}
 
-    def progress(processes: int) -> Any:
-        return lambda done, match: heard[processes].append((done, match)) or True
+    def optimised(processes: int) -> lanes.Trace:
+        def progress(done: float, match: float | None) -> bool:
+            assert match is not None
+            reports[processes].append((done, match))
+            return True
 
-    one, three = (
-        shared_out(n, towards, batched=batched, progress=progress(n)) for n in (1, 3)
-    )
+        return shared_out(processes, towards, batched=batched, progress=progress)
+
+    one, three = optimised(1), optimised(3)
     assert_close(one.variables, three.variables, 1e-6, "variables")
     assert torch.allclose(one.match, three.match)
-    assert one.curve == [pytest.approx(curve) for curve in three.curve]
+    assert torch.allclose(torch.tensor(one.curve), torch.tensor(three.curve))
     assert one.iterations == three.iterations == 16
-    assert heard[1] == [pytest.approx(pair) for pair in heard[3]]
-    assert [done for done, _ in heard[3]] == [(i + 1) / 16 for i in range(16)]
+    assert torch.allclose(torch.tensor(reports[1]), torch.tensor(reports[3]))
+    assert [done for done, _ in reports[3]] == [(i + 1) / 16 for i in range(16)]
 
 
 @pytest.mark.skipif(not forks.possible(), reason="no forks on this system")

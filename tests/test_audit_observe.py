@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.audit import cells, examine, observe, plan
+from fedcore.audit import examine, observe
 from fedcore.audit.attacks import base as attack
-from fedcore.audit.observe import public_of
+from fedcore.audit.cells import Cell, Prepared, rounds_of, sweep
 from fedcore.audit.observe import (
     Observation,
     Subject,
     Truth,
     aggregate,
     observation,
+    public_of,
 )
+from fedcore.audit.plan import IMAGE_ATTACKS, Plan
 from fedcore.audit.simulate import simulate
 from fedcore.config import Experiment
 from fedcore.engines.base import Work
@@ -390,7 +392,7 @@ def test_secure_aggregation_shows_the_mean_by_examples_and_no_client() -> None:
         trees.scale(small.seen.delta, 0.25), trees.scale(large.seen.delta, 0.75)
     )
     assert_close(both.seen.delta, mean, 1e-6, "mean")
-    assert (both.seen.clients, both.seen.total) == (2, 40)
+    assert (both.seen.clients, both.seen.total_examples) == (2, 40)
     assert both.truth is not None
     assert len(both.truth.x) == 40
     assert aggregate([small, Subject(large.seen, None)]).truth is None
@@ -417,8 +419,8 @@ def test_an_update_with_its_sign_turned_round_is_noticed_and_warned_of() -> None
         assert observe.alignment(o.flipped(), x, y) == pytest.approx(
             -observe.alignment(o, x, y)
         )
-    assert examine._doubts(seen, task) == []
-    (warning,) = examine._doubts([seen[0].flipped(), *seen[1:]], task)
+    assert examine.doubts(seen, task) == []
+    (warning,) = examine.doubts([seen[0].flipped(), *seen[1:]], task)
     assert "1 of 4 clients point against the gradient of public data" in warning
     assert f"client {seen[0].client}: cosine -" in warning
 
@@ -442,9 +444,9 @@ def test_the_alignment_is_a_cosine_with_the_public_gradient() -> None:
 # The boundary: attacks get observations, and nothing else
 
 
-@pytest.mark.parametrize("name", plan.IMAGE_ATTACKS)
+@pytest.mark.parametrize("name", IMAGE_ATTACKS)
 def test_an_attack_takes_observations_and_labels_and_no_truth(name: str) -> None:
-    method = plan.IMAGE_ATTACKS[name].reconstruct
+    method = IMAGE_ATTACKS[name].reconstruct
     hints = get_type_hints(method)
     assert list(inspect.signature(method).parameters) == [
         "self",
@@ -576,8 +578,8 @@ class Silent:
 FEW: dict[str, Any] = {"sme": {"iterations": 5}, "ig": {"iterations": 5}}
 
 
-def plan(*attacks: str, **settings: Any) -> plan.Plan:
-    return plan.Plan(
+def plan(*attacks: str, **settings: Any) -> Plan:
+    return Plan(
         **{
             "attacks": attacks or ("sme", "labels"),
             "options": FEW,
@@ -610,7 +612,7 @@ def test_a_run_without_the_truth_reconstructs_the_same_images(
     audits = []
     for truth in (True, False):
         p = plan(truth=truth)
-        cells = cells.sweep(digits(), p, [1], [4], [6])
+        cells = sweep(digits(), p, [1], [4], [6])
         audits.append(
             examine.examine(
                 "sweep", digits(), cells, p, tmp_path / str(truth), Silent()
@@ -640,7 +642,7 @@ def test_the_oracle_alone_gets_true_labels(tmp_path: Path) -> None:
         found[mode] = examine.examine(
             "sweep",
             digits(),
-            cells.sweep(digits(), p, [1], [4], [6]),
+            sweep(digits(), p, [1], [4], [6]),
             p,
             tmp_path / mode,
             Silent(),
@@ -657,11 +659,11 @@ def test_an_interrupted_audit_goes_on_without_doing_a_cell_twice(
 ) -> None:
     p, prepared = plan(), list[str]()
 
-    def cells() -> list[cells.Cell]:
-        made = cells.sweep(digits(), p, [1, 2], [4], [4, 6])
+    def cells() -> list[Cell]:
+        made = sweep(digits(), p, [1, 2], [4], [4, 6])
 
-        def counted(cell: cells.Cell) -> cells.Cell:
-            def prepare(observer: cells.Observer) -> cells.Prepared:
+        def counted(cell: Cell) -> Cell:
+            def prepare(observer: cells.Observer) -> Prepared:
                 prepared.append(cell.name)
                 return cell.prepare(observer)
 
@@ -693,12 +695,10 @@ def test_an_interrupted_audit_goes_on_without_doing_a_cell_twice(
 def test_what_lacks_something_is_said_and_the_rest_is_run(tmp_path: Path) -> None:
     e = digits(local__steps=3)
     cells = [
-        cells.Cell(
+        Cell(
             "steps",
             {},
-            lambda observer: cells.Prepared(
-                simulate(e, build_task(e), 2, 6), build_task(e)
-            ),
+            lambda observer: Prepared(simulate(e, build_task(e), 2, 6), build_task(e)),
             "steps",
         )
     ]
@@ -731,11 +731,7 @@ def test_a_sign_turned_round_is_corrected_under_a_flag_alone(tmp_path: Path) -> 
     turned = [s._replace(seen=s.seen.flipped()) for s in made]
 
     def of(name: str, subjects: list[Subject], **settings: Any) -> dict[str, Any]:
-        cells = [
-            cells.Cell(
-                "cell", {}, lambda observer: cells.Prepared(subjects, task), name
-            )
-        ]
+        cells = [Cell("cell", {}, lambda observer: Prepared(subjects, task), name)]
         return examine.examine(
             "sweep",
             e,
@@ -767,7 +763,7 @@ def test_membership_is_told_from_all_rounds_in_which_a_client_was_captured(
     e = digits(participation__cohort=8, audit__rounds=[1, 2, 3])
     loop.run(e, tmp_path / "run")
     p = plan("membership")
-    e, cells = cells.rounds_of(tmp_path / "run", p)
+    e, cells = rounds_of(tmp_path / "run", p)
     found = examine.examine("captured", e, cells, p, tmp_path / "audit", Silent())
     assert [cell["name"] for cell in found.cells] == ["round 1", "round 2", "round 3"]
     assert [
@@ -781,7 +777,7 @@ def test_captured_clients_are_attacked_with_what_the_server_saw(tmp_path: Path) 
     run = loop_of(e, tmp_path / "run")
     run.run()
     p = plan("sme", "labels", truth=False)
-    e, (cell,) = cells.rounds_of(tmp_path / "run", p)
+    e, (cell,) = rounds_of(tmp_path / "run", p)
     (one, other), known = cell.prepare(Silent()).subjects, public_of(e, run.task)
     kept = {x.client: x for x in captured(tmp_path / "run")}
     for s in (one, other):

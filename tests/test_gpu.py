@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedcore import trees
-from fedcore.audit import cells, examine
+from fedcore.audit import examine
 from fedcore.audit.attacks.analytic import Analytic
 from fedcore.audit.attacks.analytic import Settings as AnalyticSettings
 from fedcore.audit.attacks.base import Attack
@@ -27,6 +27,7 @@ from fedcore.audit.attacks.idlg import IDLG
 from fedcore.audit.attacks.inverting_gradients import IG
 from fedcore.audit.attacks.inverting_gradients import Settings as IGSettings
 from fedcore.audit.attacks.sme import SME, SurrogateSettings
+from fedcore.audit.cells import sweep
 from fedcore.audit.observe import moved
 from fedcore.engines.readout import read_finite
 from fedcore.local import local_sgd, steps_run_by
@@ -386,7 +387,7 @@ def test_an_audit_uses_the_gpu_that_the_settings_name(
     found = []
     for device in ("auto", "cpu"):
         e = digits(engine__device=device)
-        swept = cells.sweep(e, plan("sme", "labels"), [1], [3], [6])
+        swept = sweep(e, plan("sme", "labels"), [1], [3], [6])
         found.append(
             examine.examine(
                 "sweep", e, swept, plan("sme", "labels"), tmp_path / device, Silent()

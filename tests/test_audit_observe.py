@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.audit.attacks.sme import SME
 from fedcore.audit import examine, observe
 from fedcore.audit.attacks import base as attack
 from fedcore.audit.cells import Cell, Prepared, rounds_of, sweep
@@ -601,14 +602,14 @@ def test_a_run_without_the_truth_reconstructs_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images: list[list[Tensor]] = []
-    reconstruct = examine.SME.reconstruct
+    reconstruct = SME.reconstruct
 
-    def recorded(self: examine.SME, *arguments: Any) -> list[attack.Reconstruction]:
+    def recorded(self: SME, *arguments: Any) -> list[attack.Reconstruction]:
         found = reconstruct(self, *arguments)
         images.append([r.x for r in found])
         return found
 
-    monkeypatch.setattr(examine.SME, "reconstruct", recorded)
+    monkeypatch.setattr(SME, "reconstruct", recorded)
     audits = []
     for truth in (True, False):
         p = plan(truth=truth)

@@ -18,6 +18,8 @@ import pytest
 from PIL import Image
 
 from fedcore import Experiment, run
+from fedcore.audit.advice import REMEDIES, measured, remedies_for
+from fedcore.audit.tables import worst_grade
 from fedcore.audit import report
 from fedcore.audit.cells import rounds_of, sweep
 from fedcore.audit.examine import examine
@@ -223,7 +225,7 @@ def test_page_tells_the_adversary_the_verdict_and_the_command(
     swept: Audit, tmp_path: Path
 ) -> None:
     text = Page(drawn(swept, tmp_path)).words
-    grade = report.worst_grade([c for cell in swept.cells for c in cell["clients"]])
+    grade = worst_grade([c for cell in swept.cells for c in cell["clients"]])
     assert f"grade {grade}: " in text
     assert f"input leakage {swept.worst['input_leakage']:.0f} out of 100" in text
     assert "the change of all 610 parameters of the model" in text
@@ -339,13 +341,13 @@ def test_lowest_leakage_is_named_with_its_cost(defended: Audit) -> None:
         {"name": "much", **leak(2, 0.7)},
         {"name": "little", **leak(30, 0.89)},
     ]
-    assert report._measured(replace(defended, cells=cells)) == [
+    assert measured(replace(defended, cells=cells)) == [
         'Measured here, lowest leakage: "much" takes input leakage from 80 to 2 out of 100, at 20.0 points of accuracy.',
         'Measured here, lowest of those that cost at most 2 points: "little" takes input leakage from 80 to 30 out of 100, at '
         "1.0 points of accuracy.",
     ]
     worse = [{"name": "none", **leak(2, 0.9)}, {"name": "much", **leak(3, 0.7)}]
-    assert report._measured(replace(defended, cells=worse)) == [
+    assert measured(replace(defended, cells=worse)) == [
         "None of the defences measured here lowers the input leakage."
     ]
 
@@ -385,7 +387,7 @@ def test_advice_is_by_what_leaked(swept: Audit, leak: str) -> None:
     c["membership"]["grade"] = "C" if leak == "membership" else "A"
     c["best"]["attack"] = "sme"
     found = [
-        report.REMEDIES[name].short for name in report._remedies(c, swept.experiment)
+        REMEDIES[name].short for name in remedies_for(c, swept.experiment)
     ]
     assert found == ADVICE.get(leak, [])
 

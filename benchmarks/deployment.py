@@ -359,14 +359,22 @@ def main() -> None:
         metavar="KEY=VALUE",
         help="of the run whose memory is measured",
     )
-    a = parser.parse_args()
-    if a.what == "faults":
-        seed = random.SystemRandom().randrange(10**6) if a.seed is None else a.seed
-        sys.exit(0 if faults(a.number, seed) else 1)
-    elif a.what == "memory":
-        memory(a.clients, a.rounds, a.poll, a.minutes, a.set)
+    arguments = parser.parse_args()
+    if arguments.what == "faults":
+        seed = arguments.seed
+        if seed is None:
+            seed = random.SystemRandom().randrange(10**6)
+        sys.exit(0 if faults(arguments.number, seed) else 1)
+    elif arguments.what == "memory":
+        memory(
+            arguments.clients,
+            arguments.rounds,
+            arguments.poll,
+            arguments.minutes,
+            arguments.set,
+        )
     else:
-        {"overhead": overhead, "large": large}[a.what]()
+        {"overhead": overhead, "large": large}[arguments.what]()
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def slope(used: list[float], first: int) -> float:
 def save(loop: Loop) -> None:
     """A checkpoint, as `Loop.run` makes one."""
     with (loop.folder / "metrics.jsonl").open("a") as metrics:
-        loop._saving.save(loop.state, metrics)
+        loop.saving.save(loop.state, metrics)
 
 
 def watch(settings: Experiment, case: Case) -> None:

@@ -353,9 +353,7 @@ def test_the_surrogate_is_inversion_for_few_steps_and_better_for_many() -> None:
             public_x = build_task(digits(**settings)).data.test.x
             for found, truth in zip(by_surrogate, truths, strict=True):
                 score = metrics.score(found.x, truth, pixels)
-                identified.append(
-                    metrics.identification(score, public_x, pixels, 0)
-                )
+                identified.append(metrics.identification(score, public_x, pixels, 0))
         for name, of_seeds in values.items():
             psnr[name, epochs] = sum(of_seeds) / 2
     ig_loss = psnr["ig", 1] - psnr["ig", 20]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.audit.attacks.sme import SME
 from fedcore.audit import examine, observe
 from fedcore.audit.attacks import base as attack
+from fedcore.audit.attacks.sme import SME
 from fedcore.audit.cells import Cell, Prepared, rounds_of, sweep
 from fedcore.audit.observe import (
     Observation,

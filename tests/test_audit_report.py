@@ -18,14 +18,14 @@ import pytest
 from PIL import Image
 
 from fedcore import Experiment, run
-from fedcore.audit.advice import REMEDIES, measured, remedies_for
-from fedcore.audit.tables import worst_grade
 from fedcore.audit import report
+from fedcore.audit.advice import REMEDIES, measured, remedies_for
 from fedcore.audit.cells import rounds_of, sweep
 from fedcore.audit.examine import examine
 from fedcore.audit.plan import Plan
 from fedcore.audit.remedies import defences
 from fedcore.audit.results import Audit
+from fedcore.audit.tables import worst_grade
 from fedcore.rounds import loop
 from tests.pages import CHROMIUM, Page, browse
 
@@ -386,9 +386,7 @@ def test_advice_is_by_what_leaked(swept: Audit, leak: str) -> None:
     c["labels"]["grade"] = "C" if leak == "labels" else "A"
     c["membership"]["grade"] = "C" if leak == "membership" else "A"
     c["best"]["attack"] = "sme"
-    found = [
-        REMEDIES[name].short for name in remedies_for(c, swept.experiment)
-    ]
+    found = [REMEDIES[name].short for name in remedies_for(c, swept.experiment)]
     assert found == ADVICE.get(leak, [])
 
 

@@ -156,7 +156,7 @@ def test_the_server_holds_the_shared_part_alone_and_a_client_the_rest(
     loop = done(small(name), tmp_path)
     assert set(trees.flatten(loop.state.server)) == {f"params/{key}" for key in SHARED}
     with (tmp_path / "metrics.jsonl").open("a") as metrics:
-        loop._saving.save(loop.state, metrics)
+        loop.saving.save(loop.state, metrics)
     checkpoint = Checkpoint(tmp_path / "checkpoint")
     checkpoint.read()
     assert set(checkpoint.part("server")) == {f"params/{key}" for key in SHARED}

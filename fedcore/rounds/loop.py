@@ -97,12 +97,12 @@ class Loop:
             self.stores["clients"] = parts.engine.states
         self.clients = ClientTable(folder)
         self.captures = Captures(folder, experiment, self.method)
-        self._saving = Saving(
+        self.saving = Saving(
             checkpoint, parts.engine, self.stores, self.clients, parts.start
         )
         self.state = self._first_state(parts.params)
         if header is not None:
-            self.state = self._saving.restore(header, self.state, self.task.device)
+            self.state = self.saving.restore(header, self.state, self.task.device)
         make_run_dir(folder, experiment)
         self._lock = self._lock or lock(folder)
         # Lines that were logged after the checkpoint go: those rounds are run again.
@@ -159,7 +159,7 @@ class Loop:
                 except Interrupted:
                     for store in self.stores.values():
                         store.rollback()
-                    self._saving.save(self.state, metrics)
+                    self.saving.save(self.state, metrics)
                     raise
                 self.history.add(row)
                 metrics.write(json.dumps(row) + "\n")
@@ -167,8 +167,8 @@ class Loop:
                 self.observer.round_done(row)
                 hopeless = self._hopeless()
                 is_last = self.state.t == rounds
-                if hopeless or is_last or self._saving.age >= seconds:
-                    self._saving.save(self.state, metrics)
+                if hopeless or is_last or self.saving.age >= seconds:
+                    self.saving.save(self.state, metrics)
                 if hopeless:
                     raise RunError(hopeless)
         return self.result()

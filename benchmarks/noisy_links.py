@@ -146,7 +146,8 @@ def by_round(out: Path, seeds: int, names: list[str]) -> None:
 
 def main() -> None:
     studies = {"methods": every_method, "rounds": by_round}
-    every_name = methods.names()
+    names = {*methods.names(), *methods.RENAMED} - {"fedopt"}  # each has a preset
+    every_name = sorted(names)
     title = __doc__.splitlines()[0] if __doc__ else None
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("study", nargs="?", choices=studies, default="methods")
@@ -154,8 +155,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", choices=every_name, action="append")
     arguments = parser.parse_args()
-    names = arguments.method or every_name
-    studies[arguments.study](arguments.out, arguments.seeds, names)
+    chosen = arguments.method or every_name
+    studies[arguments.study](arguments.out, arguments.seeds, chosen)
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def test_page_tells_the_adversary_the_verdict_and_the_command(
     text = Page(drawn(swept, tmp_path)).words
     grade = worst_grade([c for cell in swept.cells for c in cell["clients"]])
     assert f"grade {grade}: " in text
-    assert f"input leakage {swept.worst['input_leakage']:.0f} out of 100" in text
+    assert f"input leakage {swept.worst.input_leakage:.0f} out of 100" in text
     assert "the change of all 610 parameters of the model" in text
     assert "How many examples the client has, as it reported: 4 to 8." in text
     assert "No labels: they were worked out from the update." in text
@@ -423,7 +423,7 @@ def test_interrupted_audit_says_so_and_warnings_are_notes(
 def test_only_the_worst_of_many_cells_is_unfolded(swept: Audit, tmp_path: Path) -> None:
     page = drawn(swept, tmp_path).read_text()
     assert page.count("<details open>") == 1
-    assert f"<details open><summary>{swept.worst['cell']}" in page
+    assert f"<details open><summary>{swept.worst.cell}" in page
 
 
 def test_the_same_audit_gives_the_same_bytes(swept: Audit, tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
-"""What updates give away: SME against gradient inversion and the simulated training, labels, defences, many clients at once.
+"""Leakage of updates: SME against gradient inversion and simulated training.
 
-    python -m benchmarks.audit sweep       PSNR against local epochs, SME, IG and DLFA, and time a client
-    python -m benchmarks.audit cifar       the same on CIFAR-10 (--data FOLDER of its parquet files)
-    python -m benchmarks.audit labels      label counts from the output layer's bias, by number of examples and step size
-    python -m benchmarks.audit scale       a shortened update, with and without a searched path scale; secure aggregation
-    python -m benchmarks.audit together    8 clients in one batch of optimisations against one after another, by model
+    python -m benchmarks.audit sweep     PSNR against local epochs: SME, IG and DLFA
+    python -m benchmarks.audit cifar     the same on CIFAR-10 (--data FOLDER of its
+                                         parquet files)
+    python -m benchmarks.audit labels    label counts from the output layer's bias, by
+                                         number of examples and step size
+    python -m benchmarks.audit scale     a shortened update, with and without a searched
+                                         path scale; secure aggregation
+    python -m benchmarks.audit together  8 clients in one batch of optimisations against
+                                         one after another, by model
 
-Fashion-MNIST, the CNN 16-32-64 with average pooling, 8 examples a client in batches of 4, step size 0.01, true labels (as in the
-paper), 300 iterations; means over clients, mean and standard deviation over seeds. Options: --seeds N, --out DIR (cells there are
+Fashion-MNIST, the CNN 16-32-64 with average pooling, 8 examples a client in batches of
+4, step size 0.01, true labels (as in the paper), 300 iterations; means over clients,
+mean and standard deviation over seeds. Options: --seeds N, --out DIR (cells there are
 read), --picture FILE.
 """
 
@@ -265,7 +270,7 @@ def scale(a: argparse.Namespace) -> None:
 
 
 def together(a: argparse.Namespace) -> None:
-    """Throughput of 8 clients side by side against one after another, the two in turn."""
+    """Throughput of 8 clients side by side and one after another, in turn."""
     models = {
         "MLP 784-32-10": {"name": "mlp", "hidden": [32]},
         "MLP 784-200-10": {"name": "mlp"},

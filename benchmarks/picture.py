@@ -1,4 +1,7 @@
-"""The picture in the README: `python -m benchmarks.picture LABEL=RUN_DIR ... > docs/fashion.svg`."""
+"""The picture in the README.
+
+`python -m benchmarks.picture LABEL=RUN_DIR ... > docs/fashion.svg`
+"""
 
 from __future__ import annotations
 

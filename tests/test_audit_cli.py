@@ -1,4 +1,4 @@
-"""fedcore audit: what it prints, what it refuses and how, and audits that are stopped and gone on with."""
+"""fedcore audit: its output, its refusals, and audits that are stopped and resumed."""
 
 from __future__ import annotations
 
@@ -404,8 +404,8 @@ def test_defence_whose_run_fails_is_left_out_and_named(
     )
     assert status == 1
     assert (
-        "note secagg=30 is left out: secagg=30: round 1 has 8 captured clients, expected at least 30"
-        in err
+        "note secagg=30 is left out: secagg=30: round 1 has 8 captured clients, "
+        "expected at least 30" in err
     )
     assert "Left out: secagg=30: " in out
     assert "Left out: secagg=30: " in (tmp_path / "a" / "audit.html").read_text()
@@ -455,7 +455,8 @@ def test_defence_whose_run_fails_is_left_out_and_named(
         (["--defence", "clip=-1"], "defence.clip = -1"),
         (
             ["--no-truth", "--labels", "oracle"],
-            "--labels oracle tells the attacks the true labels, which --no-truth withholds",
+            "--labels oracle tells the attacks the true labels, which --no-truth "
+            "withholds",
         ),
         (
             ["--no-truth", "--fail-above", "5"],
@@ -557,8 +558,8 @@ def test_interrupted_audit_reports_what_is_done_and_is_gone_on_with(
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert (
-        f"interrupted: {out / 'audit.html'} holds what is done; the same command with --out {out} goes on"
-        in err
+        f"interrupted: {out / 'audit.html'} holds what is done; the same command "
+        f"with --out {out} goes on" in err
     )
     found = json.loads((out / "audit.json").read_text())
     assert found["interrupted"]

@@ -1,4 +1,4 @@
-"""Where reconstructions meet the truth: every number against its definition, written out in NumPy."""
+"""Reconstructions and the truth: every number against its definition in NumPy."""
 
 from __future__ import annotations
 
@@ -140,7 +140,10 @@ def test_one_client_is_scored_by_its_best_matches_among_the_dummies_of_several()
 def ssim_by_its_definition(
     a: np.ndarray, b: np.ndarray, size: int, sigma: float
 ) -> float:
-    """Wang et al. 2004, equation 13, around every pixel, of an image that is mirrored at its edges; one channel."""
+    """Wang et al. 2004, equation 13, around every pixel; one channel.
+
+    The image is mirrored at its edges.
+    """
     at = np.arange(size) - size // 2
     line = np.exp(-(at**2) / (2 * sigma**2))
     window = np.outer(line, line) / line.sum() ** 2
@@ -331,7 +334,8 @@ def test_more_false_positives_bring_no_fewer_true_ones() -> None:
     found = [metrics.true_positives(members, others, rate) for rate in rates]
     assert [f["value"] for f in found] == sorted(f["value"] for f in found)
     for rate, f in zip(rates[:-1], found[:-1], strict=True):
-        # no threshold that lets through at most this share of the others lets through more of the members
+        # No threshold that lets through at most this share of the others lets through
+        # more of the members.
         allowed = [t for t in others.tolist() if (others > t).double().mean() <= rate]
         assert f["value"] == max((members > t).double().mean().item() for t in allowed)
 

@@ -1,4 +1,7 @@
-"""What an adversary sees: captured updates are what the server got, neither more nor less; and attacks see nothing else."""
+"""Observations: captured updates are those that the server got, no more, no less.
+
+Attacks see nothing else.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,8 @@ DIGITS: dict[str, Any] = {
     "engine": {"name": "sequential"},
     "audit": {"capture": 2},
 }
-# Methods whose messages differ in kind: what a client starts from, and its change of it, written out for each.
+# Methods whose messages differ in kind: the start of a client, and its change of it,
+# written out for each.
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"method": {"name": "fedavg"}},
     "scaffold": {"method": {"name": "scaffold"}},
@@ -467,9 +471,8 @@ def test_an_attack_takes_observations_and_labels_and_no_truth(name: str) -> None
 
 def test_an_observation_holds_no_example_of_a_client() -> None:
     hints = get_type_hints(Observation)
-    assert set(hints) == {
-        "public", "round", "client", "function", "w0", "delta", "num_examples", "clients", "together", "labels"
-    }  # fmt: skip
+    names = "public round client function w0 delta num_examples clients together labels"
+    assert set(hints) == set(names.split())
     made = simulate(digits(), build_task(digits()), 2, 10)
     assert all(s.seen.labels is None for s in made)  # granted by the plan alone
     held = [
@@ -530,7 +533,7 @@ def test_a_truth_is_no_field_of_anything_that_attacks_get() -> None:
 def test_client_functions_of_a_synthetic_round_run_in_the_sequential_engine_alone() -> (
     None
 ):
-    """So that a captured run of the sequential engine with the same data has the same updates, bit for bit."""
+    """So a captured run of `sequential` on the same data has the same updates."""
     e = digits(
         population=4,
         participation__cohort=4,
@@ -557,7 +560,10 @@ def test_client_functions_of_a_synthetic_round_run_in_the_sequential_engine_alon
 
 
 class Silent:
-    """An observer of an audit that watches nothing; `interrupt`: the number of the cell in which the user presses Ctrl-C."""
+    """An observer of an audit that watches nothing.
+
+    `interrupt`: the number of the cell in which the user presses Ctrl-C.
+    """
 
     def __init__(self, interrupt: int | None = None) -> None:
         self.interrupt, self.now = interrupt, 0

@@ -1,4 +1,7 @@
-"""audit.json and audit.html of real audits: what they tell, what they keep to themselves, and how they look in a browser."""
+"""audit.json and audit.html of real audits, also in a browser.
+
+They tell what was found, and keep the clients' data to themselves.
+"""
 
 from __future__ import annotations
 
@@ -309,8 +312,8 @@ def test_defences_are_weighed_against_accuracy(defended: Audit, tmp_path: Path) 
     assert noisy[-2] == f"{defended.cells[1]['accuracy']:.1%}"
     assert together[0] == "secagg=2"
     assert (
-        "Under secure aggregation only the mean over 2 clients, in the cells that say so."
-        in text
+        "Under secure aggregation only the mean over 2 clients, "
+        "in the cells that say so." in text
     )
     assert "and 1 more" in text
 
@@ -342,8 +345,10 @@ def test_lowest_leakage_is_named_with_its_cost(defended: Audit) -> None:
         {"name": "little", **leak(30, 0.89)},
     ]
     assert measured(replace(defended, cells=cells)) == [
-        'Measured here, lowest leakage: "much" takes input leakage from 80 to 2 out of 100, at 20.0 points of accuracy.',
-        'Measured here, lowest of those that cost at most 2 points: "little" takes input leakage from 80 to 30 out of 100, at '
+        'Measured here, lowest leakage: "much" takes input leakage from 80 to 2 out of '
+        "100, at 20.0 points of accuracy.",
+        'Measured here, lowest of those that cost at most 2 points: "little" takes '
+        "input leakage from 80 to 30 out of 100, at "
         "1.0 points of accuracy.",
     ]
     worse = [{"name": "none", **leak(2, 0.9)}, {"name": "much", **leak(3, 0.7)}]
@@ -438,11 +443,18 @@ def test_the_same_audit_gives_the_same_bytes(swept: Audit, tmp_path: Path) -> No
 PROBE = """<script>addEventListener("load", () => parent.postMessage({
   overflow: document.documentElement.scrollWidth - innerWidth,
   images: [...document.images].map(image => image.complete && image.naturalWidth),
-  shown: [...document.images].filter(image => image.getBoundingClientRect().width > 20).length,
-  loaded: performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:")).length,
-}, "*")); addEventListener("error", error => parent.postMessage({error: String(error.message)}, "*"));</script>"""
-FRAME = """<body style="margin: 0"><iframe style="border: 0; width: {width}px; height: 3000px" src="{address}"></iframe><pre></pre>
-<script>addEventListener("message", event => document.querySelector("pre").append(JSON.stringify(event.data)))</script>"""
+  shown: [...document.images].filter(
+    image => image.getBoundingClientRect().width > 20).length,
+  loaded: performance.getEntriesByType("resource").filter(
+    entry => !entry.name.startsWith("data:")).length,
+}, "*"));
+addEventListener("error", error =>
+  parent.postMessage({error: String(error.message)}, "*"));</script>"""
+FRAME = """<body style="margin: 0">
+<iframe style="border: 0; width: {width}px; height: 3000px" src="{address}"></iframe>
+<pre></pre>
+<script>addEventListener("message", event =>
+  document.querySelector("pre").append(JSON.stringify(event.data)))</script>"""
 
 
 @pytest.mark.slow

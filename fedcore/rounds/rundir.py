@@ -201,26 +201,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def read_history(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to round `rounds`.
-
-    Raises SettingsError when one is missing.
-    """
-    file = folder / "metrics.jsonl"
-    text = file.read_text(errors="replace") if file.exists() else ""
-    rows: list[dict[str, Any]] = []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break  # the line that a killed process did not finish
-        if row["round"] <= rounds:
-            rows.append(row)
-    if [row["round"] for row in rows] != list(range(1, rounds + 1)):
-        raise SettingsError(
-            f"{file} is damaged: expected a line for each of the {rounds} rounds "
-            "of the checkpoint; start the run anew"
-        )
-    return rows

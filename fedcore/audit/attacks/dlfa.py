@@ -241,7 +241,10 @@ def disorder(x: Tensor) -> Tensor:
 
 
 def averaged(x: Tensor) -> Tensor:
-    """All epochs' images in the first one's order, averaged: [E, N, ...] to [N, ...]."""
+    """All epochs' images in the first one's order, averaged.
+
+    [E, N, ...] to [N, ...].
+    """
     first = x[0].flatten(1)
     total = x[0].clone()
     largest = torch.finfo(first.dtype).max

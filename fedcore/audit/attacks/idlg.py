@@ -41,7 +41,8 @@ class IDLG(Attack[Settings]):
         for i, client in enumerate(seen):
             if client.total_examples != 1:
                 raise ValueError(
-                    f"is for one example; client {client.client} has {client.total_examples}"
+                    f"is for one example; client {client.client} has "
+                    f"{client.total_examples}"
                 )
             x = noise(client, seed, 0, (1, *client.public.shape))
             z = x.new_zeros(1, client.public.outputs)

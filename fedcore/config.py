@@ -32,6 +32,17 @@ from fedcore.rounds.participation import ParticipationSettings, Uniform
 if TYPE_CHECKING:
     from fedcore.task import Task
 
+__all__ = [
+    "KINDS",
+    "ROOT",
+    "AuditSettings",
+    "CheckpointSettings",
+    "EngineSettings",
+    "EvaluationSettings",
+    "Experiment",
+    "read_preset",
+]
+
 # Sections whose keys depend on their name.
 KINDS = ("method", "model", "partition", "participation")
 # Of these pairs of keys one replaces the other.

@@ -1,5 +1,12 @@
 """Errors that a person can act on.
 
+__all__ = [
+    "FedcoreError",
+    "RunError",
+    "SettingsError",
+    "TooFewReports",
+]
+
 Messages say what was found, what was expected and what to do.
 """
 

@@ -24,6 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Intervals",
+    "after",
+    "omega",
+    "start",
+]
+
 
 class Intervals(NamedTuple):
     """The intervals of every client of the population, int64 [N]."""

@@ -22,6 +22,17 @@ from fedcore import trees
 from fedcore.task import Task
 from fedcore.types import Batches, Params, Tree
 
+__all__ = [
+    "LocalWork",
+    "Loss",
+    "Step",
+    "StepRunner",
+    "full_gradient",
+    "local_sgd",
+    "steps_run_by",
+    "wide",
+]
+
 Loss = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
 """(params, x [B, ...], y [B, ...], mask [B]) -> mean loss over real examples, 0-d."""
 

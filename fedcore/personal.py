@@ -17,6 +17,16 @@ from fedcore.split import Parts, split
 from fedcore.task import Task
 from fedcore.types import Model, Params
 
+__all__ = [
+    "Own",
+    "Partial",
+    "Personal",
+    "PersonalSettings",
+    "Update",
+    "initial",
+    "used",
+]
+
 
 class PersonalSettings(MethodSettings):
     """Settings of a method that keeps parts of the model on the clients."""

@@ -27,6 +27,19 @@ import numpy as np
 if TYPE_CHECKING:
     from fedcore.messages.defence import DefenceSettings
 
+__all__ = [
+    "COVERS",
+    "Guarantee",
+    "Mechanism",
+    "central",
+    "default_delta",
+    "describe",
+    "epsilon_prv",
+    "epsilon_rdp",
+    "guarantee",
+    "local",
+]
+
 # Points of PRV's discretised loss; more take longer than an epsilon is worth.
 PRV_POINTS = 4_000_000
 PRV_REACH = 700.0  # exp of it is still a float64

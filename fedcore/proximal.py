@@ -18,6 +18,14 @@ from fedcore.local import Loss
 from fedcore.task import Task
 from fedcore.types import Batches, Params
 
+__all__ = [
+    "CHUNK",
+    "Quadratic",
+    "hessian_memory",
+    "quadratic",
+    "unknown",
+]
+
 LARGEST = 2000  # parameters: their Hessian is factored in a second or so
 CHUNK = 16  # clients that an engine may batch
 

@@ -14,6 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+__all__ = [
+    "Words",
+    "rng",
+    "seed_of",
+    "streams",
+    "torch_seed",
+]
+
 Words = npt.NDArray[np.uint32]
 
 

@@ -20,6 +20,16 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.types import Params
 
+__all__ = [
+    "Moments",
+    "Momentum",
+    "ServerOptimizer",
+    "adagrad",
+    "adam",
+    "momentum",
+    "yogi",
+]
+
 
 class Momentum(NamedTuple):
     """State of `momentum`."""

@@ -14,6 +14,13 @@ from pydantic import AfterValidator, BeforeValidator
 from fedcore.errors import SettingsError
 from fedcore.types import Params
 
+__all__ = [
+    "PARTS",
+    "SHOWN",
+    "Parts",
+    "split",
+]
+
 SHOWN = 12  # names of parameters that a message lists whole
 
 

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from fedcore.data.federated import Examples, FederatedData
     from fedcore.data.sources import Pixels
 
+__all__ = [
+    "Penalty",
+    "PerExample",
+    "Task",
+    "accuracy",
+    "cross_entropy",
+    "squared_error",
+]
+
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """(model outputs [B, ...], targets [B, ...]) -> one value an example, [B]."""
 

@@ -27,6 +27,19 @@ from fedcore.task import Task, squared_error
 if TYPE_CHECKING:
     from fedcore.config import Experiment
 
+__all__ = [
+    "TASKS",
+    "LeastSquares",
+    "Options",
+    "WeightedLeastSquares",
+    "build_task",
+    "images",
+    "least_squares",
+    "start_from",
+    "weighted_least_squares",
+    "weighted_squared_error",
+]
+
 DEFAULT_POPULATION = 100
 Options = TypeVar("Options", bound=BaseModel)
 

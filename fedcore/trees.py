@@ -15,6 +15,35 @@ from torch import Tensor
 
 from fedcore.types import Tree
 
+__all__ = [
+    "SEPARATOR",
+    "add",
+    "add_weighted_",
+    "at",
+    "axpy",
+    "dot",
+    "double",
+    "fetch",
+    "finite",
+    "flatten",
+    "leaves",
+    "like",
+    "map",
+    "nbytes",
+    "ravel",
+    "row_sums",
+    "scale",
+    "stack",
+    "sub",
+    "sub_",
+    "to",
+    "unflatten",
+    "unravel",
+    "weighted_sum",
+    "where",
+    "zeros_like",
+]
+
 SEPARATOR = "/"
 T = TypeVar("T")
 

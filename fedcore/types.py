@@ -7,6 +7,18 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+__all__ = [
+    "Batches",
+    "ClientFunction",
+    "Memory",
+    "Metrics",
+    "Model",
+    "Params",
+    "Stateless",
+    "Tree",
+    "Tuning",
+]
+
 Tree = Any
 """A tensor, or a nested NamedTuple or dict of tensors, as pytree flattens them."""
 

@@ -110,10 +110,7 @@ class Loop:
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(folder / "metrics.jsonl", lines.encode())
         self.clients.cut(self.state.t)
-        self._stop = StopRequest(
-            f"interrupted after round {{round}} of {experiment.rounds}; go on with: "
-            f"fedcore run --resume {folder}"
-        )
+        self._stop = StopRequest(folder, experiment.rounds)
         self.desk = Desk(
             self.engine,
             parts.work,

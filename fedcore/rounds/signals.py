@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from fedcore.errors import RunError
@@ -30,11 +31,11 @@ class Stoppable(Protocol):
 
 
 class StopRequest:
-    """Whether the run was told to stop, and the words with which it does."""
+    """Whether a run was told to stop, and the words with which it does."""
 
-    def __init__(self, message: str) -> None:
-        """`message` may hold {round}, the number of rounds that are done."""
-        self._message = message
+    def __init__(self, folder: Path, rounds: int) -> None:
+        """The run directory, and the rounds that the run was to have."""
+        self._folder, self._rounds = folder, rounds
         self._event = threading.Event()
         self._rounds_done = 0
 
@@ -50,7 +51,10 @@ class StopRequest:
     def heed(self) -> None:
         """Raises Interrupted where the run was told to stop."""
         if self._event.is_set():
-            raise Interrupted(self._message.format(round=self._rounds_done))
+            raise Interrupted(
+                f"interrupted after round {self._rounds_done} of {self._rounds}; "
+                f"go on with: fedcore run --resume {self._folder}"
+            )
 
 
 @contextmanager

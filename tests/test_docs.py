@@ -56,6 +56,8 @@ def on_tiny_data(command: str, folder: Path) -> list[str]:
         settings += TINY
         if "participation.name" not in command:
             settings.append("participation.cohort=2")
+    if "fashion" in command:  # 3 000 images a client
+        settings += ["local.steps=1", "evaluation.clients=2"]
     if words[0] == "sensitivity":  # trains once for each kind of layer
         settings += [*TINY_MODEL, UNMEASURED]
     for setting in settings:

@@ -18,6 +18,8 @@ from fedcore.rounds.loop import Loop, Quiet
 from fedcore.storage.rows import StateStore
 from fedcore.types import Reports, Round, Tree
 
+PATIENCE = 900.0  # seconds, for any wait of a test: a busy machine is no failure
+
 STRATEGIES = sorted(
     p.stem for p in (Path(__file__).parent.parent / "strategies").glob("[!_]*.py")
 )

@@ -1,4 +1,4 @@
-"""Where reconstructions meet the truth: every number against its definition, written out in NumPy."""
+"""Where reconstructions meet the truth: numbers against their definitions, in NumPy."""
 
 from __future__ import annotations
 

@@ -240,7 +240,8 @@ def test_without_truth_the_attacks_find_the_same_and_nothing_is_scored(
     status, printed, _ = audit(*QUICK, "--no-truth", "--out", out)
     assert status == 0
     scored, unscored = (
-        found_in(tmp_path / name)["cells"][0]["clients"] for name in ("known", "unknown")
+        found_in(tmp_path / name)["cells"][0]["clients"]
+        for name in ("known", "unknown")
     )
     for a, b in zip(scored, unscored, strict=True):
         assert b["labels"]["counts"] == a["labels"]["counts"]
@@ -324,9 +325,7 @@ REFUSED = {
     "--images=all": "--images all: expected one of thumbnails, none",
     "--epochs=1,x": "--epochs 1,x: expected numbers from 1 on",
     "--examples=0": "--examples 0: expected numbers from 1 on",
-    "--option=sme.iterations": (
-        '--option "sme.iterations": expected ATTACK.KEY=VALUE'
-    ),
+    "--option=sme.iterations": ('--option "sme.iterations": expected ATTACK.KEY=VALUE'),
     "--option=iterations=5": '--option "iterations=5": expected ATTACK.KEY=VALUE',
     "--option=sme.speed=5": "--option sme.speed = 5",
     "--option=sme.iterations=0": "--option sme.iterations = 0",

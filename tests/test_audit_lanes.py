@@ -78,7 +78,11 @@ def test_convolutions_as_products_are_the_same_function_of_the_same_parameters(
 
 @pytest.mark.parametrize(
     ("name", "task", "side"),
-    [("cnn", "fashion-mnist", 28), ("lenet", "fashion-mnist", 28), ("mlp", "digits", 8)],
+    [
+        ("cnn", "fashion-mnist", 28),
+        ("lenet", "fashion-mnist", 28),
+        ("mlp", "digits", 8),
+    ],
 )
 def test_a_model_as_products_is_the_model(name: str, task: str, side: int) -> None:
     experiment = digits(task=task, model__name=name)

@@ -1,14 +1,14 @@
-"""Leakage of updates: SME against gradient inversion and simulated training.
+"""The audit's attacks measured: SME, gradient inversion and DLFA, labels, defences.
 
-    python -m benchmarks.audit sweep     PSNR against local epochs: SME, IG and DLFA
-    python -m benchmarks.audit cifar     the same on CIFAR-10 (--data FOLDER of its
-                                         parquet files)
-    python -m benchmarks.audit labels    label counts from the output layer's bias, by
-                                         number of examples and step size
-    python -m benchmarks.audit scale     a shortened update, with and without a searched
-                                         path scale; secure aggregation
-    python -m benchmarks.audit together  8 clients in one batch of optimisations against
-                                         one after another, by model
+    python -m benchmarks.audit sweep       PSNR against local epochs, and time a client
+    python -m benchmarks.audit cifar       the same on CIFAR-10 (--data FOLDER of its
+                                           parquet files)
+    python -m benchmarks.audit labels      label counts from the output layer's bias, by
+                                           number of examples and step size
+    python -m benchmarks.audit scale       a shortened update, with and without a
+                                           searched path scale; secure aggregation
+    python -m benchmarks.audit together    8 clients in one batch of optimisations
+                                           against one after another, by model
 
 Fashion-MNIST, the CNN 16-32-64 with average pooling, 8 examples a client in batches of
 4, step size 0.01, true labels (as in the paper), 300 iterations; means over clients,
@@ -33,10 +33,13 @@ from matplotlib.figure import Figure
 
 from benchmarks.fedlaw import table
 from fedcore import Experiment
-from fedcore.audit import cells, examine, metrics, plan
+from fedcore.audit import cells, metrics
 from fedcore.audit.attacks import labels
 from fedcore.audit.attacks.sme import SME, SurrogateSettings
-from fedcore.audit.observe import Subject, aggregate, moved
+from fedcore.audit.examine import examine
+from fedcore.audit.observe import Observation, Subject, aggregate, moved
+from fedcore.audit.plan import SME_AUTHORS_IG, Plan
+from fedcore.audit.results import CellResult
 from fedcore.audit.simulate import simulate
 from fedcore.rounds.loop import Quiet
 from fedcore.tasks import build_task
@@ -49,22 +52,17 @@ SMALL: dict[str, Any] = {
     "holdout": 0.0,
     "model": CNN,
 }
-IN_SMES_LOOP = {"iterations": 300, "lr": 1.0, "tv": 0.01}
+BATCH_SIZE, EXAMPLES = 4, 8
+NAMES = {"sme": "SME", "ig": "gradient inversion at w0"}
 
 
 def experiment(seed: int, lr: float = 0.01, **settings: Any) -> Experiment:
-    return Experiment.parse(
-        {
-            **SMALL,
-            "method": {"name": "fedavg", "local_lr": lr},
-            "seed": seed,
-            **settings,
-        }
-    )
+    method = {"name": "fedavg", "local_lr": lr}
+    return Experiment.parse({**SMALL, "method": method, "seed": seed, **settings})
 
 
 class Watch:
-    """An cells.Observer that says on stderr where it is."""
+    """An observer of an audit that says on stderr where it is."""
 
     def cell(self, number: int, cells: int, name: str) -> None:
         print(f"{number + 1}/{cells} {name}", flush=True, file=sys.stderr)
@@ -79,107 +77,102 @@ class Watch:
         return Quiet()
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
+def mean_text(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def sweep(a: argparse.Namespace, cifar: bool = False) -> None:
+# PSNR against local epochs
+
+
+def sweep(options: argparse.Namespace, cifar: bool = False) -> None:
     """SME and IG over local epochs; DLFA where it is not too slow."""
     epochs = (1, 5, 20) if cifar else (1, 2, 5, 10, 20)
     rows: dict[str, list[str]] = {}
     curves: dict[str, list[float]] = {}
     levels: list[float] = []
-    settings = {"task": "cifar10", "data_folder": a.data} if cifar else {}
-    for E in epochs:
-        audited: dict[str, list[dict[str, Any]]] = {}
-        for seed in range(a.seeds):
-            e = experiment(seed, **settings)
-            attacks = (
-                ("sme", "ig", "dlfa")
-                if E in a.dlfa and seed < a.dlfa_seeds
-                else ("sme", "ig")
-            )
-            for attack in attacks:
-                options = {
-                    "sme": {"iterations": 300},
-                    "ig": IN_SMES_LOOP,
-                    "dlfa": {"iterations": a.dlfa_iterations},
-                }
-                clients = 1 if attack == "dlfa" else 2
-                audit_plan = plan.Plan(
-                    (attack,),
-                    options,
-                    "paper",
-                    "oracle",
-                    images=False,
-                    clients=clients,
-                    seed=seed,
-                )
-                found = examine.examine(
-                    "sweep",
-                    e,
-                    cells.sweep(e, audit_plan, [E], [4], [8]),
-                    audit_plan,
-                    a.out,
-                    Watch(),
-                )
-                audited.setdefault(attack, []).extend(found.cells)
-        for attack, of in audited.items():
-            value = [cell["summary"]["attacks"][attack]["psnr"]["mean"] for cell in of]
-            rows.setdefault(f"{attack}, dB", ["-"] * len(epochs))[epochs.index(E)] = (
-                spread(value)
-            )
-            curves.setdefault(attack, []).append(statistics.fmean(value))
-            found_own = [
-                cell["summary"]["attacks"][attack]["top1"]["mean"] for cell in of
-            ]
-            rows.setdefault(f"{attack}, finds its original", ["-"] * len(epochs))[
-                epochs.index(E)
-            ] = spread(found_own, 2)
-            seconds = [
-                cell["attack_seconds"][attack] / len(cell["clients"]) for cell in of
-            ]
-            rows.setdefault(f"{attack}, s a client", ["-"] * len(epochs))[
-                epochs.index(E)
-            ] = f"{statistics.median(seconds):.1f}"
+    for place, count in enumerate(epochs):
+        for attack in ("sme", "ig", "dlfa"):
+            results = attacked(options, attack, count, cifar)
+            if not results:
+                continue
+            for name, text in described(attack, results).items():
+                rows.setdefault(name, ["-"] * len(epochs))[place] = text
+            summaries = [cell["summary"] for cell in results]
+            psnr = [summary["attacks"][attack]["psnr"]["mean"] for summary in summaries]
+            curves.setdefault(attack, []).append(statistics.fmean(psnr))
             if attack == "sme":
-                alpha = [
-                    cell["summary"]["attacks"]["sme"]["alpha"]["mean"] for cell in of
-                ]
-                rows.setdefault("learned alpha", ["-"] * len(epochs))[
-                    epochs.index(E)
-                ] = spread(alpha, 2)
-                for name in of[0]["summary"]["references"]:
-                    level = [cell["summary"]["references"][name]["psnr"] for cell in of]
-                    levels += level if name == "class means" else []
-                    rows.setdefault(f"{name}, dB", ["-"] * len(epochs))[
-                        epochs.index(E)
-                    ] = spread(level)
-    table(["", *(f"E = {E} (T = {2 * E})" for E in epochs)], rows)
-    if a.picture:
-        draw(
-            a.picture,
-            [2 * E for E in epochs],
-            {
-                name: values
-                for name, values in curves.items()
-                if len(values) == len(epochs)
+                for summary in summaries:
+                    levels.append(summary["references"]["class means"]["psnr"])
+    table(["", *(f"E = {count} (T = {2 * count})" for count in epochs)], rows)
+    if options.picture:
+        whole = {n: curve for n, curve in curves.items() if len(curve) == len(epochs)}
+        steps = [2 * count for count in epochs]
+        draw(options.picture, steps, whole, statistics.fmean(levels))
+
+
+def attacked(
+    options: argparse.Namespace, attack: str, epochs: int, cifar: bool
+) -> list[CellResult]:
+    """The cells of one attack at so many local epochs, one a seed."""
+    seeds = options.seeds
+    if attack == "dlfa":
+        seeds = min(seeds, options.dlfa_seeds) if epochs in options.dlfa else 0
+    settings = {"task": "cifar10", "data_folder": options.data} if cifar else {}
+    results = []
+    for seed in range(seeds):
+        e = experiment(seed, **settings)
+        plan = Plan(
+            attacks=(attack,),
+            options={
+                "sme": {"iterations": 300},
+                "ig": {"iterations": 300, **SME_AUTHORS_IG},
+                "dlfa": {"iterations": options.dlfa_iterations},
             },
-            statistics.fmean(levels),
+            budget="paper",
+            labels="oracle",
+            images=False,
+            clients=1 if attack == "dlfa" else 2,
+            seed=seed,
         )
+        swept = cells.sweep(e, plan, [epochs], [BATCH_SIZE], [EXAMPLES])
+        audit = examine("sweep", e, swept, plan, options.out, Watch())
+        results += audit.cells
+    return results
+
+
+def described(attack: str, results: Sequence[CellResult]) -> dict[str, str]:
+    """Rows of the table, by name."""
+    summaries = [cell["summary"]["attacks"][attack] for cell in results]
+    psnr = [summary["psnr"]["mean"] for summary in summaries]
+    top1 = [summary["top1"]["mean"] for summary in summaries]
+    seconds = []
+    for cell in results:
+        seconds.append(cell["attack_seconds"][attack] / len(cell["clients"]))
+    rows = {
+        f"{attack}, dB": mean_text(psnr),
+        f"{attack}, finds its original": mean_text(top1, 2),
+        f"{attack}, s a client": f"{statistics.median(seconds):.1f}",
+    }
+    if attack == "sme":
+        alpha = [summary["alpha"]["mean"] for summary in summaries]
+        rows["learned alpha"] = mean_text(alpha, 2)
+        for name in results[0]["summary"]["references"]:
+            level = [cell["summary"]["references"][name]["psnr"] for cell in results]
+            rows[f"{name}, dB"] = mean_text(level)
+    return rows
 
 
 def draw(
     file: Path, steps: Sequence[int], curves: dict[str, list[float]], level: float
 ) -> None:
-    """`level` is the PSNR of the mean image of each class."""
-    names = {"sme": "SME", "ig": "gradient inversion at w0"}
+    """PSNR by local steps; `level` is that of the mean image of each class."""
     with rc_context({**STYLE, "savefig.facecolor": "white"}):
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.add_subplot()
         for name, values in curves.items():
-            axes.plot(steps, values, marker="o", label=names.get(name, name))
+            axes.plot(steps, values, marker="o", label=NAMES.get(name, name))
         axes.axhline(
             level, linestyle="--", linewidth=1, label="mean image of each class"
         )
@@ -189,88 +182,86 @@ def draw(
         file.write_text(svg(figure))
 
 
-def label_counts(a: argparse.Namespace) -> None:
+# Labels
+
+
+def label_counts(options: argparse.Namespace) -> None:
     rows = {}
-    for n, batch, epochs, lr in (
+    for n, batch_size, epochs, lr in (
         (10, 5, 10, 0.004),
         (50, 10, 20, 0.004),
         (50, 10, 20, 0.02),
     ):
-        values = []
-        for seed in range(a.seeds):
-            e = experiment(
-                seed,
-                lr,
-                local={"batch_size": batch, "epochs": epochs},
-                partition={"name": "pathological", "classes": 4},
-            )
+        shares = []
+        for seed in range(options.seeds):
+            local = {"batch_size": batch_size, "epochs": epochs}
+            partition = {"name": "pathological", "classes": 4}
+            e = experiment(seed, lr, local=local, partition=partition)
             for subject in simulate(e, build_task(e), 4, n):
                 assert subject.truth is not None
-                values.append(
-                    metrics.label_accuracy(
-                        labels.recover(subject.seen, seed), subject.truth.y
-                    )["accuracy"]
-                )
-        rows[f"N = {n}, B = {batch}, E = {epochs}, lr = {lr}, fresh"] = [
-            spread(values, 2)
-        ]
+                found = labels.recover(subject.seen, seed)
+                accuracy = metrics.label_accuracy(found, subject.truth.y)
+                shares.append(accuracy["accuracy"])
+        name = f"N = {n}, B = {batch_size}, E = {epochs}, lr = {lr}, fresh"
+        rows[name] = [mean_text(shares, 2)]
     table(["", "label accuracy"], rows)
 
 
-def attack_of(subjects: Sequence[Subject], seed: int, **settings: Any) -> float:
+# A shortened update, and the mean of several
+
+
+def psnr_of(subjects: Sequence[Subject], seed: int, **settings: Any) -> float:
     """Mean PSNR of SME with the true labels."""
-    seen = [replace(s.seen, labels=s.truth.y) for s in subjects if s.truth is not None]
-    found = SME(SurrogateSettings(iterations=300, **settings)).reconstruct(
-        seen, [labels.recover(o) for o in seen], seed
-    )
+    attack = SME(SurrogateSettings(iterations=300, **settings))
+    truths = [subject.truth for subject in subjects if subject.truth is not None]
+    assert len(truths) == len(subjects)
+    seen = [subject.seen for subject in subjects]
+    known = [truth.y.sort().values for truth in truths]
     scores = []
-    for r, s in zip(found, subjects, strict=True):
-        assert s.truth is not None
-        assert s.seen.public.pixels is not None
-        scores.append(
-            metrics.score(r.x, s.truth, s.seen.public.pixels).psnr.mean().item()
-        )
+    found = attack.reconstruct(seen, known, seed)
+    for reconstruction, truth in zip(found, truths, strict=True):
+        pixels = seen[0].public.pixels
+        assert pixels is not None
+        score = metrics.score(reconstruction.x, truth, pixels)
+        scores.append(score.psnr.mean().item())
     return statistics.fmean(scores)
 
 
-def scale(a: argparse.Namespace) -> None:
+def shortened(subject: Subject, factor: float) -> Subject:
+    """The client, where clipping left so much of its update."""
+    seen = subject.seen
+    delta = {name: factor * value for name, value in seen.delta.items()}
+    public = replace(seen.public, clipped=True)
+    return Subject(replace(seen, delta=delta, public=public), subject.truth)
+
+
+def scale(options: argparse.Namespace) -> None:
     found: dict[str, list[float]] = {}
-    for seed in range(a.seeds):
-        e = experiment(seed, local={"batch_size": 4, "epochs": 10})
-        subjects = simulate(e, build_task(e), 4, 8)
-        short = [
-            Subject(
-                replace(
-                    s.seen,
-                    delta={k: 0.1 * v for k, v in s.seen.delta.items()},
-                    public=replace(s.seen.public, clipped=True),
-                ),
-                s.truth,
-            )
-            for s in subjects
-        ]
-        found.setdefault("the update itself", []).append(attack_of(subjects, seed))
-        found.setdefault("a tenth of it, path scale 1", []).append(
-            attack_of(short, seed, path_scale=1.0)
-        )
-        found.setdefault("a tenth of it, path scale searched", []).append(
-            attack_of(short, seed)
-        )
-        for together in (2, 4):
-            pairs = [
-                aggregate(subjects[i : i + together]) for i in range(0, 4, together)
-            ]
-            found.setdefault(
-                f"mean of {together} clients, path scale searched", []
-            ).append(attack_of(pairs, seed))
-    table(
-        ["SME, E = 10", "PSNR, dB"],
-        {name: [spread(values)] for name, values in found.items()},
-    )
+    for seed in range(options.seeds):
+        e = experiment(seed, local={"batch_size": BATCH_SIZE, "epochs": 10})
+        subjects = simulate(e, build_task(e), 4, EXAMPLES)
+        short = [shortened(subject, 0.1) for subject in subjects]
+        values = {
+            "the update itself": psnr_of(subjects, seed),
+            "a tenth of it, path scale 1": psnr_of(short, seed, path_scale=1.0),
+            "a tenth of it, path scale searched": psnr_of(short, seed),
+        }
+        for many in (2, 4):
+            groups = range(0, 4, many)
+            means = [aggregate(subjects[i : i + many]) for i in groups]
+            name = f"mean of {many} clients, path scale searched"
+            values[name] = psnr_of(means, seed)
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    rows = {name: [mean_text(values)] for name, values in found.items()}
+    table(["SME, E = 10", "PSNR, dB"], rows)
 
 
-def together(a: argparse.Namespace) -> None:
-    """Throughput of 8 clients side by side and one after another, in turn."""
+# Many clients at once
+
+
+def together(options: argparse.Namespace) -> None:
+    """Throughput of 8 clients side by side and one after another, the two in turn."""
     models = {
         "MLP 784-32-10": {"name": "mlp", "hidden": [32]},
         "MLP 784-200-10": {"name": "mlp"},
@@ -279,71 +270,73 @@ def together(a: argparse.Namespace) -> None:
     }
     rows = {}
     for name, model in models.items():
-        e = experiment(0, model=model, local={"batch_size": 4, "epochs": 5})
-        seen = [s.seen for s in simulate(e, build_task(e), 8, 8)]
-        known = [labels.recover(o) for o in seen]
-        seen = moved(seen, torch.device(a.device))
-        s = SurrogateSettings(iterations=a.iterations)
-        times: dict[str, list[float]] = {"batch": [], "one": []}
-        for _ in range(a.repeats):
-            for kind in times:
-                begin = time.perf_counter()
-                if kind == "batch":
-                    SME(s).reconstruct(seen, known, 0)
-                else:
-                    for o, y in zip(seen, known, strict=True):
-                        SME(s).reconstruct([o], [y], 0)
-                times[kind].append(time.perf_counter() - begin)
-        ratios = [
-            one / batch for one, batch in zip(times["one"], times["batch"], strict=True)
-        ]
-        each = {
-            kind: 1000 * statistics.median(values) / (8 * a.iterations)
-            for kind, values in times.items()
-        }
+        local = {"batch_size": BATCH_SIZE, "epochs": 5}
+        e = experiment(0, model=model, local=local)
+        subjects = simulate(e, build_task(e), 8, EXAMPLES)
+        seen = [subject.seen for subject in subjects]
+        known = [labels.recover(observation) for observation in seen]
+        seen = moved(seen, torch.device(options.device))
+        attack = SME(SurrogateSettings(iterations=options.iterations))
+        at_once, in_turn = [], []
+        for _ in range(options.repeats):
+            at_once.append(seconds_of(attack, seen, known, len(seen)))
+            in_turn.append(seconds_of(attack, seen, known, 1))
+        pairs = zip(in_turn, at_once, strict=True)
+        ratios = [one / batch for one, batch in pairs]
+        unit = 1000 / (8 * options.iterations)
         rows[name] = [
-            f"{each['one']:.2f}",
-            f"{each['batch']:.2f}",
+            f"{unit * statistics.median(in_turn):.2f}",
+            f"{unit * statistics.median(at_once):.2f}",
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         ]
-    table(
-        ["ms a client and iteration", "one after another", "8 at once", "ratio"], rows
-    )
+    head = ["ms a client and iteration", "one after another", "8 at once", "ratio"]
+    table(head, rows)
+
+
+def seconds_of(
+    attack: SME, seen: list[Observation], known: list[torch.Tensor], many: int
+) -> float:
+    """Time of an attack on all clients, so many of them at once."""
+    begin = time.perf_counter()
+    for start in range(0, len(seen), many):
+        group = slice(start, start + many)
+        attack.reconstruct(seen[group], known[group], 0)
+    return time.perf_counter() - begin
+
+
+STUDIES = {
+    "sweep": sweep,
+    "cifar": lambda options: sweep(options, cifar=True),
+    "labels": label_counts,
+    "scale": scale,
+    "together": together,
+}
 
 
 def main() -> None:
-    studies = {
-        "sweep": sweep,
-        "cifar": lambda a: sweep(a, cifar=True),
-        "labels": label_counts,
-        "scale": scale,
-        "together": together,
-    }
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None
-    )
-    parser.add_argument("study", choices=studies)
-    parser.add_argument("--out", type=Path, default=Path("runs") / "audit-study")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--data", help="folder of CIFAR-10's parquet files")
-    parser.add_argument(
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("study", choices=STUDIES)
+    add("--out", type=Path, default=Path("runs") / "audit-study")
+    add("--seeds", type=int, default=3)
+    add("--picture", type=Path)
+    add("--data", help="folder of CIFAR-10's parquet files")
+    add(
         "--dlfa",
         type=int,
         nargs="*",
         default=[1, 5, 10],
         help="local epochs at which DLFA runs, too",
     )
-    parser.add_argument("--dlfa-seeds", type=int, default=3)
-    parser.add_argument("--dlfa-iterations", type=int, default=400)
-    parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="of `together`"
-    )
-    a = parser.parse_args()
+    add("--dlfa-seeds", type=int, default=3)
+    add("--dlfa-iterations", type=int, default=400)
+    add("--iterations", type=int, default=30)
+    add("--repeats", type=int, default=5)
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="of `together`")
+    options = parser.parse_args()
     torch.manual_seed(0)
-    studies[a.study](a)
+    STUDIES[options.study](options)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ from fedcore.storage.checkpoint import Checkpoint
 from fedcore.types import Batches, Model, Stateless, Tree
 from strategies.fedavg import FedAvg, Up
 from tests.attacks import cnn, data, mlp, see
+from tests.audits import Silent
 from tests.helpers import STRATEGIES, TOYS, VARIANTS, assert_close, loop_of, small
-from tests.test_audit_observe import Silent, digits, plan
+from tests.test_audit_captures import digits
+from tests.test_audit_examine import plan
 from tests.test_engines import DIGITS
 from tests.test_recording import (
     BUILDERS,

@@ -1,14 +1,9 @@
 """Errors that a person can act on.
 
-__all__ = [
-    "FedcoreError",
-    "RunError",
-    "SettingsError",
-    "TooFewReports",
-]
-
 Messages say what was found, what was expected and what to do.
 """
+
+__all__ = ["FedcoreError", "RunError", "SettingsError", "TooFewReports"]
 
 
 class FedcoreError(Exception):

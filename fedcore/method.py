@@ -65,13 +65,13 @@ The round's shuffled minibatches, every training example once, the held-out exam
 a `Tuning`: minibatches to fine-tune on, and the held-out examples.
 """
 
-RENAMED = {
-    "fedavgm": "momentum",
-    "fedadagrad": "adagrad",
-    "fedadam": "adam",
-    "fedyogi": "yogi",
+RENAMED: dict[str, dict[str, str | float]] = {
+    "fedavgm": {"optimizer": "momentum", "server_lr": 1.0, "beta1": 0.9},
+    "fedadagrad": {"optimizer": "adagrad", "server_lr": 0.1, "beta1": 0.0},
+    "fedadam": {"optimizer": "adam", "server_lr": 0.01},
+    "fedyogi": {"optimizer": "yogi", "server_lr": 0.01},
 }
-"""Methods that became one, `fedopt`, by the server optimizer that each was."""
+"""Methods that became one, `fedopt`, with the settings that each of them is."""
 
 
 class FinetuneSettings(BaseModel):
@@ -135,8 +135,8 @@ class Round:
         """The weighted mean of the clients' updates.
 
         `weight` is `by_examples`, `equally`, or a tensor with one weight for each of
-        `clients`, known before they are asked. No single update comes back: it may be
-        summed where clients run, in secret, or by a robust rule.
+        `clients`, in ascending ids, known before they are asked. No single update comes
+        back: it may be summed where clients run, in secret, or by a robust rule.
         """
         total = RunningSum()
         weigh = weight_of(weight, clients)
@@ -226,7 +226,7 @@ class Method(Generic[S]):
     needs_updates: ClassVar[bool] = False
     """Whether it asks for messages through `Round.each`, to weigh or remember them.
 
-    Settings under which no single update is seen refuse such a method by name.
+    Settings under which no single update is seen can refuse such a method by name.
     """
 
     works_unasked: ClassVar[bool] = False
@@ -375,10 +375,14 @@ def _place_of(name: str) -> tuple[str, str]:
             )
         return module_name, class_name
     if name in RENAMED:
+        lines = ['method.name = "fedopt"']
+        for key, value in RENAMED[name].items():
+            shown = f'"{value}"' if isinstance(value, str) else value
+            lines.append(f"method.{key} = {shown}")
         raise SettingsError(
             f'method.name = "{name}": this is now fedopt with a server optimizer; '
-            f'write method.name = "fedopt" and method.optimizer = "{RENAMED[name]}", '
-            f"or use the preset strategies/{name}.toml"
+            f"write {', '.join(lines)} (its defaults; momentum is beta1), or start "
+            f"from the preset strategies/{name}.toml"
         )
     module_name = f"{PACKAGE}.{name}"
     if not name.isidentifier() or importlib.util.find_spec(module_name) is None:

@@ -76,6 +76,11 @@ def weight_of(weight: Weight | Tensor, clients: Tensor) -> Weight:
             f"weights of shape {tuple(weight.shape)} for {len(clients)} clients: "
             "expected one weight a client"
         )
+    if bool((clients[1:] <= clients[:-1]).any()):
+        raise ValueError(
+            "one weight a client needs ascending client ids, found "
+            f"{clients.tolist()[:10]}: sort them, and the weights with them"
+        )
 
     def by_client(asked: Tensor, num_examples: Tensor) -> Tensor:
         return weight[torch.searchsorted(clients, asked)]
@@ -107,7 +112,13 @@ class Mean:
         """total / weight. Raises TooFewReports where the weight is zero."""
         if not bool(self.weight > 0):
             raise TooFewReports("no client reported that has an example")
-        return trees.like(trees.scale(self.total, 1 / self.weight), self.total)
+        inverse = 1 / self.weight
+
+        def divided(x: Tensor) -> Tensor:
+            mean = x * inverse
+            return mean.to(x.dtype) if x.is_floating_point() else mean
+
+        return trees.map(divided, self.total)
 
 
 class RunningSum:

@@ -137,8 +137,10 @@ class FedAMD(Method[Settings]):
         guide = Guide(server.params, trees.like(server.v, server.params))
         mean = r.mean(self.mine, miners, guide, equally)
         after = self._refresh(server, r, anchors)
-        step = self.s.server_lr / max(len(mean.clients), 1)
-        x = trees.axpy(step, mean.total.delta, server.params)
+        x = server.params
+        if len(mean.clients):
+            step = self.s.server_lr / len(mean.clients)
+            x = trees.axpy(step, mean.total.delta, x)
         r.log["v_norm"] = trees.dot(guide.v, guide.v).sqrt().item()
         ages = r.t + 1 - after.refreshed[after.refreshed > 0]
         r.log["cache_age"] = ages.double().mean().item()

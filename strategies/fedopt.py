@@ -7,11 +7,13 @@ x_t  global parameters           x_i  local parameters of client i
 Delta_t  weighted mean of x_i - x_t      eta_l, eta  local and server step size
 m_t, v_t  first and second moment of Delta      tau  degree of adaptivity
 
-    momentum   m <- beta_1 m + Delta;                  x <- x + eta m
+    momentum   m <- beta_1 m + Delta                   m is a velocity
+               x <- x + eta m
     adagrad    v <- v + Delta^2
     adam       v <- beta_2 v + (1 - beta_2) Delta^2
     yogi       v <- v - (1 - beta_2) Delta^2 sign(v - Delta^2)
-               m <- beta_1 m + (1 - beta_1) Delta;     x <- x + eta m / (sqrt(v) + tau)
+    all three  m <- beta_1 m + (1 - beta_1) Delta
+               x <- x + eta m / (sqrt(v) + tau)
 
 Choice:  no bias correction, and v starts at tau^2, as in Algorithm 2; clients are
          weighted by number of examples, as in the papers' experiments. Defaults are the

@@ -13,7 +13,8 @@ a_i  weight in the objective, mean 1       N  population
     w_{t+1} = w_t + eta_s U;   then h_i <- Delta_i for i in S_t
 
 E[U] = (1/N) sum_i a_i Delta_i for every beta and every memory, if q_i = p_i; beta
-decides the variance.
+decides the variance. With weights = "examples" this holds from the round on in which
+every client has been heard: before, nbar (below) is that of clients that come often.
 
 Choice:  fixed a_i over all clients: a client that was not seen yet contributes 0. With
          weights = "examples" a_i = n_i / nbar from the numbers that clients report, and

@@ -68,6 +68,8 @@ class Scaffold(Method[Settings]):
 
     def round(self, server: Server, r: Round) -> Server:
         mean = r.mean(self.train, r.cohort, server, equally)
+        if len(mean.clients) == 0:
+            return server
         # x + eta_g / |S| sum delta
         x = trees.axpy(self.s.server_lr, mean.value.delta, server.params)
         # c + |S| / N mean dc: the mean of all c_i

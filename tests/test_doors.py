@@ -16,7 +16,7 @@ from fedcore.errors import SettingsError, TooFewReports
 from fedcore.local import local_sgd
 from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.reports import Mean, Reports, RunningSum, by_examples, equally, weight_of
-from fedcore.rounds.loop import run
+from fedcore.rounds.loop import Interrupted, run
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless
 from tests.helpers import assert_close, loop_of, small
@@ -223,6 +223,7 @@ def test_the_four_server_optimizers_are_refused_by_their_old_names() -> None:
         with pytest.raises(SettingsError) as caught:
             Experiment.parse({"method": {"name": old}})
         assert 'method.name = "fedopt"' in str(caught.value)
+        assert "method.server_lr = " in str(caught.value)
         assert f'method.optimizer = "{optimizer}"' in str(caught.value)
 
 
@@ -251,3 +252,40 @@ def test_fedstale_weighs_by_the_examples_that_clients_report(tmp_path: Path) -> 
     expected = (sizes * deltas[:, 0]).sum() / sizes.sum()
     moved = after.params["weight"] - loop.state.server.params["weight"]
     assert moved.flatten().tolist() == pytest.approx([expected.item()] * 5)
+
+
+def test_weights_for_clients_that_do_not_ascend_are_refused() -> None:
+    with pytest.raises(ValueError, match="ascending"):
+        weight_of(torch.ones(3), torch.tensor([5, 1, 3]))
+
+
+def test_the_mean_of_whole_numbers_is_no_whole_number() -> None:
+    total = RunningSum()
+    total.add(
+        Reports(torch.arange(2), torch.tensor([3, 4]), torch.ones(2)), torch.ones(2)
+    )
+    assert total.mean(dict).value.item() == 3.5
+
+
+@pytest.mark.parametrize("name", ["scaffold", "fedvarp"])
+def test_a_stop_within_an_evaluation_leaves_the_round_undone(
+    name: str, tmp_path: Path
+) -> None:
+    experiment = small(name, evaluation__every=1)
+    whole = run(experiment, tmp_path / "whole")
+    loop = loop_of(experiment, tmp_path / "stopped")
+    test = loop.task.test
+
+    def stopped(params: Params) -> dict[str, float]:
+        if loop.state.t == experiment.rounds - 1:  # in the last round's evaluation
+            loop._stop.set()
+        return test(params)
+
+    loop.task.test = stopped  # type: ignore[method-assign,assignment]
+    with pytest.raises(Interrupted, match="after round 3 of 4"):
+        loop.run()
+    loop.close()
+    resumed = run(experiment, resume=tmp_path / "stopped")
+    assert resumed.params_sha256 == whole.params_sha256
+    assert [row["round"] for row in resumed.history] == [1, 2, 3, 4]
+    assert resumed.history[-1]["test_loss"] == whole.history[-1]["test_loss"]

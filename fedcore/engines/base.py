@@ -105,16 +105,24 @@ class Work:
         engines that record steps by shape.
         """
         self.task, self.method, self.local, self.seed = task, method, local, seed
-        self._noise = links or LinksSettings(), defence or DefenceSettings()
-        self.links = Links(self._noise[0], seed)
-        self.defence = Defence(self._noise[1], seed)
+        self._link_settings = links or LinksSettings()
+        self._defence_settings = defence or DefenceSettings()
+        self.links = Links(self._link_settings, seed)
+        self.defence = Defence(self._defence_settings, seed)
         self.few_widths = few_widths
         self._now = (-1, torch.empty(0))
 
     def with_few_widths(self) -> Work:
         """The same work, with batches padded to few widths."""
-        task, method, local = self.task, self.method, self.local
-        return Work(task, method, local, self.seed, *self._noise, few_widths=True)
+        return Work(
+            self.task,
+            self.method,
+            self.local,
+            self.seed,
+            self._link_settings,
+            self._defence_settings,
+            few_widths=True,
+        )
 
     def batches(
         self, fn: ClientFunction, clients: list[int], t: int

@@ -12,7 +12,7 @@ from fedcore import trees
 from fedcore.engines.base import Engine, Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout, read_finite
-from fedcore.errors import TooFewReports
+from fedcore.errors import RunError
 from fedcore.method import Round, evaluates
 from fedcore.reports import (
     Mean,
@@ -117,15 +117,19 @@ class OpenRound(Round):
     def _ask(self, fn: ClientFunction, clients: Tensor, down: Tree) -> Tensor:
         """The clients that hear the message, entered as asked."""
         if not trees.leaves(down):  # work without a message cannot be missed
+            self._refuse_twice(fn, clients)
             return clients
         if self.absent:
             is_there = [client not in self.absent for client in clients.tolist()]
             clients = clients[is_there]
         self.tally.asked.update(clients.tolist())
         self.tally.bytes_down += len(clients) * trees.nbytes(down)
+        self._refuse_twice(fn, clients)
+        return clients
+
+    def _refuse_twice(self, fn: ClientFunction, clients: Tensor) -> None:
         if self.tally.hides_scalars and not evaluates(fn):
             self.tally.refuse_twice(fn, clients)
-        return clients
 
     def _count(self, fn: ClientFunction, readout: Readout) -> None:
         desk, tally = self.desk, self.tally
@@ -141,7 +145,8 @@ class OpenRound(Round):
         try:
             message = message_shape(self.desk.work, fn, down, self.t)
         except Exception as error:  # the task's first example may be the broken one
-            raise TooFewReports(
-                f"nobody reported, and the server cannot run {fn.__name__}: {error}"
+            raise RunError(
+                f"nobody reported, and the server cannot run {fn.__name__} on an "
+                f"example of its own: {error}"
             ) from error
         return trees.zeros_like(message)

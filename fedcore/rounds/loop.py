@@ -132,11 +132,13 @@ class Loop:
         return State(0, trees.to(server, device), self.process.start(), sent)
 
     def close(self) -> None:
-        self.engine.close()
-        self.clients.merge()
-        if self._lock is not None:
-            self._lock.close()
-        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        try:
+            self.engine.close()
+            self.clients.merge()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+            shutil.rmtree(self.folder / "state", ignore_errors=True)
 
     def run(self) -> Result:
         """To the last round.
@@ -178,22 +180,17 @@ class Loop:
         r = self.open_round(t, cohort)
         tally = r.tally
         server, problem = self._attempt(r)
-        if problem is None:
-            self.memory.commit()
-        else:
+        if problem is not None:
             self.memory.rollback()
             server, tally.is_skipped = self.state.server, True
             message = f"round {t + 1} left the model as it was: {problem}"
             self.notes.once("skipped", message)
-        if self.engine.states is not None:
-            # A client has done its work, whatever became of the round.
-            self.engine.states.commit()
         missing = self.captures.end(t)
         if missing is not None:
             self.notes.once("captures", missing)
         tally.failed |= dict.fromkeys(r.absent, "dropout")
         sent = tally.messages(self.state.sent)
-        self.state = State(t + 1, server, participation, sent)
+        after = State(t + 1, server, participation, sent)
         now = time.perf_counter()
         row: dict[str, Any] = {"round": t + 1, **tally.row()}
         row["seconds"] = round(now - begin, 4)
@@ -202,7 +199,12 @@ class Loop:
             row["late_answers"] = self.engine.late - late
         if t == 0:
             row["first_round_s"] = round(now - self.begin, 3)
-        row |= self._evaluated()
+        row |= self._evaluated(after)
+        # Last, so that a stop within the evaluation leaves the whole round undone. A
+        # client has done its work, whatever became of the round.
+        for store in self.stores.values():
+            store.commit()
+        self.state = after
         return {key: without_nan(value) for key, value in row.items()}
 
     def open_round(self, t: int, cohort: torch.Tensor) -> OpenRound:
@@ -258,13 +260,14 @@ class Loop:
             "lower the learning rate (method.local_lr)"
         )
 
-    def _evaluated(self) -> dict[str, Any]:
-        """Measures of the state, in rounds that are evaluated."""
-        t, rounds = self.state.t, self.experiment.rounds
+    def _evaluated(self, state: State) -> dict[str, Any]:
+        """Measures of the state after a round, in rounds that are evaluated."""
+        t, rounds = state.t, self.experiment.rounds
         if t % self.experiment.evaluation.every and t != rounds:
             return {}
         begin = time.perf_counter()
-        row = self.evaluate() | self._spent()
+        row = self._evaluation.row(state.server, t - 1, is_last=t == rounds)
+        row |= self._spent(state)
         row["evaluation_s"] = round(time.perf_counter() - begin, 4)
         return row
 
@@ -274,11 +277,11 @@ class Loop:
         is_last = t == self.experiment.rounds
         return self._evaluation.row(server, t - 1, is_last)
 
-    def _spent(self) -> dict[str, Any]:
+    def _spent(self, state: State) -> dict[str, Any]:
         """The privacy guarantee up to now; by the slower accountant after the last."""
         if self.mechanism is None:
             return {}
-        t, sent = self.state.t, self.state.sent
+        t, sent = state.t, state.sent
         # The guarantee of the client that has sent most.
         steps = int(sent.max()) if len(sent) else t
         delta = self.experiment.defence.delta

@@ -55,6 +55,7 @@ def prepare(
     know goes to `note`.
     """
     task = experiment.build_task()
+    params = task.init_params()  # on the CPU, where rows of clients are kept
     if make_engine is None:
         task.to(engines.task_device(experiment.engine))
     task.check()
@@ -62,11 +63,9 @@ def prepare(
     process = refusals.participation_process(experiment, task)
     refusals.refuse_unknown_rates(experiment, method, process)
     mechanism = refusals.noise_mechanism(experiment, method, process)
-    params = task.init_params()
     if experiment.finetune.epochs:
-        split(
-            params, experiment.finetune.parts
-        )  # refused now, not after the last round
+        # Refused now, not after the last round.
+        split(params, experiment.finetune.parts)
     work = Work(
         task,
         method,

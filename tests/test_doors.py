@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.config import Experiment
-from fedcore.errors import SettingsError, TooFewReports
+from fedcore.errors import RunError, SettingsError, TooFewReports
 from fedcore.local import local_sgd
 from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.reports import Mean, Reports, RunningSum, by_examples, equally, weight_of
@@ -213,6 +213,31 @@ def test_a_round_of_nobody_gives_zeros_in_the_shape_of_a_message(
         n: x.shape for n, x in params.items()
     }
     assert not any(x.any() for x in trees.leaves(mean.total))
+
+
+class Telling(Averaging):
+    """Clients that tell their model twice in a round, and are sent nothing."""
+
+    @on_client(data="all")
+    def tell(
+        self, task: Task, t: Tensor, down: Stateless, state: Stateless, batches: Batches
+    ) -> tuple[Model, Stateless]:
+        return Model(task.init_params()), state
+
+    def round(self, server: Model, r: Round) -> Model:
+        for _ in range(2):
+            r.mean(self.tell, r.cohort, Stateless(), equally)
+        return server
+
+
+def test_one_noise_is_not_sent_twice_by_clients_that_are_sent_nothing(
+    tmp_path: Path,
+) -> None:
+    own = {"name": "tests.test_doors:Telling"}
+    noise = {"defence__clip": 1.0, "defence__noise_multiplier": 1.0}
+    experiment = small("fedavg", **noise).model_copy(update=method(own))
+    with pytest.raises(RunError, match='for "tell" twice in one round'):
+        run(experiment, tmp_path / "r")
 
 
 # Methods

@@ -240,6 +240,7 @@ class SuperNode:
         Refused when the message says so.
         """
         begin, run_id = time.monotonic(), head.metadata.run_id
+        cuts = self.connection.cuts
         try:
             message = pull_message(self.connection, self.node, head, tree)
             _raise_refusal(message.content)
@@ -248,6 +249,10 @@ class SuperNode:
             push_message(self.connection, self.node, reply, seconds)
         except (Gone, ObjectPullError, ObjectPushError) as error:
             log.warning("a message was dropped: %s", " ".join(str(error).split()))
+            if self.connection.cuts > cuts:
+                # It was lost in a cut, and the server still waits for the answer. So
+                # come anew: it then waits no longer, and may ask again.
+                self.activate()
             return
         self._say(message.content, time.monotonic() - begin)
 

@@ -19,12 +19,16 @@ def test_an_answer_that_is_lost_in_a_cut_makes_the_client_come_anew(
     """Else the server waits for the answer until the round's deadline."""
     node: Any = object.__new__(SuperNode)
     node.connection, node.node = SimpleNamespace(cuts=0), None
-    came_anew = []
-    monkeypatch.setattr(SuperNode, "activate", lambda node: came_anew.append(node))
+    came_anew: list[Any] = []
+
+    def activate(node: Any) -> None:
+        came_anew.append(node)
+
+    monkeypatch.setattr(SuperNode, "activate", activate)
 
     def lost(*_: Any) -> None:
         node.connection.cuts += cut
-        raise ObjectPushError("the session may have expired")
+        raise ObjectPushError("object", 1, "session")
 
     monkeypatch.setattr(supernode, "pull_message", lost)
     head: Any = SimpleNamespace(metadata=SimpleNamespace(run_id=1))

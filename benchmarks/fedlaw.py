@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fedcore.strategies import fedlaw
 
 from benchmarks.tables import mean_and_std, print_table
 from fedcore import Experiment, trees
@@ -41,7 +42,6 @@ from fedcore.types import Batches, Model, Params
 from fedcore.views.compare import compare
 from fedcore.views.comparison import Run
 from fedcore.views.terminal import Terminal
-from strategies import fedlaw
 
 
 class OnTheServerToo(fedlaw.FedLAW):

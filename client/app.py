@@ -22,7 +22,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.store import Moment, Store
 from fedcore import __version__, trees
 from fedcore.config import Experiment
 from fedcore.engines.base import Work, device_for, failure, one_thread
@@ -31,6 +30,8 @@ from fedcore.messages import wire
 from fedcore.method import evaluates
 from fedcore.tasks import build_task
 from fedcore.types import ClientFunction
+
+from .store import Moment, Store
 
 log = logging.getLogger("fedcore")
 

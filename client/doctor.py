@@ -15,9 +15,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto import fleet_pb2
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from client.connection import Connection, host_and_port, speaks_tls, tls_fault
 from fedcore import __version__
 from fedcore.deploy import certs
+
+from .connection import Connection, host_and_port, speaks_tls, tls_fault
 
 FLOWER = "1.39"  # the last release line whose SuperNodes speak gRPC
 CLOCK = 4.0  # seconds that a clock may be ahead of the server's: Flower takes 5

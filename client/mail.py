@@ -26,7 +26,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_object_contents_from_iterable,
 )
 
-from client.connection import OBJECT_DEADLINE, Connection
+from .connection import OBJECT_DEADLINE, Connection
 
 # The head of a message comes some hundredths of a second before its objects; Flower's
 # own pauses would be a whole second.

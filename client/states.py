@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from client import store
 from fedcore.errors import SettingsError
 from fedcore.storage.memory import size_text
+
+from . import store
 
 DAY = 86400.0  # seconds
 

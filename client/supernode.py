@@ -28,19 +28,20 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPu
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import app, device_settings
-from client.connection import (
+from fedcore.deploy import certs
+from fedcore.errors import SettingsError
+from fedcore.rounds.loop import Interrupted
+
+from .app import app, device_settings
+from .connection import (
     OBJECT_DEADLINE,
     Connection,
     Gone,
     Refused,
     host_and_port,
 )
-from client.device import Device
-from client.mail import pull_message, push_message
-from fedcore.deploy import certs
-from fedcore.errors import SettingsError
-from fedcore.rounds.loop import Interrupted
+from .device import Device
+from .mail import pull_message, push_message
 
 log = logging.getLogger("fedcore")
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 # As in pyproject.toml, where Flower wants to read it; inside a Flower app there is no
 # installed version.
 __version__ = "0.1.0"
+
+# What is installed is one name: fedcore.strategies, fedcore.server and fedcore.client.
+# In the source tree, and in a Flower app, those folders lie beside this one.
+if not (Path(__file__).parent / "strategies").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
 
 # PyTorch's threads would spin for milliseconds when they wait, on cores that clients
 # need. Heard only before PyTorch is imported.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import typer
 from fedcore.audit import command as audit
 from fedcore.deploy import commands as deploy
 from fedcore.errors import FedcoreError, SettingsError
+from fedcore.users import find_user_modules
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -176,8 +176,9 @@ def model(preset: Preset, set_: Set = None, json_: Json = False) -> None:
 def methods() -> None:
     """List every method with its reference, and the presets of each."""
     import ast
+    import importlib
 
-    folder = Path(__file__).parent.parent / "strategies"
+    folder = Path(importlib.import_module("fedcore.strategies").__path__[0])
     references, presets = {}, {}
     for file in sorted(folder.glob("[!_]*.py")):
         # Read, not imported: the list comes at once.
@@ -268,8 +269,7 @@ def _experiment(
 def main() -> None:
     """Run the command that was given; a user's mistake is one message, no traceback."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    # A task or method of the user's own lies where the command is given.
-    sys.path.insert(0, os.getcwd())
+    find_user_modules()
     try:
         app()
     except FedcoreError as error:

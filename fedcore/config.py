@@ -18,6 +18,7 @@ from pydantic import (
     field_validator,
 )
 
+import fedcore
 from fedcore import method as methods
 from fedcore.config_errors import explain
 from fedcore.data.federated import LocalSettings
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KINDS",
-    "ROOT",
     "AuditSettings",
     "CheckpointSettings",
     "EngineSettings",
@@ -52,7 +52,6 @@ ALTERNATIVES = (
     ("links.downlink.variance", "links.downlink.snr_db"),
     ("links.uplink.variance", "links.uplink.snr_db"),
 )
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class _Section(BaseModel):
@@ -313,15 +312,12 @@ class Experiment(_Section):
 def read_preset(preset: str | Path) -> dict[str, Any]:
     """The values of a TOML file. Raises SettingsError when it is missing or no TOML.
 
-    The file is looked for as given, in the source tree or Flower app that this is part
-    of, and among the presets of methods by name.
+    The file is looked for as given and among those that come with fedcore. A bare name
+    is that of a bundled preset, or else of one in ./strategies/.
     """
-    folder = ROOT / "strategies"
-    for file in (Path(preset), ROOT / preset, folder / f"{preset}.toml"):
-        if file.is_file():
-            break
-    else:
-        presets = sorted(f"strategies/{file.name}" for file in folder.glob("*.toml"))
+    file = _preset_file(str(preset))
+    if file is None:
+        presets = _bundled_presets()
         hint = "expected a TOML file, e.g. strategies/fedavg.toml"
         for nearest in difflib.get_close_matches(str(preset), presets, 1):
             hint = f"did you mean {nearest}?"
@@ -330,6 +326,36 @@ def read_preset(preset: str | Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{preset} is not valid TOML: {error}") from error
+
+
+def _preset_file(preset: str) -> Path | None:
+    """The file of a preset: of a path the user's first, of a name the bundled one."""
+    by_name = f"strategies/{preset}.toml"
+    is_path = preset.endswith(".toml") or Path(preset).name != preset
+    if is_path:
+        places = [Path(preset), *_bundled(preset)]
+    else:
+        places = [*_bundled(by_name), Path(by_name), Path(preset)]
+    for file in places:
+        if file.is_file():
+            return file
+    return None
+
+
+def _bundled(path: str) -> list[Path]:
+    """Places of a file that comes with fedcore.
+
+    One in what is installed, two in the source tree.
+    """
+    return [Path(folder) / path for folder in fedcore.__path__]
+
+
+def _bundled_presets() -> list[str]:
+    """The paths of the methods' presets, as a user types them."""
+    paths = []
+    for folder in _bundled("strategies"):
+        paths += [f"strategies/{file.name}" for file in folder.glob("*.toml")]
+    return sorted(paths)
 
 
 def _settings_of_method(section: Any) -> type[MethodSettings] | None:

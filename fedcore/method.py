@@ -49,6 +49,7 @@ from fedcore.types import (
     Tree,
     Tuning,
 )
+from fedcore.users import user_module
 
 if TYPE_CHECKING:
     from fedcore.privacy import Mechanism
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FinetuneSettings", "Method", "MethodSettings", "Round", "on_client"]
 
-PACKAGE = "strategies"
+PACKAGE = "fedcore.strategies"
 
 Data = Literal["train", "all", "test", "tune"]
 """The examples that a client function reads.
@@ -342,12 +343,7 @@ def load(name: str) -> type[Method[Any]]:
     Raises SettingsError when there is none.
     """
     module_name, class_name = _place_of(name)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise SettingsError(
-            f'method.name = "{name}": cannot import {module_name}: {error}'
-        ) from error
+    module = user_module(f'method.name = "{name}"', module_name)
     candidates = []
     for attribute, value in vars(module).items():
         is_wanted = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from fedcore.models.lowrank import JacobianCorrection, lowrank
 from fedcore.rng import rng, torch_seed
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.task import Task, squared_error
+from fedcore.users import user_module
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -385,13 +385,7 @@ def _users_function(name: str) -> Callable[[Experiment], Task]:
             f'task = "{name}": expected one of {", ".join(TASKS)}, '
             'or your own as "package.module:make_task"'
         )
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError, TypeError) as error:
-        raise SettingsError(
-            f'task = "{name}": cannot import {module_name}: {error}; '
-            "run from the folder that holds it, or install it"
-        ) from error
+    module = user_module(f'task = "{name}"', module_name)
     make: Callable[[Experiment], Task] | None = getattr(module, function, None)
     if make is None:
         raise SettingsError(f'task = "{name}": {module_name} has no {function}')

@@ -28,7 +28,8 @@ from fedcore.rounds.rundir import open_run_dir, stored
 from fedcore.storage.checkpoint import STATE, write_atomically
 from fedcore.views.run_report import write_or_note
 from fedcore.views.terminal import Terminal, show_result
-from server.grid import GridEngine
+
+from .grid import GridEngine
 
 RUN_DIR = "FEDCORE_RUN_DIR"  # set by `fedcore server`
 OUTCOME = "outcome.json"  # the end of the run: {"exit_status", "error", "result"}

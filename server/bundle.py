@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from pathlib import Path
 
 from flwr.cli.build import build_fab_from_files
@@ -12,7 +13,6 @@ import fedcore
 from fedcore import __version__
 from fedcore.config import Experiment
 
-PACKAGES = ("fedcore", "strategies", "server", "client")
 PRESET = "fedcore-run.toml"  # the run's settings in the bundle
 
 PYPROJECT = f"""\
@@ -25,8 +25,8 @@ publisher = "fedcore"
 fab-include = ["**/*.py", "**/*.toml"]
 
 [tool.flwr.app.components]
-serverapp = "server.app:app"
-clientapp = "client.app:app"
+serverapp = "fedcore.server.app:app"
+clientapp = "fedcore.client.app:app"
 
 [tool.flwr.app.config]
 preset = "{PRESET}"
@@ -41,9 +41,18 @@ def bundle_of(experiment: Experiment) -> Fab:
         "pyproject.toml": PYPROJECT.encode(),
         PRESET: experiment.to_toml().encode(),
     }
-    for package in PACKAGES:
-        for file in sorted((root / package).rglob("*")):
+    for folder in _folders():
+        for file in sorted(folder.rglob("*")):
             if file.suffix in (".py", ".toml"):
                 files[file.relative_to(root).as_posix()] = file
     content, *_ = build_fab_from_files(files)
     return Fab(hashlib.sha256(content).hexdigest(), content, {})
+
+
+def _folders() -> list[Path]:
+    """The folders of fedcore's source: one in what is installed, four in the tree."""
+    inner = Path(fedcore.__file__).parent
+    names = ("strategies", "server", "client")
+    folders = [importlib.import_module(f"fedcore.{name}").__path__[0] for name in names]
+    beside = [Path(folder) for folder in folders if inner not in Path(folder).parents]
+    return [inner, *beside]

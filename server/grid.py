@@ -34,9 +34,10 @@ from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.storage.memory import size_text
 from fedcore.storage.rows import StateStore
 from fedcore.types import ClientFunction, Tree
-from server.nodes import Nodes
-from server.post import Inquiry, Post
-from server.replies import Answer, Reader, twice
+
+from .nodes import Nodes
+from .post import Inquiry, Post
+from .replies import Answer, Reader, twice
 
 PAUSE = failure([], "")  # a report of no client
 

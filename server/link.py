@@ -29,7 +29,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedcore.deploy import certs
 from fedcore.errors import RunError, SettingsError
-from server.handshakes import TRACE, Handshakes
+
+from .handshakes import TRACE, Handshakes
 
 log = logging.getLogger("fedcore")
 
@@ -93,7 +94,7 @@ class SuperLink:
         self, limit: int, environment: dict[str, str]
     ) -> subprocess.Popen[bytes]:
         keys = "" if self.keys is None else str(self.keys)
-        command = [sys.executable, "-m", "server.superlink", "superlink"]
+        command = [sys.executable, "-m", "fedcore.server.superlink", "superlink"]
         command += [str(limit), keys, *self._tls_words()]
         host, _, port = self.address.rpartition(":")
         command += ["--isolation", "process", "--host", host, "--port", port]

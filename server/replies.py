@@ -8,7 +8,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedcore.messages import wire
 from fedcore.types import Tree
-from server.post import escaped, one_line, reason_of
+
+from .post import escaped, one_line, reason_of
 
 MISSING = "no update: the node's answer holds none for this client"
 

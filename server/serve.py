@@ -30,9 +30,10 @@ from fedcore.errors import RunError, SettingsError
 from fedcore.rounds.loop import Interrupted
 from fedcore.rounds.rundir import fresh, make_run_dir, open_run_dir
 from fedcore.storage.checkpoint import write_atomically
-from server.app import OUTCOME, RUN_DIR, SERIES, WATCH
-from server.bundle import bundle_of
-from server.link import LOG, SuperLink
+
+from .app import OUTCOME, RUN_DIR, SERIES, WATCH
+from .bundle import bundle_of
+from .link import LOG, SuperLink
 
 log = logging.getLogger("fedcore")
 
@@ -192,7 +193,7 @@ class Server:
         if task is None:
             return None
         self.run_id = task.run_id
-        command = [sys.executable, "-m", "server.superlink", "serverapp"]
+        command = [sys.executable, "-m", "fedcore.server.superlink", "serverapp"]
         command += ["--runtime-api-address", link.address, "--token", task.token]
         command += ["--parent-pid", str(os.getpid())]
         if self.folder is None:

@@ -15,8 +15,9 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from fedcore.errors import RunError, SettingsError
-from server.app import SERIES, WATCH
-from server.serve import FACTS
+
+from .app import SERIES, WATCH
+from .serve import FACTS
 
 
 def status(run_dir: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Flower's SuperLink with a gate before its Fleet API, and its ServerApp process.
 
-    python -m server.superlink superlink LIMIT KEYS [arguments of flower-superlink]
-    python -m server.superlink serverapp [arguments of flwr-serverapp]
+    python -m fedcore.server.superlink superlink LIMIT KEYS [flower-superlink's ...]
+    python -m fedcore.server.superlink serverapp [flwr-serverapp's ...]
 
 `fedcore server` starts both. The gate says in one line who was refused and why, on both
 ends; Flower itself logs nothing of most refusals. It also refuses calls that Flower
@@ -38,6 +38,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedcore import __version__
 from fedcore.deploy import certs
+from fedcore.users import find_user_modules
 
 REPEAT = 30.0  # seconds in which the same refusal is said once
 OBJECT_LIMIT = 64 * 1024 * 1024  # bytes of a gRPC message; Flower's objects have 20 MB
@@ -268,6 +269,7 @@ def end_with_parent() -> None:
 
 def main() -> None:
     end_with_parent()
+    find_user_modules()
     which, *rest = sys.argv[1:]
     if which == "superlink":
         limit, keys, *arguments = rest

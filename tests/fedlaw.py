@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedcore.strategies import fedlaw
 from torch import Tensor, nn
 
 from fedcore import trees
@@ -22,7 +23,6 @@ from fedcore.rng import rng
 from fedcore.storage.rows import StateStore
 from fedcore.task import PerExample, Task, cross_entropy
 from fedcore.types import Params
-from strategies import fedlaw
 from tests.helpers import round_of
 
 CLASSES = 3

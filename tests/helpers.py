@@ -276,7 +276,7 @@ class Server:
     def __init__(
         self, name: str, population: int, w: Sequence[float] = (0.0,), **settings: Any
     ) -> None:
-        module = importlib.import_module(f"strategies.{name}")
+        module = importlib.import_module(f"fedcore.strategies.{name}")
         cls = methods.load(name)
         self.up: Any = module.Up
         self.method = cls(methods.settings_of(cls)(name=name, **settings))

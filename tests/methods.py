@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from fedcore.strategies.scaffold import Scaffold, Server
 from torch import Tensor, nn
 
 from fedcore import trees
@@ -19,7 +20,6 @@ from fedcore.method import Method, MethodSettings, Round, on_client
 from fedcore.task import Task, squared_error
 from fedcore.tasks import TASKS
 from fedcore.types import Batches, Model, Params, Stateless
-from strategies.scaffold import Scaffold, Server
 
 
 class Settings(MethodSettings):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from fedcore.strategies.fedavg import FedAvg
 from torch import Tensor
 
 from fedcore import trees
@@ -21,7 +22,6 @@ from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.loop import run
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless
-from strategies.fedavg import FedAvg
 from tests.helpers import STRATEGIES, assert_close, equal, loop_of, small
 from tests.methods import Settings
 

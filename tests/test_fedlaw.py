@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedcore.strategies import fedlaw
 from torch import Tensor, nn
 
 from fedcore import trees
 from fedcore.data.federated import Examples
 from fedcore.errors import TooFewReports
 from fedcore.task import squared_error
-from strategies import fedlaw
 from tests.fedlaw import (
     CLASSES,
     FEATURES,

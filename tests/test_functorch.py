@@ -121,7 +121,7 @@ def test_neither_the_oracle_nor_a_device_needs_this_room() -> None:
     script = """
 import sys
 import fedcore.config, fedcore.engines.sequential, fedcore.local, fedcore.method
-import client.app
+import fedcore.client.app
 print(*[name for name in sys.modules if name.startswith("fedcore.speed")])
 """
     done = subprocess.run(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fedcore.strategies.fedavg import FedAvg, Up
 from torch import Tensor
 from torch.func import vmap
 
@@ -37,7 +38,6 @@ from fedcore.speed.cuda_graphs import EAGER, Graphs, waiting_refused
 from fedcore.speed.recording import Recorder
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.types import Batches, Model, Stateless, Tree
-from strategies.fedavg import FedAvg, Up
 from tests.attacks import cnn, data, mlp, see
 from tests.audits import Silent
 from tests.helpers import STRATEGIES, TOYS, VARIANTS, assert_close, loop_of, small

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
+from fedcore.strategies.fedavg import FedAvg
 from torch import Tensor
 
 from fedcore import trees
@@ -16,7 +17,6 @@ from fedcore.messages.links import Direction, Links, LinkSettings, LinksSettings
 from fedcore.method import on_client
 from fedcore.rounds.loop import run
 from fedcore.types import ClientFunction
-from strategies.fedavg import FedAvg
 from tests.helpers import equal, loop_of, small
 
 

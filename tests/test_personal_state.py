@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
+from fedcore.client.store import Moment, Store
+from fedcore.server.grid import GridEngine
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from client.store import Moment, Store
 from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.engines.base import Work
@@ -33,7 +34,6 @@ from fedcore.messages import wire
 from fedcore.rounds.loop import Interrupted, Loop, Quiet, Result, run
 from fedcore.split import split
 from fedcore.tasks import build_task
-from server.grid import GridEngine
 
 # Flower makes messages only inside a task of a run.
 from tests.flower.conftest import _a_flower_task  # noqa: F401

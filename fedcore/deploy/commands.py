@@ -171,7 +171,7 @@ def server(
     overrides += [*(set_ or []), 'engine.name="grid"']
     experiment = Experiment.load(preset, overrides)
     _quieten()
-    serve = importlib.import_module("server.serve").serve
+    serve = importlib.import_module("fedcore.server.serve").serve
     result = serve(experiment, listen, _keys(certs, insecure), out)
     if json_:
         print(json.dumps(result))
@@ -193,7 +193,7 @@ def client(
     """Take part in a federation, until stopped."""
     keys = _keys(certs, insecure)
     _quieten()
-    serve = importlib.import_module("client.supernode").serve
+    serve = importlib.import_module("fedcore.client.supernode").serve
     serve(server, id_, keys, state, data, set_ or [], poll)
 
 
@@ -205,7 +205,7 @@ def doctor(
     Exit status 1 when something is wrong.
     """
     _quieten()
-    examine = importlib.import_module("client.doctor").examine
+    examine = importlib.import_module("fedcore.client.doctor").examine
     checks: list[tuple[str, str | None]] = examine(certs, server)
     faults = [fault for _, fault in checks if fault]
     if json_:
@@ -220,7 +220,7 @@ def doctor(
 def status(run_dir: RunDir, json_: Json = False) -> None:
     """Print the nodes, when each was last heard of, and whom the round waits for."""
     _quieten()
-    module = importlib.import_module("server.status")
+    module = importlib.import_module("fedcore.server.status")
     nodes: dict[str, Any] = module.status(run_dir)
     print(json.dumps(nodes) if json_ else module.text(nodes))
 
@@ -232,7 +232,7 @@ def states(
     json_: Json = False,
 ) -> None:
     """List the states that a client keeps, by run, and delete those not needed."""
-    module = importlib.import_module("client.states")
+    module = importlib.import_module("fedcore.client.states")
     kept = module.tidy(state, forget or [], older_than)
     print(json.dumps(kept) if json_ else module.text(kept))
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from fedcore.client.app import app as client_app
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.node_pb2 import NodeInfo
-
-from client.app import app as client_app
 
 Weather = Callable[[Message], list[Message]]
 """The replies that arrive for one that was sent: none, one or several."""

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import pyarrow.parquet
 import pytest
+from fedcore.server.status import status
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
@@ -27,7 +28,6 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from fedcore.config import Experiment
 from fedcore.deploy import certs
 from fedcore.rounds.loop import run
-from server.status import status
 from tests.flower.federation import (
     Federation,
     Gate,
@@ -406,8 +406,8 @@ def strangers_are_refused(f: Federation) -> None:
 
 def another_version_is_refused(f: Federation) -> None:
     pretend = (
-        "import fedcore, client.app; "
-        "fedcore.__version__ = client.app.__version__ = '0.0.9'; "
+        "import fedcore, fedcore.client.app; "
+        "fedcore.__version__ = fedcore.client.app.__version__ = '0.0.9'; "
         "from fedcore.cli import main; main()"
     )
     command = f.client_command(2, f.certs / "client-2", f.folder / "s4")

@@ -8,11 +8,11 @@ from unittest.mock import Mock
 
 import grpc
 import pytest
+from fedcore.server.superlink import Gate
 from flwr.proto import fleet_pb2
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedcore.deploy import certs
-from server.superlink import Gate
 
 
 class Aborted(Exception):

@@ -7,16 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fedcore.client.app
+import fedcore.server.app
+import fedcore.server.nodes
+import fedcore.server.post
+import fedcore.server.replies
 import pytest
 import torch
+from fedcore.server.grid import GridEngine
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-import client.app
-import server.app
-import server.nodes
-import server.post
-import server.replies
 from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.engines.base import Work
@@ -25,7 +26,6 @@ from fedcore.messages import wire
 from fedcore.rounds.loop import Loop, Quiet, Result, run
 from fedcore.types import Model
 from fedcore.views.terminal import Terminal
-from server.grid import GridEngine
 from tests.flower.fake import FakeGrid, Weather, in_place_of
 from tests.helpers import NOISY, STRATEGIES, TOYS, VARIANTS, assert_close, equal, small
 
@@ -172,12 +172,12 @@ BAD: dict[str, tuple[Weather, str]] = {
         rewrite(**{"num-examples": [2.5]}),
         "bad count: 2.5 examples, expected a whole number from 0 on",
     ),
-    "no count": (rewrite(**{"num-examples": []}), server.replies.MISSING),
+    "no count": (rewrite(**{"num-examples": []}), fedcore.server.replies.MISSING),
     "counts of another kind": (
         rewrite(**{"num-examples": "many"}),
-        server.replies.MISSING,
+        fedcore.server.replies.MISSING,
     ),
-    "no update": (without_update, server.replies.MISSING),
+    "no update": (without_update, fedcore.server.replies.MISSING),
     "nothing": (empty, 'bad message: no record "about" in the answer'),
 }
 
@@ -350,7 +350,7 @@ def test_an_answer_that_comes_after_its_round_is_counted_and_changes_nothing(
 def test_a_node_that_starts_anew_in_a_round_is_asked_again_where_that_is_wished(
     rejoin: float, sent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.post, "LOOK", 0.0)
+    monkeypatch.setattr(fedcore.server.post, "LOOK", 0.0)
     e = small("scaffold", participation__cohort=12)
     grid = FakeGrid(preset_of(e, tmp_path), 4)
 
@@ -388,7 +388,7 @@ def test_a_node_that_starts_anew_in_a_round_is_asked_again_where_that_is_wished(
 def test_a_node_that_does_not_come_back_is_waited_for_as_long_as_was_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.post, "LOOK", 0.0)
+    monkeypatch.setattr(fedcore.server.post, "LOOK", 0.0)
     e = small("fedavg", participation__cohort=12)
     grid = FakeGrid(preset_of(e, tmp_path), 4)
     offline = "the Flower node went offline"
@@ -429,7 +429,7 @@ def test_a_node_that_vanishes_while_messages_are_sent_is_left_out(
 def test_nodes_that_never_come_are_an_error_and_some_are_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.nodes, "WAIT", 0.2)
+    monkeypatch.setattr(fedcore.server.nodes, "WAIT", 0.2)
     e = small("fedavg", participation__cohort=12)
     grid = FakeGrid(preset_of(e, tmp_path), 4)
     del grid.contexts[100]
@@ -463,7 +463,7 @@ def test_only_functions_marked_for_clients_can_be_called(
     preset = preset_of(small("fedavg"), tmp_path)
     work = ConfigRecord({"function": function, "t": 0, "clients": [3]})
     message = Message(RecordDict({"work": work}), dst_node_id=100, message_type="train")
-    answer = client.app.app(
+    answer = fedcore.client.app.app(
         message, Context(1, 100, {}, RecordDict(), {"preset": preset, "set": ""})
     )
     about: Any = answer.content["about"]
@@ -480,7 +480,7 @@ def test_a_run_that_fails_is_one_line_and_an_exception_for_flower(
         1, 1, {}, RecordDict(), {"preset": "strategies/fedavg.toml", "set": "rounds=0"}
     )
     with pytest.raises(RunError, match="rounds = 0"):
-        server.app.app(FakeGrid("", 0), context)  # type: ignore[arg-type]
+        fedcore.server.app.app(FakeGrid("", 0), context)  # type: ignore[arg-type]
     assert capsys.readouterr().err.startswith(
         "fedcore: strategies/fedavg.toml: rounds = 0: "
     )

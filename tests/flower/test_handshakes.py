@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import fedcore.server.handshakes
 import pytest
-
-import server.handshakes
-from server.handshakes import MOST, Handshakes
+from fedcore.server.handshakes import MOST, Handshakes
 
 BEGIN = """\
 W1125 07:57:42.665023   14614 log.cc:102] Log level INFO is not suitable for production.
@@ -80,7 +79,7 @@ def test_a_scan_does_not_flood_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(told) == MOST
     assert told[-1].endswith("no more are named for a while")
     assert left == []
-    monkeypatch.setattr(server.handshakes, "REPEAT", 0.0)
+    monkeypatch.setattr(fedcore.server.handshakes, "REPEAT", 0.0)
     assert (
         len(read(reader, FAILED.format(why="HTTP_REQUEST", peer="ipv4:10.0.0.9:1"))[0])
         == 1

@@ -7,18 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fedcore.client.app
+import fedcore.server.nodes
+import fedcore.server.post
 import pytest
+from fedcore.server.grid import GridEngine
+from fedcore.server.post import one_line
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-import client.app
-import server.nodes
-import server.post
 from fedcore import __version__
 from fedcore.config import Experiment
 from fedcore.errors import RunError
 from fedcore.rounds.loop import Loop, Quiet
-from server.grid import GridEngine
-from server.post import one_line
 from tests.flower.fake import FakeGrid
 from tests.helpers import small
 
@@ -26,7 +26,7 @@ FIRST_WORK = """
 import sys
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-import client.app
+import fedcore.client.app
 from fedcore import __version__
 from fedcore.messages import wire
 from fedcore.types import Model
@@ -37,17 +37,17 @@ context = Context(1, 100, {"partition-id": 0}, RecordDict(), config)
 
 def ask(kind, **records):
     message = Message(RecordDict(records), dst_node_id=100, message_type=kind)
-    return client.app.app(message, context).content
+    return fedcore.client.app.app(message, context).content
 
 ask("query", server=ConfigRecord({"fedcore": __version__}))
-assert client.app.work_of.cache_info().misses == 1, "the task was not built"
+assert fedcore.client.app.work_of.cache_info().misses == 1, "the task was not built"
 imported = set(sys.modules)
-task = client.app.work_of("fedavg", "population=4\\ntask=digits").task
+task = fedcore.client.app.work_of("fedavg", "population=4\\ntask=digits").task
 down = Model(task.init_params())
 work = ConfigRecord({"function": "train", "t": 0, "clients": [0]})
 about = ask("train", down=wire.encode(down), work=work)["about"]
 assert list(about["clients"]) == [0], list(about["reasons"])
-assert client.app.work_of.cache_info().misses == 1, "the task was built again"
+assert fedcore.client.app.work_of.cache_info().misses == 1, "the task was built again"
 late = sorted(set(sys.modules) - imported)
 assert not late, f"the first work imported {late[:20]}"
 """
@@ -67,7 +67,7 @@ def preset_of(experiment: Experiment, file: Path) -> str:
 def introduction(context: Context, **hello: Any) -> dict[str, Any]:
     content = RecordDict({"server": ConfigRecord(hello)})
     question = Message(content, dst_node_id=100, message_type="query")
-    record = client.app.app(question, context).content["node"]
+    record = fedcore.client.app.app(question, context).content["node"]
     assert isinstance(record, ConfigRecord)
     return dict(record)
 
@@ -114,8 +114,8 @@ def test_a_node_that_is_not_ready_is_left_out_with_its_reason_until_it_is(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(server.nodes, "ASK_AGAIN", 0.0)
-    monkeypatch.setattr(server.nodes, "WAIT", 0.0)
+    monkeypatch.setattr(fedcore.server.nodes, "ASK_AGAIN", 0.0)
+    monkeypatch.setattr(fedcore.server.nodes, "WAIT", 0.0)
     loop = loop_over(grid, tmp_path)
     assert loop.round()["dropped"] == {"disconnected": 3}
     assert loop.round()["dropped"] == {"disconnected": 3}
@@ -130,7 +130,7 @@ def test_a_node_that_is_not_ready_is_left_out_with_its_reason_until_it_is(
 def test_it_is_not_asked_again_at_every_look(
     grid: FakeGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.nodes, "WAIT", 0.0)
+    monkeypatch.setattr(fedcore.server.nodes, "WAIT", 0.0)
     loop = loop_over(grid, tmp_path)
     loop.round()
     sent = grid.sent

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedcore.client.device import Device
+from fedcore.client.states import tidy
+from fedcore.client.store import Moment, StateError, Store
 from typer.testing import CliRunner
 
-from client.device import Device
-from client.states import tidy
-from client.store import Moment, StateError, Store
 from fedcore.cli import app
 from fedcore.errors import SettingsError
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fedcore.client.device import Device
+from fedcore.client.store import Moment, StateError, Store
 
-from client.device import Device
-from client.store import Moment, StateError, Store
 from fedcore import trees
 from fedcore.errors import SettingsError
 

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fedcore.client import supernode
+from fedcore.client.supernode import SuperNode
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
-
-from client import supernode
-from client.supernode import SuperNode
 
 
 @pytest.mark.parametrize("cut", [False, True])

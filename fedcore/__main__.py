@@ -1,0 +1,5 @@
+"""The command line as `python -m fedcore`."""
+
+from fedcore.cli import main
+
+main()

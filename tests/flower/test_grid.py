@@ -468,7 +468,7 @@ def test_only_functions_marked_for_clients_can_be_called(
     )
     about: Any = answer.content["about"]
     assert about["reasons"] == [
-        f'error: RunError: strategies.fedavg has no client function "{function}"'
+        f'error: RunError: fedcore.strategies.fedavg has no client function "{function}"'
     ]
     assert list(answer.content) == ["about"]
 

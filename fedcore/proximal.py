@@ -71,7 +71,7 @@ def quadratic(loss: Loss, params: Params, batches: Batches) -> Quadratic:
     Exact where the loss is quadratic in the parameters, as least squares with a linear
     model is.
     """
-    x, y, mask = (b.flatten(0, 1) for b in batches)
+    x, y, mask = trees.map(lambda b: b.flatten(0, 1), batches)
     zero = torch.zeros_like(trees.ravel(params))
 
     def total(w: Tensor) -> Tensor:

@@ -236,12 +236,14 @@ class Task:
         |w - w*|^2 / |w*|^2, comes with them where the optimum w* is known.
         """
         sums = dict.fromkeys(self.metrics, torch.zeros((), device=batches.mask.device))
-        steps = zip(*(part.unbind() for part in batches), strict=True)
         with self.evaluating():
-            for x, y, mask in steps:
+            for x, y, mask in trees.unbind(batches):
                 outputs = self.predict(params, x)
                 for name, metric in self.metrics.items():
-                    sums[name] = sums[name] + (metric(outputs, y) * mask).sum()
+                    values = metric(outputs, y)
+                    # Not a product with the mask: a value of padding may be NaN.
+                    values = torch.where(mask > 0, values, mask)
+                    sums[name] = sums[name] + values.sum()
         num_examples = batches.mask.sum().clamp(min=1)
         means = {name: total / num_examples for name, total in sums.items()}
         if self.optimum is not None:

@@ -61,11 +61,10 @@ class Cohort:
         self.params = task.init_params()
         self.work = Work(task, self.method, LOCAL, seed=5)
         self.states = StateStore(self.method.init_client(self.params), 10**8, Path)
-        self.engine: Any = (
-            Sequential(self.work, self.states)
-            if engine == "sequential"
-            else Vectorised(self.work, self.states, chunk=len(SIZES))
-        )
+        self.engine: Any = Sequential(self.work, self.states)
+        if engine == "vectorised":
+            self.engine = Vectorised(self.work, self.states, chunk=len(SIZES))
+            self.engine.processes = 1  # all clients are one chunk
 
     def of_all(self, function: str) -> list[Tree]:
         """(message, new state) of each client."""

@@ -64,7 +64,8 @@ class Cohort:
         self.engine: Any = Sequential(self.work, self.states)
         if engine == "vectorised":
             self.engine = Vectorised(self.work, self.states, chunk=len(SIZES))
-            self.engine.processes = 1  # all clients are one chunk
+            # One chunk: clients of unlike lengths would be kept apart.
+            self.engine.chunks = lambda fn, clients: [clients.tolist()]
 
     def of_all(self, function: str) -> list[Tree]:
         """(message, new state) of each client."""

@@ -75,7 +75,8 @@ def quadratic(loss: Loss, params: Params, batches: Batches) -> Quadratic:
     zero = torch.zeros_like(trees.ravel(params))
 
     def total(w: Tensor) -> Tensor:
-        return loss(trees.unravel(w, params), x, y, mask) * mask.sum()
+        value: Tensor = loss(trees.unravel(w, params), x, y, mask) * mask.sum()
+        return value
 
     h, Q = torch.linalg.eigh(jacrev(grad(total))(zero))
     return Quadratic(Q, h.clamp(min=0), -grad(total)(zero))

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.inputs import as_inputs
 from fedcore.rng import rng, streams
 from fedcore.types import Batches, Tree
 
@@ -87,8 +88,8 @@ class FederatedData:
         `order` holds int64 row numbers of `train` grouped by client, `offsets` int64
         [population + 1]; `holdout` is a fraction in [0, 1).
         """
-        self.x, self.y = train
-        self.test = test
+        self.x, self.y = as_inputs(train.x), train.y
+        self.test = Examples(as_inputs(test.x, "test.x"), test.y)
         self.offsets = np.ascontiguousarray(offsets, dtype=np.int64)
         self.sizes = np.diff(self.offsets)
         # A client with an example trains on one at least.

@@ -161,14 +161,14 @@ class Chunks:
         """
         steps = self.work.steps(fn, np.asarray(chunk))
         is_padded: np.ndarray = steps < steps.max()
-        if data_of(fn) == "test" or not is_padded.any():
+        has_states = isinstance(is_finite, Tensor)
+        is_summed = done.total is not None and not has_states  # to a finite sum
+        if data_of(fn) == "test" or is_summed or not is_padded.any():
             return np.zeros(len(chunk), dtype=bool)
-        if isinstance(is_finite, Tensor):
-            return is_padded & ~is_finite.cpu().numpy()
-        if done.total is not None:  # and is finite
-            return np.zeros(len(chunk), dtype=bool)
-        sums = trees.row_sums(done.reports.up)
-        return is_padded & ~torch.isfinite(sums).cpu().numpy()
+        if not has_states:
+            is_finite = torch.isfinite(trees.row_sums(done.reports.up))
+        spoiled: np.ndarray = is_padded & ~is_finite.cpu().numpy()
+        return spoiled
 
     def make_room(self, fn: ClientFunction, clients: int) -> None:
         """After a failure for want of memory: from now on this many clients at once."""

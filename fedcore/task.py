@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedcore import trees
 from fedcore.errors import SettingsError
+from fedcore.functional import check_gradient, in_short
 from fedcore.inputs import as_inputs, model_outputs, num_rows, shapes
 from fedcore.types import Batches, Params, Tree
 
@@ -140,22 +141,22 @@ class Task:
     def check(self) -> None:
         """Try model, loss and metrics on two examples.
 
-        Raises SettingsError when they do not fit each other.
+        Raises SettingsError when they do not fit each other, or cannot be trained.
         """
         self._try("examples", self.data.x, self.data.y)
         if self.proxy is not None:
             self._try("proxy examples", self.proxy.x, self.proxy.y)
 
     def _try(self, kind: str, x: Tree, y: Tensor) -> None:
-        x, y = trees.at((x, y), slice(2))
+        # Copies: a model might write to its inputs.
+        x, y = trees.map(lambda v: v[:2].clone(), (x, y))
         if len(y) == 0:
             return
         try:
             outputs = self.predict(self.init_params(), x)
         except Exception as error:
             raise SettingsError(
-                f"the model cannot take {kind} of shape {shapes(x)}: "
-                f"{type(error).__name__}: {error}"
+                f"the model cannot take {kind} of shape {shapes(x)}: {in_short(error)}"
             ) from error
         for name, metric in self.metrics.items():
             try:
@@ -172,6 +173,7 @@ class Task:
                     f"{len(y)} examples, expected one value an example: ({len(y)},)"
                     f"{_reduction_hint(metric)}"
                 )
+        check_gradient(self, x, y)
 
     @property
     def population(self) -> int:
@@ -190,6 +192,9 @@ class Task:
         self.proxy = trees.to(self.proxy, device) if self.proxy is not None else None
         if self.optimum is not None:
             self.optimum = trees.to(self.optimum, device)
+        for metric in self.metrics.values():
+            if isinstance(metric, nn.Module):  # its class weights
+                metric.to(device)
         return self
 
     @contextmanager

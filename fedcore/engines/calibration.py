@@ -137,13 +137,7 @@ class Calibration:
             except torch.OutOfMemoryError:
                 break
             except Exception as error:
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                log.warning(
-                    "%s cannot be batched over clients (%s); they run one after "
-                    "another",
-                    fn.__name__,
-                    lines[0],
-                )
+                self.chunks.note_unbatched(fn, error)
                 return Choice(1, is_measured=False)
             if seconds < WORTH * best_time:
                 best, best_time = size, seconds

@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
+import warnings
 from functools import partial
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch.func import vmap
 from fedcore import trees
 from fedcore.engines.base import Done, Work, run_alone
 from fedcore.engines.run_client import run_checked
+from fedcore.functional import why_not_batched
 from fedcore.local import steps_run_by
 from fedcore.method import data_of
 from fedcore.reports import Reports
@@ -55,6 +58,8 @@ class Chunks:
             self.graphs = Graphs(self.recorder)
         # Most clients at once, by function, since a GPU had no room for twice as many.
         self._room: dict[str, int] = {}
+        self._is_noted = False  # that clients cannot be batched
+        self._process = os.getpid()  # forks leave the note to it
 
     @property
     def impurity(self) -> str | None:
@@ -90,9 +95,12 @@ class Chunks:
                     return self._batch(fn, chunk, down, states, t, weights)
                 except torch.OutOfMemoryError:
                     pass  # the tensors that it holds are freed when this block is left
-                except Exception:  # one client of the chunk, or vmap itself
+                except Exception as error:  # one client of the chunk, or vmap itself
                     log.debug("chunk %s failed, now one by one", chunk, exc_info=True)
-                    return self._one_by_one(fn, chunk, down, states, t)
+                    done = self._one_by_one(fn, chunk, down, states, t)
+                    if not any(client.reports.failed for client in done):
+                        self.note_unbatched(fn, error)
+                    return done
                 self.make_room(fn, len(chunk) // 2)
             return self._in_halves(fn, chunk, down, states, t, size, weights)
 
@@ -170,6 +178,17 @@ class Chunks:
         spoiled: np.ndarray = is_padded & ~is_finite.cpu().numpy()
         return spoiled
 
+    def note_unbatched(self, fn: ClientFunction, error: Exception) -> None:
+        """Warn, once, that clients run one after another, and why."""
+        if not self._is_noted and os.getpid() == self._process:
+            self._is_noted = True
+            log.warning(
+                "%s cannot be batched over clients (%s); they run one after another, "
+                "which is slower",
+                fn.__name__,
+                why_not_batched(error),
+            )
+
     def make_room(self, fn: ClientFunction, clients: int) -> None:
         """After a failure for want of memory: from now on this many clients at once."""
         self._room[fn.__name__] = clients
@@ -208,12 +227,16 @@ class Chunks:
         client = partial(run_checked, fn, work.task)
         clients = vmap(client, in_dims=in_dims, randomness="different")
         inputs = (work.now(t), down, states, batches)
-        if self.graphs is None:
-            up, new, is_finite = clients(*inputs)
-        else:
-            kind = (fn.__name__, in_dims, work.task.model.training)
-            outputs = self.graphs.run(kind, lambda own: clients(*own), inputs)
-            up, new, is_finite = outputs
+        with warnings.catch_warnings():
+            # Of an operator that PyTorch computes for one client after another: whether
+            # batching pays is measured.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            if self.graphs is None:
+                up, new, is_finite = clients(*inputs)
+            else:
+                kind = (fn.__name__, in_dims, work.task.model.training)
+                outputs = self.graphs.run(kind, lambda own: clients(*own), inputs)
+                up, new, is_finite = outputs
         assert all(len(x) == n for x in trees.leaves(up))
         if chunk is not None and trees.leaves(up) and not work.arrives_as_is(fn):
             sent = []

@@ -280,8 +280,8 @@ def test_a_client_alone_without_examples_has_no_step() -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_cohort_without_any_example_changes_nothing(engine: str) -> None:
     examples = rows()
-    starts = np.array([0, 0, 0, 0, 0, 0])
-    data = FederatedData(examples, examples, np.arange(0), starts)
+    starts = np.array([0] * (len(SIZES) + 1) + [4])  # one who was not asked has some
+    data = FederatedData(examples, examples, np.arange(4), starts)
     for method, settings, function in WORK:
         task = Task(linear().model, data)
         up, _ = Cohort(task, method, engine, **settings).of_all(function)[EMPTY]

@@ -449,12 +449,12 @@ def test_a_model_that_cannot_be_differentiated_is_refused_with_what_to_write(
 class Branching(Recurrent):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         h = super().forward(ids, mask)
-        return 2 * h if h.sum() > 0 else h
+        return 2 * h if self.out.bias.sum() > 0 else h
 
 
 class Counting(Recurrent):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return super().forward(ids, mask) * mask.float().mean().item()
+        return super().forward(ids, mask) * self.out.weight.abs().mean().item()
 
 
 class Selecting(Recurrent):

@@ -142,7 +142,7 @@ def shapes(x: Tree) -> str:
 
 
 def pad_sequences(
-    sequences: Sequence[Tensor],
+    sequences: Sequence[Any],
     name: str = "x",
     mask: str = "mask",
     value: float = 0,
@@ -150,43 +150,28 @@ def pad_sequences(
 ) -> dict[str, Tensor]:
     """Sequences of different lengths as inputs of one length, with a mask.
 
-    `sequences` are n tensors [T_i, ...]. Under `name` comes [n, T, ...], filled up at
-    the end with `value`; under `mask` int64 [n, T], 1 where there is a sequence, as
-    tokenizers give it. T is the longest T_i, or `length`, which training and test set
-    must have alike. A model takes both by name, and counts with the mask: `mask == 0`
-    is the `src_key_padding_mask` of `nn.TransformerEncoder`, a mean over T is
-    `(h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)`, and the last state of a
-    recurrent layer is `h.take_along_dim((mask.sum(1) - 1)[:, None, None], 1)[:, 0]`.
-    For models of Hugging Face: `pad_sequences(ids, "input_ids", "attention_mask")`.
-    Raises SettingsError for sequences that do not fit each other, or `length`.
+    `sequences` are n tensors, arrays or lists [T_i, ...]. Under `name` comes
+    [n, T, ...], filled up at the end with `value`; under `mask` int64 [n, T], 1 where
+    there is a sequence, as tokenizers give it. T is the longest T_i, or `length`, which
+    training and test set must have alike.
 
-    >>> sequences = [torch.tensor([5, 6, 7]), torch.tensor([8])]
-    >>> pad_sequences(sequences, "tokens")
+    A model takes both by name, and counts with the mask: `mask == 0` is the
+    `src_key_padding_mask` of `nn.TransformerEncoder`, and a mean over T is
+    `(h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)`. For models of Hugging
+    Face: `pad_sequences(ids, "input_ids", "attention_mask")`. Raises SettingsError for
+    sequences that do not fit each other, or `length`.
+
+    >>> pad_sequences([[5, 6, 7], [8]], "tokens")
     {'tokens': tensor([[5, 6, 7],
             [8, 0, 0]]), 'mask': tensor([[1, 1, 1],
             [1, 0, 0]])}
     """
-    if not sequences:
-        raise SettingsError("pad_sequences got no sequence: expected one at least")
     if name == mask:
         raise SettingsError(
             f'pad_sequences: name and mask are both "{name}": give one another name'
         )
-    first = sequences[0]
-    lengths = []
-    for i, sequence in enumerate(sequences):
-        if not isinstance(sequence, Tensor) or sequence.ndim == 0:
-            raise SettingsError(
-                f"pad_sequences: sequence {i} is {type(sequence).__name__} without an "
-                "axis of time: expected a tensor [T, ...]"
-            )
-        if sequence.shape[1:] != first.shape[1:] or sequence.dtype != first.dtype:
-            raise SettingsError(
-                f"pad_sequences: sequence {i} is {sequence.dtype} [T, "
-                f"{_axes(sequence)}], sequence 0 {first.dtype} [T, {_axes(first)}]: "
-                "expected the same but for T"
-            )
-        lengths.append(len(sequence))
+    tensors = _alike(sequences)
+    lengths = [len(x) for x in tensors]
     longest = max(lengths) if length is None else length
     if max(lengths) > longest:
         worst = lengths.index(max(lengths))
@@ -194,13 +179,46 @@ def pad_sequences(
             f"pad_sequences: sequence {worst} has {max(lengths)} steps, length = "
             f"{length}: cut it, or raise length"
         )
-    padded = first.new_full((len(sequences), longest, *first.shape[1:]), value)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    steps = torch.arange(longest, device=first.device)
-    ends = torch.tensor(lengths, device=first.device)
+    padded = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[1:]), value)
+    for row, x in zip(padded, tensors, strict=True):
+        row[: len(x)] = x
+    steps = torch.arange(longest, device=padded.device)
+    ends = torch.tensor(lengths, device=padded.device)
     return {name: padded, mask: (steps < ends[:, None]).long()}
 
 
+def _alike(sequences: Sequence[Any]) -> list[Tensor]:
+    """The sequences as tensors [T_i, ...] that differ in T_i alone.
+
+    Raises SettingsError where they do not, or where there is none.
+    """
+    tensors = []
+    for i, sequence in enumerate(sequences):
+        try:
+            x = torch.as_tensor(sequence)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SettingsError(
+                f"pad_sequences: sequence {i} is no tensor [T, ...]: {error}"
+            ) from error
+        if x.ndim == 0:
+            raise SettingsError(
+                f"pad_sequences: sequence {i} is a single number: expected [T, ...]"
+            )
+        tensors.append(x)
+    if not tensors:
+        raise SettingsError("pad_sequences got no sequence: expected one at least")
+    start = next((i for i, x in enumerate(tensors) if len(x)), 0)
+    first = tensors[start]
+    for i, x in enumerate(tensors):
+        if len(x) == 0 and x.ndim == 1:  # of an empty list nothing else is known
+            tensors[i] = first[:0]
+        elif x.shape[1:] != first.shape[1:] or x.dtype != first.dtype:
+            raise SettingsError(
+                f"pad_sequences: sequence {i} is {x.dtype} {_axes(x)}, sequence "
+                f"{start} {first.dtype} {_axes(first)}: expected the same but for T"
+            )
+    return tensors
+
+
 def _axes(x: Tensor) -> str:
-    return ", ".join(map(str, x.shape[1:]))
+    return f"[{', '.join(['T', *map(str, x.shape[1:])])}]"

@@ -315,7 +315,8 @@ def test_sequences_are_padded_to_one_length_with_a_mask() -> None:
     assert padded["series"].shape == (3, 5, 3)
     assert padded["seen"].tolist() == [[1, 1, 0, 0, 0], [0] * 5, [1, 1, 1, 1, 0]]
     assert padded["series"].sum() == 6 * 3 - 9 * 3
-    words = pad_sequences([torch.tensor([1, 2])], "input_ids", "attention_mask")
+    words = pad_sequences([[], [1, 2]], "input_ids", "attention_mask")
+    assert words["input_ids"].tolist() == [[0, 0], [1, 2]]
     assert words["input_ids"].dtype == words["attention_mask"].dtype == torch.int64
 
 
@@ -325,8 +326,8 @@ def test_sequences_are_padded_to_one_length_with_a_mask() -> None:
         (([],), "no sequence"),
         (([torch.ones(2), torch.ones(2, 3)],), "sequence 1"),
         (([torch.ones(2), torch.ones(2).long()],), "sequence 1 is torch.int64"),
-        (([torch.ones(2), torch.tensor(1.0)],), "sequence 1"),
-        (([torch.ones(2), [1, 2]],), "sequence 1 is list"),
+        (([torch.ones(2), torch.tensor(1.0)],), "sequence 1 is a single number"),
+        (([torch.ones(2), ["a"]],), "sequence 1 is no tensor"),
         (([torch.ones(2), torch.ones(7)], "x", "mask", 0, 4), "sequence 1 has 7"),
         (([torch.ones(2)], "x", "x"), "both"),
     ],
@@ -334,8 +335,9 @@ def test_sequences_are_padded_to_one_length_with_a_mask() -> None:
 def test_sequences_that_do_not_fit_are_refused(
     arguments: tuple[Any, ...], message: str
 ) -> None:
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(SettingsError, match=message) as refusal:
         pad_sequences(*arguments)
+    assert "\n" not in str(refusal.value)
 
 
 class Recurrent(nn.Module):

@@ -30,6 +30,7 @@ _HOME = {
     "Task": "task",
     "Examples": "data.federated",
     "FederatedData": "data.federated",
+    "pad_sequences": "inputs",
 }
 __all__ = list(_HOME)
 

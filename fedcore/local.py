@@ -33,7 +33,7 @@ __all__ = [
     "wide",
 ]
 
-Loss = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Params, Tree, Tensor, Tensor], Tensor]
 """(params, x [B, ...], y [B, ...], mask [B]) -> mean loss over real examples, 0-d."""
 
 Step = Callable[[Any], Tree]
@@ -107,7 +107,7 @@ def local_sgd(
     )
     steps = total = torch.zeros((), dtype=wide(params), device=batches.mask.device)
     own: Params = {}  # of the last step, which the next one may overwrite
-    for batch in zip(*(tensor.unbind() for tensor in batches), strict=True):
+    for batch in trees.unbind(batches):
         inputs = _Inputs(y, v, constants, *batch)
         if runner is None:
             y, v, real, value = step(inputs)
@@ -144,7 +144,7 @@ class _Inputs(NamedTuple):
     y: Params
     v: Params
     constants: _Constants
-    x: Tensor
+    x: Tree
     target: Tensor
     mask: Tensor
 
@@ -218,7 +218,7 @@ def full_gradient(
     examples = batches.mask.sum().clamp(min=1).to(dtype)
     gradient = trees.zeros_like(params)
     value = torch.zeros((), dtype=dtype, device=batches.mask.device)
-    for x, y, mask in zip(*(tensor.unbind() for tensor in batches), strict=True):
+    for x, y, mask in trees.unbind(batches):
         share = mask.sum() / examples
         slope, mean = grad_and_value(loss)(params, x, y, mask)
         gradient = trees.axpy(share, slope, gradient)

@@ -71,11 +71,12 @@ def quadratic(loss: Loss, params: Params, batches: Batches) -> Quadratic:
     Exact where the loss is quadratic in the parameters, as least squares with a linear
     model is.
     """
-    x, y, mask = (b.flatten(0, 1) for b in batches)
+    x, y, mask = trees.map(lambda b: b.flatten(0, 1), batches)
     zero = torch.zeros_like(trees.ravel(params))
 
     def total(w: Tensor) -> Tensor:
-        return loss(trees.unravel(w, params), x, y, mask) * mask.sum()
+        value: Tensor = loss(trees.unravel(w, params), x, y, mask) * mask.sum()
+        return value
 
     h, Q = torch.linalg.eigh(jacrev(grad(total))(zero))
     return Quadratic(Q, h.clamp(min=0), -grad(total)(zero))

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fedcore import trees
 from fedcore.errors import SettingsError
-from fedcore.types import Batches, Params
+from fedcore.functional import check_gradient, in_short
+from fedcore.inputs import as_inputs, model_outputs, num_rows, shapes
+from fedcore.types import Batches, Params, Tree
 
 if TYPE_CHECKING:
     from fedcore.data.federated import Examples, FederatedData
@@ -120,6 +121,8 @@ class Task:
         _check_statistics(model)
         self.model = model
         self.data = data
+        if proxy is not None:
+            proxy = proxy._replace(x=as_inputs(proxy.x, "proxy.x"))
         self.proxy = proxy
         self.optimum = optimum
         self.pixels = pixels
@@ -138,21 +141,22 @@ class Task:
     def check(self) -> None:
         """Try model, loss and metrics on two examples.
 
-        Raises SettingsError when they do not fit each other.
+        Raises SettingsError when they do not fit each other, or cannot be trained.
         """
-        self._try("examples", self.data.x[:2], self.data.y[:2])
+        self._try("examples", self.data.x, self.data.y)
         if self.proxy is not None:
-            self._try("proxy examples", self.proxy.x[:2], self.proxy.y[:2])
+            self._try("proxy examples", self.proxy.x, self.proxy.y)
 
-    def _try(self, kind: str, x: Tensor, y: Tensor) -> None:
-        if len(x) == 0:
+    def _try(self, kind: str, x: Tree, y: Tensor) -> None:
+        # Copies: a model might write to its inputs.
+        x, y = trees.map(lambda v: v[:2].clone(), (x, y))
+        if len(y) == 0:
             return
         try:
             outputs = self.predict(self.init_params(), x)
         except Exception as error:
             raise SettingsError(
-                f"the model cannot take {kind} of shape {tuple(x.shape[1:])}: "
-                f"{type(error).__name__}: {error}"
+                f"the model cannot take {kind} of shape {shapes(x)}: {in_short(error)}"
             ) from error
         for name, metric in self.metrics.items():
             try:
@@ -160,14 +164,16 @@ class Task:
             except Exception as error:
                 raise SettingsError(
                     f'the metric "{name}" cannot take outputs of shape '
-                    f"{tuple(outputs.shape)} and targets of shape {tuple(y.shape)}: "
+                    f"{_shape(outputs)} and targets of shape {tuple(y.shape)}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            if values.shape != (len(x),):
+            if getattr(values, "shape", None) != (len(y),):
                 raise SettingsError(
-                    f'the metric "{name}" gives shape {tuple(values.shape)} for '
-                    f"{len(x)} examples, expected one value an example: ({len(x)},)"
+                    f'the metric "{name}" gives shape {_shape(values)} for '
+                    f"{len(y)} examples, expected one value an example: ({len(y)},)"
+                    f"{_reduction_hint(metric)}"
                 )
+        check_gradient(self, x, y)
 
     @property
     def population(self) -> int:
@@ -177,7 +183,7 @@ class Task:
     @property
     def device(self) -> torch.device:
         """Where data and model are."""
-        return self.data.x.device
+        return self.data.device
 
     def to(self, device: torch.device) -> Task:
         """This task, moved to the device: in place, as `nn.Module.to` does it."""
@@ -186,6 +192,9 @@ class Task:
         self.proxy = trees.to(self.proxy, device) if self.proxy is not None else None
         if self.optimum is not None:
             self.optimum = trees.to(self.optimum, device)
+        for metric in self.metrics.values():
+            if isinstance(metric, nn.Module):  # its class weights
+                metric.to(device)
         return self
 
     @contextmanager
@@ -208,12 +217,16 @@ class Task:
                 params[name] = parameter.detach().clone()
         return params
 
-    def predict(self, params: Params, x: Tensor) -> Tensor:
-        """Outputs of the model with these parameters for inputs [B, ...], [B, ...]."""
-        outputs: Tensor = functional_call(self.model, params, (x,))
+    def predict(self, params: Params, x: Tree) -> Tensor:
+        """Outputs of the model with these parameters for inputs [B, ...], [B, ...].
+
+        A dict or a tuple is spread over the model's arguments, and of outputs with
+        logits the logits are returned: `fedcore.inputs` says how.
+        """
+        outputs: Tensor = model_outputs(self.model, params, x)
         return outputs
 
-    def loss(self, params: Params, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    def loss(self, params: Params, x: Tree, y: Tensor, mask: Tensor) -> Tensor:
         """Mean loss where mask [B] is 1, and the model's penalty. 0-d.
 
         The mean is 0 where there is no example.
@@ -236,12 +249,14 @@ class Task:
         |w - w*|^2 / |w*|^2, comes with them where the optimum w* is known.
         """
         sums = dict.fromkeys(self.metrics, torch.zeros((), device=batches.mask.device))
-        steps = zip(*(part.unbind() for part in batches), strict=True)
         with self.evaluating():
-            for x, y, mask in steps:
+            for x, y, mask in trees.unbind(batches):
                 outputs = self.predict(params, x)
                 for name, metric in self.metrics.items():
-                    sums[name] = sums[name] + (metric(outputs, y) * mask).sum()
+                    values = metric(outputs, y)
+                    # Not a product with the mask: a value of padding may be NaN.
+                    values = torch.where(mask > 0, values, mask)
+                    sums[name] = sums[name] + values.sum()
         num_examples = batches.mask.sum().clamp(min=1)
         means = {name: total / num_examples for name, total in sums.items()}
         if self.optimum is not None:
@@ -266,16 +281,17 @@ class Task:
         And the Euclidean `distance` to the optimum, where it is known.
         """
         x, y = self.data.test
-        ones = torch.ones(len(x), device=x.device)
-        zero = torch.zeros((), device=x.device)
+        number = num_rows(x)
+        ones = torch.ones(number, device=y.device)
+        zero = torch.zeros((), device=y.device)
         sums: dict[str, Tensor] = {}
-        for start in range(0, len(x), batch_size):
+        for start in range(0, number, batch_size):
             rows = slice(start, start + batch_size)
-            batch = Batches(x[rows][None], y[rows][None], ones[rows][None])
+            batch = trees.map(lambda v: v[rows][None], Batches(x, y, ones))  # noqa: B023
             for name, mean in self.evaluate(params, batch).items():
                 sums[name] = sums.get(name, zero) + mean * batch.mask.sum()
         sums.pop("nmsd", None)  # the distance says the same
-        num_examples = max(len(x), 1)
+        num_examples = max(number, 1)
         means = {name: (total / num_examples).item() for name, total in sums.items()}
         if self.optimum is not None:
             means["distance"] = self._deviation(params).sqrt().item()
@@ -289,6 +305,17 @@ def _check_names(metrics: dict[str, PerExample]) -> None:
                 f'metrics holds "{name}", which is the name of {meaning}: '
                 "give it another name"
             )
+
+
+def _shape(outputs: object) -> str:
+    return str(tuple(getattr(outputs, "shape", [type(outputs).__name__])))
+
+
+def _reduction_hint(metric: PerExample) -> str:
+    """Advice on losses of `torch.nn`, which average unless told otherwise."""
+    if getattr(metric, "reduction", "none") == "none":
+        return ""
+    return f'; write {type(metric).__name__}(reduction="none")'
 
 
 def _check_statistics(model: nn.Module) -> None:

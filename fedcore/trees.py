@@ -37,6 +37,7 @@ __all__ = [
     "sub",
     "sub_",
     "to",
+    "unbind",
     "unflatten",
     "unravel",
     "weighted_sum",
@@ -149,6 +150,20 @@ def stack(trees: list[Tree]) -> Tree:
 def at(tree: Tree, index: int | slice | Tensor) -> Tree:
     """Rows of the leading axis."""
     return map(lambda x: x[index], tree)
+
+
+def unbind(tree: T) -> list[T]:
+    """The rows of the leading axis, one tree each.
+
+    >>> unbind({"w": torch.tensor([1.0, 2.0])})
+    [{'w': tensor(1.)}, {'w': tensor(2.)}]
+    """
+    columns = [x.unbind() for x in leaves(tree)]
+    rows: list[T] = []
+    for row in zip(*columns, strict=True):
+        pieces = iter(row)
+        rows.append(map(lambda _: next(pieces), tree))
+    return rows
 
 
 # Devices

@@ -27,9 +27,13 @@ Params = dict[str, Tensor]
 
 
 class Batches(NamedTuple):
-    """The examples of one client's work in one round, in the order of their use."""
+    """The examples of one client's work in one round, in the order of their use.
 
-    x: Tensor  # [K, B, ...]
+    Padding repeats an example of the same client; zeros where it has none. K is 0 for a
+    client without examples that works alone.
+    """
+
+    x: Tree  # each tensor [K, B, ...]
     y: Tensor  # [K, B, ...]
     mask: Tensor  # [K, B]  1.0 = a real example, 0.0 = padding
 

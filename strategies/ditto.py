@@ -51,8 +51,8 @@ class Ditto(Method[Settings]):
         self, task: Task, t: Tensor, down: Model, state: Own, batches: Batches
     ) -> tuple[Update, Own]:
         half, lr = len(batches.mask) // 2, self.s.local_lr
-        for_w = Batches(*(x[:half] for x in batches))
-        for_v = Batches(*(x[half:] for x in batches))
+        for_w = trees.at(batches, slice(half))
+        for_v = trees.at(batches, slice(half, None))
         w, steps, loss = local_sgd(task.loss, down.params, for_w, lr)
         v, _, _ = local_sgd(
             task.loss, state.v, for_v, lr, prox=self.s.lam, center=down.params

@@ -75,8 +75,8 @@ class FedAlt(Partial[Settings]):
     ) -> tuple[Update, Personal]:
         u, v, s = down.params, state.v, self.s
         first = len(batches.mask) // self.passes() * s.shared_passes
-        for_u = Batches(*(x[:first] for x in batches))
-        for_v = Batches(*(x[first:] for x in batches))
+        for_u = trees.at(batches, slice(first))
+        for_v = trees.at(batches, slice(first, None))
         value = batches.mask.new_zeros(())
         if v and s.personal_passes:
             lr, v0 = s.personal_lr or s.local_lr, initial(task, v)

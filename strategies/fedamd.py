@@ -117,8 +117,7 @@ class FedAMD(Method[Settings]):
         before, y, g = down.params, down.params, down.v
         dtype = wide(down.params)
         steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
-        steps_of_batches = zip(*(b.unbind() for b in batches), strict=True)
-        for k, (x, target, mask) in enumerate(steps_of_batches):
+        for k, (x, target, mask) in enumerate(trees.unbind(batches)):
             real = (mask.sum() > 0).to(dtype)
             if k > 0:  # step 0 would add the difference of two equal gradients
                 now, loss = gradient(y, x, target, mask)  # the same B in both

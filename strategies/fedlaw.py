@@ -255,7 +255,7 @@ class FedLAW(Method[Settings]):
     ) -> tuple[Params, float]:
         """(new model, gam)."""
         mix, loss = self._stack(server, r, reports), self._proxy_loss(server, r)
-        pieces = torch.split(torch.arange(len(_proxy(r).x)), 1000)
+        pieces = torch.split(torch.arange(len(_proxy(r).y)), 1000)
 
         def proxy_loss(u: Tensor) -> float:
             total = sum(loss(u, rows).item() * len(rows) for rows in pieces)
@@ -309,7 +309,7 @@ class FedLAW(Method[Settings]):
             anneal, constant = StepLR(optimizer, 20, 0.5), None
         steps, averaged = 0, []
         for epoch in epochs:
-            shuffled = rng(r.seed, "proxy", r.t, epoch).permutation(len(_proxy(r).x))
+            shuffled = rng(r.seed, "proxy", r.t, epoch).permutation(len(_proxy(r).y))
             for rows in torch.split(torch.from_numpy(shuffled), self.s.server_batch):
                 mix.differentiate(gradient(mix.model(), rows))
                 optimizer.step()
@@ -333,8 +333,8 @@ class FedLAW(Method[Settings]):
         proxy, like = _proxy(r), server.params
 
         def loss(u: Tensor, rows: Tensor) -> Tensor:
-            x, y = proxy.x[rows], proxy.y[rows]
-            ones = torch.ones(len(rows), device=x.device)
+            x, y = trees.at(proxy, rows)
+            ones = torch.ones(len(rows), device=y.device)
             with r.task.evaluating():
                 return r.task.loss(trees.unravel(u, like), x, y, ones)
 

@@ -71,4 +71,5 @@ class PFedMe(Method[Settings]):
 
 def _repeated(batches: Batches, k: int, steps: int) -> Batches:
     """Batch k, `steps` times."""
-    return Batches(*(x[k].expand(steps, *x.shape[1:]) for x in batches))
+    repeated: Batches = trees.map(lambda x: x[k].expand(steps, *x.shape[1:]), batches)
+    return repeated

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import grad
 
 from fedcore import trees
 from fedcore.data.sources import Pixels
 from fedcore.errors import SettingsError
+from fedcore.inputs import model_outputs
 from fedcore.method import Method, data_of
 from fedcore.rounds.captures import Exchange
 from fedcore.task import PerExample, Task, cross_entropy
@@ -56,7 +57,7 @@ class Public:
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Outputs [n, outputs] of inputs x [n, ...] with these parameters."""
-        outputs: Tensor = functional_call(self.model, params, (x,))
+        outputs: Tensor = model_outputs(self.model, params, x)
         return outputs
 
     def to(self, device: torch.device) -> Public:
@@ -159,7 +160,8 @@ def public_of(experiment: Experiment, task: Task) -> Public:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with torch.no_grad():
-        outputs = model(torch.zeros_like(task.data.x[:1], device="cpu"))
+        blank = trees.map(lambda v: torch.zeros_like(v[:1], device="cpu"), task.data.x)
+        outputs = model_outputs(model, {}, blank)
     shape = tuple(task.data.x.shape[1:])
     local, defence = experiment.local, experiment.defence
     lr = getattr(experiment.method, "local_lr", None)  # not every method has one

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.inputs import as_inputs
 from fedcore.rng import rng, streams
-from fedcore.types import Batches
+from fedcore.types import Batches, Tree
 
 EVALUATION_BATCH = 64  # examples in one forward pass of one client's evaluation
 PADDING = -1  # in place of a row number
@@ -20,9 +21,13 @@ ARRAYS = ("order", "offsets", "sizes", "held", "kept")  # of FederatedData
 
 
 class Examples(NamedTuple):
-    """Inputs and targets with the same number of rows."""
+    """Inputs and targets with the same number of rows.
 
-    x: Tensor  # [n, ...]
+    `x` is a tensor, or a nested dict, tuple or NamedTuple of tensors; how a model gets
+    it is said in `fedcore.inputs`.
+    """
+
+    x: Tree  # each tensor [n, ...]
     y: Tensor  # [n, ...]
 
 
@@ -83,8 +88,8 @@ class FederatedData:
         `order` holds int64 row numbers of `train` grouped by client, `offsets` int64
         [population + 1]; `holdout` is a fraction in [0, 1).
         """
-        self.x, self.y = train
-        self.test = test
+        self.x, self.y = as_inputs(train.x), train.y
+        self.test = Examples(as_inputs(test.x, "test.x"), test.y)
         self.offsets = np.ascontiguousarray(offsets, dtype=np.int64)
         self.sizes = np.diff(self.offsets)
         # A client with an example trains on one at least.
@@ -107,10 +112,15 @@ class FederatedData:
         """The number of clients."""
         return len(self.sizes)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the data are."""
+        return self.y.device
+
     def to(self, device: torch.device) -> FederatedData:
         """These data, moved to the device: in place, as `nn.Module.to` does it."""
-        self.x, self.y = self.x.to(device), self.y.to(device)
-        self.test = Examples(self.test.x.to(device), self.test.y.to(device))
+        self.x, self.y = trees.map(lambda x: x.to(device), (self.x, self.y))
+        self.test = trees.map(lambda x: x.to(device), self.test)
         return self
 
     def _reads_held_out(self, data: str) -> bool:
@@ -165,7 +175,7 @@ class FederatedData:
         batch = local.batch_size if data == "train" else EVALUATION_BATCH
         held = [self.rows(client, data) for client in clients.tolist()]
         longest = max(map(len, held), default=0)
-        steps = max(_steps(longest, data, local), 1)
+        steps = _steps(longest, data, local)
         width = _width(longest, batch) if even else min(batch, max(longest, 1))
         rows = np.full((len(clients), steps, width), PADDING, dtype=np.int64)
         if data == "train":
@@ -187,27 +197,37 @@ class FederatedData:
         Step by step in memory, [K, n, B], so that a step of all clients is one block.
         """
         index = np.ascontiguousarray(rows.swapaxes(0, 1))
-        mask = torch.from_numpy((index != PADDING).astype(np.float32))
-        flat = torch.from_numpy(np.maximum(index, 0)).flatten()
-        flat, mask = trees.to((flat, mask), self.x.device)
-        x = self.x.index_select(0, flat).view(*index.shape, *self.x.shape[1:])
-        y = self.y.index_select(0, flat).view(*index.shape, *self.y.shape[1:])
-        return Batches(x.transpose(0, 1), y.transpose(0, 1), mask.transpose(0, 1))
+        is_real = index != PADDING
+        mask = torch.from_numpy(is_real.astype(np.float32))
+        has_none = np.zeros(len(rows), dtype=bool)
+        if not is_real.all():
+            index, has_none = _padded(index)
+        flat = torch.from_numpy(index).flatten()
+        flat, mask = trees.to((flat, mask), self.device)
+
+        def examples(column: Tensor) -> Tensor:
+            taken = column.index_select(0, flat).view(*index.shape, *column.shape[1:])
+            if has_none.any():
+                taken[:, torch.from_numpy(has_none).to(taken.device)] = 0
+            return taken.transpose(0, 1)
+
+        x, y = trees.map(examples, (self.x, self.y))
+        return Batches(x, y, mask.transpose(0, 1))
 
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy arrays, which pickle protocol 5 moves out of band: workers on one
         # machine share them instead of copying.
         state: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
         state["evaluated_on"] = self.evaluated_on
-        state["train"] = (self.x.cpu().numpy(), self.y.cpu().numpy())
-        state["test"] = (self.test.x.cpu().numpy(), self.test.y.cpu().numpy())
+        state["train"] = trees.map(_shareable, (self.x, self.y))
+        state["test"] = trees.map(_shareable, tuple(self.test))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in (*ARRAYS, "evaluated_on"):
             setattr(self, name, state[name])
-        self.x, self.y = map(shared_tensor, state["train"])
-        self.test = Examples(*map(shared_tensor, state["test"]))
+        self.x, self.y = trees.map(shared_tensor, state["train"])
+        self.test = Examples(*trees.map(shared_tensor, state["test"]))
 
 
 def _steps(n: Any, data: str, local: LocalSettings) -> Any:
@@ -262,11 +282,31 @@ def fill_train(
         step = fill(rows, epoch, step, batch)
 
 
-def shared_tensor(array: np.ndarray) -> Tensor:
+def _padded(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers [K, n, B] without PADDING, and which clients have no example, [n].
+
+    Padding repeats the first row of its batch, so that its loss is finite where the
+    batch's is; of a batch without rows, the client's first. For a client that has none,
+    any row, whose values are replaced.
+    """
+    index = np.where(index == PADDING, index[:, :, :1], index)
+    first = index[0, :, :1]  # [n, 1]
+    index = np.where(index == PADDING, first, index)
+    return np.maximum(index, 0), first[:, 0] == PADDING
+
+
+def _shareable(x: Tensor) -> np.ndarray | Tensor:
+    """The tensor as an array; as it is where NumPy lacks its type."""
+    return x.cpu() if x.dtype == torch.bfloat16 else x.cpu().numpy()
+
+
+def shared_tensor(array: np.ndarray | Tensor) -> Tensor:
     """A tensor on the array's own memory, which may be read-only.
 
     That is safe, since data are never written to.
     """
+    if isinstance(array, Tensor):
+        return array
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)

@@ -137,8 +137,8 @@ class Work:
             plans.append(self._plan(kind, clients, t, number, self.local))
         if len(plans) == 1:
             return plans[0]
-        fields = zip(*plans, strict=True)
-        return Batches(*(_one_after_another(pieces) for pieces in fields))
+        joined: Batches = trees.map(_one_after_another, *plans)
+        return joined
 
     def _plan(
         self, kind: Data, clients: list[int], t: int, number: int, local: LocalSettings
@@ -210,7 +210,7 @@ class Work:
             yield
 
 
-def _one_after_another(plans: tuple[Tensor, ...]) -> Tensor:
+def _one_after_another(*plans: Tensor) -> Tensor:
     """[n, K, ...] of each to [n, sum of K, ...].
 
     Step by step in memory, as `FederatedData.batches` has them.

@@ -12,10 +12,11 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedcore import __version__, trees
 from fedcore.engines.chunks import Chunks, row
@@ -34,6 +35,13 @@ STEPS = 2  # local steps in a trial
 TRIES = 5  # the first two record, and compare the recording with the step
 # Seconds that it takes to send a report, of however many clients, and to hand it on.
 HANDLING = 1e-3
+
+
+def _example(x: Tree) -> Any:
+    """The shape of one example; of several inputs by name."""
+    if isinstance(x, Tensor):
+        return list(x.shape[1:])
+    return {path: list(leaf.shape[1:]) for path, leaf in trees.flatten(x).items()}
 
 
 class Choice(NamedTuple):
@@ -80,7 +88,7 @@ class Calibration:
             "settings": [part.model_dump(mode="json") for part in settings],
             "model": str(self.work.task.model),
             "down": sent,
-            "example": list(data.x.shape[1:]),
+            "example": _example(data.x),
             "clients": 1 << len(clients).bit_length(),
             "machine": [
                 str(self.work.task.device),
@@ -129,13 +137,7 @@ class Calibration:
             except torch.OutOfMemoryError:
                 break
             except Exception as error:
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                log.warning(
-                    "%s cannot be batched over clients (%s); they run one after "
-                    "another",
-                    fn.__name__,
-                    lines[0],
-                )
+                self.chunks.note_unbatched(fn, error)
                 return Choice(1, is_measured=False)
             if seconds < WORTH * best_time:
                 best, best_time = size, seconds

@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
+import warnings
 from functools import partial
 
 import numpy as np
@@ -17,8 +19,10 @@ from torch.func import vmap
 
 from fedcore import trees
 from fedcore.engines.base import Done, Work, run_alone
-from fedcore.engines.run_client import run_client
+from fedcore.engines.run_client import run_checked
+from fedcore.functional import why_not_batched
 from fedcore.local import steps_run_by
+from fedcore.method import data_of
 from fedcore.reports import Reports
 from fedcore.speed import loss_recorder
 from fedcore.speed.cuda_graphs import Graphs
@@ -54,6 +58,8 @@ class Chunks:
             self.graphs = Graphs(self.recorder)
         # Most clients at once, by function, since a GPU had no room for twice as many.
         self._room: dict[str, int] = {}
+        self._is_noted = False  # that clients cannot be batched
+        self._process = os.getpid()  # forks leave the note to it
 
     @property
     def impurity(self) -> str | None:
@@ -86,12 +92,15 @@ class Chunks:
                 return self._one_by_one(fn, chunk, down, states, t)
             if len(chunk) <= self._room.get(fn.__name__, len(chunk)):
                 try:
-                    return [self._batch(fn, chunk, down, states, t, weights)]
+                    return self._batch(fn, chunk, down, states, t, weights)
                 except torch.OutOfMemoryError:
                     pass  # the tensors that it holds are freed when this block is left
-                except Exception:  # one client of the chunk, or vmap itself
+                except Exception as error:  # one client of the chunk, or vmap itself
                     log.debug("chunk %s failed, now one by one", chunk, exc_info=True)
-                    return self._one_by_one(fn, chunk, down, states, t)
+                    done = self._one_by_one(fn, chunk, down, states, t)
+                    if not any(client.reports.failed for client in done):
+                        self.note_unbatched(fn, error)
+                    return done
                 self.make_room(fn, len(chunk) // 2)
             return self._in_halves(fn, chunk, down, states, t, size, weights)
 
@@ -128,15 +137,57 @@ class Chunks:
         states: Tree,
         t: int,
         weights: Tensor | None,
-    ) -> Done:
+    ) -> list[Done]:
         with self.work.model_noise(fn, t, chunk[0]):
             batches = self.work.batches(fn, chunk, t)
-            up, new = self.batched(fn, down, states, batches, t, chunk)
+            up, new, is_finite = self.batched(fn, down, states, batches, t, chunk)
         # Contiguous, for sums must not depend on the layout.
         up = trees.map(lambda x: x if x.stride(0) == 0 else x.contiguous(), up)
         num_examples = self.work.num_examples(fn, chunk)
         done = Done(Reports(torch.tensor(chunk), up, num_examples), new)
-        return done if weights is None else summed(done, weights)
+        whole = done if weights is None else summed(done, weights)
+        spoiled = self._spoiled(fn, chunk, whole, is_finite)
+        if not spoiled.any():
+            return [whole]
+        # Alone, a client has no batch that is all padding.
+        repaired = []
+        for i in np.flatnonzero(spoiled).tolist():
+            state = row(states, i)
+            repaired.append(run_alone(self.work, fn, chunk[i], down, state, t))
+        if spoiled.all():
+            return repaired
+        others = torch.from_numpy(~spoiled)
+        rest = _at(done, others)
+        return [rest if weights is None else summed(rest, weights[others]), *repaired]
+
+    def _spoiled(
+        self, fn: ClientFunction, chunk: list[int], done: Done, is_finite: Tree
+    ) -> np.ndarray:
+        """Whose work is not finite, and had batches that are all padding; bool [n].
+
+        Such a batch moves nothing because it counts 0 times, which NaN and Inf survive.
+        """
+        steps = self.work.steps(fn, np.asarray(chunk))
+        is_padded: np.ndarray = steps < steps.max()
+        has_states = isinstance(is_finite, Tensor)
+        is_summed = done.total is not None and not has_states  # to a finite sum
+        if data_of(fn) == "test" or is_summed or not is_padded.any():
+            return np.zeros(len(chunk), dtype=bool)
+        if not has_states:
+            is_finite = torch.isfinite(trees.row_sums(done.reports.up))
+        spoiled: np.ndarray = is_padded & ~is_finite.cpu().numpy()
+        return spoiled
+
+    def note_unbatched(self, fn: ClientFunction, error: Exception) -> None:
+        """Warn, once, that clients run one after another, and why."""
+        if not self._is_noted and os.getpid() == self._process:
+            self._is_noted = True
+            log.warning(
+                "%s cannot be batched over clients (%s); they run one after another, "
+                "which is slower",
+                fn.__name__,
+                why_not_batched(error),
+            )
 
     def make_room(self, fn: ClientFunction, clients: int) -> None:
         """After a failure for want of memory: from now on this many clients at once."""
@@ -159,8 +210,8 @@ class Chunks:
         batches: Batches | Tuning,
         t: int,
         chunk: list[int] | None = None,
-    ) -> tuple[Tree, Tree]:
-        """(messages as they arrive, new states) of the clients `chunk`.
+    ) -> tuple[Tree, Tree, Tree]:
+        """(messages as they arrive, new states, is it finite) of clients `chunk`.
 
         Without `chunk` it is a trial, and nothing is lost on the way.
         """
@@ -173,21 +224,26 @@ class Chunks:
         down_dim = 0 if has_own_down else None
         in_dims = (None, down_dim, 0 if trees.leaves(states) else None, 0)
 
-        client = partial(run_client, fn, work.task)
+        client = partial(run_checked, fn, work.task)
         clients = vmap(client, in_dims=in_dims, randomness="different")
         inputs = (work.now(t), down, states, batches)
-        if self.graphs is None:
-            up, new = clients(*inputs)
-        else:
-            kind = (fn.__name__, in_dims, work.task.model.training)
-            up, new = self.graphs.run(kind, lambda own: clients(*own), inputs)
+        with warnings.catch_warnings():
+            # Of an operator that PyTorch computes for one client after another: whether
+            # batching pays is measured.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            if self.graphs is None:
+                up, new, is_finite = clients(*inputs)
+            else:
+                kind = (fn.__name__, in_dims, work.task.model.training)
+                outputs = self.graphs.run(kind, lambda own: clients(*own), inputs)
+                up, new, is_finite = outputs
         assert all(len(x) == n for x in trees.leaves(up))
         if chunk is not None and trees.leaves(up) and not work.arrives_as_is(fn):
             sent = []
             for i, client_id in enumerate(chunk):
                 sent.append(work.send(trees.at(up, i), fn, t, client_id))
             up = trees.stack(sent)
-        return up, new
+        return up, new, is_finite
 
 
 def noisy_layers(model: nn.Module) -> list[nn.Module]:
@@ -208,6 +264,16 @@ def summed(done: Done, weights: Tensor) -> Done:
         lambda x: x if x.ndim == 1 else x.new_empty(len(x), 0), reports.up
     )
     return Done(reports._replace(up=scalars), done.states, total)
+
+
+def _at(done: Done, rows: Tensor) -> Done:
+    """Some of the clients; `rows` is bool [n]."""
+    reports = done.reports
+    there = rows.to(reports.num_examples.device)
+    up, num_examples, states = trees.at(
+        (reports.up, reports.num_examples, done.states), there
+    )
+    return Done(Reports(reports.clients[rows], up, num_examples), states)
 
 
 def row(states: Tree, i: int) -> Tree:

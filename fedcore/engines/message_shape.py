@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fedcore import trees
 from fedcore.engines.base import Work, one_thread
 from fedcore.engines.run_client import run_client
 from fedcore.method import data_of
@@ -17,7 +18,8 @@ def message_shape(work: Work, fn: ClientFunction, down: Tree, t: int) -> Tree:
     Every message of `fn` in this run must have the same names, shapes and types.
     """
     task = work.task
-    x, y = task.data.x[:1][None], task.data.y[:1][None]  # [K = 1, B = 1, ...]
+    # [K = 1, B = 1, ...]
+    x, y = trees.map(lambda v: v[:1][None], (task.data.x, task.data.y))
     example = Batches(x, y, torch.ones(1, 1, device=task.device))
     batches = Tuning(example, example) if data_of(fn) == "tune" else example
     state = work.method.init_client(task.init_params())

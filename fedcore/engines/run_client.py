@@ -17,13 +17,26 @@ def run_client(
     state: Tree,
     batches: Batches | Tuning,
 ) -> tuple[Tree, Tree]:
-    """The client function: (what is sent, the client's new state).
+    """The client function: (what is sent, the client's new state)."""
+    up, new, _ = run_checked(fn, task, t, down, state, batches)
+    return up, new
+
+
+def run_checked(
+    fn: ClientFunction,
+    task: Task,
+    t: Tensor,
+    down: Tree,
+    state: Tree,
+    batches: Batches | Tuning,
+) -> tuple[Tree, Tree, Tree]:
+    """(what is sent, the client's new state, whether both are finite: 0-d).
 
     A client whose work is not finite keeps its old state: one diverged round must not
-    stay with it for good.
+    stay with it for good. Without a state nothing is checked, and the last is ().
     """
     up, new = fn(task, t, down, state, batches)
-    if trees.leaves(new):
-        is_finite = trees.finite(up) & trees.finite(new)
-        new = trees.where(is_finite, new, state)
-    return up, new
+    if not trees.leaves(new):
+        return up, new, ()
+    is_finite = trees.finite(up) & trees.finite(new)
+    return up, trees.where(is_finite, new, state), is_finite

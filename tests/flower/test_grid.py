@@ -467,9 +467,8 @@ def test_only_functions_marked_for_clients_can_be_called(
         message, Context(1, 100, {}, RecordDict(), {"preset": preset, "set": ""})
     )
     about: Any = answer.content["about"]
-    assert about["reasons"] == [
-        f'error: RunError: fedcore.strategies.fedavg has no client function "{function}"'
-    ]
+    fault = f'fedcore.strategies.fedavg has no client function "{function}"'
+    assert about["reasons"] == [f"error: RunError: {fault}"]
     assert list(answer.content) == ["about"]
 
 

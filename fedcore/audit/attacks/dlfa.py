@@ -32,7 +32,7 @@ import torch
 from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import grad
 
 from fedcore import trees
 from fedcore.audit.attacks.base import (
@@ -49,6 +49,7 @@ from fedcore.audit.attacks.base import (
 )
 from fedcore.audit.attacks.lanes import Descent, Objective, Variables, optimise
 from fedcore.audit.observe import Observation
+from fedcore.inputs import model_outputs
 from fedcore.rng import rng
 from fedcore.types import Params
 
@@ -177,7 +178,7 @@ def update_match(
 
     def on(model: nn.Module) -> Objective:
         def loss(moving: Params, fixed: Params, x: Tensor, y: Tensor) -> Tensor:
-            outputs = functional_call(model, {**fixed, **moving}, (x,))
+            outputs = model_outputs(model, {**fixed, **moving}, x)
             return seen.public.loss(outputs, y).mean()
 
         def simulated(x: Tensor, lane: Lane) -> Params:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.func import functional_call, grad
+from torch.func import grad
 from torch.nn import functional
 
 from fedcore import trees
@@ -32,6 +32,7 @@ from fedcore.audit.attacks.base import (
 )
 from fedcore.audit.observe import Observation
 from fedcore.engines.base import one_thread
+from fedcore.inputs import model_outputs
 from fedcore.types import Params
 
 CURVE = 50  # points kept of the objective along the way
@@ -69,7 +70,7 @@ def gradient_distance(seen: Observation) -> Callable[[Tensor, Tensor], Tensor]:
     start = {name: seen.w0[name] for name in G}
 
     def loss(moving: Params, x: Tensor, z: Tensor) -> Tensor:
-        outputs = functional_call(model, {**seen.w0, **moving}, (x,))
+        outputs = model_outputs(model, {**seen.w0, **moving}, x)
         return -(z.softmax(1) * functional.log_softmax(outputs, 1)).sum(1).mean()
 
     def distance(x: Tensor, z: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import grad
 from torch.nn import functional
 
 from fedcore import trees
@@ -45,6 +45,7 @@ from fedcore.audit.attacks.base import (
 )
 from fedcore.audit.attacks.lanes import Descent, Objective, Trace, Variables, optimise
 from fedcore.audit.observe import Observation, Public
+from fedcore.inputs import model_outputs
 from fedcore.types import Params
 
 # rho to try where an update was shortened by an unknown factor
@@ -107,7 +108,7 @@ def cosine_match(public: Public, tv: float) -> Callable[[nn.Module], Objective]:
 
     def on(model: nn.Module) -> Objective:
         def loss(moving: Params, fixed: Params, v: Variables, lane: Lane) -> Tensor:
-            outputs = functional_call(model, {**fixed, **moving}, (v["x"],))
+            outputs = model_outputs(model, {**fixed, **moving}, v["x"])
             if "logits" in v:
                 p = v["logits"].softmax(1)
                 losses = -(p * functional.log_softmax(outputs, 1)).sum(1)

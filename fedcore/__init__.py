@@ -30,6 +30,13 @@ _HOME = {
     "Task": "task",
     "Examples": "data.federated",
     "FederatedData": "data.federated",
+    "Metric": "metrics",
+    "absolute_error": "metrics",
+    "accuracy": "metrics",
+    "binary_accuracy": "metrics",
+    "binary_cross_entropy": "metrics",
+    "cross_entropy": "metrics",
+    "squared_error": "metrics",
 }
 __all__ = list(_HOME)
 

@@ -148,7 +148,7 @@ class Loop:
         """
         rounds, seconds = self.experiment.rounds, self.experiment.checkpoint.seconds
         population = self.task.population
-        self.observer.started(self.experiment, self.engine, population, self.state.t)
+        self.observer.started(self.experiment, self.engine, population, self.history)
         with (self.folder / "metrics.jsonl").open("a") as metrics, signals(self._stop):
             while self.state.t < rounds:
                 try:

@@ -15,6 +15,7 @@ from fedcore import privacy, trees
 from fedcore.errors import RunError, TooFewReports
 from fedcore.rounds.captures import Captures
 from fedcore.rounds.client_table import ClientTable
+from fedcore.rounds.diagnosis import causes
 from fedcore.rounds.doors import Desk, OpenRound
 from fedcore.rounds.evaluation import Evaluation
 from fedcore.rounds.history import History
@@ -29,7 +30,7 @@ from fedcore.rounds.rundir import (
 from fedcore.rounds.saving import Saving, State, read_header
 from fedcore.rounds.setup import MakeEngine, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
-from fedcore.rounds.tally import Tally
+from fedcore.rounds.tally import Exchange, Tally
 from fedcore.storage.checkpoint import Checkpoint, write_atomically
 from fedcore.storage.json import without_nan
 
@@ -111,6 +112,7 @@ class Loop:
         write_atomically(folder / "metrics.jsonl", lines.encode())
         self.clients.cut(self.state.t)
         self._stop = StopRequest(folder, experiment.rounds)
+        self._last_exchange: Exchange | None = None  # of the last round
         self.desk = Desk(
             self.engine,
             parts.work,
@@ -204,7 +206,7 @@ class Loop:
         # client has done its work, whatever became of the round.
         for store in self.stores.values():
             store.commit()
-        self.state = after
+        self.state, self._last_exchange = after, tally.exchange
         return {key: without_nan(value) for key, value in row.items()}
 
     def open_round(self, t: int, cohort: torch.Tensor) -> OpenRound:
@@ -254,11 +256,13 @@ class Loop:
             return None
         counts = self.history.rows[-1]["dropped"].items()
         reasons = ", ".join(f"{reason} ({n})" for reason, n in counts)
-        return (
+        message = (
             f"round {self.state.t}: no usable update in {lost} round(s) in a row; the "
-            f"last: {reasons}. With updates that are not finite, check the model and "
-            "lower the learning rate (method.local_lr)"
+            f"last: {reasons}"
         )
+        work, states = self.desk.work, self.engine.states
+        told = causes(work, states, self._last_exchange, self.state.t - 1)
+        return "; ".join([message, *told])
 
     def _evaluated(self, state: State) -> dict[str, Any]:
         """Measures of the state after a round, in rounds that are evaluated."""

@@ -23,6 +23,7 @@ from fedcore.types import Batches, Params, Tree
 log = logging.getLogger("fedcore")
 
 HUGE = 1e6  # times what a message was: it is lost in noise, or has exploded
+OVERFLOWING = 1e30  # a sum of such numbers may be none that float32 holds
 GROWN = 1e2  # times what the model was at the start
 NO_LR = "a smaller step size does not help"
 
@@ -64,7 +65,7 @@ def _cause(work: Work, exchange: Exchange, state: Tree, t: int) -> str:
         now = work.now(t)
         up, _ = run_client(fn, task, now, exchange.down, state, batches)
     if bool(trees.finite(up)):
-        return _fault_after_work(work, exchange, up, params, t)
+        return _fault_after_work(work, exchange, up, t)
     # The model itself has grown from round to round, so that the server's steps count.
     grown = _largest(exchange.down) > GROWN * max(_largest(params), 1.0)
     return (
@@ -111,9 +112,7 @@ def _fault_at_start(work: Work, params: Params, batches: Batches) -> str:
     return ""
 
 
-def _fault_after_work(
-    work: Work, exchange: Exchange, up: Tree, params: Params, t: int
-) -> str:
+def _fault_after_work(work: Work, exchange: Exchange, up: Tree, t: int) -> str:
     """What becomes of a finite update on its way, or at the server."""
     fn, client = exchange.fn, exchange.client
     settings = work.defence.settings
@@ -140,11 +139,11 @@ def _fault_after_work(
         return "links.uplink: the noise drowns the updates: lower its variance"
     if exchange.reason:
         return ""
-    if _largest(up) > HUGE * max(_largest(params), 1.0):
+    if _largest(up) > OVERFLOWING:
         advice = _smaller_steps(work, None, with_server=True)
         return f"updates grow to {_largest(up):.1g}: {advice}"
     return (
-        "the updates are finite and of usual size, and the server's own step is not: "
+        "the updates are finite, and the server's own step makes a model that is not: "
         "check the method's settings for the server, such as method.server_lr"
     )
 

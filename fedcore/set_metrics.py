@@ -23,7 +23,7 @@ from fedcore.metrics import Metric, binary_cross_entropy, cross_entropy
 __all__ = ["SetMetric", "added_states"]
 
 States = dict[str, Tensor]
-"""Sums over examples, by the metric's name and the state's: "f1.tp"."""
+"""Sums over examples, by the metric's name and the state's: "f1/tp"."""
 
 
 def _softmax(outputs: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class SetMetric:
         self._outputs = given.outputs or _probabilities(self._metric, loss)
         self._refuse_other_states()
         # As they travel, by the metric's own names.
-        self.keys = {state: f"{name}.{state}" for state in self._metric.metric_state}
+        self.keys = {state: f"{name}/{state}" for state in self._metric.metric_state}
 
     def _refuse_other_states(self) -> None:
         from torchmetrics.utilities import dim_zero_sum

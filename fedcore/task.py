@@ -214,7 +214,7 @@ class Task:
     def evaluate(self, params: Params, batches: Batches) -> dict[str, Tensor]:
         """The mean of every metric over all real examples of `batches`, each 0-d.
 
-        Of a metric of torchmetrics its states, as `name.state`, from which
+        Of a metric of torchmetrics its states, as `name/state`, from which
         `SetMetric.value` computes it. Measured in evaluation mode. `nmsd`, the
         normalised square deviation |w - w*|^2 / |w*|^2, comes with them where the
         optimum w* is known.

@@ -127,7 +127,7 @@ class History:
         there is one.
         """
         stored = self.last("measures")
-        if stored is not None:
+        if isinstance(stored, dict) and stored:
             return {name: which == "higher" for name, which in stored.items()}
         names = {"loss"}
         for row in self.rows:

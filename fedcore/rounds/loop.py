@@ -234,6 +234,8 @@ class Loop:
         try:
             server = self.method.round(self.state.server, r)
         except TooFewReports as error:
+            if r.tally.failed and not r.tally.reported:
+                return None, "no client sent a usable update"
             return None, str(error)
         server = trees.to(server, self.task.device)
         reports, needed = len(r.tally.reported), self.experiment.min_reports

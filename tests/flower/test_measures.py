@@ -37,6 +37,6 @@ def test_a_state_of_another_shape_is_refused_by_name() -> None:
     fn = work.method.evaluate
     down = Model(work.task.init_params())
     like = message_shape(work, fn, down, 0)
-    sent = {**like.metrics, "f1.tp": torch.zeros(2, dtype=torch.int64)}
-    with pytest.raises(wire.WireError, match=r'"metrics/f1.tp" of shape \(2,\)'):
+    sent = {**like.metrics, "f1/tp": torch.zeros(2, dtype=torch.int64)}
+    with pytest.raises(wire.WireError, match=r'"metrics/f1/tp" of shape \(2,\)'):
         wire.decode(wire.encode(Metrics(sent)), wire.schemas(fn)[1], like)

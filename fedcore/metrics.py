@@ -353,7 +353,8 @@ def _tried(subject: str, metric: Any, outputs: Tensor, y: Tensor) -> Tensor:
     except Exception as error:
         raise SettingsError(
             f"{subject} cannot take outputs of shape {tuple(outputs.shape)} and "
-            f"targets of shape {tuple(y.shape)}: {type(error).__name__}: {error}"
+            f"targets of shape {tuple(y.shape)}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
         ) from error
     if not isinstance(values, Tensor):
         raise SettingsError(
@@ -366,6 +367,11 @@ def _tried(subject: str, metric: Any, outputs: Tensor, y: Tensor) -> Tensor:
 
 def check_names(metrics: Mapping[str, Any], taken: Mapping[str, str]) -> None:
     """Raises SettingsError for a metric without a name of its own, or that is none."""
+    if not hasattr(metrics, "items"):
+        raise SettingsError(
+            f"metrics is a {type(metrics).__name__}, expected a dict of functions by "
+            'name, e.g. {"mae": absolute_error}'
+        )
     for name, metric in metrics.items():
         if not isinstance(name, str) or not name or "/" in name:
             raise SettingsError(

@@ -112,7 +112,21 @@ class SetMetric:
             raise
         except Exception:  # too few examples for it, in torchmetrics' many ways
             return math.nan
-        return value.item()
+        return math.nan if self._lacks_a_class(states) else value.item()
+
+    def _lacks_a_class(self, states: States) -> bool:
+        """Whether a curve over thresholds has a class without examples.
+
+        torchmetrics gives 0 there, as if the model were as wrong as can be.
+        """
+        counts = states.get(f"{self.name}/confmat")
+        if counts is None or not hasattr(self._metric, "thresholds"):
+            return False
+        # [thresholds, ..., truth, prediction]: at any threshold all examples.
+        of_truth = counts[0].sum(-1)
+        if "AUROC" in type(self._metric).__name__:
+            return not bool((of_truth > 0).all())
+        return not bool((of_truth[..., 1] > 0).all())
 
     def updated(self, outputs: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """`states` as a tuple, not under `vmap`."""

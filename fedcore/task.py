@@ -92,6 +92,11 @@ class Task:
         inputs are images, and how they were scaled: an audit shows and compares pixels.
         `penalty` is added to the mean loss of a batch, and depends on the parameters.
         """
+        if is_of_a_set(loss) or not callable(loss) or isinstance(loss, type):
+            raise SettingsError(
+                f"the loss is {loss!r}, expected a function of (outputs, targets) "
+                "with one value an example, e.g. fedcore.cross_entropy"
+            )
         metrics = default_metrics(loss) if metrics is None else metrics
         check_names(metrics, RESERVED)
         _check_statistics(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -18,9 +19,11 @@ from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import (
     BinaryAUROC,
     BinaryF1Score,
+    MulticlassAUROC,
     MulticlassF1Score,
 )
 from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, R2Score
+from torchmetrics.text import Perplexity
 
 from fedcore import (
     Examples,
@@ -41,6 +44,7 @@ from fedcore.metrics import is_higher_better
 from fedcore.rounds.evaluation import Measured, over_clients
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
+from fedcore.set_metrics import SetMetric
 from fedcore.views.compare import compare
 from fedcore.views.run_report import write_report
 from fedcore.views.terminal import Terminal, show_result
@@ -186,6 +190,14 @@ def test_metrics_that_cannot_be_are_refused_by_name(
         task_with(metrics=metrics)
 
 
+def test_losses_and_lists_that_cannot_be_are_refused() -> None:
+    for loss in (MeanSquaredError(), nn.MSELoss, "squared_error"):
+        with pytest.raises(SettingsError, match="expected a function of"):
+            task_with(loss)
+    with pytest.raises(SettingsError, match="metrics is a list, expected a dict"):
+        task_with(metrics=[accuracy])
+
+
 def test_a_metric_that_gives_several_numbers_is_refused() -> None:
     each = {"f1": MulticlassF1Score(num_classes=CLASSES, average=None)}
     task = Task(nn.Linear(5, CLASSES), data_of(to_classes), metrics=each)
@@ -195,10 +207,9 @@ def test_a_metric_that_gives_several_numbers_is_refused() -> None:
 
 def test_without_metrics_a_task_has_those_that_suit_its_loss() -> None:
     data = data_of(lambda y: (y > 0).long())
-    for loss, names in ((binary_cross_entropy, ["accuracy", "loss"]),):
-        task = Task(nn.Linear(5, 1), data, loss)
-        task.check()
-        assert list(task.measures) == names
+    task = Task(nn.Linear(5, 1), data, binary_cross_entropy)
+    task.check()
+    assert list(task.measures) == ["accuracy", "loss"]
     assert list(Task(nn.Linear(5, 1), data, squared_error).measures) == ["loss"]
 
 
@@ -423,6 +434,45 @@ def test_clients_whose_logits_look_like_probabilities_are_read_as_the_others() -
     wrapped = Task(model, data, own, told)
     wrapped.check()
     assert wrapped.test(wrapped.init_params(), 3)["f1"] == pytest.approx(expected)
+
+
+def test_an_area_is_not_defined_where_a_class_has_no_example() -> None:
+    area = SetMetric("auc", BinaryAUROC(thresholds=50))
+    outputs, ones = torch.tensor([0.1, 0.9, 0.4]), torch.ones(3)
+    both = area.states(outputs, torch.tensor([0, 1, 1]), ones)
+    alone = area.states(outputs, torch.tensor([0, 0, 0]), ones)
+    assert area.value(both) == 1.0
+    assert math.isnan(area.value(alone))  # torchmetrics gives 0
+    each = SetMetric("auc", MulticlassAUROC(num_classes=3, thresholds=50))
+    shares = torch.eye(3)
+    whole = each.states(shares, torch.tensor([0, 1, 2]), ones)
+    assert each.value(whole) == 1.0
+    assert math.isnan(each.value(each.states(shares, torch.tensor([0, 1, 1]), ones)))
+
+
+def test_perplexity_of_tokens_is_the_exponential_of_their_mean_loss() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.score = nn.Embedding(7, 8), nn.Linear(8, 7)
+
+        def forward(self, x: Tensor) -> Tensor:  # [B, T] -> [B, classes, T]
+            return self.score(self.embed(x)).transpose(1, 2)
+
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(7, (40, 5), generator=g) for _ in range(2))
+    y[3, 2:] = -100
+    data = FederatedData(
+        Examples(x, y), Examples(x, y), np.arange(40), np.arange(0, 41, 10)
+    )
+    tokens = Perplexity(ignore_index=-100)
+    perplexity = Metric(tokens, outputs=lambda outputs: outputs.transpose(1, 2))
+    task = Task(Words(), data, metrics={"perplexity": perplexity})
+    task.check()
+    params = task.init_params()
+    mean = nn.functional.cross_entropy(task.predict(params, x), y)
+    assert task.test(params, 7)["perplexity"] == pytest.approx(mean.exp().item())
+    assert task.measures == {"perplexity": False, "loss": False}
 
 
 def test_a_metric_of_the_users_own_with_summed_states_works() -> None:

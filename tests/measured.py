@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
+from torchmetrics.classification import (
+    MulticlassAUROC,
+    MulticlassF1Score,
+    MulticlassRecall,
+)
 from torchmetrics.regression import MeanSquaredError, R2Score
 
 from fedcore import (
@@ -58,6 +62,14 @@ def classes(e: Experiment) -> Task:
         "accuracy": accuracy,
     }
     return Task(nn.Linear(5, CLASSES), data_of(to_classes), metrics=metrics)
+
+
+def bracketed(e: Experiment) -> Task:
+    """A metric whose name looks like markup."""
+    recall = MulticlassRecall(num_classes=CLASSES)
+    return Task(
+        nn.Linear(5, CLASSES), data_of(to_classes), metrics={"recall[red]": recall}
+    )
 
 
 def numbers(e: Experiment) -> Task:

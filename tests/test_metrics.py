@@ -529,6 +529,15 @@ def test_the_first_metric_comes_first_in_progress_table_and_report(
     assert "Clients differ: on their own examples the mean f1 is" in words
 
 
+def test_a_name_in_brackets_is_shown_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(experiment("bracketed", rounds=1), tmp_path / "r", observer=Terminal())
+    assert re.search(r"test recall\[red\] 0\.\d{4}", capsys.readouterr().err)
+    page = write_report(tmp_path / "r")
+    assert "test recall[red] (higher is better)" in Page(page).words
+
+
 def test_one_speed_is_shown_everywhere_after_a_resume_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from torch.func import grad_and_value
 from fedcore import trees
 from fedcore.engines.base import Work
 from fedcore.engines.run_client import run_client
+from fedcore.rounds.history import History
 from fedcore.rounds.tally import Exchange
 from fedcore.storage.rows import StateStore
 from fedcore.types import Batches, Params, Tree
@@ -26,6 +27,16 @@ HUGE = 1e6  # times what a message was: it is lost in noise, or has exploded
 OVERFLOWING = 1e30  # a sum of such numbers may be none that float32 holds
 GROWN = 1e2  # times what the model was at the start
 NO_LR = "a smaller step size does not help"
+
+
+def fruitless_text(history: History) -> str:
+    """The rounds without a usable update at the end of a run, and their reasons."""
+    counts = history.rows[-1]["dropped"].items()
+    reasons = ", ".join(f"{reason} ({n})" for reason, n in counts)
+    return (
+        f"round {len(history)}: no usable update in {history.fruitless} round(s) in a "
+        f"row; the last: {reasons}"
+    )
 
 
 def causes(

@@ -15,7 +15,7 @@ from fedcore import privacy, trees
 from fedcore.errors import RunError, TooFewReports
 from fedcore.rounds.captures import Captures
 from fedcore.rounds.client_table import ClientTable
-from fedcore.rounds.diagnosis import causes
+from fedcore.rounds.diagnosis import causes, fruitless_text
 from fedcore.rounds.doors import Desk, OpenRound
 from fedcore.rounds.evaluation import Evaluation
 from fedcore.rounds.history import History
@@ -256,15 +256,9 @@ class Loop:
         is_whole_run = lost == self.state.t == self.experiment.rounds
         if lost < PATIENCE and not is_whole_run:
             return None
-        counts = self.history.rows[-1]["dropped"].items()
-        reasons = ", ".join(f"{reason} ({n})" for reason, n in counts)
-        message = (
-            f"round {self.state.t}: no usable update in {lost} round(s) in a row; the "
-            f"last: {reasons}"
-        )
         work, states = self.desk.work, self.engine.states
         told = causes(work, states, self._last_exchange, self.state.t - 1)
-        return "; ".join([message, *told])
+        return "; ".join([fruitless_text(self.history), *told])
 
     def _evaluated(self, state: State) -> dict[str, Any]:
         """Measures of the state after a round, in rounds that are evaluated."""

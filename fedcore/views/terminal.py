@@ -32,6 +32,7 @@ from fedcore.views.text import rate_text, value_text
 __all__ = ["AuditTerminal", "Terminal", "show_result"]
 
 EVERY = 10.0  # seconds between lines where there is no terminal
+DRAWN = 0.2  # seconds between two numbers beside the bar
 SHOWN = 3  # test measures in a line of progress, that which judges the run first
 
 
@@ -84,19 +85,23 @@ class Terminal:
             # Only now do engines that measure know how they work.
             self.console.print(self._engine.describe(), highlight=False)
             self._engine = None
-        facts = self._facts(row)
+        self._note_measures(row)
         number, is_last = row["round"], row["round"] == self._rounds
-        self._bar.update(self._task, description="round", completed=number, facts=facts)
-        is_due = is_last or time.monotonic() - self._printed > EVERY
-        if is_due and not self.console.is_terminal:
+        self._bar.update(self._task, description="round", completed=number)
+        # Not in every round: the speed is that of all rounds until now.
+        every = DRAWN if self.console.is_terminal else EVERY
+        if is_last or time.monotonic() - self._printed > every:
             self._printed = time.monotonic()
-            line = f"round {number}/{self._rounds}: {facts}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            facts = self._facts(row)
+            self._bar.update(self._task, facts=escape(facts))
+            if not self.console.is_terminal:
+                line = f"round {number}/{self._rounds}: {facts}"
+                self.console.print(line, highlight=False, soft_wrap=True, markup=False)
         if is_last:
             self._bar.stop()
 
-    def _facts(self, row: dict[str, Any]) -> str:
-        """Speed until now, loss of the round, and the last test measures."""
+    def _note_measures(self, row: dict[str, Any]) -> None:
+        """Keep the test measures of a round that has any."""
         measured = []
         for name in row.get("measures", ()):
             value = row.get(f"test_{name}")
@@ -104,6 +109,9 @@ class Terminal:
                 measured.append(f"test {name} {_number(name, value, 1)}")
         if measured:
             self._test = ", ".join(["", *measured[:SHOWN]])
+
+    def _facts(self, row: dict[str, Any]) -> str:
+        """Speed until now, loss of the round, and the last test measures."""
         facts = f"{rate_text(self._history.clients_per_second)} clients/s"
         if row.get("train_loss") is not None:
             facts += f", loss {row['train_loss']:.4f}"

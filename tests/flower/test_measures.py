@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedcore.server.grid import GridEngine
 
 from fedcore.engines.base import Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.messages import wire
 from fedcore.rounds.loop import run
 from fedcore.types import Metrics, Model
-from server.grid import GridEngine
 from tests.flower.fake import FakeGrid
 from tests.measured import assert_same_measures, experiment
 

@@ -26,8 +26,9 @@ from torch import nn
 from benchmarks.tables import print_head, print_row
 from fedcore import Experiment
 from fedcore.data.federated import Examples, FederatedData
+from fedcore.metrics import squared_error
 from fedcore.rng import rng
-from fedcore.task import Task, squared_error
+from fedcore.task import Task
 from fedcore.views.compare import compare
 from fedcore.views.comparison import Comparison, curve
 from fedcore.views.figures import SERIES, STYLE, svg

@@ -104,7 +104,7 @@ def measured(runs: Sequence[Run], kind: str, part: str) -> str:
 
 def by_client(runs: Sequence[Run]) -> list[str]:
     """Mean, standard deviation and worst tenth over clients."""
-    kinds = ("mean", "std", "lowest_tenth")
+    kinds = ("mean", "std", "worst_tenth")
     return [measured(runs, "client", part) for part in kinds]
 
 

@@ -31,6 +31,13 @@ _HOME = {
     "Examples": "data.federated",
     "FederatedData": "data.federated",
     "pad_sequences": "inputs",
+    "Metric": "metrics",
+    "absolute_error": "metrics",
+    "accuracy": "metrics",
+    "binary_accuracy": "metrics",
+    "binary_cross_entropy": "metrics",
+    "cross_entropy": "metrics",
+    "squared_error": "metrics",
 }
 __all__ = list(_HOME)
 

@@ -6,9 +6,9 @@ It is where users plug in their own model and data.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,65 +16,40 @@ from torch import Tensor, nn
 from fedcore import trees
 from fedcore.errors import SettingsError
 from fedcore.functional import check_gradient, in_short
-from fedcore.inputs import as_inputs, model_outputs, num_rows, shapes
+from fedcore.inputs import as_inputs, model_outputs, shapes
+from fedcore.metrics import (
+    Metric,
+    PerExample,
+    check_names,
+    check_per_example,
+    cross_entropy,
+    default_metrics,
+    is_higher_better,
+    is_of_a_set,
+)
+from fedcore.set_metrics import SetMetric, added_states
 from fedcore.types import Batches, Params, Tree
 
 if TYPE_CHECKING:
     from fedcore.data.federated import Examples, FederatedData
     from fedcore.data.sources import Pixels
 
-__all__ = [
-    "Penalty",
-    "PerExample",
-    "Task",
-    "accuracy",
-    "cross_entropy",
-    "squared_error",
-]
-
-PerExample = Callable[[Tensor, Tensor], Tensor]
-"""(model outputs [B, ...], targets [B, ...]) -> one value an example, [B]."""
+__all__ = ["Penalty", "Task"]
 
 Penalty = Callable[[Callable[[Params], Tensor], Params], Tensor]
 """(mean loss as a function of parameters, parameters) -> what is added to it, 0-d."""
 
+TRIED = 8  # examples on which a task is tried before a run
+
 RESERVED = {
     "loss": "what is trained on",
     "nmsd": "the deviation from a known optimum",
+    "distance": "the distance to a known optimum",
+    "client": "a column of clients.parquet",
+    "function": "a column of clients.parquet",
+    "num_examples": "a column of clients.parquet",
+    "round": "a column of clients.parquet",
 }  # names that a metric cannot have, and their meaning
-
-
-def cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
-    """Negative log-likelihood of each example in nats, [B].
-
-    `outputs` are logits [B, classes], `y` classes [B]; both may have further axes, as
-    in `torch.nn.functional.cross_entropy`.
-
-    >>> cross_entropy(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
-    tensor([0.6931, 0.6931, 0.6931])
-    """
-    if outputs.ndim == 2 and y.ndim == 1:
-        # The same with half the operations, once it is differentiated and batched.
-        return -outputs.log_softmax(1).gather(1, y[:, None]).squeeze(1)
-    return nn.functional.cross_entropy(outputs, y, reduction="none")
-
-
-def accuracy(outputs: Tensor, y: Tensor) -> Tensor:
-    """1.0 where the largest output is the class, 0.0 elsewhere, [B].
-
-    >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
-    tensor([1., 0.])
-    """
-    return (outputs.argmax(1) == y).to(outputs.dtype)
-
-
-def squared_error(outputs: Tensor, y: Tensor) -> Tensor:
-    """Half the squared distance of each example, [B]; both arguments are [B, ...].
-
-    >>> squared_error(torch.tensor([[3.0], [1.0]]), torch.tensor([[1.0], [1.0]]))
-    tensor([2., 0.])
-    """
-    return 0.5 * (outputs - y).square().flatten(1).sum(1)
 
 
 class Task:
@@ -82,7 +57,8 @@ class Task:
 
     `loss` and each of `metrics` map (outputs, targets) to one value an example; means
     over real examples are taken here. They may depend on what they are given and on
-    what never changes; on nothing that changes from round to round.
+    what never changes; on nothing that changes from round to round. A metric of
+    torchmetrics measures whole sets of examples. The first metric judges a run.
 
     >>> import numpy as np
     >>> from fedcore import Examples, FederatedData
@@ -101,7 +77,7 @@ class Task:
         model: nn.Module,
         data: FederatedData,
         loss: PerExample = cross_entropy,
-        metrics: dict[str, PerExample] | None = None,
+        metrics: Mapping[str, PerExample | Metric | Any] | None = None,
         proxy: Examples | None = None,
         optimum: Params | None = None,
         pixels: Pixels | None = None,
@@ -110,14 +86,20 @@ class Task:
         """Raises SettingsError for a metric with a name that is taken.
 
         And for a model with running statistics: no mean over clients can be trusted
-        with them. `metrics` are reported beside the loss; default: accuracy. `proxy` is
+        with them. `metrics` are reported beside the loss: functions, metrics of
+        torchmetrics, or either in a `Metric`; default: accuracy for classes. `proxy` is
         data that the server itself holds, for methods that need it. `optimum` is the
         minimiser of the population's objective, where it is known. `pixels` says that
         inputs are images, and how they were scaled: an audit shows and compares pixels.
         `penalty` is added to the mean loss of a batch, and depends on the parameters.
         """
-        metrics = {"accuracy": accuracy} if metrics is None else metrics
-        _check_names(metrics)
+        if is_of_a_set(loss) or not callable(loss) or isinstance(loss, type):
+            raise SettingsError(
+                f"the loss is {loss!r}, expected a function of (outputs, targets) "
+                "with one value an example, e.g. fedcore.cross_entropy"
+            )
+        metrics = default_metrics(loss) if metrics is None else metrics
+        check_names(metrics, RESERVED)
         _check_statistics(model)
         self.model = model
         self.data = data
@@ -127,7 +109,17 @@ class Task:
         self.optimum = optimum
         self.pixels = pixels
         self.penalty = penalty
-        self.metrics = {"loss": loss, **metrics}
+        self.metrics: dict[str, PerExample] = {"loss": loss}  # means of examples
+        self.set_metrics: dict[str, SetMetric] = {}  # of whole sets
+        # Whether higher is better, the measure that judges a run first.
+        self.measures: dict[str, bool] = {}
+        for name, metric in metrics.items():
+            self.measures[name] = is_higher_better(name, metric)
+            if is_of_a_set(metric):
+                self.set_metrics[name] = SetMetric(name, metric, loss)
+            else:
+                self.metrics[name] = metric
+        self.measures["loss"] = False
 
     def with_model(self, model: nn.Module, penalty: Penalty | None = None) -> Task:
         """The same task for another model, with that model's penalty."""
@@ -139,7 +131,7 @@ class Task:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Try model, loss and metrics on two examples.
+        """Try model, loss and metrics on a few examples.
 
         Raises SettingsError when they do not fit each other, or cannot be trained.
         """
@@ -148,10 +140,12 @@ class Task:
             self._try("proxy examples", self.proxy.x, self.proxy.y)
 
     def _try(self, kind: str, x: Tree, y: Tensor) -> None:
-        # Copies: a model might write to its inputs.
-        x, y = trees.map(lambda v: v[:2].clone(), (x, y))
         if len(y) == 0:
             return
+        # From everywhere, as rows may be sorted by class. Copies: a model might write
+        # to its inputs.
+        rows = torch.linspace(0, len(y) - 1, min(len(y), TRIED)).long().to(y.device)
+        x, y = trees.at((x, y), rows)
         try:
             outputs = self.predict(self.init_params(), x)
         except Exception as error:
@@ -159,20 +153,9 @@ class Task:
                 f"the model cannot take {kind} of shape {shapes(x)}: {in_short(error)}"
             ) from error
         for name, metric in self.metrics.items():
-            try:
-                values = metric(outputs, y)
-            except Exception as error:
-                raise SettingsError(
-                    f'the metric "{name}" cannot take outputs of shape '
-                    f"{_shape(outputs)} and targets of shape {tuple(y.shape)}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            if getattr(values, "shape", None) != (len(y),):
-                raise SettingsError(
-                    f'the metric "{name}" gives shape {_shape(values)} for '
-                    f"{len(y)} examples, expected one value an example: ({len(y)},)"
-                    f"{_reduction_hint(metric)}"
-                )
+            check_per_example(name, metric, outputs, y)
+        for whole in self.set_metrics.values():
+            whole.check(outputs, y)
         check_gradient(self, x, y)
 
     @property
@@ -190,6 +173,8 @@ class Task:
         self.model.to(device)
         self.data.to(device)
         self.proxy = trees.to(self.proxy, device) if self.proxy is not None else None
+        for whole in self.set_metrics.values():
+            whole.to(device)
         if self.optimum is not None:
             self.optimum = trees.to(self.optimum, device)
         for metric in self.metrics.values():
@@ -245,10 +230,16 @@ class Task:
     def evaluate(self, params: Params, batches: Batches) -> dict[str, Tensor]:
         """The mean of every metric over all real examples of `batches`, each 0-d.
 
-        Measured in evaluation mode. `nmsd`, the normalised square deviation
-        |w - w*|^2 / |w*|^2, comes with them where the optimum w* is known.
+        Of a metric of torchmetrics its states, as `name/state`, from which
+        `SetMetric.value` computes it. Measured in evaluation mode. `nmsd`, the
+        normalised square deviation |w - w*|^2 / |w*|^2, comes with them where the
+        optimum w* is known.
         """
         sums = dict.fromkeys(self.metrics, torch.zeros((), device=batches.mask.device))
+        states: dict[str, Tensor] = {}
+        if self.set_metrics and len(batches.mask) == 0:
+            # States of nobody, in the shapes that an update leaves.
+            batches = trees.map(lambda v: v.new_zeros(1, 1, *v.shape[2:]), batches)
         with self.evaluating():
             for x, y, mask in trees.unbind(batches):
                 outputs = self.predict(params, x)
@@ -257,12 +248,14 @@ class Task:
                     # Not a product with the mask: a value of padding may be NaN.
                     values = torch.where(mask > 0, values, mask)
                     sums[name] = sums[name] + values.sum()
+                for whole in self.set_metrics.values():
+                    states = added_states(states, whole.states(outputs, y, mask))
         num_examples = batches.mask.sum().clamp(min=1)
         means = {name: total / num_examples for name, total in sums.items()}
         if self.optimum is not None:
             optimum = trees.double(self.optimum)
             means["nmsd"] = self._deviation(params) / trees.dot(optimum, optimum)
-        return means
+        return means | states
 
     def _deviation(self, params: Params) -> Tensor:
         """Squared distance to the optimum, float64 0-d."""
@@ -276,46 +269,31 @@ class Task:
 
     @torch.no_grad()
     def test(self, params: Params, batch_size: int = 1000) -> dict[str, float]:
-        """The mean of every metric over the global test set.
+        """Every metric over the global test set.
 
         And the Euclidean `distance` to the optimum, where it is known.
         """
         x, y = self.data.test
-        number = num_rows(x)
-        ones = torch.ones(number, device=y.device)
-        zero = torch.zeros((), device=y.device)
+        ones = torch.ones(len(y), device=y.device)
         sums: dict[str, Tensor] = {}
-        for start in range(0, number, batch_size):
+        for start in range(0, len(y), batch_size):
             rows = slice(start, start + batch_size)
             batch = trees.map(lambda v: v[rows][None], Batches(x, y, ones))  # noqa: B023
-            for name, mean in self.evaluate(params, batch).items():
-                sums[name] = sums.get(name, zero) + mean * batch.mask.sum()
-        sums.pop("nmsd", None)  # the distance says the same
-        num_examples = max(number, 1)
-        means = {name: (total / num_examples).item() for name, total in sums.items()}
+            measured = self.evaluate(params, batch)
+            for name in self.metrics:
+                measured[name] = measured[name] * batch.mask.sum()
+            sums = added_states(sums, measured)
+        num_examples = max(len(y), 1)
+        values = {}
+        for name in self.metrics:
+            if name in sums:
+                values[name] = (sums[name] / num_examples).item()
+        for name, whole in self.set_metrics.items():
+            if sums:
+                values[name] = whole.value(sums)
         if self.optimum is not None:
-            means["distance"] = self._deviation(params).sqrt().item()
-        return means
-
-
-def _check_names(metrics: dict[str, PerExample]) -> None:
-    for name, meaning in RESERVED.items():
-        if name in metrics:
-            raise SettingsError(
-                f'metrics holds "{name}", which is the name of {meaning}: '
-                "give it another name"
-            )
-
-
-def _shape(outputs: object) -> str:
-    return str(tuple(getattr(outputs, "shape", [type(outputs).__name__])))
-
-
-def _reduction_hint(metric: PerExample) -> str:
-    """Advice on losses of `torch.nn`, which average unless told otherwise."""
-    if getattr(metric, "reduction", "none") == "none":
-        return ""
-    return f'; write {type(metric).__name__}(reduction="none")'
+            values["distance"] = self._deviation(params).sqrt().item()
+        return values
 
 
 def _check_statistics(model: nn.Module) -> None:

@@ -18,10 +18,11 @@ from fedcore.data import sources
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.partition import carve
 from fedcore.errors import SettingsError
+from fedcore.metrics import squared_error
 from fedcore.models.lowrank import JacobianCorrection, lowrank
 from fedcore.rng import rng, torch_seed
 from fedcore.storage.checkpoint import Checkpoint
-from fedcore.task import Task, squared_error
+from fedcore.task import Task
 from fedcore.users import user_module
 
 if TYPE_CHECKING:

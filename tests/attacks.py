@@ -17,7 +17,7 @@ from fedcore.audit.observe import Observation, Public, Truth
 from fedcore.audit.simulate import simulate
 from fedcore.config import Experiment
 from fedcore.data.sources import Pixels
-from fedcore.task import cross_entropy
+from fedcore.metrics import cross_entropy
 from fedcore.tasks import build_task
 from fedcore.types import Params
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
-from fedcore.task import Task, squared_error
+from fedcore.metrics import squared_error
+from fedcore.task import Task
 
 
 class Wide(nn.Module):

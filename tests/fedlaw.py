@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
+from fedcore.metrics import PerExample, cross_entropy
 from fedcore.reports import Reports
 from fedcore.rng import rng
 from fedcore.storage.rows import StateStore
-from fedcore.task import PerExample, Task, cross_entropy
+from fedcore.task import Task
 from fedcore.types import Params
 from tests.helpers import round_of
 

@@ -17,7 +17,8 @@ from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.local import full_gradient, local_sgd
 from fedcore.method import Method, MethodSettings, Round, on_client
-from fedcore.task import Task, squared_error
+from fedcore.metrics import squared_error
+from fedcore.task import Task
 from fedcore.tasks import TASKS
 from fedcore.types import Batches, Model, Params, Stateless
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
+from fedcore.metrics import squared_error
 from fedcore.rounds.loop import Loop
-from fedcore.task import Task, squared_error
+from fedcore.task import Task
 from fedcore.types import Batches, Params
 from tests.helpers import loop_of, small
 

@@ -111,7 +111,7 @@ def test_json_is_one_object_with_the_promised_keys(cli: Cli, tmp_path: Path) -> 
     assert (result["seed"], result["engine"], result["rounds"]) == (5, "sequential", 2)
     final = result["final"]
     assert {"test_loss", "test_accuracy", "client_accuracy"} <= final.keys()
-    parts = {"mean", "std", "p10", "p50", "p90", "lowest_tenth", "pooled"}
+    parts = {"mean", "std", "p10", "p50", "p90", "worst_tenth", "pooled"}
     assert parts <= final["client_accuracy"].keys()
     assert [row["round"] for row in result["history"]] == [1, 2]
     model = (64 * 64 + 64 + 64 * 10 + 10) * 4

@@ -19,6 +19,7 @@ from fedcore.data.federated import Examples, FederatedData
 from fedcore.engines.run_client import run_client
 from fedcore.errors import SettingsError, TooFewReports
 from fedcore.local import full_gradient, local_sgd
+from fedcore.metrics import squared_error
 from fedcore.reports import Reports, RunningSum, Weight, by_examples, equally
 from fedcore.rng import rng, seed_of, streams, torch_seed
 from fedcore.rounds.participation import (
@@ -32,7 +33,7 @@ from fedcore.rounds.participation import (
 from fedcore.split import split
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.storage.rows import ROWS, StateStore
-from fedcore.task import Task, squared_error
+from fedcore.task import Task
 from fedcore.types import Batches, Model, Stateless
 
 
@@ -498,7 +499,7 @@ def test_a_task_whose_parts_do_not_fit_is_refused_by_name() -> None:
         Examples(x, y), Examples(x, y), np.arange(4), np.array([0, 2, 4])
     )
     line = torch.nn.Linear(3, 1)
-    with pytest.raises(SettingsError, match=r"metric \"loss\" gives shape \(2, 1\)"):
+    with pytest.raises(SettingsError, match=r"the loss gives shape \(4, 1\)"):
         Task(line, data, loss=lambda outputs, y: (outputs - y) ** 2, metrics={}).check()
     with pytest.raises(SettingsError, match=r"cannot take examples of shape \(3,\)"):
         Task(torch.nn.Linear(4, 1), data, loss=squared_error, metrics={}).check()

@@ -22,9 +22,10 @@ from fedcore.engines.base import Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.engines.sequential import Sequential
 from fedcore.method import Round
+from fedcore.metrics import squared_error
 from fedcore.rounds.loop import run
 from fedcore.storage.rows import StateStore
-from fedcore.task import Task, squared_error
+from fedcore.task import Task
 from tests.helpers import answers, loop_of, no_answers, round_of, small
 
 # The worked example of the specification; its optimum is 1.25.

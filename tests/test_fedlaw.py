@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedcore import trees
 from fedcore.data.federated import Examples
 from fedcore.errors import TooFewReports
-from fedcore.task import squared_error
+from fedcore.metrics import squared_error
 from tests.fedlaw import (
     CLASSES,
     FEATURES,

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from fedcore import Experiment, SettingsError, pad_sequences, trees
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.inputs import model_outputs, shapes
+from fedcore.metrics import cross_entropy
 from fedcore.rounds.loop import run
-from fedcore.task import Task, cross_entropy
+from fedcore.task import Task
 from fedcore.types import Tree
 from tests.helpers import assert_close, equal, slow, small
 

@@ -17,6 +17,7 @@ from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
 from fedcore.method import Method, MethodSettings
+from fedcore.metrics import squared_error
 from fedcore.models import Cnn, LowRank, Mlp, ResNet
 from fedcore.models.lowrank import (
     FactoredLinear,
@@ -25,7 +26,6 @@ from fedcore.models.lowrank import (
     lowrank,
 )
 from fedcore.rounds.loop import run
-from fedcore.task import squared_error
 from fedcore.tasks import build_task
 from fedcore.types import Params
 from tests.helpers import assert_close, small

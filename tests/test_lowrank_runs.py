@@ -16,6 +16,7 @@ from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.errors import SettingsError
 from fedcore.local import local_sgd
+from fedcore.metrics import squared_error
 from fedcore.models import LowRank
 from fedcore.models.lowrank import (
     FactoredLinear,
@@ -23,7 +24,7 @@ from fedcore.models.lowrank import (
     lowrank,
 )
 from fedcore.rounds.loop import Loop, run
-from fedcore.task import Task, squared_error
+from fedcore.task import Task
 from fedcore.tasks import TASKS, build_task
 from fedcore.types import Batches, Params
 from tests.helpers import assert_close, equal, loop_of, small

@@ -18,9 +18,10 @@ from fedcore import method as methods
 from fedcore.data.federated import Examples, FederatedData, LocalSettings
 from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
+from fedcore.metrics import squared_error
 from fedcore.rounds.loop import run
 from fedcore.storage.rows import StateStore
-from fedcore.task import Task, squared_error
+from fedcore.task import Task
 from fedcore.tasks import build_task
 from tests.helpers import OPTIMIZERS, asking, round_of, small
 

@@ -19,9 +19,10 @@ from fedcore.engines.sequential import Sequential
 from fedcore.engines.vectorised import Vectorised
 from fedcore.local import full_gradient, local_sgd
 from fedcore.method import FinetuneSettings, load, settings_of
+from fedcore.metrics import accuracy
 from fedcore.models import Cnn, LeNet, Logistic, Mlp, ResNet, Vit
 from fedcore.storage.rows import StateStore
-from fedcore.task import Task, accuracy
+from fedcore.task import Task
 from fedcore.types import Model, Tree
 from tests.helpers import answers, assert_close, equal
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from fedcore import intervals, trees
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
+from fedcore.metrics import squared_error
 from fedcore.rng import rng
 from fedcore.rounds.loop import run
-from fedcore.task import Task, squared_error
+from fedcore.task import Task
 from tests.helpers import assert_close, loop_of, slow, small
 from tests.participation import (
     ALL,

@@ -13,9 +13,10 @@ from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.local import local_sgd
+from fedcore.metrics import squared_error
 from fedcore.rounds.loop import run
 from fedcore.split import split
-from fedcore.task import Task, squared_error
+from fedcore.task import Task
 from fedcore.tasks import build_task
 from fedcore.types import Params
 from tests.helpers import LAYERED, assert_close, equal, loop_of, small

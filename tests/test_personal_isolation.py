@@ -225,13 +225,13 @@ def test_pooled_accuracy_is_that_over_all_held_out_examples(
     assert found["p50"] == pytest.approx(np.median(each), abs=1e-6)
     assert found["std"] == pytest.approx(np.std(each), abs=1e-6)
     assert found["p10"] == pytest.approx(np.quantile(each, 0.1), abs=1e-6)
-    assert found["lowest_tenth"] == pytest.approx(min(each), abs=1e-6)
+    assert found["worst_tenth"] == pytest.approx(min(each), abs=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
 def test_the_median_is_the_middle_and_equal_sizes_pool_to_the_mean(n: int) -> None:
     values = torch.from_numpy(np.random.default_rng(n).random(n))
     num_examples = torch.full((n,), 3.0, dtype=torch.float64)
-    found = over_clients(Measured(values, num_examples))
+    found = over_clients(Measured(values, num_examples), is_higher_better=True)
     assert found["p50"] == pytest.approx(np.median(values.numpy()))
     assert found["pooled"] == pytest.approx(found["mean"])

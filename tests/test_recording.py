@@ -21,6 +21,7 @@ from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.engines.chunks import PADDING, pack
 from fedcore.local import local_sgd, steps_run_by
+from fedcore.metrics import cross_entropy
 from fedcore.models import Cnn, LeNet, Logistic, Mlp, ResNet, Vit
 from fedcore.rounds.loop import run
 from fedcore.speed.kernels.convolution import (
@@ -32,7 +33,7 @@ from fedcore.speed.kernels.convolution import (
 from fedcore.speed.kernels.unfolding import patches, patches_adjoint
 from fedcore.speed.recording import Recorder
 from fedcore.split import split
-from fedcore.task import Task, cross_entropy
+from fedcore.task import Task
 from fedcore.types import Batches, Params, Tree
 from tests.helpers import assert_close, loop_of, small
 

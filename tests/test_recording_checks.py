@@ -17,6 +17,7 @@ from torch.func import vmap
 
 from fedcore import trees
 from fedcore.local import local_sgd, steps_run_by
+from fedcore.metrics import cross_entropy, squared_error
 from fedcore.models import Logistic, Mlp
 from fedcore.rounds.loop import run
 from fedcore.speed import cuda_graphs, forks
@@ -25,7 +26,6 @@ from fedcore.speed.cuda_graphs import EAGER, Graph, Graphs, _is_alike
 from fedcore.speed.kernels.softmax import log_softmax_backward
 from fedcore.speed.recording import Call, Recorder
 from fedcore.speed.rewriting import layers
-from fedcore.task import cross_entropy, squared_error
 from fedcore.types import Batches, Tree
 from tests.helpers import loop_of, small
 from tests.test_recording import BATCH, CLIENTS, SHAPE, STEPS, batches, task_of

@@ -15,9 +15,10 @@ from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData, LocalSettings
 from fedcore.errors import SettingsError
+from fedcore.metrics import squared_error
 from fedcore.rounds.loop import run
 from fedcore.storage import memory as limits
-from fedcore.task import Task, squared_error
+from fedcore.task import Task
 from fedcore.tasks import build_task
 from fedcore.types import Batches
 from tests.helpers import SMALL, VARIANTS, equal, small

@@ -26,8 +26,9 @@ from fedcore.data.sources import Pixels
 from fedcore.errors import SettingsError
 from fedcore.inputs import model_outputs
 from fedcore.method import Method, data_of
+from fedcore.metrics import PerExample, cross_entropy
 from fedcore.rounds.captures import Exchange
-from fedcore.task import PerExample, Task, cross_entropy
+from fedcore.task import Task
 from fedcore.types import Params
 
 if TYPE_CHECKING:

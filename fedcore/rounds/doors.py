@@ -77,7 +77,7 @@ class OpenRound(Round):
             return
         reports = self.desk.engine.each(fn, clients, down, self.t)
         for usable, readout in read_finite(reports):
-            self._count(fn, readout)
+            self._count(fn, down, readout)
             if len(usable.clients):
                 self.desk.captures.add(self.t, fn, down, usable)
                 yield usable
@@ -96,7 +96,7 @@ class OpenRound(Round):
         elif len(clients):
             engine = self.desk.engine
             for readout in engine.mean(fn, clients, down, self.t, weigh, total):
-                self._count(fn, readout)
+                self._count(fn, down, readout)
         return total.mean(lambda: self.zero_message(fn, down))
 
     def _capture(
@@ -112,7 +112,7 @@ class OpenRound(Round):
         for usable, readout in read_finite(reports):
             total.add(usable, weigh(usable.clients, usable.num_examples))
             self.desk.captures.add(self.t, fn, down, usable)
-            self._count(fn, readout)
+            self._count(fn, down, readout)
 
     def _ask(self, fn: ClientFunction, clients: Tensor, down: Tree) -> Tensor:
         """The clients that hear the message, entered as asked."""
@@ -131,8 +131,10 @@ class OpenRound(Round):
         if self.tally.hides_scalars and not evaluates(fn):
             self.tally.refuse_twice(fn, clients)
 
-    def _count(self, fn: ClientFunction, readout: Readout) -> None:
+    def _count(self, fn: ClientFunction, down: Tree, readout: Readout) -> None:
         desk, tally = self.desk, self.tally
+        if not evaluates(fn):
+            tally.remember(fn, down, readout)
         desk.heard(self.t, readout.failed)
         if tally.hides_scalars:
             readout = readout._replace(metrics={})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedcore import trees
 from fedcore.engines.readout import read
 from fedcore.method import Method
+from fedcore.metrics import is_higher_better
 from fedcore.rng import rng
 from fedcore.rounds.doors import Desk
 from fedcore.rounds.rundir import PERCENTILES
@@ -25,10 +28,15 @@ class Measured(NamedTuple):
 
     values: Tensor  # [n] float64
     num_examples: Tensor  # [n] float64
+    pooled: float | None = None  # of a whole set's; of others the mean of examples
 
 
 class Evaluation:
-    """Measures a run's model on the test set and on a fixed sample of clients."""
+    """Measures a run's model on the test set and on a fixed sample of clients.
+
+    A row holds `measures`: "higher" or "lower", whichever is better, by measure, that
+    which judges the run first.
+    """
 
     def __init__(
         self,
@@ -55,7 +63,10 @@ class Evaluation:
 
     def row(self, server: Any, t: int, is_last: bool) -> dict[str, Any]:
         """Measures after round t: of the global test set, and over clients."""
-        row: dict[str, Any] = {}
+        directions = {}
+        for name, is_higher in self._task.measures.items():
+            directions[name] = "higher" if is_higher else "lower"
+        row: dict[str, Any] = {"measures": directions}
         for name, value in self._task.test(server.params).items():
             row[f"test_{name}"] = value
         failed: set[int] = set()
@@ -65,7 +76,8 @@ class Evaluation:
             measured["finetuned"] = tuned
         for kind, metrics in measured.items():
             for name, metric in metrics.items():
-                row[f"{kind}_{name}"] = over_clients(metric)
+                is_higher = self._task.measures.get(name, is_higher_better(name))
+                row[f"{kind}_{name}"] = over_clients(metric, is_higher)
         if "client_nmsd" in row:
             nmsd = max(row["client_nmsd"]["mean"], 1e-300)
             row["nmsd_db"] = 10 * float(np.log10(nmsd))
@@ -77,7 +89,9 @@ class Evaluation:
         self, fn: ClientFunction, server: Any, t: int, failed: set[int]
     ) -> dict[str, Measured]:
         """Each metric over the evaluated clients; failures are added to `failed`."""
-        pieces: dict[str, list[Measured]] = {}
+        pieces: dict[str, list[Tensor]] = {}  # by metric, and by state of a set's
+        values: dict[str, Tensor] = {}
+        counts: list[Tensor] = []
         down = Model(server.params)
         reports = self._desk.engine.each(fn, self._clients, down, t)
         for report, readout in read(reports):
@@ -85,35 +99,82 @@ class Evaluation:
             failed.update(report.failed)
             if len(report.clients) == 0:
                 continue
-            self._desk.table.add(t + 1, fn.__name__, readout)
             has_examples = readout.num_examples > 0
-            num_examples = readout.num_examples[has_examples].double()
-            for name, values in readout.metrics.items():
-                piece = Measured(values[has_examples].double(), num_examples)
-                pieces.setdefault(name, []).append(piece)
+            values = self._values(readout.metrics)
+            for name, column in (readout.metrics | values).items():
+                pieces.setdefault(name, []).append(column[has_examples])
+            counts.append(readout.num_examples[has_examples].double())
+            self._desk.table.add(t + 1, fn.__name__, readout._replace(metrics=values))
+        if sum(map(len, counts)) == 0:
+            return {}
+        columns = {name: torch.cat(parts) for name, parts in pieces.items()}
+        return self._measured(columns, values.keys(), torch.cat(counts), t)
+
+    def _values(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each metric of each client, [n], where `columns` holds states of some."""
+        values = dict(columns)
+        for name, whole in self._task.set_metrics.items():
+            if not columns.keys() >= set(whole.keys.values()):
+                continue  # the method measures in its own way
+            states = {key: values.pop(key) for key in whole.keys.values()}
+            n = len(next(iter(states.values())))
+            each = [whole.value(trees.at(states, i)) for i in range(n)]
+            values[name] = torch.tensor(each, dtype=torch.float64)
+        return values
+
+    def _measured(
+        self, columns: dict[str, Tensor], names: Set[str], num_examples: Tensor, t: int
+    ) -> dict[str, Measured]:
+        """The metrics of these names; `columns` has the states of sets' too."""
         measured = {}
-        for name, parts in pieces.items():
-            columns = zip(*parts, strict=True)
-            metric = Measured(*(torch.cat(column) for column in columns))
-            if len(metric.values):
-                measured[name] = metric
+        for name in names:
+            values = columns[name].double()
+            whole = self._task.set_metrics.get(name)
+            if whole is None:
+                measured[name] = Measured(values, num_examples)
+                continue
+            total = {key: _summed(columns[key]) for key in whole.keys.values()}
+            is_defined = ~values.isnan()
+            if not bool(is_defined.all()):
+                self._note_undefined(name, is_defined, t)
+            measured[name] = Measured(
+                values[is_defined], num_examples[is_defined], whole.value(total)
+            )
         return measured
 
+    def _note_undefined(self, name: str, is_defined: Tensor, t: int) -> None:
+        missing, n = int((~is_defined).sum()), len(is_defined)
+        self._desk.notes.once(
+            f"undefined {name}",
+            f'round {t + 1}: the metric "{name}" is not defined on the examples of '
+            f"{missing} of {n} clients (too few, or of one class): they are left out "
+            "of its spread over clients",
+        )
 
-def over_clients(metric: Measured) -> dict[str, float]:
+
+def _summed(states: Tensor) -> Tensor:
+    """The sum over clients, [n, ...] to [...]; of floats in float64."""
+    return states.sum(0, dtype=torch.float64 if states.is_floating_point() else None)
+
+
+def over_clients(metric: Measured, is_higher_better: bool) -> dict[str, float]:
     """Statistics over clients, each counting the same.
 
-    Mean, standard deviation, percentiles, and the mean of the lowest tenth; `pooled` is
-    the mean over all their examples.
+    Mean, standard deviation, percentiles, and the mean of the worst tenth; `pooled` is
+    the metric over all their examples. Where it is defined for no client, only that.
     """
-    values, num_examples = metric
+    values, num_examples, pooled = metric
+    if pooled is None:
+        pooled = ((values * num_examples).sum() / num_examples.sum()).item()
+    if len(values) == 0:
+        return {"pooled": pooled}
     shares = torch.tensor(PERCENTILES, dtype=torch.float64) / 100
     quantiles = torch.quantile(values, shares).tolist()
-    lowest = values.sort().values[: -(-len(values) // 10)]
+    ordered = values.sort(descending=not is_higher_better).values
+    worst = ordered[: -(-len(values) // 10)]
     statistics = {"mean": values.mean().item(), "std": values.std(correction=0).item()}
     for percent, quantile in zip(PERCENTILES, quantiles, strict=True):
         statistics[f"p{percent}"] = quantile
-    statistics["lowest_tenth"] = lowest.mean().item()
-    pooled = (values * num_examples).sum() / num_examples.sum()
-    statistics["pooled"] = pooled.item()
+    statistics["worst_tenth"] = worst.mean().item()
+    statistics["pooled"] = pooled
     return statistics

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedcore.errors import SettingsError
+from fedcore.metrics import is_higher_better
 
 __all__ = ["History", "Row", "is_fruitless"]
 
@@ -119,19 +120,36 @@ class History:
         return {}
 
     @property
+    def measures(self) -> dict[str, bool]:
+        """Whether higher is better, by measure; that which judges the run first.
+
+        Runs of an older fedcore do not say it: they are judged by the accuracy, where
+        there is one.
+        """
+        stored = self.last("measures")
+        if isinstance(stored, dict) and stored:
+            return {name: which == "higher" for name, which in stored.items()}
+        names = {"loss"}
+        for row in self.rows:
+            for key, value in row.items():
+                kind, _, name = key.partition("_")
+                if kind in ("test", "client") and value is not None:
+                    names.add(name)
+        ordered = sorted(names, key=lambda name: (name != "accuracy", name != "loss"))
+        return {name: is_higher_better(name) for name in ordered}
+
+    @property
     def measure(self) -> str:
-        """The measure that judges the run: "accuracy" where it is there, or "loss"."""
-        for key in ("test_accuracy", "client_accuracy"):
-            if self.last(key) is not None:
-                return "accuracy"
-        return "loss"
+        """The measure that judges the run: the first metric of its task, or "loss"."""
+        return next(iter(self.measures))
 
     @property
     def clients_per_second(self) -> float:
-        """Reports a second of training, evaluation not counted.
+        """Clients trained a second: usable updates over the seconds of the rounds.
 
-        The first round, which also warms up and measures, counts only where it is the
-        only one.
+        Evaluation and checkpoints are not counted. The first round, which also warms up
+        and measures, counts only where it is the only one. This is the speed wherever
+        one is shown: progress, table, JSON, pages.
         """
         later = History(self.rows[1:] or self.rows)
         return float(later.total("reports") / max(later.total("seconds"), 1e-9))
@@ -174,4 +192,17 @@ def _parse(file: Path, number: int, line: bytes, is_last: bool) -> Row | None:
             expected = f'round {number}, and "dropped" by reason'
     if expected:
         raise SettingsError(f"{damaged} {expected}; is it a run's metrics.jsonl?")
-    return row
+    return {key: _renamed(key, value) for key, value in row.items()}
+
+
+def _renamed(key: str, value: Any) -> Any:
+    """A spread over clients of an older fedcore, whose lowest tenth was called so.
+
+    Where lower is better that was the best tenth, and the worst one is not known.
+    """
+    if not isinstance(value, dict) or "lowest_tenth" not in value:
+        return value
+    lowest = value.pop("lowest_tenth")
+    if is_higher_better(key.partition("_")[2]):
+        value["worst_tenth"] = lowest
+    return value

@@ -15,6 +15,7 @@ from fedcore import privacy, trees
 from fedcore.errors import RunError, TooFewReports
 from fedcore.rounds.captures import Captures
 from fedcore.rounds.client_table import ClientTable
+from fedcore.rounds.diagnosis import causes, fruitless_text
 from fedcore.rounds.doors import Desk, OpenRound
 from fedcore.rounds.evaluation import Evaluation
 from fedcore.rounds.history import History
@@ -29,7 +30,7 @@ from fedcore.rounds.rundir import (
 from fedcore.rounds.saving import Saving, State, read_header
 from fedcore.rounds.setup import MakeEngine, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
-from fedcore.rounds.tally import Tally
+from fedcore.rounds.tally import Exchange, Tally
 from fedcore.storage.checkpoint import Checkpoint, write_atomically
 from fedcore.storage.json import without_nan
 
@@ -111,6 +112,7 @@ class Loop:
         write_atomically(folder / "metrics.jsonl", lines.encode())
         self.clients.cut(self.state.t)
         self._stop = StopRequest(folder, experiment.rounds)
+        self._last_exchange: Exchange | None = None  # of the last round
         self.desk = Desk(
             self.engine,
             parts.work,
@@ -148,7 +150,7 @@ class Loop:
         """
         rounds, seconds = self.experiment.rounds, self.experiment.checkpoint.seconds
         population = self.task.population
-        self.observer.started(self.experiment, self.engine, population, self.state.t)
+        self.observer.started(self.experiment, self.engine, population, self.history)
         with (self.folder / "metrics.jsonl").open("a") as metrics, signals(self._stop):
             while self.state.t < rounds:
                 try:
@@ -204,7 +206,7 @@ class Loop:
         # client has done its work, whatever became of the round.
         for store in self.stores.values():
             store.commit()
-        self.state = after
+        self.state, self._last_exchange = after, tally.exchange
         return {key: without_nan(value) for key, value in row.items()}
 
     def open_round(self, t: int, cohort: torch.Tensor) -> OpenRound:
@@ -232,6 +234,8 @@ class Loop:
         try:
             server = self.method.round(self.state.server, r)
         except TooFewReports as error:
+            if r.tally.failed and not r.tally.reported:
+                return None, "no client sent a usable update"
             return None, str(error)
         server = trees.to(server, self.task.device)
         reports, needed = len(r.tally.reported), self.experiment.min_reports
@@ -252,13 +256,9 @@ class Loop:
         is_whole_run = lost == self.state.t == self.experiment.rounds
         if lost < PATIENCE and not is_whole_run:
             return None
-        counts = self.history.rows[-1]["dropped"].items()
-        reasons = ", ".join(f"{reason} ({n})" for reason, n in counts)
-        return (
-            f"round {self.state.t}: no usable update in {lost} round(s) in a row; the "
-            f"last: {reasons}. With updates that are not finite, check the model and "
-            "lower the learning rate (method.local_lr)"
-        )
+        work, states = self.desk.work, self.engine.states
+        told = causes(work, states, self._last_exchange, self.state.t - 1)
+        return "; ".join([fruitless_text(self.history), *told])
 
     def _evaluated(self, state: State) -> dict[str, Any]:
         """Measures of the state after a round, in rounds that are evaluated."""

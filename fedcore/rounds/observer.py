@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from fedcore.config import Experiment
     from fedcore.engines.base import Engine
+    from fedcore.rounds.history import History
 
 log = logging.getLogger("fedcore")
 
@@ -18,9 +19,9 @@ class Observer(Protocol):
     """Is told of a run as it goes; all of it optional to act on."""
 
     def started(
-        self, experiment: Experiment, engine: Engine, population: int, first: int
+        self, experiment: Experiment, engine: Engine, population: int, history: History
     ) -> None:
-        """The run begins with round `first`, from 0 on."""
+        """The run begins, or goes on after the rounds in `history`, which grows."""
 
     def client_done(self, t: int, n: int, cohort: int) -> None:
         """`n` of `cohort` clients have reported in round t."""
@@ -36,7 +37,7 @@ class Quiet:
     """The observer that logs notes and does nothing else."""
 
     def started(
-        self, experiment: Experiment, engine: Engine, population: int, first: int
+        self, experiment: Experiment, engine: Engine, population: int, history: History
     ) -> None:
         pass
 

@@ -11,6 +11,8 @@ import torch
 from fedcore.rounds.history import History
 from fedcore.types import Params
 
+LAST = ("test_", "client_", "finetuned_", "nmsd_", "privacy")
+
 
 @dataclass
 class Result:
@@ -25,7 +27,7 @@ class Result:
     final: dict[str, Any]
     history: list[dict[str, Any]]
     clients_trained: int
-    clients_per_second: float
+    clients_per_second: float  # `History.clients_per_second`
     first_round_s: float
     bytes_down: int
     bytes_up: int
@@ -34,6 +36,11 @@ class Result:
     params_sha256: str
     run_dir: str
     params: Params = field(repr=False)
+
+    @property
+    def measures(self) -> dict[str, bool]:
+        """Whether higher is better, by measure; that which judges the run first."""
+        return History(self.history).measures
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the parameters, ready for JSON."""
@@ -60,7 +67,7 @@ def final_measures(history: History, evaluated_on: str) -> dict[str, Any]:
         "client_accuracy": None,
     }
     for key, value in history.evaluated.items():
-        if key.startswith(("test_", "client_", "finetuned_", "nmsd_", "privacy")):
+        if key == "measures" or key.startswith(LAST):
             final[key] = value
     final["clients_evaluated_on"] = evaluated_on
     return final

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fedcore.engines.readout import Readout
 from fedcore.errors import RunError
 from fedcore.method import evaluates
-from fedcore.types import ClientFunction
+from fedcore.types import ClientFunction, Tree
+
+
+class Exchange(NamedTuple):
+    """Work that a client was asked for, and why nothing came of it."""
+
+    fn: ClientFunction
+    down: Tree
+    client: int
+    reason: str  # "" where its update arrived
 
 
 @dataclass
@@ -29,6 +38,8 @@ class Tally:
     is_broken: bool = False  # the server's state after the round was not finite
     # By scalar: its sum, and the clients in it.
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    # The first exchange of the round that failed, or the first at all.
+    exchange: Exchange | None = None
     # By client function: the clients that sent a message.
     senders: dict[str, set[int]] = field(default_factory=dict)
 
@@ -50,6 +61,16 @@ class Tally:
             if len(values):
                 total, n = self.sums.get(name, (0.0, 0))
                 self.sums[name] = total + float(values.sum()), n + len(values)
+
+    def remember(self, fn: ClientFunction, down: Tree, readout: Readout) -> None:
+        """Keep the first exchange that failed, for the advice to the user."""
+        if self.exchange is not None and self.exchange.reason:
+            return
+        for client, reason in readout.failed.items():
+            self.exchange = Exchange(fn, down, client, reason)
+            return
+        if self.exchange is None and len(readout.clients):
+            self.exchange = Exchange(fn, down, int(readout.clients[0]), "")
 
     def refuse_twice(self, fn: ClientFunction, clients: Tensor) -> None:
         """Raises RunError where a client is asked for the same message again.

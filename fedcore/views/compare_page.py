@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fedcore import __version__
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.memory import byte_unit, size_text
-from fedcore.views.comparison import MEASURES, Comparison, Stat, curve
+from fedcore.views.comparison import Comparison, Stat, curve
 from fedcore.views.figures import (
     LABEL_ROOM,
     SERIES,
@@ -26,6 +26,7 @@ from fedcore.views.figures import (
     thin,
 )
 from fedcore.views.page import THEME, render
+from fedcore.views.text import direction_text, rate_text
 
 __all__ = ["explanation", "stat_text", "table", "write"]
 
@@ -51,29 +52,37 @@ def write(comparison: Comparison) -> None:
 def table(comparison: Comparison) -> list[list[str]]:
     """A row for each label, the head first; a measure that no run has is left out."""
     rows: list[list[str]] = [["", *map(str, comparison.runs)]]
-    for measure, name in MEASURES.items():
+    for measure, name in comparison.columns.items():
         stats = [comparison.stat(label, measure) for label in comparison.runs]
         if name and any(stats):
-            rows.append([name, *(stat_text(measure, stat) for stat in stats)])
+            cells = [stat_text(measure, stat, comparison.measure) for stat in stats]
+            rows.append([name, *cells])
     return [list(row) for row in zip(*rows, strict=True)]
 
 
-def stat_text(measure: str, stat: Stat | None) -> str:
+def stat_text(measure: str, stat: Stat | None, judge: str = "accuracy") -> str:
     """Mean and standard deviation in the measure's unit.
+
+    `judge` is the measure of single clients.
 
     >>> stat_text("test_accuracy", Stat(0.8123, 0.012, [0.80, 0.82]))
     '81.23% ± 1.20%'
+    >>> stat_text("client_mean", Stat(0.8123, 0.012, [0.80, 0.82]), "f1")
+    '0.8123 ± 0.012'
     """
     if stat is None:
         return "-"
     if measure == "bytes":
         return size_text(stat.mean)
-    if measure in ("seconds", "clients_per_second"):
+    if measure == "clients_per_second":
+        return rate_text(stat.mean)
+    if measure == "seconds":
         return f"{stat.mean:,.0f}" if stat.mean >= 100 else f"{stat.mean:.3g}"
-    if measure in ("test_loss", "test_distance", "nmsd_db"):
-        mean, std = f"{stat.mean:.4g}", f"{stat.std or 0:.2g}"
-    else:
+    is_of_clients = measure.startswith(("client_", "finetuned_"))
+    if measure == "test_accuracy" or (is_of_clients and judge == "accuracy"):
         mean, std = f"{stat.mean:.2%}", f"{stat.std or 0:.2%}"
+    else:
+        mean, std = f"{stat.mean:.4g}", f"{stat.std or 0:.2g}"
     return mean if stat.std is None else f"{mean} ± {std}"
 
 
@@ -82,7 +91,12 @@ def explanation(comparison: Comparison) -> str:
     sentences = ["One seed: nothing is known of the spread."]
     if comparison.seeds > 1:
         sentences = [f"Mean ± standard deviation over {comparison.seeds} seeds."]
-    sentences.append("Clients are measured on their own examples.")
+    measure = comparison.measure
+    by = ""
+    if measure != "accuracy":
+        by = f" by {direction_text(measure, comparison.measures[measure])}"
+    sentences.append(f"Clients are measured on their own examples{by}.")
+    sentences.append("clients/s: clients trained a second, without evaluation.")
     if comparison.is_personal:
         sentences.append(
             "The test set is measured with the model of a client that never took part."
@@ -98,16 +112,19 @@ def _summary(comparison: Comparison) -> str:
     )
     what, measure = f"Test {comparison.measure}", f"test_{comparison.measure}"
     if comparison.is_personal:
-        what, measure = "Mean accuracy of the clients", "client_mean"
+        what, measure = f"Mean {comparison.measure} of the clients", "client_mean"
     ranked = []
     for label in comparison.runs:
         stat = comparison.stat(label, measure)
         if stat is not None:
             ranked.append((stat, label))
-    largest_first = comparison.measure == "accuracy"
+    largest_first = comparison.measures[comparison.measure]
     ranked.sort(key=lambda pair: pair[0].mean, reverse=largest_first)
     if ranked:
-        named = [f"{label} {stat_text(measure, stat)}" for stat, label in ranked]
+        judge = comparison.measure
+        named = []
+        for stat, label in ranked:
+            named.append(f"{label} {stat_text(measure, stat, judge)}")
         text += f" {what} at the end, best first: {'; '.join(named)}."
     return text
 
@@ -164,10 +181,10 @@ def _page(comparison: Comparison) -> str:
 
 def _plots(comparison: Comparison) -> list[Plot]:
     """Every measure by round and by bytes."""
-    measures = dict.fromkeys((comparison.measure, "loss", "distance"))
-    keys = [f"test_{measure}" for measure in measures]
+    keys = [f"test_{measure}" for measure in (*comparison.measures, "distance")]
+    of_clients = f"client_{comparison.measure}"
     if comparison.is_personal:
-        keys = ["client_accuracy", *keys]
+        keys = [of_clients, *keys]
     caption = "One seed."
     if comparison.seeds > 1:
         caption = (
@@ -177,8 +194,9 @@ def _plots(comparison: Comparison) -> list[Plot]:
     plots = []
     for key in keys:
         name = key.replace("_", " ").capitalize()
-        if key == "client_accuracy":
-            name = "Accuracy of single clients, their mean,"
+        if key == of_clients:
+            measure = comparison.measure
+            name = f"{measure[0].upper()}{measure[1:]} of single clients, their mean,"
         for against in ("round", "bytes"):
             figure, axes = new_figure(height=3.2)
             if not _draw(axes, comparison, key, against):
@@ -196,7 +214,7 @@ def _picture(comparison: Comparison) -> str:
     left, right = figure.subplots(1, 2, sharey=True)
     key = f"test_{comparison.measure}"
     if comparison.is_personal:
-        key = "client_accuracy"
+        key = f"client_{comparison.measure}"
     has_left = _draw(left, comparison, key, "round")
     has_right = _draw(right, comparison, key, "bytes")
     if has_left and has_right:

@@ -14,22 +14,20 @@ from fedcore.config import Experiment
 from fedcore.rounds.history import History
 from fedcore.storage.json import without_nan
 
-__all__ = ["MEASURES", "Comparison", "Curve", "Run", "Stat", "curve"]
+__all__ = ["Comparison", "Curve", "Run", "Stat", "curve"]
 
-CLIENT_PARTS = ("mean", "std", "lowest_tenth", "p10", "p90")
-TUNED_PARTS = ("mean", "lowest_tenth")
-MEASURES = {  # as the table names them; "" = in compare.json only
-    "test_accuracy": "test accuracy",
-    "test_loss": "test loss",
-    "test_distance": "distance",
-    "nmsd_db": "NMSD, dB",
+CLIENT_PARTS = ("mean", "std", "worst_tenth", "p10", "p90")
+TUNED_PARTS = ("mean", "worst_tenth")
+OPTIMUM = {"test_distance": "distance", "nmsd_db": "NMSD, dB"}
+REST = {  # after the test measures, as the table names them; "" = in compare.json only
+    **OPTIMUM,
     "client_mean": "client mean",
     "client_std": "client std",
-    "client_lowest_tenth": "worst tenth",
+    "client_worst_tenth": "worst tenth",
     "client_p10": "",
     "client_p90": "",
     "finetuned_mean": "fine-tuned",
-    "finetuned_lowest_tenth": "",
+    "finetuned_worst_tenth": "",
     "bytes": "sent",
     "seconds": "seconds",
     "clients_per_second": "clients/s",
@@ -43,19 +41,23 @@ class Run(NamedTuple):
     folder: Path
     history: History
 
-    def values(self) -> dict[str, float | None]:
-        """Every measure at the end; None where the task has no such measure."""
+    def values(self, judge: str) -> dict[str, float | None]:
+        """Every measure at the end; None where the run has no such measure.
+
+        `judge` is the measure that counts for single clients.
+        """
         last = self.history.evaluated
-        clients = last.get("client_accuracy") or {}
-        tuned = last.get("finetuned_accuracy") or {}
+        clients = last.get(f"client_{judge}") or {}
+        tuned = last.get(f"finetuned_{judge}") or {}
         sent = self.history.total("bytes_down") + self.history.total("bytes_up")
         values: dict[str, float | None] = {
             "bytes": float(sent),
             "seconds": round(self.history.total("seconds"), 4),
             "clients_per_second": round(self.history.clients_per_second, 2),
         }
-        for key in ("test_accuracy", "test_loss", "test_distance", "nmsd_db"):
-            values[key] = last.get(key)
+        for key, value in last.items():
+            if key.startswith("test_") or key in OPTIMUM:
+                values[key] = value
         for part in CLIENT_PARTS:
             values[f"client_{part}"] = clients.get(part)
         for part in TUNED_PARTS:
@@ -93,7 +95,7 @@ class Comparison:
         """A measure over the seeds; None where the task has no such measure."""
         values = []
         for run in self.runs[label]:
-            value = run.values()[measure]
+            value = run.values(self.measure).get(measure)
             if value is not None:
                 values.append(value)
         if not values:
@@ -102,19 +104,36 @@ class Comparison:
         return Stat(statistics.fmean(values), std, values)
 
     @property
+    def measures(self) -> dict[str, bool]:
+        """Whether higher is better, by measure of any run.
+
+        That which judges them is first: that of the first run which has more than its
+        loss.
+        """
+        measures: dict[str, bool] = {}
+        for runs in self.runs.values():
+            for run in runs:
+                measures = {**measures, **run.history.measures}
+        is_higher = measures.pop("loss", False)
+        return {**measures, "loss": is_higher}
+
+    @property
     def measure(self) -> str:
-        """The measure that judges the runs, "accuracy" or "loss"."""
-        has_accuracy = any(self.stat(label, "test_accuracy") for label in self.runs)
-        return "accuracy" if has_accuracy else "loss"
+        """The measure that judges the runs."""
+        return next(iter(self.measures))
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Every measure, and its name in the table; "" = in compare.json only."""
+        tests = {f"test_{name}": f"test {name}" for name in self.measures}
+        return tests | REST
 
     @property
     def is_personal(self) -> bool:
         """Whether some clients have models of their own.
 
-        The runs are then judged by the accuracy that clients get.
+        The runs are then judged by what clients get.
         """
-        if self.measure != "accuracy":
-            return False
         experiments = self.experiments.values()
         return any(one.build_method().personalises() for one in experiments)
 
@@ -129,7 +148,7 @@ class Comparison:
                 "seeds": [run.seed for run in runs],
                 "runs": [str(run.folder) for run in runs],
             }
-            for measure in MEASURES:
+            for measure in {"test_accuracy": "", **self.columns}:
                 stat = self.stat(label, measure)
                 entry[measure] = None if stat is None else stat._asdict()
             methods[label] = entry

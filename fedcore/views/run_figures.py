@@ -73,7 +73,8 @@ def _learning(run: RunRecord) -> list[Plot]:
             if key.startswith("test_"):
                 measures.add(key.removeprefix("test_"))
     plots = []
-    for measure in sorted(measures, key=lambda name: (name != run.measure, name)):
+    order = list(dict.fromkeys([*run.history.measures, *sorted(measures)]))
+    for measure in [name for name in order if name in measures]:
         test = thin(run.history.points(f"test_{measure}"))
         train = thin(run.history.points(f"train_{measure}"))
         if test or train:
@@ -152,7 +153,7 @@ def _clients(run: RunRecord) -> list[Plot]:
     if band is not None:
         plots.append(band)
     for measured, after in ((run.clients, ""), (run.tuned, " after fine-tuning")):
-        spread = _client_spread(run.measure, measured, examples, after)
+        spread = _client_spread(run, measured, examples, after)
         if spread is not None:
             plots.append(spread)
     return plots
@@ -185,9 +186,10 @@ def _client_band(run: RunRecord, examples: str) -> Plot | None:
 
 
 def _client_spread(
-    measure: str, measured: Measured, examples: str, after: str
+    run: RunRecord, measured: Measured, examples: str, after: str
 ) -> Plot | None:
     """A histogram over clients at the last evaluation."""
+    measure = run.measure
     values = measured.get(measure, np.array([]))
     values = values[np.isfinite(values)]
     if len(values) == 0:
@@ -211,12 +213,12 @@ def _client_spread(
     tuned = " and fine-tuning" if after else ""
     caption = (
         f"After round {number}{tuned}, {len(values):,} clients, each counted once: "
-        f"{_spread_text(measure, values)}"
+        f"{_spread_text(measure, run.is_higher_better, values)}"
     )
     return plot(figure, f"Spread over clients{after}", caption)
 
 
-def _spread_text(measure: str, values: np.ndarray) -> str:
+def _spread_text(measure: str, is_higher_better: bool, values: np.ndarray) -> str:
     """Mean, deviation and percentiles in words. `values` [clients], not empty"""
     mean = value_text(measure, float(values.mean()))
     deviation = value_text(measure, float(values.std()))
@@ -228,11 +230,10 @@ def _spread_text(measure: str, values: np.ndarray) -> str:
         f"mean {mean}, standard deviation {deviation}; "
         f"percentiles {', '.join(percentiles)}."
     )
-    if measure == "accuracy":
-        tenth = -(-len(values) // 10)  # rounded up
-        worst = float(np.sort(values)[:tenth].mean())
-        text += f" The worst tenth has {value_text(measure, worst)} on average."
-    return text
+    tenth = -(-len(values) // 10)  # rounded up
+    ordered = np.sort(values)
+    worst = float((ordered[:tenth] if is_higher_better else ordered[-tenth:]).mean())
+    return f"{text} The worst tenth has {value_text(measure, worst)} on average."
 
 
 # Method

@@ -63,8 +63,13 @@ class RunRecord:
 
     @property
     def measure(self) -> str:
-        """The measure that judges the run, "accuracy" or "loss"."""
+        """The measure that judges the run: the first metric of its task, or "loss"."""
         return self.history.measure
+
+    @property
+    def is_higher_better(self) -> bool:
+        """Whether a higher value of `measure` is better."""
+        return self.history.measures[self.measure]
 
     def params_sha256(self) -> str | None:
         """The hash of the final parameters, as `fedcore run --json` prints it.

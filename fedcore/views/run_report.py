@@ -19,7 +19,13 @@ from fedcore.views.figures import STYLE, thin
 from fedcore.views.page import Fact, render
 from fedcore.views.run_figures import partition_text, sections
 from fedcore.views.run_record import RunRecord, read_run
-from fedcore.views.text import count_text, time_text, value_text
+from fedcore.views.text import (
+    count_text,
+    direction_text,
+    rate_text,
+    time_text,
+    value_text,
+)
 
 __all__ = ["write_or_note", "write_report"]
 
@@ -139,12 +145,13 @@ def _test_text(run: RunRecord) -> str:
     history, measure = run.history, run.measure
     reached, loss = history.last(f"test_{measure}"), history.last("test_loss")
     if reached is None:
-        measured = history.last("client_loss") or history.last("client_accuracy")
+        measured = history.last("client_loss") or history.last(f"client_{measure}")
         return "It has not been evaluated yet." if measured is None else ""
     model = "The server's model"
     if run.federation.is_personal:
         model = "With the server's parameters alone a client that never took part"
-    text = f"{model} reaches {value_text(measure, reached)} test {measure}"
+    named = direction_text(measure, run.is_higher_better)
+    text = f"{model} reaches {value_text(measure, reached)} test {named}"
     if measure != "loss" and loss is not None:
         text += f" (loss {loss:.4g})"
     return f"{text}."
@@ -160,7 +167,7 @@ def _clients_text(run: RunRecord) -> str:
         f"Clients differ: on their own examples the mean {run.measure} is {mean}, "
         f"a tenth of them are at {low} or below and a tenth at {high} or above."
     )
-    worst = clients.get("lowest_tenth")
+    worst = clients.get("worst_tenth")
     if worst is not None:
         text += f" The worst tenth has {value_text(run.measure, worst)} on average."
     return text
@@ -168,7 +175,7 @@ def _clients_text(run: RunRecord) -> str:
 
 def _tuned_text(run: RunRecord) -> str:
     tuned = run.history.last(f"finetuned_{run.measure}") or {}
-    mean, worst = tuned.get("mean"), tuned.get("lowest_tenth")
+    mean, worst = tuned.get("mean"), tuned.get("worst_tenth")
     if mean is None or worst is None:
         return ""
     return (
@@ -269,9 +276,8 @@ def _cost_facts(run: RunRecord) -> list[Fact]:
     if spent:
         facts.append(Fact("privacy", *describe(spent)))
     seconds = history.total("seconds") + history.total("evaluation_s")
-    rate = history.clients_per_second
-    speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-    facts.append(Fact("time", time_text(seconds), f"{speed} clients a second"))
+    speed = f"{rate_text(history.clients_per_second)} clients a second"
+    facts.append(Fact("time", time_text(seconds), f"{speed} without evaluation"))
     return facts
 
 
@@ -296,10 +302,16 @@ def _evaluations(run: RunRecord) -> list[list[str]]:
                 tests.add(key)
             elif key.startswith("client_") and isinstance(value, dict):
                 clients.add(key)
+    order = list(run.history.measures)
+
+    def place(key: str) -> tuple[int, str]:
+        name = key.partition("_")[2]
+        return order.index(name) if name in order else len(order), name
+
     head = ["round", "sent"]
-    for key in sorted(tests):
+    for key in sorted(tests, key=place):
         head.append(key.replace("_", " "))
-    for key in sorted(clients):
+    for key in sorted(clients, key=place):
         name = key.replace("_", " ")
         head += [f"{name} {part}" for part in CLIENT_PARTS]
     sent = run.history.sent()
@@ -307,9 +319,9 @@ def _evaluations(run: RunRecord) -> list[list[str]]:
     body = []
     for row in thin(evaluated):
         line = [str(row["round"]), size_text(float(sent[row["round"] - 1]))]
-        for key in sorted(tests):
+        for key in sorted(tests, key=place):
             line.append(value_text(key.removeprefix("test_"), row.get(key), 2))
-        for key in sorted(clients):
+        for key in sorted(clients, key=place):
             measure, spread = key.removeprefix("client_"), row.get(key) or {}
             line += [value_text(measure, spread.get(part), 2) for part in CLIENT_PARTS]
         body.append(line)

@@ -27,10 +27,13 @@ from fedcore.engines.base import Engine
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.storage.memory import size_text
+from fedcore.views.text import rate_text, value_text
 
 __all__ = ["AuditTerminal", "Terminal", "show_result"]
 
 EVERY = 10.0  # seconds between lines where there is no terminal
+DRAWN = 0.2  # seconds between two numbers beside the bar
+SHOWN = 3  # test measures in a line of progress, that which judges the run first
 
 
 class Terminal:
@@ -53,12 +56,14 @@ class Terminal:
         self._rounds = 0
         self._engine: Engine | None = None  # until it has been described
         self._printed = time.monotonic()
+        self._history = History()  # of the run, from its first round on
         self._test = ""  # the last test measures
 
     def started(
-        self, experiment: Experiment, engine: Engine, population: int, first: int
+        self, experiment: Experiment, engine: Engine, population: int, history: History
     ) -> None:
         self._engine, self._rounds, self._test = engine, experiment.rounds, ""
+        self._history, first = history, len(history)
         line = (
             f"{experiment.method.name} on {experiment.task}, {population} clients, "
             f"seed {experiment.seed}, {experiment.rounds} rounds"
@@ -80,25 +85,34 @@ class Terminal:
             # Only now do engines that measure know how they work.
             self.console.print(self._engine.describe(), highlight=False)
             self._engine = None
-        facts = self._facts(row)
+        self._note_measures(row)
         number, is_last = row["round"], row["round"] == self._rounds
-        self._bar.update(self._task, description="round", completed=number, facts=facts)
-        is_due = is_last or time.monotonic() - self._printed > EVERY
-        if is_due and not self.console.is_terminal:
+        self._bar.update(self._task, description="round", completed=number)
+        # Not in every round: the speed is that of all rounds until now.
+        every = DRAWN if self.console.is_terminal else EVERY
+        if is_last or time.monotonic() - self._printed > every:
             self._printed = time.monotonic()
-            line = f"round {number}/{self._rounds}: {facts}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            facts = self._facts(row)
+            self._bar.update(self._task, facts=escape(facts))
+            if not self.console.is_terminal:
+                line = f"round {number}/{self._rounds}: {facts}"
+                self.console.print(line, highlight=False, soft_wrap=True, markup=False)
         if is_last:
             self._bar.stop()
 
+    def _note_measures(self, row: dict[str, Any]) -> None:
+        """Keep the test measures of a round that has any."""
+        measured = []
+        for name in row.get("measures", ()):
+            value = row.get(f"test_{name}")
+            if value is not None:
+                measured.append(f"test {name} {_number(name, value, 1)}")
+        if measured:
+            self._test = ", ".join(["", *measured[:SHOWN]])
+
     def _facts(self, row: dict[str, Any]) -> str:
-        """Speed and losses of a round, and the last test measures."""
-        loss, accuracy = row.get("test_loss"), row.get("test_accuracy")
-        if accuracy is not None and loss is not None:
-            self._test = f", test loss {loss:.4f}, test accuracy {accuracy:.1%}"
-        elif loss is not None:
-            self._test = f", test loss {loss:.4f}"
-        facts = f"{History([row]).clients_per_second:,.0f} clients/s"
+        """Speed until now, loss of the round, and the last test measures."""
+        facts = f"{rate_text(self._history.clients_per_second)} clients/s"
         if row.get("train_loss") is not None:
             facts += f", loss {row['train_loss']:.4f}"
         return facts + self._test
@@ -223,19 +237,18 @@ def show_result(result: Result, report: Path | None) -> None:
     """Print the final table on stdout; `report` is the page's file."""
     final = result.final
     lines = {"method": f"{result.method}, {result.engine} engine, seed {result.seed}"}
-    if final["test_accuracy"] is not None:
-        lines["test accuracy"] = _percent(final["test_accuracy"])
-    loss = final["test_loss"]
-    lines["test loss"] = "-" if loss is None else f"{loss:.4f}"
-    if final["test_accuracy"] is not None:
-        lines["accuracy per client"] = _spread_text(final["client_accuracy"] or {})
-    tuned = final.get("finetuned_accuracy")
+    judge, *others = result.measures
+    for name in (judge, *others):
+        lines[f"test {name}"] = _number(name, final.get(f"test_{name}"))
+    clients, tuned = (final.get(f"{of}_{judge}") for of in ("client", "finetuned"))
+    if clients:
+        lines[f"{judge} per client"] = _spread_text(judge, clients)
     if tuned:
-        mean, worst = _percent(tuned.get("mean")), _percent(tuned.get("lowest_tenth"))
+        mean, worst = (_number(judge, tuned.get(p)) for p in ("mean", "worst_tenth"))
         lines["after fine-tuning"] = f"mean {mean}, worst tenth {worst}"
     cohort = f"{result.cohort:.4g} of {result.population} clients each"
     lines["rounds"] = f"{result.rounds}, {cohort}"
-    speed = f"{result.clients_per_second:,.0f} clients/s"
+    speed = f"{rate_text(result.clients_per_second)} clients/s without evaluation"
     lines["speed"] = f"{speed}, first round done after {result.first_round_s:.1f} s"
     down, up = size_text(result.bytes_down), size_text(result.bytes_up)
     lines["sent"] = f"{down} down, {up} up"
@@ -247,17 +260,20 @@ def show_result(result: Result, report: Path | None) -> None:
         lines["privacy"] = ", ".join(privacy.describe(final["privacy"]))
     lines["parameters"] = f"sha256 {result.params_sha256[:16]}"
     lines["report"] = str(report or "-")
+    width = max(21, 2 + max(map(len, lines)))
     for name, text in lines.items():
-        print(f"{name:<21}{text}")
+        print(f"{name:<{width}}{text}")
 
 
-def _spread_text(clients: dict[str, float | None]) -> str:
-    """An accuracy over clients in words."""
-    mean, low, high, worst = (
-        _percent(clients.get(part)) for part in ("mean", "p10", "p90", "lowest_tenth")
-    )
+def _spread_text(measure: str, clients: dict[str, float | None]) -> str:
+    """A measure over clients in words."""
+    parts = [clients.get(part) for part in ("mean", "p10", "p90", "worst_tenth")]
+    mean, low, high, worst = (_number(measure, part) for part in parts)
     return f"mean {mean}, 10th percentile {low}, 90th {high}, worst tenth {worst}"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
+def _number(measure: str, value: float | None, decimals: int = 2) -> str:
+    """An accuracy in percent, any other measure with four decimals if it has them."""
+    if value is not None and measure != "accuracy" and 1e-3 <= abs(value) < 1e4:
+        return f"{value:.4f}"
+    return value_text(measure, value, decimals)

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 
-__all__ = ["count_text", "shortened", "table_text", "time_text", "value_text"]
+__all__ = [
+    "count_text",
+    "direction_text",
+    "rate_text",
+    "shortened",
+    "table_text",
+    "time_text",
+    "value_text",
+]
 
 
 def table_text(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -54,6 +62,27 @@ def count_text(n: float) -> str:
     ('1,234', '20', '3.2')
     """
     return f"{n:,.0f}" if n >= 100 or n == round(n) else f"{n:.1f}"
+
+
+def direction_text(measure: str, is_higher_better: bool) -> str:
+    """The measure, and which way is better where its name does not say so.
+
+    >>> direction_text("accuracy", True), direction_text("mae", False)
+    ('accuracy', 'mae (lower is better)')
+    """
+    if measure in ("accuracy", "loss"):
+        return measure
+    return f"{measure} ({'higher' if is_higher_better else 'lower'} is better)"
+
+
+def rate_text(clients_per_second: float) -> str:
+    """`History.clients_per_second` as every view shows it.
+
+    >>> rate_text(1234.5), rate_text(0.123)
+    ('1,234', '0.12')
+    """
+    rate = clients_per_second
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def time_text(seconds: float) -> str:

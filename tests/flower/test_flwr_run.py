@@ -206,7 +206,9 @@ def test_ten_thousand_clients_keep_their_state_out_of_the_memory_of_every_proces
         )
         done.set()
         watcher.join()
-        (folder,) = set(clone.glob("runs/*")) - before
+        folders = set(clone.glob("runs/*")) - before
+        assert len(folders) == 1, log
+        (folder,) = folders
         rows = [
             json.loads(line)
             for line in (folder / "metrics.jsonl").read_text().splitlines()

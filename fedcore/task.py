@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedcore import trees
+from fedcore.arrays import as_examples
 from fedcore.errors import SettingsError
+from fedcore.misfits import check_data
 from fedcore.types import Batches, Params
 
 if TYPE_CHECKING:
@@ -120,6 +122,11 @@ class Task:
         _check_statistics(model)
         self.model = model
         self.data = data
+        if proxy is not None:
+            x, y = as_examples("proxy", proxy)
+            proxy = data.test._replace(x=x, y=y)
+            if len(proxy.y) == 0:
+                raise SettingsError("proxy has no rows: give it some, or leave it out")
         self.proxy = proxy
         self.optimum = optimum
         self.pixels = pixels
@@ -136,10 +143,11 @@ class Task:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Try model, loss and metrics on two examples.
+        """Try model, loss and metrics on two examples, and look at all labels.
 
         Raises SettingsError when they do not fit each other.
         """
+        check_data(self)
         self._try("examples", self.data.x[:2], self.data.y[:2])
         if self.proxy is not None:
             self._try("proxy examples", self.proxy.x[:2], self.proxy.y[:2])

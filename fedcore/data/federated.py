@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.arrays import as_examples
+from fedcore.data.validation import checked_holders, checked_test
 from fedcore.rng import rng, streams
 from fedcore.types import Batches
 
@@ -72,7 +74,7 @@ class FederatedData:
     def __init__(
         self,
         train: Examples,
-        test: Examples,
+        test: Examples | None,
         order: np.ndarray,
         offsets: np.ndarray,
         holdout: float = 0.0,
@@ -81,11 +83,17 @@ class FederatedData:
         """Data of `len(offsets) - 1` clients.
 
         `order` holds int64 row numbers of `train` grouped by client, `offsets` int64
-        [population + 1]; `holdout` is a fraction in [0, 1).
+        [population + 1]; `holdout` is a fraction in [0, 1). Arrays, lists and tables
+        of numbers do as well. Without a global test set `test` is None. Raises
+        SettingsError for what disagrees, with the array and its first bad row;
+        `fedcore.arrays` and `fedcore.data.validation` say what may be.
         """
+        train = Examples(*as_examples("train", train))
+        test = Examples(*checked_test(test, train))
+        order, offsets = checked_holders(order, offsets, len(train.y), holdout)
         self.x, self.y = train
         self.test = test
-        self.offsets = np.ascontiguousarray(offsets, dtype=np.int64)
+        self.offsets = offsets
         self.sizes = np.diff(self.offsets)
         # A client with an example trains on one at least.
         wanted = np.round(holdout * self.sizes).astype(np.int64)
@@ -96,7 +104,7 @@ class FederatedData:
         self.evaluated_on: Literal["train", "test"] = (
             "test" if self.held.any() else "train"
         )
-        self.order = np.ascontiguousarray(order, dtype=np.int64)
+        self.order = order
         if holdout > 0:
             keys = rng(seed, "holdout").random(len(self.order))
             client = np.repeat(np.arange(self.population), self.sizes)

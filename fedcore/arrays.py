@@ -185,6 +185,8 @@ def as_array(name: str, value: Any, advice: str) -> np.ndarray:
         raise SettingsError(f"{name} is None: expected a row an example")
     try:
         array = np.asarray(value)
+        if array.dtype == object and array.ndim:  # numbers in a box each
+            array = np.array(array.tolist())
     except (ValueError, TypeError, RuntimeError) as error:
         raise _uneven(name, value) or SettingsError(
             f"{name} is {_kind(value)}, which is no array: {error}"

@@ -17,6 +17,7 @@ from fedcore.rng import rng, streams
 from fedcore.types import Batches
 
 EVALUATION_BATCH = 64  # examples in one forward pass of one client's evaluation
+LARGEST_TABLE = 10**8  # entries of a table of every client's classes
 PADDING = -1  # in place of a row number
 ARRAYS = ("order", "offsets", "sizes", "held", "kept")  # of FederatedData
 
@@ -138,6 +139,18 @@ class FederatedData:
         if self._reads_held_out(data):
             return self.order[cut:end]
         return self.order[start:cut]
+
+    def num_classes(self) -> int | None:
+        """One more than the largest label; None where targets are no classes.
+
+        They are classes where they are one whole number an example, from 0 on, and few
+        enough for a table of every client's classes.
+        """
+        if self.y.is_floating_point() or self.y.ndim != 1 or len(self.y) == 0:
+            return None
+        classes = int(self.y.max()) + 1
+        is_table = classes * self.population <= LARGEST_TABLE
+        return classes if int(self.y.min()) >= 0 and is_table else None
 
     def label_counts(self, num_classes: int) -> np.ndarray:
         """Rows of each class that every client holds, int64 [population, classes]."""

@@ -185,9 +185,9 @@ def _federation(folder: Path, settings: dict[str, Any], notes: list[str]) -> Fed
         notes.append(f"Not drawn: how the data is spread over clients. {error}")
         return federation
     federation = federation._replace(population=data.population)
-    has_classes = not data.y.is_floating_point() and data.y.ndim == 1
-    if has_classes and data.population <= PARTITION_LIMIT:
-        counts = data.label_counts(int(data.y.max()) + 1)
+    classes = data.num_classes()
+    if classes is not None and data.population <= PARTITION_LIMIT:
+        counts = data.label_counts(classes)
         federation = federation._replace(label_counts=counts)
     return federation
 

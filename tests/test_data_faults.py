@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedcore.arrays import as_examples
-from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.partition import (
     Dirichlet,
@@ -28,13 +26,8 @@ from fedcore.data.partition import (
     Shards,
     SizeSkew,
 )
-from fedcore.errors import RunError, SettingsError
-from fedcore.rounds.client_table import read_clients
-from fedcore.rounds.loop import run
+from fedcore.errors import SettingsError
 from fedcore.task import Task, cross_entropy, squared_error
-from fedcore.tasks import build_task
-from fedcore.views.compare import compare
-from fedcore.views.run_report import write_report
 
 ROWS, FEATURES = 8, 3
 GOOD: dict[str, Any] = {
@@ -377,3 +370,305 @@ def test_many_data_are_read_rightly_or_refused_by_array_and_row(
     given: tuple[Any, ...],
 ) -> None:
     agrees(*given)
+
+
+# Partitions
+
+
+LABELS = np.arange(30) % 3
+SPOILED = [
+    ("None", None, r"labels is None"),
+    ("None in it", ["a", None] * 15, r"labels\[1\] is None, beside names of classes"),
+    ("mixed", ["a", 1] * 15, r"labels\[1\] is 1, beside names of classes"),
+    ("a fraction", LABELS + 0.5, r'labels\[0\] = 0\.5: .*partition\.name = "iid"'),
+    ("NaN", np.where(LABELS == 1, NAN, LABELS), r"labels\[1\] = nan"),
+    ("one-hot", np.eye(3)[LABELS], r"labels has shape \(30, 3\).*argmax"),
+    ("a column", LABELS[:, None], r"labels has shape \(30, 1\).*reshape"),
+    (
+        "ignored",
+        with_value(LABELS, 4, -100),
+        r"labels\[4\] = -100.*leave such rows out",
+    ),
+    ("empty", [], r"labels is empty"),
+    ("a number", 3, r"labels has shape \(\)"),
+    ("a word", "abc", r"labels is a str"),
+    ("a set", {1, 2}, r"labels is a set"),
+    ("dates", np.zeros(30, "M8[D]"), r"labels holds datetime64, first in row 0"),
+    ("ragged", [[1], [1, 2]] * 15, r"labels has rows of different lengths.*row 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [case[1:] for case in SPOILED], ids=[c[0] for c in SPOILED]
+)
+def test_labels_that_are_no_classes_are_refused(labels: Any, message: str) -> None:
+    for partition in (Dirichlet(alpha=10), Shards(), Pathological()):
+        with pytest.raises(SettingsError, match=message) as refused:
+            partition.split(labels, None, 4, 0)
+        assert "\n" not in str(refused.value)
+
+
+def test_names_tensors_and_lists_are_classes_as_their_numbers_are() -> None:
+    names = np.array(["cat", "dog", "eel"])[LABELS]
+    expected = Dirichlet(alpha=10).split(LABELS, None, 4, 0)
+    for same in (
+        names,
+        names.tolist(),
+        names.astype(object),
+        LABELS.tolist(),
+        LABELS.astype(object),
+        LABELS.astype(np.uint8),
+        LABELS.astype(float),
+        torch.from_numpy(LABELS),
+    ):
+        part = Dirichlet(alpha=10).split(same, None, 4, 0)
+        np.testing.assert_array_equal(part.order, expected.order)
+        np.testing.assert_array_equal(part.offsets, expected.offsets)
+
+
+def test_targets_that_are_no_classes_are_spread_where_only_their_number_counts() -> (
+    None
+):
+    for targets in (torch.randn(30), torch.randn(30, 2), list(range(30))):
+        for partition in (Iid(), SizeSkew()):
+            part = partition.split(targets, None, 4, 0)
+            assert sorted(part.order.tolist()) == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([1, 2], r"groups has shape \(2,\) and labels 30 rows"),
+        ([None] * 30, r"groups holds None, first in row 0"),
+        (["a", None] * 15, r"groups\[1\] is None, beside names of clients"),
+        ([1.0, NAN] * 15, r"groups\[1\] is NaN"),
+        (np.zeros((30, 2)), r"groups has shape \(30, 2\)"),
+    ],
+)
+def test_groups_that_do_not_name_a_client_of_every_row_are_refused(
+    groups: Any, message: str
+) -> None:
+    for partition in (Natural(), Iid()):
+        with pytest.raises(SettingsError, match=message):
+            partition.split(LABELS, groups, 3, 0)
+
+
+@pytest.mark.parametrize("population", ["4", 4.0, True, None, 0, -1, 31])
+def test_a_population_that_cannot_be_is_refused(population: Any) -> None:
+    for partition in (Iid(), Dirichlet(), Shards(), Pathological(), SizeSkew()):
+        with pytest.raises(SettingsError, match="population"):
+            partition.split(LABELS, None, population, 0)
+    part = Iid().split(LABELS, None, np.int64(4), 0)  # type: ignore[arg-type]
+    assert len(part.offsets) == 5
+
+
+@settings(derandomize=True, max_examples=40)
+@given(
+    labels=st.lists(
+        st.one_of(
+            st.integers(0, 3),
+            st.sampled_from(["a", "b", None, 0.5, NAN, -100, 2.0, True]),
+        ),
+        max_size=12,
+    ),
+    groups=st.none()
+    | st.lists(st.sampled_from(["x", "y", 3, None]), min_size=9, max_size=12),
+    population=st.one_of(st.integers(-1, 6), st.just(2.5), st.none()),
+    partition=st.sampled_from(
+        [Iid(), Dirichlet(min_size=0), Shards(per_client=1), Pathological(classes=1)]
+    )
+    | st.just(Natural()),
+)
+def test_a_split_of_anything_is_a_partition_or_a_line(
+    labels: Any, groups: Any, population: Any, partition: Any
+) -> None:
+    try:
+        part = partition.split(labels, groups, population, 0)
+    except SettingsError as refused:
+        text = str(refused)
+        assert "\n" not in text
+        assert any(
+            word in text for word in ("labels", "groups", "population", "partition")
+        )
+        return
+    clients = len(set(groups)) if isinstance(partition, Natural) else population
+    assert len(part.offsets) == clients + 1
+    assert part.offsets[-1] == len(part.order) <= len(labels)
+    assert len(set(part.order.tolist())) == len(part.order)
+    if isinstance(partition, Natural):
+        rows = np.split(part.order, part.offsets[1:-1])
+        assert all(len({groups[i] for i in own}) == 1 for own in rows)
+    else:
+        assert isinstance(partition, Shards) or len(part.order) == len(labels)
+
+
+# Labels and inputs that a model cannot take
+
+
+def task_of(
+    y: Any = (0, 1, 2, 0),
+    x: Any = None,
+    model: nn.Module | None = None,
+    test: Any = None,
+    proxy: Any = None,
+    loss: Any = cross_entropy,
+    metrics: Any = None,
+) -> Task:
+    """A task of two clients, whose model has four inputs and three outputs."""
+    y = y if isinstance(y, Tensor) else torch.tensor(y)
+    x = torch.ones(len(y), 4) if x is None else x
+    half = len(y) // 2
+    data = FederatedData(
+        Examples(x, y), test, np.arange(len(y)), np.array([0, half, len(y)])
+    )
+    return Task(model or nn.Linear(4, 3), data, loss, metrics, proxy)
+
+
+def examples_of(y: Any) -> Examples:
+    return Examples(torch.ones(len(y), 4), torch.tensor(y))
+
+
+TORCH = nn.CrossEntropyLoss(reduction="none")
+IGNORING_ONE = partial(nn.functional.cross_entropy, reduction="none", ignore_index=1)
+
+
+def own_loss(outputs: Tensor, y: Tensor) -> Tensor:
+    return -outputs.log_softmax(1).gather(1, y[:, None])[:, 0]
+
+
+MISFITS = [
+    (
+        "large",
+        {"y": [0, 1, 2, 7]},
+        r"train\.y\[3\] = 7: the model has 3 outputs.* 0 to 2",
+    ),
+    ("from one", {"y": [1, 2, 3, 1]}, r"train\.y\[2\] = 3.*start at 1\? Write y - 1"),
+    (
+        "negative",
+        {"y": [0, 1, -1, 2]},
+        r"train\.y\[2\] = -1.*number the classes from 0",
+    ),
+    ("ignored", {"y": [0, 1, 2, -100]}, r"train\.y\[3\] = -100.*leave such rows out"),
+    ("test", {"test": examples_of([0, 1, 7])}, r"test\.y\[2\] = 7"),
+    ("proxy", {"proxy": examples_of([3])}, r"proxy\.y\[0\] = 3"),
+    ("torch", {"y": [0, 1, 2, 7], "loss": TORCH}, r"train\.y\[3\] = 7"),
+    ("torch ignored", {"y": [0, -100, 2, 1], "loss": TORCH}, r"train\.y\[1\] = -100"),
+    (
+        "its own",
+        {"y": [0, 2, 1, 2], "loss": TORCH, "model": nn.Linear(4, 2)},
+        r"\[1\] = 2",
+    ),
+    (
+        "own loss",
+        {"y": [0, 1, 7, 2], "loss": own_loss},
+        r'"loss" cannot take train\.y\[2\]',
+    ),
+    (
+        "own loss test",
+        {"test": examples_of([9]), "loss": own_loss},
+        r"test\.y\[0\] = 9",
+    ),
+    (
+        "floats",
+        {"y": [0.0, 1.0]},
+        r"train\.y is float32: the loss is over classes.*long",
+    ),
+    ("bool", {"y": [True, False]}, r"train\.y is bool.*write y\.long\(\)"),
+    (
+        "double",
+        {"x": torch.ones(4, 4).double()},
+        r"train\.x is float64.*train\.x\.float\(\)",
+    ),
+    ("images", {"x": torch.ones(4, 4).byte()}, r"train\.x is uint8.*float\(\) / 255"),
+    (
+        "counts",
+        {"x": torch.ones(4, 4).long()},
+        r"train\.x is int64.*write train\.x\.float",
+    ),
+    (
+        "other test",
+        {"test": Examples(torch.ones(2, 5), torch.tensor([0, 1]))},
+        r"cannot take row 0 of test\.x, of shape \(5,\)",
+    ),
+    (
+        "no proxy",
+        {"proxy": Examples(torch.ones(0, 4), torch.ones(0))},
+        r"proxy has no rows",
+    ),
+    ("bad proxy", {"proxy": (torch.ones(2, 4), torch.ones(3))}, r"proxy\.x has 2 rows"),
+    (
+        "no parameters",
+        {"model": nn.Identity()},
+        r"Identity has no trainable param.*none",
+    ),
+    (
+        "frozen",
+        {"model": nn.Linear(4, 3).requires_grad_(False)},
+        r"Linear has no trainable parameters \(all 2 are frozen\)",
+    ),
+    (
+        "tokens",
+        {
+            "x": torch.tensor([[0, 1], [1, 2], [2, 50], [0, 0]]),
+            "model": nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(4, 3)),
+        },
+        r"row 2 of train\.x, of shape \(2,\) with values from 2 to 50: IndexError",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [case[1:] for case in MISFITS], ids=[c[0] for c in MISFITS]
+)
+def test_what_model_and_loss_cannot_take_is_refused_before_a_run(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message) as refused:
+        task_of(**changes).check()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_label_that_a_loss_ignores_by_its_settings_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"train\.y\[2\] = 5"):
+        task_of([0, 2, 5, 2], loss=IGNORING_ONE).check()
+    with pytest.raises(SettingsError, match=r"= -100.*PyTorch would ignore it"):
+        task_of([0, 2, -100, 2]).check()
+
+
+def test_labels_of_any_kind_that_a_task_can_take_are_taken() -> None:
+    task_of(torch.tensor([0, 1, 2, 0], dtype=torch.int32)).check()
+    task_of(torch.tensor([0, 1, 2, 0], dtype=torch.uint8), loss=TORCH).check()
+    task_of(torch.eye(4)[:, :3], metrics={}, loss=TORCH).check()  # probabilities
+    task_of(
+        [[-100.0], [3.0]], model=nn.Linear(4, 1), loss=squared_error, metrics={}
+    ).check()
+    # A loss of one's own may have labels of its own.
+    task_of([-1, 1], loss=lambda outputs, y: (1 - y * outputs[:, 0]).relu()).check()
+    task_of(x=torch.ones(4, 4).double(), model=nn.Linear(4, 3).double()).check()
+
+
+@settings(derandomize=True, max_examples=60)
+@given(
+    st.lists(st.integers(-2, 4), min_size=2, max_size=8),
+    st.lists(st.integers(-1, 4), max_size=3),
+    st.sampled_from([cross_entropy, TORCH, own_loss]),
+)
+def test_labels_fit_the_model_or_the_first_that_does_not_is_named(
+    y: list[int], test: list[int], loss: Any
+) -> None:
+    task = task_of(y, loss=loss, test=examples_of(test) if test else None)
+    bad = {}
+    for name, labels in (("train", y), ("test", test)):
+        is_bad = [not 0 <= label < 3 for label in labels]
+        if any(is_bad):
+            bad[name] = [i for i, value in enumerate(is_bad) if value]
+    line = ""
+    try:
+        task.check()
+    except SettingsError as refused:
+        line = str(refused)
+    name = "train" if "train" in bad else "test"
+    rows = bad.get(name, [])
+    rows = rows if loss is own_loss else rows[:1]
+    assert bool(line) == bool(bad)
+    assert not bad or any(f"{name}.y[{row}] = " in line for row in rows)

@@ -21,7 +21,7 @@ from fedcore.rounds.history import History
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.rundir import stored
 from fedcore.storage.checkpoint import Checkpoint
-from fedcore.tasks import build_task
+from fedcore.tasks import TASKS, build_task
 from fedcore.views.text import shortened
 
 __all__ = ["RunRecord", "read_run"]
@@ -169,7 +169,9 @@ def _federation(folder: Path, settings: dict[str, Any], notes: list[str]) -> Fed
 
     Method or data may be elsewhere than when the run was made; that is a note.
     """
-    federation = Federation("", False, settings.get("population"), None)
+    # A task of the user's may have another number of clients than its settings.
+    population = settings.get("population") if settings.get("task") in TASKS else None
+    federation = Federation("", False, population, None)
     try:
         experiment = Experiment.parse(settings, source=str(folder / "config.toml"))
         module = sys.modules[methods.load(experiment.method.name).__module__]

@@ -24,7 +24,7 @@ from fedcore import trees
 from fedcore.errors import SettingsError
 from fedcore.types import Params, Tree
 
-__all__ = ["as_inputs", "model_outputs", "num_rows", "pad_sequences", "shapes"]
+__all__ = ["model_outputs", "num_rows", "pad_sequences", "shapes"]
 
 
 def model_outputs(model: nn.Module, params: Params, x: Tree) -> Any:
@@ -87,41 +87,6 @@ def logits_of(outputs: Any) -> Any:
     if isinstance(outputs, Mapping) and "logits" in outputs:
         return outputs["logits"]
     return getattr(outputs, "logits", outputs)
-
-
-def as_inputs(x: Any, name: str = "x") -> Tree:
-    """`x` as a tree of tensors with one row an example; mappings become dicts.
-
-    Raises SettingsError for anything else, `name` being what the user calls it.
-    """
-    if isinstance(x, Mapping):
-        x = {key: as_inputs(value, f"{name}[{key!r}]") for key, value in x.items()}
-    elif isinstance(x, tuple):
-        parts = [as_inputs(value, f"{name}[{i}]") for i, value in enumerate(x)]
-        x = type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-    elif isinstance(x, list):
-        raise SettingsError(
-            f"{name} is a list of {len(x)}: expected a tensor with a row an example, "
-            "or a dict or tuple of such; torch.stack makes one of equal rows, "
-            "fedcore.pad_sequences of sequences of different lengths"
-        )
-    elif not isinstance(x, Tensor) or x.ndim == 0:
-        found = "a single number" if isinstance(x, Tensor) else type(x).__name__
-        raise SettingsError(
-            f"{name} is {found}: expected a tensor with a row an example, or a dict or "
-            "tuple of such"
-        )
-    flat = trees.flatten(x)
-    if not flat:
-        raise SettingsError(f"{name} holds no tensor: expected one at least")
-    (first, rows), *others = [(path, len(leaf)) for path, leaf in flat.items()]
-    for path, more in others:
-        if more != rows:
-            raise SettingsError(
-                f'{name} holds "{path}" of {more} rows and "{first}" of {rows}: '
-                "expected one row an example in each"
-            )
-    return x
 
 
 def num_rows(x: Tree) -> int:

@@ -58,6 +58,8 @@ def by_examples(clients: Tensor, num_examples: Tensor) -> Tensor:
 def equally(clients: Tensor, num_examples: Tensor) -> Tensor:
     """Weights of a mean in which every client counts the same, [n].
 
+    One without examples, too: its objective is zero, and it sends a change of zero.
+
     >>> equally(torch.tensor([4, 7]), torch.tensor([10.0, 30.0]))
     tensor([1., 1.])
     """

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fedcore import trees
+from fedcore.arrays import as_examples
 from fedcore.errors import SettingsError
 from fedcore.functional import check_gradient, in_short
-from fedcore.inputs import as_inputs, model_outputs, shapes
+from fedcore.inputs import model_outputs, shapes
 from fedcore.metrics import (
     Metric,
     PerExample,
@@ -27,6 +28,7 @@ from fedcore.metrics import (
     is_higher_better,
     is_of_a_set,
 )
+from fedcore.misfits import check_data
 from fedcore.set_metrics import SetMetric, added_states
 from fedcore.types import Batches, Params, Tree
 
@@ -104,7 +106,10 @@ class Task:
         self.model = model
         self.data = data
         if proxy is not None:
-            proxy = proxy._replace(x=as_inputs(proxy.x, "proxy.x"))
+            x, y = as_examples("proxy", proxy)
+            proxy = data.test._replace(x=x, y=y)
+            if len(proxy.y) == 0:
+                raise SettingsError("proxy has no rows: give it some, or leave it out")
         self.proxy = proxy
         self.optimum = optimum
         self.pixels = pixels
@@ -131,10 +136,11 @@ class Task:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Try model, loss and metrics on a few examples.
+        """Try model, loss and metrics on a few examples, and look at all labels.
 
         Raises SettingsError when they do not fit each other, or cannot be trained.
         """
+        check_data(self)
         self._try("examples", self.data.x, self.data.y)
         if self.proxy is not None:
             self._try("proxy examples", self.proxy.x, self.proxy.y)

@@ -278,7 +278,9 @@ TASKS: dict[str, Callable[[Experiment], Task]] = {
 def build_task(experiment: Experiment) -> Task:
     """The task that `experiment.task` names, with weights initialised from the seed.
 
-    On the CPU. Raises SettingsError when it cannot be built.
+    On the CPU. A task of your own has as many clients as its data say, whatever
+    `population` says, which it may read; a run notes the difference. Raises
+    SettingsError when it cannot be built.
 
     >>> from fedcore import Experiment
     >>> settings = {"method": "fedavg", "task": "least-squares", "population": 7}
@@ -302,7 +304,8 @@ def build_task(experiment: Experiment) -> Task:
             f'proxy = {experiment.proxy}, but the task "{experiment.task}" makes no '
             "proxy set: leave proxy out, or give Task one"
         )
-    if experiment.population not in (None, task.population):
+    is_bundled = experiment.task in TASKS
+    if is_bundled and experiment.population not in (None, task.population):
         raise SettingsError(
             f"population = {experiment.population}, but the task has "
             f"{task.population} clients: set population to that, or leave it out"

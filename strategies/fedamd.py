@@ -78,7 +78,7 @@ class Gradient(NamedTuple):
 
 class Up(NamedTuple):
     delta: Params  # y_K - x_t
-    loss: Tensor  # mean training loss over the steps that compute one, for the log
+    loss: Tensor  # mean training loss, for the log
 
 
 class FedAMD(Method[Settings]):
@@ -119,11 +119,13 @@ class FedAMD(Method[Settings]):
         steps = total = torch.zeros((), dtype=dtype, device=batches.mask.device)
         for k, (x, target, mask) in enumerate(trees.unbind(batches)):
             real = (mask.sum() > 0).to(dtype)
-            if k > 0:  # step 0 would add the difference of two equal gradients
+            if k == 0:  # the difference of two equal gradients is zero
+                loss = task.loss(y, x, target, mask)
+            else:
                 now, loss = gradient(y, x, target, mask)  # the same B in both
                 then, _ = gradient(before, x, target, mask)
                 g = trees.axpy(real, trees.sub(now, then), g)
-                steps, total = steps + real, total + real * loss
+            steps, total = steps + real, total + real * loss
             before, y = y, trees.axpy(-self.s.local_lr * real, g, y)
         return Up(trees.sub(y, down.params), total / steps.clamp(min=1)), state
 

@@ -213,7 +213,7 @@ REFUSED = {
     ),
     "too large a cohort": (
         ["run", "fedavg", "--set", "participation.cohort=101"],
-        "the population is 100",
+        "has 100 clients: set participation.cohort to at most that",
     ),
     "cohort and fraction": (
         [

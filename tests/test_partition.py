@@ -128,7 +128,8 @@ def test_a_split_is_a_partition_or_a_settings_error(
     except SettingsError:
         return
     sizes = np.diff(part.offsets)
-    assert len(sizes) == population
+    # The data say how many natural clients there are.
+    assert len(sizes) == population or isinstance(partition, Natural)
     assert sizes.min() >= (
         partition.min_size if isinstance(partition, Dirichlet) else 1
     )
@@ -211,8 +212,9 @@ def test_natural_clients_are_the_groups_in_order_of_their_names_and_no_others() 
         assert part.offsets.tolist() == [0, 2, 5, 6]
     with pytest.raises(SettingsError, match="names no clients"):
         Natural().split(labels, None, None, 0)
-    with pytest.raises(SettingsError, match="3 natural clients"):
-        Natural().split(labels, groups, 4, 0)
+    assert Natural().split(labels, groups, 4, 0).offsets.tolist() == [0, 2, 5, 6], (
+        "the data says how many clients it has, not the preset"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.inputs import as_inputs
+from fedcore.arrays import as_examples
+from fedcore.data.validation import checked_holders, checked_test
 from fedcore.rng import rng, streams
 from fedcore.types import Batches, Tree
 
 EVALUATION_BATCH = 64  # examples in one forward pass of one client's evaluation
+LARGEST_TABLE = 10**8  # entries of a table of every client's classes
 PADDING = -1  # in place of a row number
 ARRAYS = ("order", "offsets", "sizes", "held", "kept")  # of FederatedData
 
@@ -77,7 +79,7 @@ class FederatedData:
     def __init__(
         self,
         train: Examples,
-        test: Examples,
+        test: Examples | None,
         order: np.ndarray,
         offsets: np.ndarray,
         holdout: float = 0.0,
@@ -86,11 +88,17 @@ class FederatedData:
         """Data of `len(offsets) - 1` clients.
 
         `order` holds int64 row numbers of `train` grouped by client, `offsets` int64
-        [population + 1]; `holdout` is a fraction in [0, 1).
+        [population + 1]; `holdout` is a fraction in [0, 1). Arrays, lists and tables
+        of numbers do as well. Without a global test set `test` is None. Raises
+        SettingsError for what disagrees, with the array and its first bad row;
+        `fedcore.arrays` and `fedcore.data.validation` say what may be.
         """
-        self.x, self.y = as_inputs(train.x), train.y
-        self.test = Examples(as_inputs(test.x, "test.x"), test.y)
-        self.offsets = np.ascontiguousarray(offsets, dtype=np.int64)
+        train = Examples(*as_examples("train", train))
+        test = Examples(*checked_test(test, train))
+        order, offsets = checked_holders(order, offsets, len(train.y), holdout)
+        self.x, self.y = train
+        self.test = test
+        self.offsets = offsets
         self.sizes = np.diff(self.offsets)
         # A client with an example trains on one at least.
         wanted = np.round(holdout * self.sizes).astype(np.int64)
@@ -101,7 +109,7 @@ class FederatedData:
         self.evaluated_on: Literal["train", "test"] = (
             "test" if self.held.any() else "train"
         )
-        self.order = np.ascontiguousarray(order, dtype=np.int64)
+        self.order = order
         if holdout > 0:
             keys = rng(seed, "holdout").random(len(self.order))
             client = np.repeat(np.arange(self.population), self.sizes)
@@ -140,6 +148,18 @@ class FederatedData:
         if self._reads_held_out(data):
             return self.order[cut:end]
         return self.order[start:cut]
+
+    def num_classes(self) -> int | None:
+        """One more than the largest label; None where targets are no classes.
+
+        They are classes where they are one whole number an example, from 0 on, and few
+        enough for a table of every client's classes.
+        """
+        if self.y.is_floating_point() or self.y.ndim != 1 or len(self.y) == 0:
+            return None
+        classes = int(self.y.max()) + 1
+        is_table = classes * self.population <= LARGEST_TABLE
+        return classes if int(self.y.min()) >= 0 and is_table else None
 
     def label_counts(self, num_classes: int) -> np.ndarray:
         """Rows of each class that every client holds, int64 [population, classes]."""

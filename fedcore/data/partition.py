@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedcore.data.labels import classes_of, counted, groups_of
 from fedcore.errors import SettingsError
 from fedcore.rng import rng, seed_of
 from fedcore.storage import cache
@@ -67,27 +68,34 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
+    by_class: ClassVar[bool] = False  # labels decide; else only their number counts
     least: ClassVar[int] = 1  # examples that every client must get
     complete: ClassVar[bool] = True  # every row is with some client
 
     def split(
         self,
-        labels: np.ndarray,
-        groups: np.ndarray | None,
+        labels: Any,
+        groups: Any | None,
         population: int | None,
         seed: int,
     ) -> Partition:
         """Spread rows with these labels over a population.
 
-        The same way for the same seed; a client's rows are ascending. `labels` integers
-        [n], `groups` the natural client of each row [n] or None, `population` clients.
-        Raises SettingsError when it cannot be done, within seconds.
+        The same way for the same seed; a client's rows are ascending. `labels` are the
+        classes [n], numbers or names; where the partition does not look at classes, any
+        targets [n, ...]. `groups` is the natural client of each row [n], or None;
+        `population` counts clients: the partition "natural" has those of the data,
+        whatever it says. Arrays, lists, tables and tensors do. Raises SettingsError
+        when it cannot be done, within seconds.
 
         >>> part = Iid().split(np.array([0, 1] * 10), None, population=4, seed=0)
         >>> np.diff(part.offsets)
         array([5, 5, 5, 5])
         """
-        column, population = self._told_apart_by(labels, groups, population)
+        column = classes_of(labels) if self.by_class else counted(labels)
+        if groups is not None:
+            groups = groups_of(groups, len(column))
+        column, population = self._told_apart_by(column, groups, population)
         if not 1 <= population <= len(column):
             raise SettingsError(
                 f"population = {population}: must be in [1, {len(column)}], "
@@ -122,7 +130,11 @@ class _Settings(BaseModel):
                 f'population is missing: the partition "{self.name}" needs the number '
                 "of clients"
             )
-        return np.ascontiguousarray(labels, dtype=np.int64), population
+        if isinstance(population, bool) or not isinstance(population, int | np.integer):
+            raise SettingsError(
+                f"population = {population!r}: expected a whole number of clients"
+            )
+        return labels, int(population)
 
     def _parts(
         self, labels: np.ndarray, population: int, seed: int
@@ -221,6 +233,7 @@ class Dirichlet(_Settings):
     """
 
     name: Literal["dirichlet"] = "dirichlet"
+    by_class: ClassVar[bool] = True
     least: ClassVar[int] = 0  # min_size is the partitioner's own condition
     alpha: float = Field(
         0.3,
@@ -261,6 +274,7 @@ class Shards(_Settings):
     """
 
     name: Literal["shards"] = "shards"
+    by_class: ClassVar[bool] = True
     complete: ClassVar[bool] = False
     per_client: int = Field(
         2, ge=1, description="shards a client; 1 or 2 = few classes each, many = IID"
@@ -290,6 +304,7 @@ class Pathological(_Settings):
     """
 
     name: Literal["pathological"] = "pathological"
+    by_class: ClassVar[bool] = True
     classes: int = Field(2, ge=1, description="classes a client")
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:
@@ -350,11 +365,6 @@ class Natural(_Settings):
                 "choose another partition"
             )
         names, client = np.unique(groups, return_inverse=True)
-        if population not in (None, len(names)):
-            raise SettingsError(
-                f"population = {population}: the data has {len(names)} natural "
-                "clients; leave population out"
-            )
         return client.astype(np.int64), len(names)
 
     def _partitioner(self, labels: np.ndarray, population: int, seed: int) -> Any:

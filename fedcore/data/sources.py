@@ -103,7 +103,9 @@ def digits(folder: Path | None = None) -> Source:
     file = place / "datasets" / "data" / "digits.csv.gz"
     try:
         text = io.BytesIO(gzip.decompress(file.read_bytes()))
-        table = np.loadtxt(text, delimiter=",", dtype=np.float32)
+        table = np.loadtxt(text, delimiter=",", dtype=np.float32, ndmin=2)
+        if table.shape[1] != 65 or not np.isin(table[:, 64], range(10)).all():
+            raise ValueError(f"found {table.shape[1]} columns, or labels beyond 9")
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise SettingsError(
             f"{file}: {error}; expected the digits that scikit-learn carries, "
@@ -287,42 +289,52 @@ def _read_parquet(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     key = cache.key_of("images", stats)
     arrays = cache.load(key)
     if arrays is None:
-        import pyarrow as pa
-
-        try:
-            images, labels = _decoded(files)
-        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise SettingsError(
-                f"{files[0]}: {error}; expected parquet with columns "
-                "image {bytes, path} and label"
-            ) from error
+        parts = [_decoded(file) for file in files]
+        images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
         arrays = {"x": images, "y": labels}
         cache.save(key, **arrays)
     return arrays["x"], arrays["y"]
 
 
-def _decoded(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """(images [n, 32, 32, 3] uint8, labels [n]) of parquet files."""
+def _decoded(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(images [n, 32, 32, 3] uint8, labels [n]) of one parquet file.
+
+    Raises SettingsError with the file, and the row, that is no such thing.
+    """
     import pyarrow.parquet as pq
     from PIL import Image
 
-    names = pq.read_schema(files[0]).names
-    # The hub's own files say "img", most mirrors "image".
-    column = "img" if "img" in names else "image"
-    if not {column, "label"} <= set(names):
-        raise ValueError(f"found columns {', '.join(names)}")
-    table = pq.read_table(files, columns=[column, "label"]).to_pydict()
-    decoded = []
-    for row in table[column]:
-        image = Image.open(io.BytesIO(row["bytes"])).convert("RGB")
-        decoded.append(np.asarray(image))
-    images = np.stack(decoded)
-    if images.shape[1:] != (32, 32, 3):
-        raise ValueError(
-            f"found images of {images.shape[1]}x{images.shape[2]} pixels, "
-            "expected 32x32"
-        )
-    return images, np.array(table["label"])
+    place, decoded, labels = str(file), [], []
+    try:
+        names = pq.read_schema(file).names
+        # The hub's own files say "img", most mirrors "image".
+        column = "img" if "img" in names else "image"
+        if not {column, "label"} <= set(names):
+            raise ValueError(f"found columns {', '.join(names)}")
+        table = pq.read_table(file, columns=[column, "label"]).to_pydict()
+        for number, row in enumerate(table[column]):
+            place = f"{file}, row {number}"
+            label = table["label"][number]
+            if not isinstance(label, int) or not 0 <= label <= 9:
+                raise ValueError(f"found label {label!r}, expected 0 to 9")
+            image = np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB"))
+            if image.shape != (32, 32, 3):
+                raise ValueError(
+                    f"found an image of {image.shape[0]}x{image.shape[1]} pixels, "
+                    "expected 32x32"
+                )
+            decoded.append(image)
+            labels.append(label)
+        if not decoded:
+            raise ValueError("found no rows")
+    except Exception as error:
+        # Damaged bytes bring about whatever pyarrow and Pillow raise.
+        text = str(error).strip().partition("\n")[0]
+        raise SettingsError(
+            f"{place}: {text or type(error).__name__}; expected parquet with columns "
+            "image {bytes, path} and label"
+        ) from error
+    return np.stack(decoded), np.array(labels)
 
 
 def _from_hub(name: str, image: str, label: str, otherwise: str) -> Arrays:

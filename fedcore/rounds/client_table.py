@@ -54,7 +54,10 @@ class ClientTable:
         self._rounds.extend([number] * n)
         self._functions.extend([function] * n)
         columns = {"client": readout.clients, "num_examples": readout.num_examples}
-        columns |= readout.metrics
+        # A client without examples has no loss: not a number, rather than 0.
+        is_empty = readout.num_examples == 0
+        for name, values in readout.metrics.items():
+            columns[name] = values.double().masked_fill(is_empty, math.nan)
         for name, values in columns.items():
             if name not in self._numbers:
                 self._numbers[name] = array("d", [math.nan]) * before
@@ -131,8 +134,9 @@ def read_clients(
     """The rows of a run directory, whether its run has ended, goes on or was killed.
 
     Columns: round (from 1 on), function, client, num_examples, and one a metric, NaN
-    where a client did not report it. `function` and round `up_to` select rows. Raises
-    OSError or pyarrow's ArrowException for a file that cannot be read.
+    where a client did not report it, or has no example. `function` and round `up_to`
+    select rows. Raises OSError or pyarrow's ArrowException for a file that cannot be
+    read.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -112,10 +112,11 @@ class History:
     def evaluated(self) -> Row:
         """The row of the last evaluation; empty before the first.
 
-        Its `test_loss` is None where the loss was not finite.
+        Its `test_loss` is None where the loss was not finite, and missing where the
+        task has no test set.
         """
         for row in reversed(self.rows):
-            if "test_loss" in row:
+            if "test_loss" in row or "evaluation_s" in row:
                 return row
         return {}
 

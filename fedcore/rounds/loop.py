@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedcore import privacy, trees
-from fedcore.errors import RunError, TooFewReports
+from fedcore.errors import FedcoreError, RunError, TooFewReports
 from fedcore.rounds.captures import Captures
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.diagnosis import causes, fruitless_text
 from fedcore.rounds.doors import Desk, OpenRound
 from fedcore.rounds.evaluation import Evaluation
+from fedcore.rounds.faults import evaluation_fault
 from fedcore.rounds.history import History
 from fedcore.rounds.observer import Notes, Observer, Quiet
 from fedcore.rounds.participation import answering
@@ -145,8 +146,8 @@ class Loop:
     def run(self) -> Result:
         """To the last round.
 
-        Raises Interrupted on SIGINT or SIGTERM, with a checkpoint of the last whole
-        round.
+        Raises Interrupted on SIGINT or SIGTERM, and whatever fails in a round, with a
+        checkpoint of the last whole round.
         """
         rounds, seconds = self.experiment.rounds, self.experiment.checkpoint.seconds
         population = self.task.population
@@ -157,7 +158,7 @@ class Loop:
                     self._stop.round_done(self.state.t)
                     self._stop.heed()
                     row = self.round()
-                except Interrupted:
+                except Exception:
                     for store in self.stores.values():
                         store.rollback()
                     self.saving.save(self.state, metrics)
@@ -266,7 +267,14 @@ class Loop:
         if t % self.experiment.evaluation.every and t != rounds:
             return {}
         begin = time.perf_counter()
-        row = self._evaluation.row(state.server, t - 1, is_last=t == rounds)
+        try:
+            row = self._evaluation.row(state.server, t - 1, is_last=t == rounds)
+        except FedcoreError:
+            raise
+        except Exception as error:
+            params = state.server.params
+            fault = evaluation_fault(self.task, params, error, t, self.folder)
+            raise fault from error
         row |= self._spent(state)
         row["evaluation_s"] = round(time.perf_counter() - begin, 4)
         return row

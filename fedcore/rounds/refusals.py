@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from fedcore import privacy
 from fedcore.errors import SettingsError
 from fedcore.messages.links import LinkSettings
-from fedcore.rounds.participation import Process, UniformProcess
+from fedcore.rounds.participation import Process, Uniform, UniformProcess
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -24,15 +25,18 @@ def participation_process(experiment: Experiment, task: Task) -> Process:
     """The participation process. Raises SettingsError for faults of later rounds."""
 
     def label_counts() -> np.ndarray:
-        y = task.data.y
-        if y.is_floating_point() or y.ndim != 1:
+        classes = task.data.num_classes()
+        if classes is None:
             raise SettingsError(
                 "participation.alpha ties rates to classes, but the task's targets are "
-                "no classes: leave it out"
+                f"no classes: {_found_in(task.data.y)}; leave participation.alpha out, "
+                "or such rows"
             )
-        return task.data.label_counts(int(y.max()) + 1)
+        return task.data.label_counts(classes)
 
     settings = experiment.participation
+    if isinstance(settings, Uniform) and (settings.cohort or 0) > task.population:
+        raise SettingsError(_too_large_a_cohort(experiment, task))
     process = settings.process(task.population, experiment.seed, label_counts)
     process.check(experiment.rounds)
     if isinstance(process, UniformProcess) and process.size < experiment.min_reports:
@@ -41,6 +45,30 @@ def participation_process(experiment: Experiment, task: Task) -> Process:
             "clients: set it to at most that"
         )
     return process
+
+
+def _found_in(y: Tensor) -> str:
+    """What keeps targets from being classes, in words, with the first bad row."""
+    if y.is_floating_point() or y.ndim != 1:
+        shape = f"of shape {tuple(y.shape[1:])}" if y.ndim > 1 else "numbers"
+        return f"train.y is {str(y.dtype).removeprefix('torch.')}, {shape}"
+    negative = (y < 0).nonzero()
+    row = int(negative[0]) if len(negative) else int(y.argmax())
+    return f"train.y[{row}] = {int(y[row])}"
+
+
+def _too_large_a_cohort(experiment: Experiment, task: Task) -> str:
+    """The line for a cohort that is larger than the population, with the way out."""
+    cohort = getattr(experiment.participation, "cohort", None)
+    line = (
+        f'participation.cohort = {cohort}, but the task "{experiment.task}" has '
+        f"{task.population} clients: set participation.cohort to at most that, e.g. "
+        f"--set participation.cohort={task.population}, or a share of them, e.g. "
+        "--set participation.fraction=0.5"
+    )
+    if experiment.population == task.population:
+        line += f"; or raise population, which is {experiment.population}"
+    return line
 
 
 def refuse_unknown_rates(

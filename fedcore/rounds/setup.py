@@ -55,6 +55,11 @@ def prepare(
     know goes to `note`.
     """
     task = experiment.build_task()
+    if experiment.population not in (None, task.population):
+        note(
+            f'the task "{experiment.task}" has {task.population} clients, which count: '
+            f"population = {experiment.population} does not apply"
+        )
     params = task.init_params()  # on the CPU, where rows of clients are kept
     if make_engine is None:
         task.to(engines.task_device(experiment.engine))

@@ -57,7 +57,10 @@ class Tally:
             senders.update(clients, readout.failed)
         self.asked.update(clients)
         self.reported.update(clients)
-        for name, values in readout.metrics.items():
+        # A client without examples has no loss, and counts in no mean of losses.
+        has_examples = readout.num_examples > 0
+        for name, column in readout.metrics.items():
+            values = column[has_examples]
             if len(values):
                 total, n = self.sums.get(name, (0.0, 0))
                 self.sums[name] = total + float(values.sum()), n + len(values)

@@ -21,7 +21,7 @@ from fedcore.rounds.history import History
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.rundir import stored
 from fedcore.storage.checkpoint import Checkpoint
-from fedcore.tasks import build_task
+from fedcore.tasks import TASKS, build_task
 from fedcore.views.text import shortened
 
 __all__ = ["RunRecord", "read_run"]
@@ -174,7 +174,9 @@ def _federation(folder: Path, settings: dict[str, Any], notes: list[str]) -> Fed
 
     Method or data may be elsewhere than when the run was made; that is a note.
     """
-    federation = Federation("", False, settings.get("population"), None)
+    # A task of the user's may have another number of clients than its settings.
+    population = settings.get("population") if settings.get("task") in TASKS else None
+    federation = Federation("", False, population, None)
     try:
         experiment = Experiment.parse(settings, source=str(folder / "config.toml"))
         module = sys.modules[methods.load(experiment.method.name).__module__]
@@ -190,9 +192,9 @@ def _federation(folder: Path, settings: dict[str, Any], notes: list[str]) -> Fed
         notes.append(f"Not drawn: how the data is spread over clients. {error}")
         return federation
     federation = federation._replace(population=data.population)
-    has_classes = not data.y.is_floating_point() and data.y.ndim == 1
-    if has_classes and data.population <= PARTITION_LIMIT:
-        counts = data.label_counts(int(data.y.max()) + 1)
+    classes = data.num_classes()
+    if classes is not None and data.population <= PARTITION_LIMIT:
+        counts = data.label_counts(classes)
         federation = federation._replace(label_counts=counts)
     return federation
 

@@ -65,6 +65,7 @@ def with_value(array: Any, place: Any, value: float) -> Any:
 
 HOLDERS = [
     ("too large", {"order": [5, 0, 1, 2, 3, 205]}, r"order\[5\] = 205.*8 rows.*0 to 7"),
+    ("one too large", {"order": [0, 8], "offsets": [0, 2]}, r"order\[1\] = 8.*0 to 7"),
     ("negative", {"order": [5, 0, -1, 2, 3, 4]}, r"order\[2\] = -1.*0 to 7"),
     ("twice", {"order": [5, 0, 1, 2, 1, 4]}, r"order\[4\] = 1: client 2 .*twice"),
     ("a mask", {"order": np.ones(6, bool)}, r"order is a mask.*np\.flatnonzero"),
@@ -189,7 +190,9 @@ def test_arrays_lists_and_small_integers_are_what_torch_makes_of_them() -> None:
     assert data_of(x=x.astype(np.uint8)).x.dtype == torch.uint8
     assert data_of(x=x.astype(np.uint16)).x.dtype == torch.int64
     for kind in (np.uint8, np.int8, np.int16, np.int32, np.uint32, np.int64):
-        assert torch.equal(data_of(y=GOOD["y"].numpy().astype(kind)).y, GOOD["y"])
+        y = data_of(y=GOOD["y"].numpy().astype(kind)).y
+        assert y.dtype == torch.int64
+        assert torch.equal(y, GOOD["y"])
     assert data_of(y=GOOD["y"].tolist()).y.dtype == torch.int64
     assert data_of(y=GOOD["y"] > 0).y.dtype == torch.bool
     assert data_of(x=GOOD["x"].clone().requires_grad_()).x.requires_grad is False

@@ -6,6 +6,7 @@ evaluations that fail.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -284,6 +285,8 @@ def test_an_evaluation_that_fails_keeps_the_rounds_before_and_names_the_metric(
         "class; the rounds before are kept: mend it, and go on with fedcore run "
         f"--resume {tmp_path / 'r'}"
     )
+    state = json.loads((tmp_path / "r" / "checkpoint" / "state.json").read_text())
+    assert state["round"] == 2
     BROKEN.clear()
     resumed = run(settings, resume=tmp_path / "r")
     whole = run(settings, tmp_path / "whole")

@@ -82,6 +82,12 @@ def device_settings(data: str, assignments: str) -> list[str]:
     return overrides
 
 
+def refuse_settings(overrides: list[str]) -> None:
+    """Raises SettingsError for a device's settings that no run could take."""
+    experiment = Experiment.parse({"method": {"name": "fedavg"}}, overrides)
+    device_for(experiment.engine)
+
+
 def _is_within(key: str, setting: str) -> bool:
     return key == setting or key.startswith(f"{setting}.")
 

@@ -261,7 +261,8 @@ def tls_fault(host: str, port: int, ca: bytes) -> str | None:
 def host_and_port(address: str) -> tuple[str, int]:
     """The parts of HOST:PORT. Raises SettingsError for another text."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    is_number = port.isascii() and port.isdigit()
+    if not host or not is_number or not 0 < int(port) < 65536:
         raise SettingsError(
             f'--server "{address}": expected HOST:PORT, e.g. fl.example.org:9092'
         )

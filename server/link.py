@@ -246,21 +246,28 @@ def _free_port() -> int:
         return port
 
 
+def host_and_port(listen: str) -> tuple[str, int]:
+    """The parts of HOST:PORT. Raises SettingsError for another text."""
+    host, _, port = listen.rpartition(":")
+    is_number = port.isascii() and port.isdigit()
+    if not host or not is_number or not 0 < int(port) < 65536:
+        raise SettingsError(
+            f'--listen "{listen}": expected HOST:PORT, e.g. 0.0.0.0:9092'
+        )
+    return host, int(port)
+
+
 def wait_for_port(listen: str, patience: float = 10.0) -> None:
     """Wait until an address can be listened on; a killed process may still hold it.
 
     Raises SettingsError for one that cannot be listened on.
     """
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise SettingsError(
-            f'--listen "{listen}": expected HOST:PORT, e.g. 0.0.0.0:9092'
-        )
+    host, port = host_and_port(listen)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     end = time.monotonic() + patience
     while True:
         try:
-            address = (host.strip("[]"), int(port))
+            address = (host.strip("[]"), port)
             with socket.create_server(address, family=family):
                 return
         except (OSError, OverflowError) as error:

@@ -170,6 +170,26 @@ def federation_of(folder: Path) -> str:
     return load_certificate(folder / "ca.crt").fingerprint(hashes.SHA256()).hex()[:16]
 
 
+def check_server(folder: Path) -> list[str]:
+    """Faults of a directory that a server is given, as `check` finds them."""
+    if (folder / "client.key").exists() and not (folder / "server.key").exists():
+        return [
+            f"{folder} is a client's directory: "
+            "expected the server's, DIR/server of fedcore certs"
+        ]
+    return check(folder)
+
+
+def check_client(folder: Path) -> list[str]:
+    """Faults of a directory that a client is given, as `check` finds them."""
+    if (folder / "server.key").exists() and not (folder / "client.key").exists():
+        return [
+            f"{folder} is the server's directory: "
+            "expected the client's own, DIR/client-N of fedcore certs"
+        ]
+    return check(folder)
+
+
 def check(
     folder: Path, host: str | None = None, now: datetime | None = None
 ) -> list[str]:

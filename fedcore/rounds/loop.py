@@ -22,9 +22,11 @@ from fedcore.rounds.observer import Notes, Observer, Quiet
 from fedcore.rounds.participation import answering
 from fedcore.rounds.result import Result, final_measures, params_sha256
 from fedcore.rounds.rundir import (
+    clear_start,
     lock,
     make_run_dir,
     open_run_dir,
+    write_settings,
 )
 from fedcore.rounds.saving import Saving, State, read_header
 from fedcore.rounds.setup import MakeEngine, prepare
@@ -103,8 +105,11 @@ class Loop:
         self.state = self._first_state(parts.params)
         if header is not None:
             self.state = self.saving.restore(header, self.state, self.task.device)
-        make_run_dir(folder, experiment)
+        make_run_dir(folder)
         self._lock = self._lock or lock(folder)
+        if not resume:
+            clear_start(folder)
+        write_settings(folder, experiment)
         # Lines that were logged after the checkpoint go: those rounds are run again.
         self.history = History.read(folder / "metrics.jsonl", self.state.t)
         lines = "".join(json.dumps(row) + "\n" for row in self.history)

@@ -10,7 +10,7 @@ from fedcore.config import Experiment
 from fedcore.errors import RunError, SettingsError
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Interrupted, Observer, Quiet, run
-from fedcore.rounds.rundir import stored
+from fedcore.rounds.rundir import has_round, stored
 from fedcore.views.compare_page import explanation, table, write
 from fedcore.views.comparison import Comparison, Run
 from fedcore.views.text import table_text
@@ -74,7 +74,7 @@ def finish(experiment: Experiment, folder: Path, observer: Observer) -> History:
     Raises SettingsError where it holds a longer run, or one with other settings.
     """
     metrics = folder / "metrics.jsonl"
-    if not (folder / "config.toml").exists():
+    if not has_round(folder):
         run(experiment, out=folder, observer=observer)
         return History.read(metrics)
     before = Experiment.parse(stored(folder), source=str(folder / "config.toml"))

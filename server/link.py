@@ -28,6 +28,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedcore.deploy import certs
+from fedcore.deploy.proxies import without_proxies
 from fedcore.errors import RunError, SettingsError
 from server.handshakes import TRACE, Handshakes
 
@@ -76,12 +77,13 @@ class SuperLink:
         where |= {"insecure": ca is None, "root_certificates": ca}
         as_flwr = RuntimeVersionHttpInterceptor("flwr CLI")
         as_executor = RuntimeVersionHttpInterceptor("SuperExec")
-        self.control = ControlHttpClient.from_server_address(
-            **where, interceptors=[as_flwr]
-        )
-        self.runtime = RuntimeHttpClient.from_server_address(
-            **where, interceptors=[as_executor], retry_invoker=None
-        )
+        with without_proxies():
+            self.control = ControlHttpClient.from_server_address(
+                **where, interceptors=[as_flwr]
+            )
+            self.runtime = RuntimeHttpClient.from_server_address(
+                **where, interceptors=[as_executor], retry_invoker=None
+            )
         try:
             self._wait_for_answer()
             self.mind_keys()

@@ -14,6 +14,7 @@ from flwr.proto import control_pb2
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
+from fedcore.deploy.proxies import without_proxies
 from fedcore.errors import RunError, SettingsError
 from server.app import SERIES, WATCH
 from server.serve import FACTS
@@ -53,12 +54,13 @@ def status(run_dir: Path) -> dict[str, Any]:
 def _nodes(run_dir: Path, facts: dict[str, Any]) -> list[Any]:
     """Flower's descriptions of the nodes, client-2 before client-10."""
     ca = None if facts["ca"] is None else Path(facts["ca"]).read_bytes()
-    control = ControlHttpClient.from_server_address(
-        server_address=facts["control"],
-        insecure=ca is None,
-        root_certificates=ca,
-        interceptors=[RuntimeVersionHttpInterceptor("flwr CLI")],
-    )
+    with without_proxies():
+        control = ControlHttpClient.from_server_address(
+            server_address=facts["control"],
+            insecure=ca is None,
+            root_certificates=ca,
+            interceptors=[RuntimeVersionHttpInterceptor("flwr CLI")],
+        )
     try:
         infos = control.ListNodes(control_pb2.ListNodesRequest()).nodes_info
     except httpx.HTTPError as error:

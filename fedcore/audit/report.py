@@ -38,7 +38,6 @@ from fedcore.audit.words import (
     verdict,
 )
 from fedcore.config import Experiment
-from fedcore.errors import SettingsError
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.json import without_nan
 from fedcore.views.figures import STYLE
@@ -51,20 +50,14 @@ UNFOLDED = 3  # cells; of more than that only the worst is unfolded
 def write(audit: Audit, folder: Path, command: Sequence[str]) -> Path:
     """Write both files, for the owner alone; the path of audit.html.
 
-    Raises SettingsError where they cannot be written.
+    Raises Unwritable where they cannot be written.
     """
     files: dict[str, Callable[[], str]] = {
         "audit.json": lambda: json.dumps(ready(audit), indent=1, allow_nan=False),
         "audit.html": lambda: page(audit, command),
     }
-    try:
-        for name, content in files.items():
-            write_atomically(folder / name, content().encode())
-            (folder / name).chmod(0o600)
-    except OSError as error:
-        raise SettingsError(
-            f"{folder} cannot be written to: {error.strerror}"
-        ) from error
+    for name, content in files.items():
+        write_atomically(folder / name, content().encode(), mode=0o600)
     return folder / "audit.html"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from fedcore.rounds.setup import MakeEngine, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
 from fedcore.rounds.tally import Tally
 from fedcore.storage.checkpoint import Checkpoint, write_atomically
+from fedcore.storage.faults import Lines, Unwritable
 from fedcore.storage.json import without_nan
 
 if TYPE_CHECKING:
@@ -64,10 +65,14 @@ def run(
         with suppress(OSError):
             folder.rmdir()  # made for this run, and still empty
         raise
+    is_writable = True
     try:
         return loop.run()
+    except Unwritable:
+        is_writable = False
+        raise
     finally:
-        loop.close()
+        loop.close(is_writable)
 
 
 class Loop:
@@ -136,10 +141,11 @@ class Loop:
         sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
         return State(0, trees.to(server, device), self.process.start(), sent)
 
-    def close(self) -> None:
+    def close(self, is_writable: bool = True) -> None:
         try:
             self.engine.close()
-            self.clients.merge()
+            if is_writable:
+                self.clients.merge()
         finally:
             if self._lock is not None:
                 self._lock.close()
@@ -149,12 +155,24 @@ class Loop:
         """To the last round.
 
         Raises Interrupted on SIGINT or SIGTERM, with a checkpoint of the last whole
-        round.
+        round, and Unwritable where the run directory takes no more.
         """
+        try:
+            return self._run()
+        except Unwritable as error:
+            kept = self.saving.rounds_kept
+            then = "then start the run again"
+            if kept is not None:
+                then = f"then resume the run, from its checkpoint of round {kept}"
+            error.message += f", {then}"
+            raise
+
+    def _run(self) -> Result:
         rounds, seconds = self.experiment.rounds, self.experiment.checkpoint.seconds
         population = self.task.population
         self.observer.started(self.experiment, self.engine, population, self.state.t)
-        with (self.folder / "metrics.jsonl").open("a") as metrics, signals(self._stop):
+        file = Lines(self.folder / "metrics.jsonl")
+        with closing(file) as metrics, signals(self._stop):
             while self.state.t < rounds:
                 try:
                     self._stop.round_done(self.state.t)
@@ -166,8 +184,7 @@ class Loop:
                     self.saving.save(self.state, metrics)
                     raise
                 self.history.add(row)
-                metrics.write(json.dumps(row) + "\n")
-                metrics.flush()
+                metrics.add(json.dumps(row))
                 self.observer.round_done(row)
                 hopeless = self._hopeless()
                 is_last = self.state.t == rounds

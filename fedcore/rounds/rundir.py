@@ -6,6 +6,7 @@ report.html and lock.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -24,6 +25,7 @@ import torch
 from fedcore import __version__
 from fedcore.errors import SettingsError
 from fedcore.storage.checkpoint import STATE, write_atomically
+from fedcore.storage.faults import Unwritable, unwritable
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -109,10 +111,15 @@ def make_run_dir(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(
-            f"--out {folder}: {error.strerror}; "
-            "expected a directory that can be made and written to"
-        ) from error
+        raise _refused(folder, error) from error
+
+
+def _refused(file: Path, error: OSError) -> SettingsError | Unwritable:
+    """The error for what cannot be made: of the disk where it is full."""
+    fault = unwritable(file, error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return fault
+    return SettingsError(f"--out: {fault}; choose another directory")
 
 
 def lock(folder: Path) -> IO[bytes]:
@@ -125,9 +132,7 @@ def lock(folder: Path) -> IO[bytes]:
     try:
         file = (folder / "lock").open("wb")
     except OSError as error:
-        raise SettingsError(
-            f"{folder} cannot be written to: {error.strerror}"
-        ) from error
+        raise _refused(folder / "lock", error) from error
     try:
         import fcntl  # not on Windows
 
@@ -158,10 +163,7 @@ def fresh(name: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise SettingsError(
-                f"{folder} cannot be made: {error.strerror}; "
-                "choose a directory with --out"
-            ) from error
+            raise _refused(folder, error) from error
     raise AssertionError("unreachable")
 
 

@@ -31,6 +31,7 @@ from fedcore.engines.base import Work, device_for, failure, one_thread
 from fedcore.errors import RunError, SettingsError
 from fedcore.messages import wire
 from fedcore.method import evaluates
+from fedcore.storage.faults import Unwritable
 from fedcore.tasks import build_task
 from fedcore.types import ClientFunction
 
@@ -199,6 +200,8 @@ def run(message: Message, context: Context) -> Message:
             content[f"up-{client}"], counts[client] = assignment.do(client)
         except Exception as error:  # one client fails, the node's others do not
             failed.update(failure([client], error).failed)
+            if isinstance(error, Unwritable):
+                log.warning("client %d failed in round %d: %s", client, t + 1, error)
     about: dict[str, Any] = {
         "t": t,
         "clients": [*counts],

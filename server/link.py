@@ -221,18 +221,18 @@ def _relay(stream: BinaryIO, file: Path) -> None:
     Flower's own lines go to the log.
     """
     handshakes = Handshakes()
-    with file.open("ab") as rest:
-        for line in stream:
-            is_trace, news = handshakes.read(line)
-            if news:
-                log.warning("%s", news)
-            if is_trace:
-                continue
-            if line.startswith(b"refused "):
-                log.warning("%s", line.decode(errors="replace").rstrip())
-            else:
-                rest.write(line)
-                rest.flush()
+    for line in stream:
+        is_trace, news = handshakes.read(line)
+        if news:
+            log.warning("%s", news)
+        if is_trace:
+            continue
+        if line.startswith(b"refused "):
+            log.warning("%s", line.decode(errors="replace").rstrip())
+            continue
+        # The stream is read on in any case: else the SuperLink would stand still.
+        with suppress(OSError), file.open("ab") as rest:
+            rest.write(line)
 
 
 def _text_of(error: httpx.HTTPError) -> str:

@@ -53,6 +53,7 @@ log = logging.getLogger("fedcore")
 
 FACTS = "server.json"  # for `fedcore status`: where the SuperLink's APIs are
 CRASHES = 5  # in a row, without a round between them, after which the run ends
+ROOM = 1_000_000  # bytes that a start of the ServerApp writes
 LOOK = 0.1  # seconds between looks at the processes
 ERRORS: dict[int, type[Exception]] = {2: SettingsError, 130: Interrupted}
 
@@ -218,6 +219,7 @@ class Server:
             return None
         file = self.out / OUTCOME
         if not file.exists():
+            self._try_room()
             self._note_crash("the ServerApp", status)
             self.app = None
             link.stop_run(self.run_id)
@@ -227,6 +229,15 @@ class Server:
             raise ERRORS.get(outcome["exit_status"], RunError)(outcome["error"])
         result: dict[str, Any] = outcome["result"]
         return result
+
+    def _try_room(self) -> None:
+        """Raises Unwritable where the run directory takes nothing more.
+
+        A ServerApp that found it so could not write its outcome.
+        """
+        trial = self.out / "room"
+        write_atomically(trial, bytes(ROOM))
+        trial.unlink()
 
     def _note_crash(self, name: str, status: int) -> None:
         rounds = _rounds_done(self.out)
@@ -315,7 +326,8 @@ class Server:
         if self.link is not None:
             self.link.kill()
         for name in (FACTS, WATCH):
-            (self.out / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.out / name).unlink()
 
 
 def _rounds_done(out: Path) -> int:

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 failed, 2 bad settings, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -30,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Federated learning: one method file is simulated, deployed and audited.",
 )
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a file that is written to
 
 PRESET_HELP = "a TOML file, or the name of a method"
 FRESH_HELP = "default: a new one in runs/; an old one is gone on with"
@@ -271,11 +274,21 @@ def main() -> None:
     # A task or method of the user's own lies where the command is given.
     sys.path.insert(0, os.getcwd())
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except FedcoreError as error:
         _say(str(error))
         sys.exit(error.exit_status)
     except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _say(f"the output cannot be written: {error.strerror}; make room")
+        # Python would try to write it again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 

@@ -30,6 +30,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from fedcore.deploy import certs
 from fedcore.deploy.proxies import without_proxies
 from fedcore.errors import RunError, SettingsError
+from fedcore.storage.faults import writing
 from server.handshakes import TRACE, Handshakes
 
 log = logging.getLogger("fedcore")
@@ -102,7 +103,7 @@ class SuperLink:
         command += ["--fleet-api-address", self.listen]
         if self.folder is not None:
             environment = environment | TRACE
-        with (self.out / LOG).open("ab") as file:
+        with writing(self.out / LOG), (self.out / LOG).open("ab") as file:
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.PIPE, env=environment
             )

@@ -43,6 +43,7 @@ from fedcore.rounds.rundir import (
 from fedcore.rounds.saving import read_header
 from fedcore.rounds.setup import prepare
 from fedcore.storage.checkpoint import Checkpoint, write_atomically
+from fedcore.storage.faults import writing
 from fedcore.storage.memory import size_text
 from fedcore.storage.rows import StateStore
 from server.app import OUTCOME, RUN_DIR, SERIES, WATCH
@@ -139,7 +140,9 @@ def _begin(experiment: Experiment, out: Path) -> None:
 def _alone(out: Path) -> Iterator[None]:
     """One server at a time in a run directory; one that began nothing leaves none."""
     file = out / "server.lock"
-    with file.open("w") as lock:
+    with writing(file):
+        lock = file.open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -278,7 +281,7 @@ class Server:
             command.append("--insecure")
         else:
             command += ["--root-certificates", str(self.folder / "ca.crt")]
-        with (self.out / LOG).open("ab") as file:
+        with writing(self.out / LOG), (self.out / LOG).open("ab") as file:
             return subprocess.Popen(command, stdout=file, env=self._environment())
 
     def _stop_app(self) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedcore.errors import SettingsError
-from fedcore.storage.faults import Unwritable, writing
+from fedcore.storage.faults import Unwritable, unwritable, writing
 
 VERSION = 1
 STATE = "state.json"
@@ -40,16 +40,17 @@ def replacing(
     """
     part = file.with_name(f".{file.name}.part")
     try:
-        with writing(file, needed):
-            with open(part, "wb", opener=partial(os.open, mode=mode)) as sink:
-                yield sink
-                if sync:
-                    sink.flush()
-                    os.fsync(sink.fileno())
-            part.replace(file)
-    except BaseException:
+        with open(part, "wb", opener=partial(os.open, mode=mode)) as sink:
+            yield sink
+            if sync:
+                sink.flush()
+                os.fsync(sink.fileno())
+        part.replace(file)
+    except BaseException as error:
         with suppress(OSError):  # as where the folder has gone
             part.unlink()
+        if isinstance(error, OSError):  # now, for the room is that without the part
+            raise unwritable(file, error, needed) from error
         raise
 
 

@@ -20,6 +20,7 @@ import typer
 from fedcore.audit import command as audit
 from fedcore.deploy import commands as deploy
 from fedcore.errors import FedcoreError, SettingsError
+from fedcore.escapes import printable
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -191,10 +192,10 @@ def methods() -> None:
             presets[file.stem] = file.read_text().splitlines()[1].lstrip("# ")
     width = max(map(len, references | presets))
     for name, line in references.items():
-        print(f"{name:<{width}}  {line}")
+        print(printable(f"{name:<{width}}  {line}"))
     print("\nPresets of the methods above:")
     for name, line in presets.items():
-        print(f"{name:<{width}}  {line}")
+        print(printable(f"{name:<{width}}  {line}"))
 
 
 @app.command()
@@ -204,7 +205,7 @@ def show(preset: Preset, set_: Set = None, json_: Json = False) -> None:
     if json_:
         print(json.dumps(experiment.model_dump(mode="json")))
     else:
-        print(experiment.to_toml(), end="")
+        print(printable(experiment.to_toml()), end="")
 
 
 @app.command()
@@ -212,7 +213,7 @@ def report(run_dir: RunDir) -> None:
     """Write report.html of a run, finished or not, and print its path."""
     from fedcore.views.run_report import write_report
 
-    print(write_report(run_dir))
+    print(printable(str(write_report(run_dir))))
 
 
 audit.register(app)
@@ -220,7 +221,7 @@ deploy.register(app)
 
 
 def _say(message: str) -> None:
-    print(f"fedcore: {message}", file=sys.stderr)
+    print(f"fedcore: {printable(message)}", file=sys.stderr)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from fedcore.deploy.proxies import without_proxies
 from fedcore.errors import RunError, SettingsError
+from fedcore.escapes import escaped
 from server.app import SERIES, WATCH
 from server.serve import FACTS
 
@@ -81,7 +82,7 @@ def _row(info: Any) -> dict[str, Any]:
         if info.status == "online":
             heard -= HEARTBEAT_PATIENCE * info.heartbeat_interval
         seen = round(max(datetime.now(UTC).timestamp() - heard, 0), 1)
-    name = info.name or f"node {info.node_id}"
+    name = escaped(info.name) or f"node {info.node_id}"
     return {"name": name, "status": info.status, "last_seen_s": seen}
 
 

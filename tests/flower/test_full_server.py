@@ -15,6 +15,7 @@ from tests.helpers import PATIENCE
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
 
 SETTINGS = ["population=2", "participation.cohort=2", "engine.min_clients=2"]
+SETTINGS += ["partition.name=iid"]
 
 
 @pytest.fixture

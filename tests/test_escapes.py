@@ -67,7 +67,7 @@ def nasty_task(e: Experiment) -> Task:
 
     x, y = torch.randn(40, 3), torch.arange(40) % 2
     train = Examples(x, y)
-    data = Fails(train, train, np.arange(40), np.arange(0, 41, 10), 0.0, e.seed)
+    data = Fails(train, train, np.arange(40), np.arange(0, 41, 8), 0.0, e.seed)
 
     def measure(outputs: Tensor, y: Tensor) -> Tensor:
         return (outputs.argmax(1) == y).float()
@@ -80,7 +80,7 @@ def test_a_clients_reason_and_a_metrics_name_steer_neither_terminal_nor_page(
 ) -> None:
     out = tmp_path / "run"
     words = ["run", "fedavg", f"--set=task={__name__}:nasty_task", "--set=rounds=2"]
-    words += ["--set=participation.cohort=4", "--set=population=4"]
+    words += ["--set=participation.cohort=5", "--set=population=5"]
     words += ["--set=engine.name=sequential", "--out", str(out)]
     status, stdout, err = cli(*words)
     assert status == 0, err
@@ -100,7 +100,7 @@ def test_names_of_files_and_of_presets_steer_neither_terminal_nor_page(
 ) -> None:
     name = NASTY.replace("/", "").replace("\udc80", "")
     preset = tmp_path / f"{name}.toml"
-    preset.write_text('method.name = "fedavg"\nrounds = 1\npopulation = 4\n')
+    preset.write_text('method.name = "fedavg"\nrounds = 1\npopulation = 5\n')
     out = tmp_path / f"out{name}"
     status, stdout, err = cli("compare", preset, "--seeds=1", "--out", out)
     assert status == 0, err
@@ -138,7 +138,7 @@ def test_a_run_directory_that_somebody_else_wrote_makes_a_clean_page(
     cli: Cli, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    words = ["run", "fedavg", "--set=rounds=1", "--set=population=4"]
+    words = ["run", "fedavg", "--set=rounds=1", "--set=population=5"]
     assert cli(*words, "--set=participation.cohort=2", "--out", out)[0] == 0
     row = json.loads((out / "metrics.jsonl").read_text())
     row["dropped"] = {f"<script>{NASTY}": 3}

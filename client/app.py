@@ -4,8 +4,9 @@ A node hosts the logical clients i with i mod (number of nodes) = its partition 
 with as many nodes as clients, one each. A device's additions to the run's settings
 stand in its node config, for this app is the same on every kind of node:
 `partition-id`, `num-partitions` (default: one client a node), `state` (directory of the
-clients' states), `data` and `set` (settings of this device alone). Simulated nodes keep
-states where the server says, in its run directory.
+clients' states), `data` (a folder, all of whose data are this one client's) and `set`
+(settings of this device alone). Simulated nodes keep states where the server says, in
+its run directory.
 
 A node builds its task before it introduces itself: no round then waits for imports,
 data and the partition, which take a small device longer than its training.
@@ -24,10 +25,12 @@ from flwr.clientapp import ClientApp
 
 from fedcore import __version__, trees
 from fedcore.config import Experiment
+from fedcore.data.partition import Own
 from fedcore.engines.base import Work, device_for, failure, one_thread
 from fedcore.errors import RunError, SettingsError
 from fedcore.messages import wire
 from fedcore.method import evaluates
+from fedcore.storage.faults import Unwritable
 from fedcore.tasks import build_task
 from fedcore.types import ClientFunction
 
@@ -42,9 +45,17 @@ app = ClientApp()
 
 
 @functools.lru_cache(maxsize=1)
-def work_of(preset: str, overrides: str) -> Work:
-    """Task and method, built once a process; one override a line."""
+def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
+    """Task and method, built once a process; one override a line.
+
+    `owner` is the client whose own data `data_folder` holds, all of them; None where
+    the data are those of the whole population, spread by the run's partition.
+    """
     experiment = Experiment.load(preset, overrides.splitlines())
+    if owner is not None:
+        # The server's proxy examples are none of a device's.
+        own: dict[str, Any] = {"partition": Own(client=owner), "proxy": 0}
+        experiment = experiment.model_copy(update=own)
     return Work(
         build_task(experiment).to(device_for(experiment.engine)),
         experiment.build_method(),
@@ -73,6 +84,12 @@ def device_settings(data: str, assignments: str) -> list[str]:
     return overrides
 
 
+def refuse_settings(overrides: list[str]) -> None:
+    """Raises SettingsError for a device's settings that no run could take."""
+    experiment = Experiment.parse({"method": {"name": "fedavg"}}, overrides)
+    device_for(experiment.engine)
+
+
 def _is_within(key: str, setting: str) -> bool:
     return key == setting or key.startswith(f"{setting}.")
 
@@ -80,9 +97,48 @@ def _is_within(key: str, setting: str) -> bool:
 def _work_for(context: Context) -> Work:
     """The work of this node, by the run's settings and its own."""
     node = context.node_config
+    preset = str(context.run_config["preset"])
     overrides = str(context.run_config["set"]).split()
-    overrides += device_settings(str(node.get("data", "")), str(node.get("set", "")))
-    return work_of(str(context.run_config["preset"]), "\n".join(overrides))
+    own = device_settings(str(node.get("data", "")), str(node.get("set", "")))
+    text = "\n".join(overrides + own)
+    if not has_own_data(own):
+        return work_of(preset, text)
+    owner = int(str(node["partition-id"]))
+    work = work_of(preset, text, owner)
+    nodes = int(str(node.get("num-partitions", work.task.population)))
+    if nodes < work.task.population:
+        raise SettingsError(
+            f"a folder of own data, and num-partitions = {nodes} for "
+            f"{work.task.population} clients: data that are one client's cannot be "
+            "those of several; leave out num-partitions, or the folder"
+        )
+    return work
+
+
+def has_own_data(settings: list[str]) -> bool:
+    """Whether settings of a device name a folder, whose data are then its own."""
+    return any(setting.startswith("data_folder=") for setting in settings)
+
+
+def _say_ready(work: Work, node: dict[str, Any]) -> None:
+    """A line about the data of a device, which is one client."""
+    if "num-partitions" in node or "partition-id" not in node:
+        return
+    client, data = int(str(node["partition-id"])), work.task.data
+    if not 0 <= client < data.population:
+        return
+    kept, held = int(data.kept[client]), int(data.held[client])
+    everybody = int(data.sizes.sum())
+    share = ""
+    if kept + held < everybody:
+        share = f"; {everybody - kept - held} more are other clients'"
+    log.warning(
+        "client %d is ready: it trains on %d examples, and %d are held out%s",
+        client,
+        kept,
+        held,
+        share,
+    )
 
 
 @app.query()
@@ -98,7 +154,9 @@ def whoami(message: Message, context: Context) -> Message:
             introduction[key] = context.node_config[key]
     if _is_welcome(message):
         try:
-            warm_up(_work_for(context))
+            work = _work_for(context)
+            warm_up(work)
+            _say_ready(work, context.node_config)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             log.warning("this client is not ready, and introduced as such: %s", reason)
@@ -143,6 +201,8 @@ def run(message: Message, context: Context) -> Message:
             content[f"up-{client}"], counts[client] = assignment.do(client)
         except Exception as error:  # one client fails, the node's others do not
             failed.update(failure([client], error).failed)
+            if isinstance(error, Unwritable):
+                log.warning("client %d failed in round %d: %s", client, t + 1, error)
     about: dict[str, Any] = {
         "t": t,
         "clients": [*counts],

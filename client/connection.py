@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import ssl
 import threading
 import time
@@ -25,6 +24,7 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.grpc import GRPC_MAX_MESSAGE_LENGTH
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 
+from fedcore.deploy.proxies import connect, is_loopback, proxy_for
 from fedcore.errors import RunError, SettingsError
 from fedcore.rounds.loop import Interrupted
 
@@ -78,11 +78,14 @@ class Connection:
         self.channel, self.stub = self._open()
 
     def _open(self) -> tuple[grpc.Channel, FleetStub]:
+        host, _ = host_and_port(self.address)
+        # gRPC itself would call this machine through a proxy as well.
+        options = [*OPTIONS, ("grpc.enable_http_proxy", int(not is_loopback(host)))]
         if self.ca is None:
-            channel = grpc.insecure_channel(self.address, OPTIONS)
+            channel = grpc.insecure_channel(self.address, options)
         else:
             credentials = grpc.ssl_channel_credentials(self.ca)
-            channel = grpc.secure_channel(self.address, credentials, OPTIONS)
+            channel = grpc.secure_channel(self.address, credentials, options)
         version = RuntimeVersionClientInterceptor("SuperNode")
         signature = NodeAuthClientInterceptor(self.key, self.key.public_key())
         return channel, FleetStub(grpc.intercept_channel(channel, version, signature))
@@ -155,10 +158,15 @@ class Connection:
         reason = details.partition(";")[0]
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             reason = "it does not answer"
+        way, remedy = "", ""
+        if (proxy := proxy_for(host)) is not None:
+            way, remedy = f" through the proxy of {proxy}", f": {proxy.remedy(host)}"
         log.warning(
-            "no connection to %s (%s); trying again until there is one",
+            "no connection to %s%s (%s); trying again until there is one%s",
             self.address,
+            way,
             reason,
+            remedy,
         )
 
     def _read_clock(self, call: Any) -> None:
@@ -216,7 +224,7 @@ def speaks_tls(host: str, port: int) -> bool:
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         with (
-            socket.create_connection((host, port), 3) as s,
+            connect(host, port, 3) as s,
             context.wrap_socket(s, server_hostname=host),
         ):
             return True
@@ -232,7 +240,7 @@ def tls_fault(host: str, port: int, ca: bytes) -> str | None:
     context = ssl.create_default_context(cadata=ca.decode())
     try:
         with (
-            socket.create_connection((host, port), 5) as s,
+            connect(host, port, 5) as s,
             context.wrap_socket(s, server_hostname=host),
         ):
             return None
@@ -261,7 +269,8 @@ def tls_fault(host: str, port: int, ca: bytes) -> str | None:
 def host_and_port(address: str) -> tuple[str, int]:
     """The parts of HOST:PORT. Raises SettingsError for another text."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    is_number = port.isascii() and port.isdigit()
+    if not host or not is_number or not 0 < int(port) < 65536:
         raise SettingsError(
             f'--server "{address}": expected HOST:PORT, e.g. fl.example.org:9092'
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedcore.deploy import certs
 from fedcore.errors import SettingsError
 from fedcore.storage.checkpoint import write_atomically
+from fedcore.storage.faults import unwritable
 
 
 class Device:
@@ -32,7 +32,7 @@ class Device:
             self._lock = (folder / "lock").open("w")
         except OSError as error:
             raise SettingsError(
-                f"--state {folder}: {error.strerror}; "
+                f"--state {folder}: {unwritable(folder / 'lock', error)}; "
                 "expected a directory that can be made and written to"
             ) from error
         try:
@@ -71,8 +71,7 @@ class Device:
                 serialization.PrivateFormat.OpenSSH,
                 serialization.NoEncryption(),
             )
-            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as f:
-                f.write(private)
+            write_atomically(file, private, mode=0o600)
         return certs.load_private(file)
 
     def keep_preset(self, content: bytes, bundle: str) -> Path:
@@ -82,7 +81,8 @@ class Device:
         by the names of their presets.
         """
         file = self.folder / f"run-{bundle[:16]}.toml"
-        for old in self.folder.glob("run-*.toml"):
-            old.unlink()
         write_atomically(file, content)
+        for old in self.folder.glob("run-*.toml"):
+            if old != file:
+                old.unlink()
         return file

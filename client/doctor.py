@@ -17,8 +17,15 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedcore import __version__
 from fedcore.deploy import certs
+from fedcore.deploy.proxies import connect, proxy_for
 
-from .connection import Connection, host_and_port, speaks_tls, tls_fault
+from .connection import (
+    TRY_AGAIN,
+    Connection,
+    host_and_port,
+    speaks_tls,
+    tls_fault,
+)
 
 FLOWER = "1.39"  # the last release line whose SuperNodes speak gRPC
 CLOCK = 4.0  # seconds that a clock may be ahead of the server's: Flower takes 5
@@ -72,12 +79,16 @@ class Way:
     def __init__(self, server: str, folder: Path | None) -> None:
         self.server = server
         self.host, self.port = host_and_port(server)
+        self.proxy = proxy_for(self.host)
         self.ca = None if folder is None else (folder / "ca.crt").read_bytes()
 
     def examine(self) -> list[Check]:
         """Name, port and TLS, each only when the one before is well."""
+        way = ("the name " + self.host, self._fault_of_name)
+        if self.proxy is not None:  # which knows names itself
+            way = (f"the proxy of {self.proxy}", self._fault_of_proxy)
         steps: list[tuple[str, Callable[[], str | None]]] = [
-            (f"the name {self.host}", self._fault_of_name),
+            way,
             (f"the port {self.server}", self._fault_of_port),
             ("no TLS" if self.ca is None else "TLS", self._fault_of_tls),
         ]
@@ -99,10 +110,27 @@ class Way:
             )
         return None
 
+    def _fault_of_proxy(self) -> str | None:
+        assert self.proxy is not None
+        try:
+            place = (self.proxy.host, self.proxy.port)
+            socket.create_connection(place, 5).close()
+        except OSError as error:
+            return (
+                f"nothing answers there ({error}): set {self.proxy.variable} right, or "
+                f"unset it; {self.proxy.remedy(self.host)}"
+            )
+        return None
+
     def _fault_of_port(self) -> str | None:
         try:
-            socket.create_connection((self.host, self.port), 5).close()
+            connect(self.host, self.port, 5).close()
         except OSError as error:
+            if self.proxy is not None:
+                return (
+                    f"the proxy of {self.proxy} does not get there ({error}): let it "
+                    f"pass port {self.port}; {self.proxy.remedy(self.host)}"
+                )
             return (
                 f"nothing answers there ({error}): is fedcore server running with "
                 f"--listen 0.0.0.0:{self.port}, and the firewall open?"
@@ -143,6 +171,8 @@ class Way:
             refusal = str(error.details())
             for name, value in error.trailing_metadata() or ():
                 told[str(name)] = str(value)
+            if error.code() in TRY_AGAIN and not told:
+                return [("a call to the server", f"it is not answered: {refusal}")]
         finally:
             connection.close()
         clock = _fault_of_clock(connection.server_time)

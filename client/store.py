@@ -29,6 +29,7 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.errors import FedcoreError
 from fedcore.storage.checkpoint import sync_folder, write_atomically
+from fedcore.storage.faults import writing
 from fedcore.types import Tree
 
 
@@ -101,9 +102,10 @@ class Store:
         moments = self._moments(client)
         earlier = [moment for moment in moments if moment < at]
         if not moments:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._sync(folder.parent)
-            self._sync(folder.parent.parent)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._sync(folder.parent)
+                self._sync(folder.parent.parent)
         flat: dict[str, Tensor] = {}
         for path, x in trees.flatten(state).items():
             flat[path or "."] = x.detach().cpu().contiguous().clone()
@@ -111,7 +113,8 @@ class Store:
         facts["before"] = str(earlier[-1]) if earlier else "initial"
         facts["sha256"] = _digest(flat)
         write_atomically(self._file(client, at), save(flat, facts), self.sync)
-        self._sync(folder)
+        with writing(folder):
+            self._sync(folder)
         first_needed = Moment(safe, 0)
         too_old = [moment for moment in earlier if moment < first_needed]
         replayed = [moment for moment in moments if moment > at]

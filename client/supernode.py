@@ -32,7 +32,7 @@ from fedcore.deploy import certs
 from fedcore.errors import SettingsError
 from fedcore.rounds.loop import Interrupted
 
-from .app import app, device_settings
+from .app import app, device_settings, refuse_settings
 from .connection import (
     OBJECT_DEADLINE,
     Connection,
@@ -65,10 +65,10 @@ def serve(
     Raises SettingsError, Refused, and Interrupted on SIGINT or SIGTERM.
     """
     host, _ = host_and_port(server)
-    device_settings("" if data is None else str(data), " ".join(settings))
-    if data is not None and not data.exists():
-        raise SettingsError(f"--data {data}: there is no such file or directory")
-    if folder is not None and (faults := certs.check(folder)):
+    refuse_settings(device_settings("", " ".join(settings)))
+    if data is not None:
+        _refuse_data(data)
+    if folder is not None and (faults := certs.check_client(folder)):
         raise SettingsError("\n".join(faults))
     if folder is None:
         federation = f"without TLS at {host}"
@@ -78,6 +78,20 @@ def serve(
     node = SuperNode(server, client, device, folder, data, settings, poll)
     with _stopping(node.stop):
         node.run()
+
+
+def _refuse_data(data: Path) -> None:
+    """Raises SettingsError for a place that has no data, or not for this user."""
+    if not data.exists():
+        raise SettingsError(f"--data {data}: there is no such file or directory")
+    try:
+        is_empty = data.is_dir() and not any(data.iterdir())
+    except OSError as error:
+        raise SettingsError(
+            f"--data {data}: {error.strerror}; let this user read it"
+        ) from error
+    if is_empty:
+        raise SettingsError(f"--data {data}: an empty directory; is its disk mounted?")
 
 
 @contextmanager

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
+
+from fedcore.escapes import PrintableRecords
 
 # As in pyproject.toml, where Flower wants to read it; inside a Flower app there is no
 # installed version.
@@ -19,6 +22,9 @@ if not (Path(__file__).parent / "strategies").is_dir():
 # PyTorch's threads would spin for milliseconds when they wait, on cores that clients
 # need. Heard only before PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Whoever hears of it: a terminal, a file, or Python where nothing is set up.
+logging.getLogger("fedcore").addFilter(PrintableRecords())
 
 _HOME = {
     "Experiment": "config",

@@ -5,8 +5,10 @@ Exit status: 0 done, 1 failed, 2 bad settings, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import typer
 from fedcore.audit import command as audit
 from fedcore.deploy import commands as deploy
 from fedcore.errors import FedcoreError, SettingsError
+from fedcore.escapes import printable
 from fedcore.users import find_user_modules
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Federated learning: one method file is simulated, deployed and audited.",
 )
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a file that is written to
 
 PRESET_HELP = "a TOML file, or the name of a method"
 FRESH_HELP = "default: a new one in runs/; an old one is gone on with"
@@ -189,10 +194,10 @@ def methods() -> None:
             presets[file.stem] = file.read_text().splitlines()[1].lstrip("# ")
     width = max(map(len, references | presets))
     for name, line in references.items():
-        print(f"{name:<{width}}  {line}")
+        print(printable(f"{name:<{width}}  {line}"))
     print("\nPresets of the methods above:")
     for name, line in presets.items():
-        print(f"{name:<{width}}  {line}")
+        print(printable(f"{name:<{width}}  {line}"))
 
 
 @app.command()
@@ -202,7 +207,7 @@ def show(preset: Preset, set_: Set = None, json_: Json = False) -> None:
     if json_:
         print(json.dumps(experiment.model_dump(mode="json")))
     else:
-        print(experiment.to_toml(), end="")
+        print(printable(experiment.to_toml()), end="")
 
 
 @app.command()
@@ -210,7 +215,7 @@ def report(run_dir: RunDir) -> None:
     """Write report.html of a run, finished or not, and print its path."""
     from fedcore.views.run_report import write_report
 
-    print(write_report(run_dir))
+    print(printable(str(write_report(run_dir))))
 
 
 audit.register(app)
@@ -218,7 +223,7 @@ deploy.register(app)
 
 
 def _say(message: str) -> None:
-    print(f"fedcore: {message}", file=sys.stderr)
+    print(f"fedcore: {printable(message)}", file=sys.stderr)
 
 
 @contextmanager
@@ -271,11 +276,21 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     find_user_modules()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except FedcoreError as error:
         _say(str(error))
         sys.exit(error.exit_status)
     except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _say(f"the output cannot be written: {error.strerror}; make room")
+        # Python would try to write it again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 

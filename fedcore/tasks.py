@@ -57,11 +57,8 @@ def images(experiment: Experiment, name: str) -> Task:
             f'options.{option}: "{name}" has no options; '
             "least-squares and your own tasks have"
         )
-    if name == "digits" and experiment.data_folder is not None:
-        raise SettingsError(
-            f"data_folder = {experiment.data_folder}: the digits come with "
-            "scikit-learn; leave it out"
-        )
+    if name == "digits":
+        _refuse_folder(experiment, "the digits come with scikit-learn")
     source = sources.load(name, experiment.data_folder)
     population = experiment.population
     if population is None and experiment.partition.name != "natural":
@@ -87,6 +84,14 @@ def images(experiment: Experiment, name: str) -> Task:
     return Task(model, data, proxy=proxy, pixels=source.pixels)
 
 
+def _refuse_folder(experiment: Experiment, reason: str) -> None:
+    """Refuse a folder of data that would not be read."""
+    if experiment.data_folder is not None:
+        raise SettingsError(
+            f"data_folder = {experiment.data_folder}: {reason}; leave it out"
+        )
+
+
 class LeastSquares(BaseModel):
     """Options of `least_squares`."""
 
@@ -108,6 +113,7 @@ def least_squares(experiment: Experiment) -> Task:
     The task is tested on the examples that it trains on. Sections `model` and
     `partition` do not apply.
     """
+    _refuse_folder(experiment, f"{experiment.task} draws its data itself")
     options = _options(experiment, LeastSquares)
     n, d, seed = options.examples, options.features, experiment.seed
     clients = experiment.population or DEFAULT_POPULATION
@@ -214,6 +220,7 @@ def weighted_least_squares(experiment: Experiment) -> Task:
     all training examples, on which the task is also tested. Sections `model` and
     `partition` do not apply.
     """
+    _refuse_folder(experiment, f"{experiment.task} draws its data itself")
     options = _options(experiment, WeightedLeastSquares)
     clients = experiment.population or DEFAULT_POPULATION
     draw = rng(experiment.seed, "weighted-least-squares")

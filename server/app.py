@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fedcore.errors import FedcoreError, RunError, SettingsError
 from fedcore.rounds import loop
 from fedcore.rounds.rundir import open_run_dir, stored
 from fedcore.storage.checkpoint import STATE, write_atomically
+from fedcore.storage.faults import Unwritable
 from fedcore.views.run_report import write_or_note
 from fedcore.views.terminal import Terminal, show_result
 
@@ -104,7 +105,9 @@ def _deploy(grid: Grid, folder: Path) -> None:
     except FedcoreError as error:  # `fedcore server` says it, and ends with the status
         outcome |= {"exit_status": error.exit_status, "error": str(error)}
     finally:
-        write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
+        # Where that cannot be written, `fedcore server` finds it out itself.
+        with suppress(Unwritable):
+            write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
 
 
 def _engine(

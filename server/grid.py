@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from fedcore.errors import RunError
 from fedcore.messages import wire
 from fedcore.method import evaluates
 from fedcore.reports import Reports, RunningSum, Weight
+from fedcore.storage.checkpoint import write_atomically
+from fedcore.storage.faults import writing
 from fedcore.storage.memory import size_text
 from fedcore.storage.rows import StateStore
 from fedcore.types import ClientFunction, Tree
@@ -178,7 +181,8 @@ class GridEngine:
         work: dict[str, Any] = {"function": fn.__name__, "t": t, "k": k}
         work |= {"series": self._series, "safe": safe}
         if self._state is not None:
-            self._state.mkdir(parents=True, exist_ok=True)
+            with writing(self._state):
+                self._state.mkdir(parents=True, exist_ok=True)
             work["state"] = str(self._state.resolve())
         record = wire.encode(down)
         contents = {}
@@ -212,9 +216,9 @@ class GridEngine:
             "since": time.time(),
             "late": self.late,
         }
-        part = self._watch.with_suffix(".part")
-        part.write_text(json.dumps(note))
-        part.replace(self._watch)
+        # A full disk ends a run where something is kept, and not for this.
+        with suppress(OSError):
+            write_atomically(self._watch, json.dumps(note).encode(), sync=False)
 
     def describe(self) -> str:
         return f"grid of {len(self._nodes.by_partition)} Flower nodes"

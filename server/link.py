@@ -28,7 +28,9 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedcore.deploy import certs
+from fedcore.deploy.proxies import without_proxies
 from fedcore.errors import RunError, SettingsError
+from fedcore.storage.faults import writing
 
 from .handshakes import TRACE, Handshakes
 
@@ -77,12 +79,13 @@ class SuperLink:
         where |= {"insecure": ca is None, "root_certificates": ca}
         as_flwr = RuntimeVersionHttpInterceptor("flwr CLI")
         as_executor = RuntimeVersionHttpInterceptor("SuperExec")
-        self.control = ControlHttpClient.from_server_address(
-            **where, interceptors=[as_flwr]
-        )
-        self.runtime = RuntimeHttpClient.from_server_address(
-            **where, interceptors=[as_executor], retry_invoker=None
-        )
+        with without_proxies():
+            self.control = ControlHttpClient.from_server_address(
+                **where, interceptors=[as_flwr]
+            )
+            self.runtime = RuntimeHttpClient.from_server_address(
+                **where, interceptors=[as_executor], retry_invoker=None
+            )
         try:
             self._wait_for_answer()
             self.mind_keys()
@@ -101,7 +104,7 @@ class SuperLink:
         command += ["--fleet-api-address", self.listen]
         if self.folder is not None:
             environment = environment | TRACE
-        with (self.out / LOG).open("ab") as file:
+        with writing(self.out / LOG), (self.out / LOG).open("ab") as file:
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.PIPE, env=environment
             )
@@ -220,18 +223,18 @@ def _relay(stream: BinaryIO, file: Path) -> None:
     Flower's own lines go to the log.
     """
     handshakes = Handshakes()
-    with file.open("ab") as rest:
-        for line in stream:
-            is_trace, news = handshakes.read(line)
-            if news:
-                log.warning("%s", news)
-            if is_trace:
-                continue
-            if line.startswith(b"refused "):
-                log.warning("%s", line.decode(errors="replace").rstrip())
-            else:
-                rest.write(line)
-                rest.flush()
+    for line in stream:
+        is_trace, news = handshakes.read(line)
+        if news:
+            log.warning("%s", news)
+        if is_trace:
+            continue
+        if line.startswith(b"refused "):
+            log.warning("%s", line.decode(errors="replace").rstrip())
+            continue
+        # The stream is read on in any case: else the SuperLink would stand still.
+        with suppress(OSError), file.open("ab") as rest:
+            rest.write(line)
 
 
 def _text_of(error: httpx.HTTPError) -> str:
@@ -247,21 +250,28 @@ def _free_port() -> int:
         return port
 
 
+def host_and_port(listen: str) -> tuple[str, int]:
+    """The parts of HOST:PORT. Raises SettingsError for another text."""
+    host, _, port = listen.rpartition(":")
+    is_number = port.isascii() and port.isdigit()
+    if not host or not is_number or not 0 < int(port) < 65536:
+        raise SettingsError(
+            f'--listen "{listen}": expected HOST:PORT, e.g. 0.0.0.0:9092'
+        )
+    return host, int(port)
+
+
 def wait_for_port(listen: str, patience: float = 10.0) -> None:
     """Wait until an address can be listened on; a killed process may still hold it.
 
     Raises SettingsError for one that cannot be listened on.
     """
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise SettingsError(
-            f'--listen "{listen}": expected HOST:PORT, e.g. 0.0.0.0:9092'
-        )
+    host, port = host_and_port(listen)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     end = time.monotonic() + patience
     while True:
         try:
-            address = (host.strip("[]"), int(port))
+            address = (host.strip("[]"), port)
             with socket.create_server(address, family=family):
                 return
         except (OSError, OverflowError) as error:

@@ -22,8 +22,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedcore import __version__
 from fedcore.deploy.certs import client_id
 from fedcore.errors import RunError
+from fedcore.escapes import escaped
 
-from .post import LOOK, POLL, Post, escaped, one_line, reason_of
+from .post import LOOK, POLL, Post, one_line, reason_of
 
 log = logging.getLogger("fedcore")
 

@@ -11,6 +11,8 @@ from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedcore.escapes import escaped
+
 log = logging.getLogger("fedcore")
 
 POLL = 0.05  # seconds between looks for replies; Flower's own loop sleeps 3
@@ -225,13 +227,3 @@ def one_line(text: str | None) -> str:
     message = (text or "unknown").rpartition("Message: ")[2]
     message = message.rpartition(">:<'")[2].removesuffix("'>")
     return escaped(" ".join(message.split()))[:200]
-
-
-def escaped(text: str) -> str:
-    """The text with its control characters written out, as \\x1b for ESC."""
-    characters = []
-    for character in text:
-        if not character.isprintable():
-            character = character.encode("unicode_escape").decode()
-        characters.append(character)
-    return "".join(characters)

@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedcore.escapes import escaped
 from fedcore.messages import wire
 from fedcore.types import Tree
 
-from .post import escaped, one_line, reason_of
+from .post import one_line, reason_of
 
 MISSING = "no update: the node's answer holds none for this client"
+
+LONGEST = 300  # characters that are quoted of what a node sent
 
 Answer = tuple[Tree, int] | str
 """The message of one client with its number of examples, or why there is none."""
@@ -92,7 +95,7 @@ class Reader:
         try:
             return wire.decode(record, self.schema, self.like), count
         except wire.WireError as error:
-            problem = escaped(str(error))
+            problem = escaped(str(error)[:LONGEST])
             return (
                 f"bad message: it sent {problem}: "
                 f"is it running another version of {self.source}?"
@@ -125,4 +128,4 @@ def _list(record: ConfigRecord, key: str) -> list[Any]:
 
 
 def _shown(value: object) -> str:
-    return escaped(repr(value))[:100]
+    return escaped(repr(value)[:100])[:100]

@@ -20,25 +20,42 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.deploy import certs
+from fedcore.engines.base import Engine, Work
+from fedcore.engines.sequential import Sequential
 from fedcore.errors import RunError, SettingsError
+from fedcore.rounds.history import History
 from fedcore.rounds.loop import Interrupted
-from fedcore.rounds.rundir import fresh, make_run_dir, open_run_dir
-from fedcore.storage.checkpoint import write_atomically
+from fedcore.rounds.rundir import (
+    clear_start,
+    fresh,
+    has_round,
+    make_run_dir,
+    open_run_dir,
+    write_settings,
+)
+from fedcore.rounds.saving import read_header
+from fedcore.rounds.setup import prepare
+from fedcore.storage.checkpoint import Checkpoint, write_atomically
+from fedcore.storage.faults import writing
+from fedcore.storage.memory import size_text
+from fedcore.storage.rows import StateStore
 
 from .app import OUTCOME, RUN_DIR, SERIES, WATCH
 from .bundle import bundle_of
-from .link import LOG, SuperLink
+from .link import LOG, SuperLink, host_and_port, wait_for_port
 
 log = logging.getLogger("fedcore")
 
 FACTS = "server.json"  # for `fedcore status`: where the SuperLink's APIs are
 CRASHES = 5  # in a row, without a round between them, after which the run ends
+ROOM = 1_000_000  # bytes that a start of the ServerApp writes
 LOOK = 0.1  # seconds between looks at the processes
 ERRORS: dict[int, type[Exception]] = {2: SettingsError, 130: Interrupted}
 
@@ -53,31 +70,80 @@ def serve(
     directory: a new one, or one that this run began in. Raises SettingsError, RunError
     and Interrupted.
     """
-    if folder is not None and (faults := certs.check(folder)):
+    if folder is not None and (faults := certs.check_server(folder)):
         raise SettingsError("\n".join(faults))
-    out = _run_dir(experiment, out)
-    with _alone(out):
-        return Server(experiment, listen, folder, out).run()
-
-
-def _run_dir(experiment: Experiment, out: Path | None) -> Path:
+    host_and_port(listen)
+    if out is not None:
+        _refuse_run_dir(experiment, out)
+    _refuse_settings(experiment, out)
     if out is None:
         task = experiment.task.replace(":", "-")
         out = fresh(f"{experiment.method.name}-{task}-seed{experiment.seed}")
-    if (out / "config.toml").exists():
+    make_run_dir(out)
+    with _alone(out):
+        wait_for_port(listen)
+        _begin(experiment, out)
+        return Server(experiment, listen, folder, out).run()
+
+
+def _refuse_run_dir(experiment: Experiment, out: Path) -> None:
+    """Raises SettingsError for a directory of another run, or of something else."""
+    if has_round(out):
         open_run_dir(experiment, None, out)
     else:
         open_run_dir(experiment, out, None)
-    make_run_dir(out, experiment)
-    if not (out / SERIES).exists():
-        series = {"series": secrets.token_hex(8)}
-        write_atomically(out / SERIES, json.dumps(series).encode())
-    return out
+
+
+def _refuse_settings(experiment: Experiment, out: Path | None) -> None:
+    """Raises SettingsError for whatever the round loop would refuse.
+
+    Its parts are made as it makes them, so that a fault is found before anything
+    listens, and are thrown away.
+    """
+    folder = out or Path()  # nothing is written to it
+    if out is not None and has_round(out):
+        header = read_header(Checkpoint(out / "checkpoint"), out, experiment.rounds)
+        History.read(out / "metrics.jsonl", 0 if header is None else header["round"])
+
+    def engine(work: Work) -> Engine:
+        return Sequential(work, StateStore((), 0, Path))
+
+    parts = prepare(experiment, folder, engine, log.debug)
+    if parts.method.personalises():
+        return  # a part of the model stays on clients
+    size = trees.nbytes(parts.params)
+    if size > experiment.engine.message_limit_mb * 1e6:
+        raise SettingsError(
+            f"engine.message_limit_mb = {experiment.engine.message_limit_mb:g}, but "
+            f"the model that every client gets has {size_text(size)}: use a smaller "
+            "model, or raise the limit, also in the memory of the server (a copy a "
+            "client) and of the clients"
+        )
+
+
+def _begin(experiment: Experiment, out: Path) -> None:
+    """Write the settings, and the name by which clients know the run.
+
+    A run that came to no round, and had other settings, is forgotten.
+    """
+    config, series = out / "config.toml", out / SERIES
+    text = experiment.to_toml().encode()
+    if not has_round(out) and not (config.exists() and config.read_bytes() == text):
+        clear_start(out)
+        series.unlink(missing_ok=True)
+    write_settings(out, experiment)
+    if not series.exists():
+        name = {"series": secrets.token_hex(8)}
+        write_atomically(series, json.dumps(name).encode())
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    with (out / "server.lock").open("w") as lock:
+    """One server at a time in a run directory; one that began nothing leaves none."""
+    file = out / "server.lock"
+    with writing(file):
+        lock = file.open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -85,7 +151,13 @@ def _alone(out: Path) -> Iterator[None]:
                 f"{out}: another server runs in it; "
                 "end that one, or choose another --out"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if not (out / "config.toml").exists():
+                file.unlink(missing_ok=True)
+                with suppress(OSError):
+                    out.rmdir()
 
 
 class Server:
@@ -151,6 +223,7 @@ class Server:
             return None
         file = self.out / OUTCOME
         if not file.exists():
+            self._try_room()
             self._note_crash("the ServerApp", status)
             self.app = None
             link.stop_run(self.run_id)
@@ -160,6 +233,15 @@ class Server:
             raise ERRORS.get(outcome["exit_status"], RunError)(outcome["error"])
         result: dict[str, Any] = outcome["result"]
         return result
+
+    def _try_room(self) -> None:
+        """Raises Unwritable where the run directory takes nothing more.
+
+        A ServerApp that found it so could not write its outcome.
+        """
+        trial = self.out / "room"
+        write_atomically(trial, bytes(ROOM))
+        trial.unlink()
 
     def _note_crash(self, name: str, status: int) -> None:
         rounds = _rounds_done(self.out)
@@ -200,7 +282,7 @@ class Server:
             command.append("--insecure")
         else:
             command += ["--root-certificates", str(self.folder / "ca.crt")]
-        with (self.out / LOG).open("ab") as file:
+        with writing(self.out / LOG), (self.out / LOG).open("ab") as file:
             return subprocess.Popen(command, stdout=file, env=self._environment())
 
     def _stop_app(self) -> None:
@@ -248,7 +330,8 @@ class Server:
         if self.link is not None:
             self.link.kill()
         for name in (FACTS, WATCH):
-            (self.out / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.out / name).unlink()
 
 
 def _rounds_done(out: Path) -> int:

@@ -14,7 +14,9 @@ from flwr.proto import control_pb2
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
+from fedcore.deploy.proxies import without_proxies
 from fedcore.errors import RunError, SettingsError
+from fedcore.escapes import escaped
 
 from .app import SERIES, WATCH
 from .serve import FACTS
@@ -54,12 +56,13 @@ def status(run_dir: Path) -> dict[str, Any]:
 def _nodes(run_dir: Path, facts: dict[str, Any]) -> list[Any]:
     """Flower's descriptions of the nodes, client-2 before client-10."""
     ca = None if facts["ca"] is None else Path(facts["ca"]).read_bytes()
-    control = ControlHttpClient.from_server_address(
-        server_address=facts["control"],
-        insecure=ca is None,
-        root_certificates=ca,
-        interceptors=[RuntimeVersionHttpInterceptor("flwr CLI")],
-    )
+    with without_proxies():
+        control = ControlHttpClient.from_server_address(
+            server_address=facts["control"],
+            insecure=ca is None,
+            root_certificates=ca,
+            interceptors=[RuntimeVersionHttpInterceptor("flwr CLI")],
+        )
     try:
         infos = control.ListNodes(control_pb2.ListNodesRequest()).nodes_info
     except httpx.HTTPError as error:
@@ -80,7 +83,7 @@ def _row(info: Any) -> dict[str, Any]:
         if info.status == "online":
             heard -= HEARTBEAT_PATIENCE * info.heartbeat_interval
         seen = round(max(datetime.now(UTC).timestamp() - heard, 0), 1)
-    name = info.name or f"node {info.node_id}"
+    name = escaped(info.name) or f"node {info.node_id}"
     return {"name": name, "status": info.status, "last_seen_s": seen}
 
 

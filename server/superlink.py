@@ -38,6 +38,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedcore import __version__
 from fedcore.deploy import certs
+from fedcore.deploy.proxies import without_proxies
 from fedcore.users import find_user_modules
 
 REPEAT = 30.0  # seconds in which the same refusal is said once
@@ -259,6 +260,21 @@ def only_whole_replies(factory: Callable[[], Any]) -> None:
     state.get_message_res = give_whole
 
 
+def heed_no_proxy() -> None:
+    """Have Flower's HTTP clients in this process heed no proxy.
+
+    They call this machine alone. What a task fetches goes through the proxy still.
+    """
+    client: Any = importlib.import_module("flwr.supercore.protobuf.client")
+    begin = client.ProtobufClient.__init__
+
+    def begin_without_proxies(self: Any, *arguments: Any, **options: Any) -> None:
+        with without_proxies():
+            begin(self, *arguments, **options)
+
+    client.ProtobufClient.__init__ = begin_without_proxies
+
+
 def end_with_parent() -> None:
     """Be killed when the process that started this one ends, in whatever way."""
     if sys.platform == "linux":
@@ -270,6 +286,7 @@ def end_with_parent() -> None:
 def main() -> None:
     end_with_parent()
     find_user_modules()
+    heed_no_proxy()
     which, *rest = sys.argv[1:]
     if which == "superlink":
         limit, keys, *arguments = rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fedcore.models.vit import Prefix
 from fedcore.rounds.loop import run
 from fedcore.split import PARTS, split
 from fedcore.storage.checkpoint import Checkpoint
+from fedcore.storage.faults import Lines
 from fedcore.types import Batches, Params
 from tests.helpers import LAYERED, assert_close, equal, loop_of, small
 from tests.personal import (
@@ -155,7 +157,7 @@ def test_the_server_holds_the_shared_part_alone_and_a_client_the_rest(
 ) -> None:
     loop = done(small(name), tmp_path)
     assert set(trees.flatten(loop.state.server)) == {f"params/{key}" for key in SHARED}
-    with (tmp_path / "metrics.jsonl").open("a") as metrics:
+    with closing(Lines(tmp_path / "metrics.jsonl")) as metrics:
         loop.saving.save(loop.state, metrics)
     checkpoint = Checkpoint(tmp_path / "checkpoint")
     checkpoint.read()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fedcore.audit.observe import (
+    CPU,
     Observation,
     Subject,
     aggregate,
@@ -34,8 +35,6 @@ from fedcore.rounds.history import History
 from fedcore.rounds.rundir import stored
 from fedcore.task import Task
 from fedcore.tasks import build_task
-
-CPU = torch.device("cpu")
 
 
 class Observer(Protocol):

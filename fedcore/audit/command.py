@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 import typer
 
 from fedcore.errors import FedcoreError, SettingsError
+from fedcore.escapes import printable
 
 if TYPE_CHECKING:
     from fedcore.audit.plan import Plan
@@ -396,4 +397,4 @@ def _only_for_the_owner() -> Iterator[None]:
 
 
 def _say(message: str) -> None:
-    print(f"fedcore: {message}", file=sys.stderr)
+    print(f"fedcore: {printable(message)}", file=sys.stderr)

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcore import trees
 from fedcore.audit.attacks.base import Progress, Reconstruction, lacking, settings_of
 from fedcore.audit.attacks.labels import recover
 from fedcore.audit.cells import Cell, Observer, Prepared
 from fedcore.audit.inspection import inspect_model
-from fedcore.audit.observe import Observation, Subject, alignment, moved
+from fedcore.audit.observe import CPU, Observation, Subject, alignment, moved
 from fedcore.audit.plan import IMAGE_ATTACKS, Plan
 from fedcore.audit.results import SCHEMA, Audit, CellResult, Mode
 from fedcore.audit.scoring import Findings, Scoring, summarise
@@ -150,12 +151,10 @@ def _attack_and_score(
     warnings = _warnings(subjects, prepared.task)
     subjects = [_granted(subject, plan) for subject in subjects]
     findings = _attack(subjects, plan, prepared, observer, stop)
-    for why in list(findings.unlabelled.values())[:1]:
-        warnings.append(
-            f"labels are not recovered, and optimised with the images: {why}"
-        )
-    for name, why in findings.failed.items():
-        warnings.append(f"{name} was not run: {why}")
+    left_out = _left_out(findings)
+    for line in left_out:
+        observer.note(f"{cell.name}: {line}")
+    warnings += left_out
     clients, pictures = Scoring(plan, prepared.task, subjects, findings).clients()
     return {
         "name": cell.name,
@@ -174,6 +173,17 @@ def _attack_and_score(
     }
 
 
+def _left_out(findings: Findings) -> list[str]:
+    """A line about each thing that was not tried, and about labels if not recovered."""
+    lines = []
+    for why in list(findings.unlabelled.values())[:1]:
+        then = ", and optimised with the inputs" if findings.images else ""
+        lines.append(f"labels were not recovered{then}: {why}")
+    for name, why in findings.failed.items():
+        lines.append(f"{name} was not run: {why}")
+    return lines
+
+
 def _flipped(subject: Subject) -> Subject:
     """The client, where its messages were global minus local."""
     before = tuple(observation.flipped() for observation in subject.before)
@@ -182,7 +192,8 @@ def _flipped(subject: Subject) -> Subject:
 
 def _granted(subject: Subject, plan: Plan) -> Subject:
     """The client with no more truth than the plan grants to attacks and to scores."""
-    if plan.labels == "oracle" and subject.truth is not None:
+    has_classes = subject.seen.public.classes is not None
+    if plan.labels == "oracle" and subject.truth is not None and has_classes:
         seen = replace(subject.seen, labels=subject.truth.y)
         subject = subject._replace(seen=seen)
     return subject if plan.truth else subject._replace(truth=None)
@@ -199,7 +210,9 @@ def _warnings(subjects: Sequence[Subject], task: Task) -> list[str]:
 
 def doubts(seen: Sequence[Observation], task: Task) -> list[str]:
     """A warning where updates point against the gradient of public data."""
-    x, y = (v[:PROBES].cpu() for v in task.data.test)
+    if len(task.data.test.y) == 0:
+        return []
+    x, y = trees.to(trees.at(tuple(task.data.test), slice(PROBES)), CPU)
     cosines = {observation.client: alignment(observation, x, y) for observation in seen}
     against = {client: value for client, value in cosines.items() if value <= 0}
     if not against:
@@ -277,6 +290,10 @@ def _run(
             "the GPU has too little memory for it; audit fewer clients at once, "
             "or set engine.device to cpu"
         )
+    except (RuntimeError, IndexError, TypeError) as error:
+        # Attacks differentiate the model twice, at inputs that no data set has.
+        reason = " ".join(str(error).split())[:200]
+        return f"the model cannot be attacked so ({type(error).__name__}: {reason})"
 
 
 def _progress(

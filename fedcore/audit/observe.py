@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,10 +29,15 @@ from fedcore.method import Method, data_of
 from fedcore.metrics import PerExample, cross_entropy
 from fedcore.rounds.captures import Exchange
 from fedcore.task import Task
-from fedcore.types import Params
+from fedcore.types import Params, Tree
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
+
+CPU = torch.device("cpu")
+PROBES = 3000  # public examples that stand for all, at most
+FEW = 16  # of them, by which a slope is looked for
+BESIDE = 0.1  # standard deviation of the way to other parameters
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Public:
 
     model: nn.Module  # in evaluation mode, with the initial parameters as published
     loss: PerExample
-    shape: tuple[int, ...]  # of one input
+    shape: tuple[int, ...]  # of one input; () where it is several tensors
     outputs: int  # of the model, per example; classes where the loss is cross-entropy
     pixels: Pixels | None  # None: inputs are no images
     lr: float | None  # eta, local step size
@@ -50,13 +55,19 @@ class Public:
     steps: int | None  # K, instead of epochs
     clipped: bool = False  # the update may have been shortened before it left
     sparse: bool = False  # only the largest entries of the update were sent
+    has_classes: bool = True  # a target is one class, from 0 on
+    unlike_reals: str | None = None  # as `unlike_reals` says of the inputs
+    is_reached: bool = True  # a gradient reaches the inputs
+    # Public inputs [n, ...] in the place of noise, which the model may not take.
+    examples: Tree = field(default=None, compare=False)
 
     @property
     def classes(self) -> int | None:
         """Number of classes; None where the targets are no classes."""
-        return self.outputs if self.loss is cross_entropy else None
+        is_classified = self.loss is cross_entropy and self.has_classes
+        return self.outputs if is_classified else None
 
-    def predict(self, params: Params, x: Tensor) -> Tensor:
+    def predict(self, params: Params, x: Tree) -> Tensor:
         """Outputs [n, outputs] of inputs x [n, ...] with these parameters."""
         outputs: Tensor = model_outputs(self.model, params, x)
         return outputs
@@ -137,8 +148,8 @@ def moved(seen: Sequence[Observation], device: torch.device) -> list[Observation
 class Truth(NamedTuple):
     """A client's real examples, for scoring alone."""
 
-    x: Tensor  # [N, ...], as the model takes them
-    y: Tensor  # [N]
+    x: Tree  # [N, ...], as the model takes them
+    y: Tensor  # [N, ...]
 
 
 class Subject(NamedTuple):
@@ -152,7 +163,27 @@ class Subject(NamedTuple):
 def truth_of(task: Task, client: int) -> Truth:
     """The examples that a client trained on, in a simulation."""
     rows = torch.from_numpy(task.data.rows(client, "train"))
-    return Truth(task.data.x[rows].cpu(), task.data.y[rows].cpu())
+    x, y = trees.at((task.data.x, task.data.y), rows)
+    return Truth(trees.to(x, CPU), y.cpu())
+
+
+def unlike_reals(x: Tree) -> str | None:
+    """The reason why inputs like `x` [n, ...] cannot be sought among real numbers.
+
+    None where they can.
+
+    >>> unlike_reals(torch.zeros(2, 3)) is None
+    True
+    >>> unlike_reals(torch.zeros(2, 3, dtype=torch.int64))
+    'these are int64'
+    >>> unlike_reals({"ids": torch.zeros(2, 3), "mask": torch.ones(2, 3)})
+    'these are 2 tensors an example'
+    """
+    if not isinstance(x, Tensor):
+        return f"these are {len(trees.leaves(x))} tensors an example"
+    if not x.is_floating_point():
+        return f"these are {str(x.dtype).removeprefix('torch.')}"
+    return None
 
 
 def public_of(experiment: Experiment, task: Task) -> Public:
@@ -160,17 +191,21 @@ def public_of(experiment: Experiment, task: Task) -> Public:
     model = copy.deepcopy(task.model).cpu().eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    data, test = task.data, trees.to(trees.at(task.data.test.x, slice(PROBES)), CPU)
     with torch.no_grad():
-        blank = trees.map(lambda v: torch.zeros_like(v[:1], device="cpu"), task.data.x)
+        blank = trees.zeros_like(trees.to(trees.at(data.x, slice(1)), CPU))
         outputs = model_outputs(model, {}, blank)
-    shape = tuple(task.data.x.shape[1:])
+    number = int(outputs.shape[-1]) if outputs.ndim > 1 else 1
+    strange = unlike_reals(data.x)
+    is_reached = strange is None and _is_reached(model, test)
+    shape = tuple(data.x.shape[1:]) if isinstance(data.x, Tensor) else ()
     local, defence = experiment.local, experiment.defence
     lr = getattr(experiment.method, "local_lr", None)  # not every method has one
     return Public(
         model=model,
         loss=task.metrics["loss"],
         shape=shape,
-        outputs=int(outputs.shape[-1]) if outputs.ndim > 1 else 1,
+        outputs=number,
         pixels=task.pixels if len(shape) == 3 else None,
         lr=float(lr) if isinstance(lr, int | float) else None,
         epochs=local.epochs if local.steps is None else None,
@@ -178,7 +213,38 @@ def public_of(experiment: Experiment, task: Task) -> Public:
         steps=local.steps,
         clipped=defence.clip is not None,
         sparse=defence.top_k < 1,
+        has_classes=_are_classes(data.y, outputs),
+        unlike_reals=strange,
+        is_reached=is_reached,
+        examples=None if is_reached else test,
     )
+
+
+def _are_classes(y: Tensor, outputs: Tensor) -> bool:
+    """Whether targets y [n, ...] are one class each, of those that a model gives."""
+    is_whole = not y.is_floating_point() and not y.is_complex()
+    if not is_whole or y.ndim != 1 or outputs.ndim != 2 or len(y) == 0:
+        return False
+    return bool(y.min() >= 0 and y.max() < outputs.shape[1])
+
+
+def _is_reached(model: nn.Module, x: Tensor) -> bool:
+    """Whether outputs for some of the inputs x [n, ...] have a slope in the inputs.
+
+    At parameters beside those of the model, of which some may be zero at the start.
+    """
+    draw = torch.Generator().manual_seed(0)
+    params: Params = {}
+    for name, w in model.named_parameters():
+        params[name] = w + BESIDE * torch.randn(w.shape, generator=draw).to(w.dtype)
+    x = x[:FEW].detach().clone().requires_grad_()
+    outputs = model_outputs(model, params, x)
+    if len(x) == 0 or not outputs.requires_grad:
+        return len(x) == 0  # nothing is known without an example
+    direction = torch.randn(outputs.shape, generator=draw).to(outputs.dtype)
+    total = (outputs * direction).sum()
+    (slope,) = torch.autograd.grad(total, x, allow_unused=True)
+    return slope is not None and bool((slope != 0).any())
 
 
 def observation(method: Method[Any], public: Public, exchange: Exchange) -> Observation:
@@ -234,11 +300,11 @@ def aggregate(subjects: Sequence[Subject]) -> Subject:
     truths = [subject.truth for subject in subjects if subject.truth is not None]
     if len(truths) < len(subjects):
         return Subject(observed, None)
-    x, y = (torch.cat(examples) for examples in zip(*truths, strict=True))
-    return Subject(observed, Truth(x, y))
+    x = trees.map(lambda *rows: torch.cat(rows), *(truth.x for truth in truths))
+    return Subject(observed, Truth(x, torch.cat([truth.y for truth in truths])))
 
 
-def alignment(seen: Observation, x: Tensor, y: Tensor) -> float:
+def alignment(seen: Observation, x: Tree, y: Tensor) -> float:
     """Cosine of w0 - wT and the gradient at w0 of the mean loss of public examples.
 
     Positive where the sign of the update is right.

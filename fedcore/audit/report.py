@@ -38,7 +38,7 @@ from fedcore.audit.words import (
     verdict,
 )
 from fedcore.config import Experiment
-from fedcore.errors import SettingsError
+from fedcore.escapes import escaped, printable
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.json import without_nan
 from fedcore.views.figures import STYLE
@@ -51,20 +51,14 @@ UNFOLDED = 3  # cells; of more than that only the worst is unfolded
 def write(audit: Audit, folder: Path, command: Sequence[str]) -> Path:
     """Write both files, for the owner alone; the path of audit.html.
 
-    Raises SettingsError where they cannot be written.
+    Raises Unwritable where they cannot be written.
     """
     files: dict[str, Callable[[], str]] = {
         "audit.json": lambda: json.dumps(ready(audit), indent=1, allow_nan=False),
         "audit.html": lambda: page(audit, command),
     }
-    try:
-        for name, content in files.items():
-            write_atomically(folder / name, content().encode())
-            (folder / name).chmod(0o600)
-    except OSError as error:
-        raise SettingsError(
-            f"{folder} cannot be written to: {error.strerror}"
-        ) from error
+    for name, content in files.items():
+        write_atomically(folder / name, content().encode(), mode=0o600)
     return folder / "audit.html"
 
 
@@ -92,7 +86,7 @@ def too_high(audit: Audit, limit: float) -> str | None:
 
 def show(audit: Audit, file: Path) -> None:
     """Print the table, the verdict and the advice on stdout."""
-    print(table_text(table(audit), left=2))
+    print(printable(table_text(table(audit), left=2)))
     grade = badge(audit)
     print(f"\n{grade[0].upper()}{grade[1:]}. {summary(audit)}")
     for line in measured(audit):
@@ -102,10 +96,10 @@ def show(audit: Audit, file: Path) -> None:
         names = ", ".join(remedy.short for remedy in remedies)
         print(f"To switch on: {names}.")
     for name, why in audit.failed.items():
-        print(f"Left out: {name}: {why}")
+        print(escaped(f"Left out: {name}: {why}"))
     for warning in audit.warnings:
-        print(f"Note: {warning}.")
-    print(f"Report: {file}")
+        print(escaped(f"Note: {warning}."))
+    print(escaped(f"Report: {file}"))
 
 
 def page(audit: Audit, command: Sequence[str]) -> str:

@@ -15,10 +15,11 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fedcore import trees
 from fedcore.audit import metrics
 from fedcore.audit.attacks import membership
 from fedcore.audit.attacks.base import Reconstruction
-from fedcore.audit.observe import Subject, Truth
+from fedcore.audit.observe import CPU, Subject, Truth
 from fedcore.audit.plan import Plan
 from fedcore.audit.results import (
     AttackResult,
@@ -71,7 +72,7 @@ class Scoring:
     ) -> None:
         self.plan, self.pixels = plan, task.pixels
         self.subjects, self.findings = subjects, findings
-        self.public_x, self.public_y = (v.cpu() for v in task.data.test)
+        self.public_x, self.public_y = trees.to(tuple(task.data.test), CPU)
 
     def clients(self) -> tuple[list[ClientResult], list[Pictures]]:
         """Every client's part of audit.json, and the pictures of the first of them."""
@@ -236,6 +237,8 @@ class Scoring:
     def _chance(self, y: Tensor, outputs: int) -> float:
         """The label accuracy of a guess by the classes of the public data."""
         guess = torch.bincount(self.public_y, minlength=outputs).double()
+        if len(self.public_y) == 0:
+            guess = torch.ones(outputs, dtype=torch.float64)  # nothing is known
         even = (guess / guess.sum() * len(y)).round()
         counts = torch.bincount(y, minlength=len(guess))
         return float(1 - 0.5 * (even - counts).abs().sum().item() / len(y))
@@ -251,11 +254,20 @@ class Scoring:
         if not rows:
             why = "the test set has no example of the client's classes"
             return {"ok": False, "error": why}
-        x = torch.cat([truth.x, self.public_x[rows]])
+        others = trees.at(self.public_x, torch.tensor(rows))
+        x = trees.map(lambda a, b: torch.cat([a, b]), truth.x, others)
         y = torch.cat([truth.y, self.public_y[rows]])
         n = len(truth.y)
+        scores = membership.scores([*before, seen], x, y)
+        strange = ~torch.stack(list(scores.values())).isfinite().all(0)
+        if strange.any():
+            why = (
+                f"the loss of {int(strange.sum())} of {len(y)} candidates, or its "
+                "gradient, is no finite number"
+            )
+            return {"ok": False, "error": why}
         by_score = {}
-        for name, values in membership.scores([*before, seen], x, y).items():
+        for name, values in scores.items():
             by_score[name] = metrics.membership(values[:n], values[n:])
         best = max(by_score, key=lambda name: float(by_score[name]["auc"]))
         auc = by_score[best]["auc"]

@@ -373,6 +373,41 @@ class Natural(_Settings):
         return NaturalIdPartitioner("label")
 
 
+class Own(_Settings):
+    """Every row with one client: the data that a device has are its own.
+
+    Not for presets: a device puts it in the place of the run's partition.
+    """
+
+    name: Literal["own"] = "own"
+    client: int = Field(ge=0, description="the client whose data these are")
+
+    def split(
+        self,
+        labels: np.ndarray,
+        groups: np.ndarray | None,
+        population: int | None,
+        seed: int,
+    ) -> Partition:
+        """All rows for the client, none for the others.
+
+        Raises SettingsError when the population has no such client.
+
+        >>> part = Own(client=1).split(np.zeros(600), None, population=3, seed=0)
+        >>> np.diff(part.offsets)
+        array([  0, 600,   0])
+        """
+        clients = self.client + 1 if population is None else population
+        if self.client >= clients:
+            raise SettingsError(
+                f"--id {self.client}: the run's clients are 0 to {clients - 1}; "
+                "give this device one of these numbers"
+            )
+        sizes = np.zeros(clients, dtype=np.int64)
+        sizes[self.client] = len(labels)
+        return Partition(np.arange(len(labels)), np.append(0, np.cumsum(sizes)))
+
+
 PartitionSettings = Annotated[
     Iid | Dirichlet | Shards | Pathological | SizeSkew | Natural,
     Field(discriminator="name"),

@@ -16,7 +16,6 @@ client, remove its file, also while the server runs.
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 import stat
 from collections.abc import Callable, Sequence
@@ -30,6 +29,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedcore.errors import SettingsError
+from fedcore.storage.checkpoint import write_atomically
+from fedcore.storage.faults import Unwritable, unwritable
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ def make(out: Path, hosts: Sequence[str], nodes: int) -> list[Path]:
     `hosts` are the server's names and addresses. Files that are there stay, so that
     more clients can be added later; the server's certificate is made anew when `hosts`
     differ from it. Directories are 0700 and private keys 0600. Raises SettingsError for
-    a bad host, and where files cannot be written.
+    a bad host, and Unwritable where files cannot be written.
     """
     names = [_general_name(host) for host in dict.fromkeys([*hosts, *ALWAYS])]
     try:
@@ -61,11 +62,10 @@ def make(out: Path, hosts: Sequence[str], nodes: int) -> list[Path]:
         _make_folder(out / "server" / "clients")
         for i in range(nodes):
             made += _make_client(out, f"client-{i}")
+    except Unwritable:
+        raise
     except OSError as error:
-        raise SettingsError(
-            f"{error.filename}: {error.strerror}; "
-            "expected a directory that can be made and written to"
-        ) from error
+        raise unwritable(Path(error.filename or out), error) from error
     return made
 
 
@@ -79,7 +79,7 @@ def _make_authority(out: Path) -> list[Path]:
     if file.exists():
         return []
     key = ec.generate_private_key(ec.SECP256R1())
-    return [_write_secret(key_file, _pem(key)), _write(file, _authority(key))]
+    return [_write(key_file, _pem(key)), _write(file, _authority(key))]
 
 
 def _make_server(out: Path, names: list[x509.DNSName | x509.IPAddress]) -> list[Path]:
@@ -92,7 +92,7 @@ def _make_server(out: Path, names: list[x509.DNSName | x509.IPAddress]) -> list[
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
     return [
-        _write_secret(file.with_suffix(".key"), _pem(key)),
+        _write(file.with_suffix(".key"), _pem(key)),
         _write(file, _certificate(key, names, ca, ca_key)),
     ]
 
@@ -111,7 +111,7 @@ def _make_client(out: Path, name: str) -> list[Path]:
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     return [
-        _write_secret(folder / "client.key", private),
+        _write(folder / "client.key", private),
         _write(folder / "client.pub", public + b"\n"),
         _write(out / "server" / "clients" / f"{name}.pub", public + b"\n"),
     ]
@@ -168,6 +168,26 @@ def load_certificate(file: Path) -> x509.Certificate:
 def federation_of(folder: Path) -> str:
     """A name for a federation: the beginning of the SHA-256 of its authority."""
     return load_certificate(folder / "ca.crt").fingerprint(hashes.SHA256()).hex()[:16]
+
+
+def check_server(folder: Path) -> list[str]:
+    """Faults of a directory that a server is given, as `check` finds them."""
+    if (folder / "client.key").exists() and not (folder / "server.key").exists():
+        return [
+            f"{folder} is a client's directory: "
+            "expected the server's, DIR/server of fedcore certs"
+        ]
+    return check(folder)
+
+
+def check_client(folder: Path) -> list[str]:
+    """Faults of a directory that a client is given, as `check` finds them."""
+    if (folder / "server.key").exists() and not (folder / "client.key").exists():
+        return [
+            f"{folder} is the server's directory: "
+            "expected the client's own, DIR/client-N of fedcore certs"
+        ]
+    return check(folder)
 
 
 def check(
@@ -369,16 +389,9 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write(file: Path, content: bytes) -> Path:
-    file.write_bytes(content)
-    file.chmod(0o600)
-    return file
+    """Whole or not at all: a half written file would be taken for one that is there.
 
-
-def _write_secret(file: Path, content: bytes) -> Path:
-    """Never readable by others, not even before its mode is set."""
-    file.unlink(missing_ok=True)
-    with os.fdopen(
-        os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
-    ) as f:
-        f.write(content)
+    For the owner alone, not even before its mode is set readable by others.
+    """
+    write_atomically(file, content, mode=0o600)
     return file

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fedcore.errors import SettingsError
+from fedcore.escapes import escaped, printable
 
 __all__ = ["register"]
 
@@ -143,7 +144,7 @@ def certs(host: Hosts, nodes: Nodes, out: CertsOut = Path("certs")) -> None:
     from fedcore.deploy import certs as making
 
     for file in making.make(out, host, nodes):
-        print(file)
+        print(escaped(str(file)))
 
 
 def server(
@@ -213,7 +214,8 @@ def doctor(
         print(json.dumps({"ok": not faults, "checks": listed}))
     else:
         for check, fault in checks:
-            print(f"FIX {check}: {fault}" if fault else f"ok  {check}")
+            line = f"FIX {check}: {fault}" if fault else f"ok  {check}"
+            print(escaped(line))
     raise typer.Exit(1 if faults else 0)
 
 
@@ -222,7 +224,7 @@ def status(run_dir: RunDir, json_: Json = False) -> None:
     _quieten()
     module = importlib.import_module("fedcore.server.status")
     nodes: dict[str, Any] = module.status(run_dir)
-    print(json.dumps(nodes) if json_ else module.text(nodes))
+    print(json.dumps(nodes) if json_ else printable(module.text(nodes)))
 
 
 def states(
@@ -234,7 +236,7 @@ def states(
     """List the states that a client keeps, by run, and delete those not needed."""
     module = importlib.import_module("fedcore.client.states")
     kept = module.tidy(state, forget or [], older_than)
-    print(json.dumps(kept) if json_ else module.text(kept))
+    print(json.dumps(kept) if json_ else printable(module.text(kept)))
 
 
 def _keys(certs: Path | None, insecure: bool) -> Path | None:

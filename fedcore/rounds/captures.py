@@ -20,6 +20,7 @@ from fedcore.method import Method
 from fedcore.reports import Reports
 from fedcore.rng import rng
 from fedcore.storage.checkpoint import write_atomically
+from fedcore.storage.faults import writing
 from fedcore.types import ClientFunction, Params, Tree
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ class Captures:
                 f"round {t + 1}: nothing captured for an audit: the chosen clients "
                 "sent no change of parameters"
             )
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        with writing(self._folder):
+            self._folder.mkdir(mode=0o700, exist_ok=True)
         file = self._folder / f"round-{t + 1:06d}.safetensors"
         write_atomically(file, _pack(self._exchanges))
         self._exchanges = []

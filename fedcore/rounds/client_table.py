@@ -9,6 +9,7 @@ that it runs again (`cut`), and goes on from there.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from array import array
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcore.storage.checkpoint import replacing
+from fedcore.storage.checkpoint import replacing, write_atomically
+from fedcore.storage.faults import writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,9 +76,11 @@ class ClientTable:
         if rows == 0:
             return
         file = self.folder / PIECES / _piece_name(int(self._rounds[rows - 1]))
-        file.parent.mkdir(exist_ok=True)
-        with replacing(file) as sink:
-            pq.write_table(self._first(rows), sink, compression="zstd")
+        with writing(file.parent):
+            file.parent.mkdir(exist_ok=True)
+        content = io.BytesIO()
+        pq.write_table(self._first(rows), content, compression="zstd")
+        write_atomically(file, content.getvalue())
         del self._rounds[:rows], self._functions[:rows]
         for column in self._numbers.values():
             del column[:rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +24,18 @@ from fedcore.rounds.observer import Notes, Observer, Quiet
 from fedcore.rounds.participation import answering
 from fedcore.rounds.result import Result, final_measures, params_sha256
 from fedcore.rounds.rundir import (
+    clear_start,
     lock,
     make_run_dir,
     open_run_dir,
+    write_settings,
 )
 from fedcore.rounds.saving import Saving, State, read_header
 from fedcore.rounds.setup import MakeEngine, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
 from fedcore.rounds.tally import Exchange, Tally
 from fedcore.storage.checkpoint import Checkpoint, write_atomically
+from fedcore.storage.faults import Lines, Unwritable
 from fedcore.storage.json import without_nan
 
 if TYPE_CHECKING:
@@ -64,10 +67,14 @@ def run(
         with suppress(OSError):
             folder.rmdir()  # made for this run, and still empty
         raise
+    is_writable = True
     try:
         return loop.run()
+    except Unwritable:
+        is_writable = False
+        raise
     finally:
-        loop.close()
+        loop.close(is_writable)
 
 
 class Loop:
@@ -105,8 +112,11 @@ class Loop:
         self.state = self._first_state(parts.params)
         if header is not None:
             self.state = self.saving.restore(header, self.state, self.task.device)
-        make_run_dir(folder, experiment)
+        make_run_dir(folder)
         self._lock = self._lock or lock(folder)
+        if not resume:
+            clear_start(folder)
+        write_settings(folder, experiment)
         # Lines that were logged after the checkpoint go: those rounds are run again.
         self.history = History.read(folder / "metrics.jsonl", self.state.t)
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
@@ -134,10 +144,11 @@ class Loop:
         sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
         return State(0, trees.to(server, device), self.process.start(), sent)
 
-    def close(self) -> None:
+    def close(self, is_writable: bool = True) -> None:
         try:
             self.engine.close()
-            self.clients.merge()
+            if is_writable:
+                self.clients.merge()
         finally:
             if self._lock is not None:
                 self._lock.close()
@@ -146,13 +157,26 @@ class Loop:
     def run(self) -> Result:
         """To the last round.
 
-        Raises Interrupted on SIGINT or SIGTERM, and whatever fails in a round, with a
-        checkpoint of the last whole round.
+        Raises Interrupted on SIGINT or SIGTERM, Unwritable where the run directory
+        takes no more, and whatever fails in a round, with a checkpoint of the last
+        whole round.
         """
+        try:
+            return self._run()
+        except Unwritable as error:
+            kept = self.saving.rounds_kept
+            then = "then start the run again"
+            if kept is not None:
+                then = f"then resume the run, from its checkpoint of round {kept}"
+            error.message += f", {then}"
+            raise
+
+    def _run(self) -> Result:
         rounds, seconds = self.experiment.rounds, self.experiment.checkpoint.seconds
         population = self.task.population
         self.observer.started(self.experiment, self.engine, population, self.history)
-        with (self.folder / "metrics.jsonl").open("a") as metrics, signals(self._stop):
+        file = Lines(self.folder / "metrics.jsonl")
+        with closing(file) as metrics, signals(self._stop):
             while self.state.t < rounds:
                 try:
                     self._stop.round_done(self.state.t)
@@ -164,8 +188,7 @@ class Loop:
                     self.saving.save(self.state, metrics)
                     raise
                 self.history.add(row)
-                metrics.write(json.dumps(row) + "\n")
-                metrics.flush()
+                metrics.add(json.dumps(row))
                 self.observer.round_done(row)
                 hopeless = self._hopeless()
                 is_last = self.state.t == rounds

@@ -6,11 +6,13 @@ report.html and lock.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import tomllib
 from datetime import UTC, datetime
@@ -22,7 +24,8 @@ import torch
 
 from fedcore import __version__
 from fedcore.errors import SettingsError
-from fedcore.storage.checkpoint import write_atomically
+from fedcore.storage.checkpoint import STATE, write_atomically
+from fedcore.storage.faults import Unwritable, unwritable
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedcore")
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)  # of a measure over clients
+LOCKS = {"lock", "run.lock", "server.lock"}  # files that hold nothing
 # Settings that a resumed run may have otherwise.
 MAY_CHANGE = ("rounds", "engine", "checkpoint")
 
@@ -50,13 +54,9 @@ def open_run_dir(
         task = experiment.task.replace(":", "-")
         return fresh(f"{experiment.method.name}-{task}-seed{experiment.seed}")
     folder = Path(out)
-    if (folder / "config.toml").exists():
-        raise SettingsError(
-            f"{folder} already holds a run: resume it with --resume {folder}, "
-            "or choose another --out"
-        )
+    _refuse_taken(folder)
     # A run writes and deletes in its directory.
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not _is_start(folder):
         raise SettingsError(
             f"--out {folder} is not empty and holds no run: "
             "expected a new or empty directory"
@@ -64,19 +64,62 @@ def open_run_dir(
     return folder
 
 
-def make_run_dir(folder: Path, experiment: Experiment) -> None:
-    """Make it and write the settings, when everything else has gone well.
+def has_round(folder: Path) -> bool:
+    """Whether a round of a run was done in this directory, as far as can be read."""
+    metrics, state = folder / "metrics.jsonl", folder / "checkpoint" / STATE
+    try:
+        if metrics.exists() and metrics.stat().st_size > 0:
+            return True
+        if not state.exists():
+            return any(state.parent.glob("*.safetensors"))
+        return bool(json.loads(state.read_bytes())["round"] != 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # something is there that is better not deleted
+
+
+def _is_start(folder: Path) -> bool:
+    """Whether a directory holds nothing, or a run that came to no round."""
+    names = {file.name for file in folder.iterdir()}
+    return "config.toml" in names or names <= LOCKS
+
+
+def _refuse_taken(folder: Path) -> None:
+    if has_round(folder):
+        raise SettingsError(
+            f"{folder} already holds a run: resume it with --resume {folder}, "
+            "or choose another --out"
+        )
+
+
+def clear_start(folder: Path) -> None:
+    """Delete the files of a run that came to no round; other files stay.
+
+    Raises SettingsError where a round was done.
+    """
+    _refuse_taken(folder)
+    for name in ("metrics.jsonl", "clients.parquet", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("checkpoint", "clients", "captures"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def make_run_dir(folder: Path) -> None:
+    """Make it, when everything else has gone well.
 
     Raises SettingsError when that cannot be done.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_settings(folder, experiment)
     except OSError as error:
-        raise SettingsError(
-            f"--out {folder}: {error.strerror}; "
-            "expected a directory that can be made and written to"
-        ) from error
+        raise _refused(folder, error) from error
+
+
+def _refused(file: Path, error: OSError) -> SettingsError | Unwritable:
+    """The error for what cannot be made: of the disk where it is full."""
+    fault = unwritable(file, error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return fault
+    return SettingsError(f"--out: {fault}; choose another directory")
 
 
 def lock(folder: Path) -> IO[bytes]:
@@ -89,9 +132,7 @@ def lock(folder: Path) -> IO[bytes]:
     try:
         file = (folder / "lock").open("wb")
     except OSError as error:
-        raise SettingsError(
-            f"{folder} cannot be written to: {error.strerror}"
-        ) from error
+        raise _refused(folder / "lock", error) from error
     try:
         import fcntl  # not on Windows
 
@@ -122,10 +163,7 @@ def fresh(name: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise SettingsError(
-                f"{folder} cannot be made: {error.strerror}; "
-                "choose a directory with --out"
-            ) from error
+            raise _refused(folder, error) from error
     raise AssertionError("unreachable")
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from fedcore.engines.base import Engine
 from fedcore.errors import SettingsError
 from fedcore.rounds.client_table import ClientTable
 from fedcore.storage.checkpoint import Checkpoint
+from fedcore.storage.faults import Lines
 from fedcore.storage.rows import StateStore
 from fedcore.types import Tree
 
@@ -53,18 +53,19 @@ class Saving:
         self._checkpoint, self._engine = checkpoint, engine
         self._stores, self._table, self._start = stores, table, start
         self._saved = time.perf_counter()
+        self.rounds_kept: int | None = None  # in the checkpoint; None without one
 
     @property
     def age(self) -> float:
         """Seconds since the last checkpoint, or since the start."""
         return time.perf_counter() - self._saved
 
-    def save(self, state: State, metrics: IO[str]) -> None:
+    def save(self, state: State, metrics: Lines) -> None:
         """Write the whole state, in one step.
 
         `metrics` comes first, so that no checkpoint knows more rounds than it.
         """
-        os.fsync(metrics.fileno())
+        metrics.sync()
         header: dict[str, Any] = {
             "round": state.t,
             "engine": self._engine.choices,
@@ -83,6 +84,7 @@ class Saving:
         for store in self._stores.values():
             store.saved()
         self._saved = time.perf_counter()
+        self.rounds_kept = state.t
 
     def _parts(self, state: State) -> Iterator[tuple[str, dict[str, Tensor]]]:
         # Cloned: two fields of a method's server may be the same tensor, which
@@ -112,6 +114,7 @@ class Saving:
                 f"{self._checkpoint.folder.parent} started from, which it still needs: "
                 "put them back there, or start the run anew without --resume"
             )
+        self.rounds_kept = t
         self._engine.choices.update(header["engine"])
         server = self._part("server", like.server)
         participation = self._part("participation", like.participation)

@@ -18,6 +18,7 @@ from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.saving import Start
 from fedcore.split import split
+from fedcore.storage.faults import writing
 from fedcore.storage.rows import StateStore
 from fedcore.types import Params
 
@@ -129,5 +130,6 @@ def _spill(run_dir: Path, name: str) -> Path:
     No method: a store that knew its loop would keep a finished run in memory.
     """
     folder = run_dir / "state" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fedcore.storage.faults import unwritable
+
+log = logging.getLogger("fedcore")
+
+_noted: set[Path] = set()  # folders of which it was said that they are not written
 
 
 def cache_dir() -> Path:
@@ -44,16 +52,39 @@ def load(key: str) -> dict[str, np.ndarray] | None:
 def save(key: str, **arrays: np.ndarray) -> None:
     """Keep arrays under this key.
 
-    A cache that cannot be written is no error: the result is computed again.
+    A cache that cannot be written is no error: the result is computed again. It is
+    noted once.
     """
-    # RuntimeError: this user has no home.
-    with contextlib.suppress(OSError, RuntimeError):
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=cache_dir(), prefix=f".{key}-")
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # type: ignore[arg-type]
+    with contextlib.suppress(RuntimeError):  # this user has no home
+        file = cache_dir() / f"{key}.npz"
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            Path(part).replace(cache_dir() / f"{key}.npz")
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _replace(file, content.getvalue())
+        except OSError as error:
+            _note(file.parent, str(unwritable(file, error, content.tell())))
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Other processes may write the same file at the same time, each whole."""
+    descriptor, part = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-")
+    try:
+        with os.fdopen(descriptor, "wb") as sink:
+            sink.write(content)
+        Path(part).replace(file)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def _note(folder: Path, reason: str) -> None:
+    if folder in _noted:
+        return
+    _noted.add(folder)
+    log.warning(
+        "the cache is not written, and its results are computed again each time: %s; "
+        "or set FEDCORE_CACHE to another folder than %s",
+        reason,
+        folder,
+    )

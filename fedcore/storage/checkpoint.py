@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedcore.errors import SettingsError
+from fedcore.storage.faults import Unwritable, unwritable, writing
 
 VERSION = 1
 STATE = "state.json"
@@ -27,28 +29,36 @@ WHOLE = "."  # the path of a tree that is one tensor; safetensors takes no empty
 
 
 @contextmanager
-def replacing(file: Path, sync: bool = True) -> Iterator[IO[bytes]]:
+def replacing(
+    file: Path, sync: bool = True, needed: int | None = None, mode: int = 0o666
+) -> Iterator[IO[bytes]]:
     """A new file to write to, which takes the place of `file` at the end.
 
     Whatever happens to this process, and with `sync` to the machine, the file holds
-    what it held before or all that was written.
+    what it held before or all that was written. Raises Unwritable, which says that
+    `needed` bytes were to be written. `mode` is that of a new file, less the umask.
     """
     part = file.with_name(f".{file.name}.part")
     try:
-        with part.open("wb") as sink:
+        with open(part, "wb", opener=partial(os.open, mode=mode)) as sink:
             yield sink
             if sync:
                 sink.flush()
                 os.fsync(sink.fileno())
         part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # as where the folder has gone
+            part.unlink()
+        if isinstance(error, OSError):  # now, for the room is that without the part
+            raise unwritable(file, error, needed) from error
         raise
 
 
-def write_atomically(file: Path, content: bytes, sync: bool = True) -> None:
+def write_atomically(
+    file: Path, content: bytes, sync: bool = True, mode: int = 0o666
+) -> None:
     """Replace the file by `content` in one step, as `replacing` does."""
-    with replacing(file, sync) as sink:
+    with replacing(file, sync, len(content), mode) as sink:
         sink.write(content)
 
 
@@ -85,16 +95,23 @@ class Checkpoint:
         A part is a name and a flat tree of tensors; they are written one after another.
         Parts named in `keep` are taken over from the previous checkpoint as they are.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # Its parent is not made: a run whose directory was deleted has nothing to save.
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
         files = {part: self._files[part] for part in keep or set()}
-        for part, tensors in parts:
-            files[part] = self._write(f"{part}-{number:06d}.safetensors", tensors)
-        state = {"version": VERSION, **facts, "files": files}
-        text = json.dumps({**state, "sha256": _digest(state)}, indent=1)
-        write_atomically(self.folder / STATE, text.encode())
-        sync_folder(self.folder)
-        self._files = files
-        self._delete_others()
+        try:
+            for part, tensors in parts:
+                files[part] = self._write(f"{part}-{number:06d}.safetensors", tensors)
+            state = {"version": VERSION, **facts, "files": files}
+            text = json.dumps({**state, "sha256": _digest(state)}, indent=1)
+            write_atomically(self.folder / STATE, text.encode())
+        except Unwritable:
+            self._delete(_names(files) - _names(self._files))
+            raise
+        with writing(self.folder / STATE):
+            sync_folder(self.folder)
+            self._files = files
+            self._delete_others()
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
         """Write the file of one part; its entry in `files` is returned."""
@@ -105,11 +122,17 @@ class Checkpoint:
         write_atomically(self.folder / name, content)
         return {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
 
+    def _delete(self, names: set[str]) -> None:
+        """Delete the parts of a checkpoint that did not come to its end."""
+        with suppress(OSError):
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
+
     def _delete_others(self) -> None:
         """Delete the files that the newest checkpoint does not name."""
-        current = {entry["file"] for entry in self._files.values()}
+        current = _names(self._files) | {STATE}
         for file in self.folder.iterdir():
-            if file.is_file() and file.name not in current | {STATE}:
+            if file.is_file() and file.name not in current:
                 file.unlink(missing_ok=True)
 
     def read(self) -> dict[str, Any]:
@@ -161,6 +184,10 @@ class Checkpoint:
         if WHOLE in tensors:
             tensors[""] = tensors.pop(WHOLE)
         return tensors
+
+
+def _names(files: dict[str, dict[str, str]]) -> set[str]:
+    return {entry["file"] for entry in files.values()}
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ Client states are in such a store, and what the server keeps of single clients
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.storage.faults import writing
 from fedcore.types import Tree
 
 ROWS = 64  # clients in a block, the unit of allocation and of checkpointing
@@ -207,7 +209,11 @@ class Blocks:
         pieces = self._maps[number]
         file = self._spill() / f"block-{number}-{len(pieces)}.bin"
         length = ROWS * row.numel() * row.element_size()
-        with file.open("wb+") as opened:
+        with writing(file, length), file.open("wb+") as opened:
+            # All room at once: a page that the disk has no room for would later end
+            # the process when it is written to.
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(opened.fileno(), 0, length)
             opened.truncate(length)
             pieces.append(mmap.mmap(opened.fileno(), length))
         flat = torch.frombuffer(pieces[-1], dtype=row.dtype)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from fedcore.config import Experiment
 from fedcore.errors import RunError, SettingsError
+from fedcore.escapes import escaped, printable
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Interrupted, Observer, Quiet, run
-from fedcore.rounds.rundir import stored
+from fedcore.rounds.rundir import has_round, stored
 from fedcore.views.compare_page import explanation, table, write
 from fedcore.views.comparison import Comparison, Run
 from fedcore.views.text import table_text
@@ -74,7 +75,7 @@ def finish(experiment: Experiment, folder: Path, observer: Observer) -> History:
     Raises SettingsError where it holds a longer run, or one with other settings.
     """
     metrics = folder / "metrics.jsonl"
-    if not (folder / "config.toml").exists():
+    if not has_round(folder):
         run(experiment, out=folder, observer=observer)
         return History.read(metrics)
     before = Experiment.parse(stored(folder), source=str(folder / "config.toml"))
@@ -100,6 +101,7 @@ def distinct(experiments: Sequence[tuple[str, Experiment]]) -> dict[str, Experim
     labelled: dict[str, Experiment] = {}
     taken: set[str] = set()
     for label, experiment in experiments:
+        label = escaped(label)
         name, number = label, 1
         while slug(name) in taken:
             number += 1
@@ -120,6 +122,6 @@ def slug(label: str) -> str:
 
 def show(comparison: Comparison) -> None:
     """Print the table on stdout."""
-    print(table_text(table(comparison)))
+    print(printable(table_text(table(comparison))))
     page = comparison.folder / "compare.html"
-    print(f"{explanation(comparison)} Plots: {page}")
+    print(escaped(f"{explanation(comparison)} Plots: {page}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,8 +13,10 @@ from cycler import cycler
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from fedcore.escapes import printable
 from fedcore.views.page import THEME
 
 __all__ = [
@@ -41,6 +44,7 @@ SERIES = [THEME[f"s{n}"][0] for n in range(10)]
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text can be selected, and takes the page's font
     "svg.hashsalt": "fedcore",  # the same plot has the same bytes
+    "text.parse_math": False,  # a name may hold a dollar sign
     "font.family": "sans-serif",
     "font.size": 9.5,
     "text.color": INK,
@@ -94,7 +98,13 @@ def svg(figure: Figure, **options: Any) -> str:
     out = io.StringIO()
     settings: dict[str, Any] = {"transparent": True} | options
     undated = {"Date": None, "Creator": None}
-    figure.savefig(out, format="svg", metadata=undated, **settings)
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_text(printable(text.get_text()))
+    with warnings.catch_warnings():
+        # The reader's fonts show the text; those here only measure it.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(out, format="svg", metadata=undated, **settings)
     return out.getvalue()
 
 
@@ -115,8 +125,12 @@ def _inline(figure: Figure, label: str) -> Markup:
     text = re.sub(font, r"font: \1\2 inherit", text)
     # The page sets the width, and the height follows.
     text = re.sub(r'<svg ([^>]*?)\bwidth="[^"]*"', r"<svg \1", text, count=1)
-    described = rf'<svg \1role="img" aria-label="{escape(label)}"'
-    text = re.sub(r'<svg ([^>]*?)\bheight="[^"]*"', described, text, count=1)
+
+    def described(before: str) -> str:
+        return f'<svg {before}role="img" aria-label="{escape(label)}"'
+
+    tall = r'<svg ([^>]*?)\bheight="[^"]*"'
+    text = re.sub(tall, lambda found: described(found[1]), text, count=1)
     return Markup(text)
 
 

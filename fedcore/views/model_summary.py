@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
+from fedcore.escapes import escaped, printable
 from fedcore.method import MethodSettings
 from fedcore.models import LowRank
 from fedcore.models.lowrank import Layer, layers
@@ -82,10 +83,10 @@ def show(parts: Anatomy) -> None:
     rows.append(["in all", f"{total:,}", f"{dense:,}", f"{total / dense:.1%}"])
     if not is_factored:
         rows = [row[:2] for row in rows]
-    print(table_text(rows))
+    print(printable(table_text(rows)))
     print(f"sent each way: {shared:,} parameters; kept by the client: {personal:,}")
     if parts.personal:
-        print(f"personal: {', '.join(parts.personal)}")
+        print(escaped(f"personal: {', '.join(parts.personal)}"))
 
 
 def sensitivity(experiment: Experiment) -> list[tuple[str, Experiment]]:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from fedcore.escapes import printable
+
 __all__ = ["THEME", "Fact", "render"]
 
 # Name: (light, dark). Plots are drawn in the light colours; in a page each becomes its
@@ -405,6 +407,8 @@ TEMPLATES = {
     "compare": COMPARE,
     "audit": AUDIT,
 }
+
+
 _pages = Environment(
     loader=DictLoader(TEMPLATES),
     autoescape=True,
@@ -416,4 +420,6 @@ _pages = Environment(
 def render(page: str, **values: Any) -> str:
     """The page "report", "compare" or "audit", with everything it needs inside."""
     template = _pages.get_template(page)
-    return template.render(style=Markup(STYLE), light=LIGHT, dark=DARK, **values)
+    text = template.render(style=Markup(STYLE), light=LIGHT, dark=DARK, **values)
+    # Names and reasons of others are in it, and a browser turns text as they ask.
+    return printable(text)

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 
 from fedcore import __version__
-from fedcore.errors import SettingsError
+from fedcore.errors import FedcoreError
 from fedcore.privacy import describe
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.memory import size_text
@@ -40,15 +40,13 @@ def write_report(run_dir: Path | str) -> Path:
 
     A missing or damaged environment.json or clients.parquet, or data that is not at
     hand, costs its part of the page. Raises SettingsError for a folder that is no run
-    directory, for damaged settings or metrics, and where the page cannot be written.
+    directory, and for damaged settings or metrics; Unwritable where the page cannot be
+    written.
     """
     run = read_run(Path(run_dir))
     file = run.folder / "report.html"
     content = _page(run).encode()
-    try:
-        write_atomically(file, content)
-    except OSError as error:
-        raise SettingsError(f"{file} cannot be written: {error.strerror}") from error
+    write_atomically(file, content)
     return file
 
 
@@ -60,7 +58,9 @@ def write_or_note(run_dir: Path | str) -> Path | None:
     try:
         return write_report(run_dir)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error)
+        if not isinstance(error, FedcoreError):
+            reason = f"{type(error).__name__}: {error}"
         again = f"fedcore report {run_dir}"
         log.warning("no report (%s); try again with: %s", reason, again)
         log.debug("the report failed", exc_info=error)

@@ -24,6 +24,7 @@ from rich.progress import (
 from fedcore import privacy
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine
+from fedcore.escapes import escaped
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.storage.memory import size_text
@@ -45,7 +46,7 @@ class Terminal:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -70,7 +71,7 @@ class Terminal:
         )
         if first:
             line += f" from round {first + 1}"
-        self.console.print(line, highlight=False)
+        self.console.print(escaped(line), highlight=False, markup=False)
         rounds = experiment.rounds
         self._bar.reset(
             self._task, total=rounds, completed=first, description="round", facts=""
@@ -83,7 +84,8 @@ class Terminal:
     def round_done(self, row: dict[str, Any]) -> None:
         if self._engine is not None:
             # Only now do engines that measure know how they work.
-            self.console.print(self._engine.describe(), highlight=False)
+            described = escaped(self._engine.describe())
+            self.console.print(described, highlight=False, markup=False)
             self._engine = None
         self._note_measures(row)
         number, is_last = row["round"], row["round"] == self._rounds
@@ -95,7 +97,7 @@ class Terminal:
             facts = self._facts(row)
             self._bar.update(self._task, facts=escape(facts))
             if not self.console.is_terminal:
-                line = f"round {number}/{self._rounds}: {facts}"
+                line = escaped(f"round {number}/{self._rounds}: {facts}")
                 self.console.print(line, highlight=False, soft_wrap=True, markup=False)
         if is_last:
             self._bar.stop()
@@ -144,7 +146,7 @@ class AuditTerminal:
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left {task.fields[left]}"),
             console=self.console,
@@ -168,7 +170,7 @@ class AuditTerminal:
             description=f"cell {number + 1}/{cells}",
             total=cells,
             completed=number,
-            facts=escape(name),
+            facts=escaped(name),
         )
 
     def progress(self, share: float, what: str, objective: float | None) -> None:
@@ -191,7 +193,7 @@ class AuditTerminal:
             f"{cell} ({self._name}), {share:.0%}: {facts}; "
             f"{elapsed} so far, {left} left"
         )
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(escaped(line), highlight=False, soft_wrap=True, markup=False)
 
     def _time_left(self, attacked: float, done: float) -> str:
         """The time for the other cells, by that of the cells attacked until now.
@@ -229,7 +231,7 @@ class AuditTerminal:
 
 def _note(console: Console, message: str) -> None:
     # Escaped, as it may quote a client, and markup that does not close ends the run.
-    line = f"[yellow]note[/yellow] {escape(message)}"
+    line = f"[yellow]note[/yellow] {escape(escaped(message))}"
     console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -262,7 +264,7 @@ def show_result(result: Result, report: Path | None) -> None:
     lines["report"] = str(report or "-")
     width = max(21, 2 + max(map(len, lines)))
     for name, text in lines.items():
-        print(f"{name:<{width}}{text}")
+        print(escaped(f"{name:<{width}}{text}"))
 
 
 def _spread_text(measure: str, clients: dict[str, float | None]) -> str:

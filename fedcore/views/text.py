@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 
+from fedcore.escapes import escaped
+
 __all__ = [
     "count_text",
     "direction_text",
@@ -28,6 +30,7 @@ def table_text(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     fedavg     81.2%
     fedau       9.5%
     """
+    rows = [[escaped(text) for text in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

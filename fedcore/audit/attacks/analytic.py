@@ -43,6 +43,8 @@ class Settings(AttackSettings):
 
 
 class Analytic(Attack[Settings]):
+    needs = frozenset({"reals"})
+
     def reconstruct(
         self,
         seen: Sequence[Observation],
@@ -68,6 +70,8 @@ class FirstLayer(NamedTuple):
 
 def first_layer(seen: Observation) -> FirstLayer | None:
     """The first layer, if it is linear on the raw input and has a bias."""
+    if seen.public.unlike_reals is not None:
+        return None
     names = list(seen.w0)[:2]
     size = torch.Size(seen.public.shape).numel()
     shapes = [tuple(seen.w0[name].shape) for name in names]

@@ -19,8 +19,10 @@ from fedcore.audit.observe import Observation
 from fedcore.rng import seed_of
 from fedcore.types import Params
 
-Need = Literal["images", "classes", "scale", "batches"]
+Need = Literal["reals", "slope", "images", "classes", "scale", "batches"]
 NEEDS: dict[Need, str] = {
+    "reals": "inputs that are real numbers",
+    "slope": "a model whose gradient reaches the inputs",
     "images": "inputs that are images (Task(..., pixels=Pixels()) says so)",
     "classes": "a classification task with cross-entropy",
     "scale": "the local step size and the number of local steps",
@@ -134,7 +136,11 @@ def lacking(needs: frozenset[Need], seen: Observation) -> str | None:
     """
     public = seen.public
     steps = public.local_steps(seen.num_examples)
+    if "reals" in needs and public.unlike_reals is not None:
+        return f"needs {NEEDS['reals']} ({public.unlike_reals})"
     is_met: dict[Need, bool] = {
+        "reals": public.unlike_reals is None,
+        "slope": public.is_reached,
         "images": public.pixels is not None,
         "classes": public.classes is not None,
         "scale": None not in (public.lr, steps),

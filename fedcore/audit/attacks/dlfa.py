@@ -102,7 +102,7 @@ def training_of(seen: Observation) -> LocalTraining:
 
 
 class DLFA(Attack[Settings]):
-    needs = frozenset({"images", "classes", "batches"})
+    needs = frozenset({"reals", "slope", "images", "classes", "batches"})
 
     def reconstruct(
         self,

@@ -46,7 +46,7 @@ class Settings(AttackSettings):
 
 
 class DLG(Attack[Settings]):
-    needs = frozenset({"classes", "scale"})
+    needs = frozenset({"reals", "slope", "classes", "scale"})
 
     def reconstruct(
         self,

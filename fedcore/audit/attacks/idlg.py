@@ -28,7 +28,7 @@ SURE = 100.0  # logit of a label that is known: its softmax is 1 in float32
 
 
 class IDLG(Attack[Settings]):
-    needs = frozenset({"classes", "scale"})
+    needs = frozenset({"reals", "slope", "classes", "scale"})
 
     def reconstruct(
         self,

@@ -50,7 +50,7 @@ class Settings(InversionSettings):
 
 
 class IG(Attack[Settings]):
-    needs = frozenset({"images", "classes"})
+    needs = frozenset({"reals", "slope", "images", "classes"})
 
     def reconstruct(
         self,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedcore import trees
 from fedcore.audit.observe import Observation
 from fedcore.rng import seed_of
 from fedcore.types import Params
@@ -75,7 +76,13 @@ def bias_of(seen: Observation) -> Tensor:
 
 @torch.no_grad()
 def mean_output(seen: Observation, params: Params, seed: int) -> Tensor:
-    """Mean softmax output over noise images, float64 [classes]."""
+    """Mean softmax output over noise images, float64 [classes].
+
+    Over public examples where noise may be no input. Raises ValueError where there are
+    none of them.
+    """
+    if seen.public.examples is not None:
+        return _mean_over_examples(seen, params)
     draw = torch.Generator().manual_seed(seed_of(seed, "audit probes"))
     like = next(iter(params.values()))
     total = torch.zeros(seen.public.outputs, dtype=torch.float64)
@@ -84,6 +91,19 @@ def mean_output(seen: Observation, params: Params, seed: int) -> Tensor:
         x = torch.randn(shape, generator=draw, dtype=like.dtype)
         total += seen.public.predict(params, x).softmax(1).double().sum(0)
     return total / PROBES
+
+
+@torch.no_grad()
+def _mean_over_examples(seen: Observation, params: Params) -> Tensor:
+    number = len(next(iter(trees.leaves(seen.public.examples)), ()))
+    if number == 0:
+        raise ValueError("there is no public example to estimate the mean output on")
+    total = torch.zeros(seen.public.outputs, dtype=torch.float64)
+    for start in range(0, number, PROBES_AT_ONCE):
+        rows = slice(start, start + PROBES_AT_ONCE)
+        x = trees.at(seen.public.examples, rows)
+        total += seen.public.predict(params, x).softmax(1).double().sum(0)
+    return total / number
 
 
 def whole(counts: Tensor, total: int) -> Tensor:

@@ -10,21 +10,22 @@ Higher: rather a member. The candidates come without a mark which of them are me
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from fedcore import trees
 from fedcore.audit.attacks.base import gradient_like
 from fedcore.audit.observe import Observation
-from fedcore.types import Params
+from fedcore.types import Params, Tree
 
 CHUNK = 64  # gradients held at once
 
 
-def scores(seen: Sequence[Observation], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def scores(seen: Sequence[Observation], x: Tree, y: Tensor) -> dict[str, Tensor]:
     """One score a candidate by name, float64 [n].
 
     `seen` are one client's exchanges in one or more rounds.
@@ -42,12 +43,12 @@ def scores(seen: Sequence[Observation], x: Tensor, y: Tensor) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def losses(seen: Observation, params: Params, x: Tensor, y: Tensor) -> Tensor:
+def losses(seen: Observation, params: Params, x: Tree, y: Tensor) -> Tensor:
     """The loss of each candidate, float64 [n]."""
     return seen.public.loss(seen.public.predict(params, x), y).double()
 
 
-def gradient_cosines(seen: Observation, x: Tensor, y: Tensor) -> Tensor:
+def gradient_cosines(seen: Observation, x: Tree, y: Tensor) -> Tensor:
     """Cosine of the update, gradient-like, and each candidate's gradient at w0.
 
     float64 [n].
@@ -55,16 +56,26 @@ def gradient_cosines(seen: Observation, x: Tensor, y: Tensor) -> Tensor:
     D = gradient_like(seen)
     start = {name: seen.w0[name] for name in D}
 
-    def loss(moving: Params, x: Tensor, y: Tensor) -> Tensor:
-        params = {**seen.w0, **moving}
-        outputs = functional_call(seen.public.model, params, (x[None],))
+    def loss(moving: Params, x: Tree, y: Tensor) -> Tensor:
+        outputs = seen.public.predict({**seen.w0, **moving}, alone(x))
         return seen.public.loss(outputs, y[None])[0]
 
-    def products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def products(x: Tree, y: Tensor) -> tuple[Tensor, Tensor]:
         g = grad(loss)(start, x, y)
         return trees.dot(D, g), trees.dot(g, g)
 
-    inner, squares = vmap(products, chunk_size=CHUNK)(x, y)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            inner, squares = vmap(products, chunk_size=CHUNK)(x, y)
+    except RuntimeError:  # the model has something that vmap cannot do
+        pairs = [products(trees.at(x, i), y[i]) for i in range(len(y))]
+        inner, squares = trees.stack(pairs)
     norms = (trees.dot(D, D) * squares).double().sqrt().clamp(min=1e-30)
     cosines: Tensor = inner.double() / norms
     return cosines
+
+
+def alone(x: Tree) -> Tree:
+    """One example as a batch of one."""
+    return trees.map(lambda leaf: leaf[None], x)

@@ -303,7 +303,7 @@ def _padded(x: Tensor, size: int) -> Tensor:
 
 
 class SME(Attack[SurrogateSettings]):
-    needs = frozenset({"images", "classes"})
+    needs = frozenset({"reals", "slope", "images", "classes"})
 
     def reconstruct(
         self,

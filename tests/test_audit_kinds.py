@@ -103,7 +103,7 @@ def many_targets(e: Experiment) -> Task:
     return Task(model, data_of(reals(7), y, e), loss, {})
 
 
-def one_class(e: Experiment) -> Task:
+def one_output(e: Experiment) -> Task:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
     data = data_of(reals(1, 4, 4), classes(1), e)
     return Task(model, data, pixels=Pixels((0.5,), (0.3,)))
@@ -296,12 +296,14 @@ def test_one_class_is_audited_as_any_number(audited: Audit) -> None:
         assert client["attacks"]["analytic"]["ok"]
 
 
-def test_a_model_of_one_output_learns_nothing_of_its_class(audited: Audit) -> None:
-    audit = audited("one_class")
-    assert "analytic was not run: " in audit["err"]
-    for client in clients_of(audit):
-        assert client["labels"]["counts"] == [4]
-        assert client["membership"]["auc"] == 0.5
+def test_a_model_that_does_not_fit_its_data_is_refused(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    task = f"--set=task={__name__}:one_output"
+    status, _, err = cli("audit", "fedavg", task, "--out", tmp_path / "audit")
+    assert status != 0
+    assert "with one logit an example use binary_cross_entropy" in err
+    assert "Traceback" not in err
 
 
 def test_a_loss_that_is_no_number_is_said_and_not_scored(audited: Audit) -> None:

@@ -25,8 +25,8 @@ Cli = Callable[..., tuple[int, str, str]]
 
 # Colour, a cleared line, the direction of text, a character that is not seen, a line
 # that looks like another one's, a bell, a C1 code, and markup of rich.
-NASTY = "[red]\x1b[31m\x1b[2K\u202egnp\u200b\r\nround 9: fine\x07\x9b0m[/bold]\udc80"
-SHOWN = r"[red]\x1b[31m\x1b[2K\u202egnp\u200b\r\nround 9: fine\x07\x9b0m[/bold]\udc80"
+NASTY = "[red]\x1b[31m\x1b[2K\u202egnp\u200b\r\nround 9: fine\x07\x9b0m[bold]\udc80"
+SHOWN = r"[red]\x1b[31m\x1b[2K\u202egnp\u200b\r\nround 9: fine\x07\x9b0m[bold]\udc80"
 
 
 def is_clean(text: str) -> bool:

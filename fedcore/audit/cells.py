@@ -89,6 +89,7 @@ def _synthetic(
 
     def prepare(observer: Observer) -> Prepared:
         task = build_task(changed)
+        task.check()
         subjects = simulate(changed, task, plan.clients, examples)
         return Prepared(subjects, task, device=device_of(changed))
 

@@ -45,8 +45,10 @@ app = ClientApp()
 def work_of(preset: str, overrides: str) -> Work:
     """Task and method, built once a process; one override a line."""
     experiment = Experiment.load(preset, overrides.splitlines())
+    task = build_task(experiment).to(device_for(experiment.engine))
+    task.check()
     return Work(
-        build_task(experiment).to(device_for(experiment.engine)),
+        task,
         experiment.build_method(),
         experiment.local,
         experiment.seed,

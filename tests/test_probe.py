@@ -377,7 +377,7 @@ LOSSES: dict[str, tuple[Any, list[str]]] = {
     "contrast": (contrast, ["the loss: cross_entropy: outputs of shape (1, 1)"]),
     "a little": (
         lambda outputs, y: cross_entropy(outputs + 1e-4 * outputs.roll(1, 0), y),
-        ["mixes the examples"],
+        ["mixes"],
     ),
     "accuracy": (
         lambda outputs, y: (outputs.argmax(1) == y).float(),

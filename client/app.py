@@ -56,8 +56,10 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
         # The server's proxy examples are none of a device's.
         own: dict[str, Any] = {"partition": Own(client=owner), "proxy": 0}
         experiment = experiment.model_copy(update=own)
+    task = build_task(experiment).to(device_for(experiment.engine))
+    task.check()
     return Work(
-        build_task(experiment).to(device_for(experiment.engine)),
+        task,
         experiment.build_method(),
         experiment.local,
         experiment.seed,

@@ -47,14 +47,18 @@ def seed_of(seed: int, purpose: str, *ids: int) -> int:
 
 
 @contextmanager
-def torch_seed(seed: int, purpose: str, *ids: int) -> Iterator[None]:
-    """Code inside that draws from torch's CPU generator draws from this key.
+def torch_seed(
+    seed: int, purpose: str, *ids: int, device: torch.device | None = None
+) -> Iterator[None]:
+    """Code inside that draws from torch's generators draws from this key.
 
-    The initial weights of a layer are such draws. The generator is put back as it was
-    afterwards.
+    The initial weights of a layer are such draws. The CPU's generator is put back as it
+    was afterwards; nothing else here draws from that of a GPU, `device`.
     """
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed_of(seed, purpose, *ids))
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(seed_of(seed, purpose, *ids))
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedcore import trees
+from fedcore import probe, trees, trials
 from fedcore.arrays import as_examples
 from fedcore.errors import SettingsError
 from fedcore.functional import check_gradient, in_short
@@ -134,16 +134,19 @@ class Task:
         task.penalty = penalty
         return task
 
-    @torch.no_grad()
     def check(self) -> None:
         """Try model, loss and metrics on a few examples, and look at all labels.
 
-        Raises SettingsError when they do not fit each other, or cannot be trained.
+        Raises SettingsError when they do not fit each other, cannot be trained, or are
+        not functions of parameters, inputs and PyTorch's generator, each example by
+        itself.
         """
-        check_data(self)
-        self._try("examples", self.data.x, self.data.y)
-        if self.proxy is not None:
-            self._try("proxy examples", self.proxy.x, self.proxy.y)
+        with trials.undisturbed(self), torch.no_grad():
+            check_data(self)
+            self._try("examples", self.data.x, self.data.y)
+            if self.proxy is not None:
+                self._try("proxy examples", self.proxy.x, self.proxy.y)
+        probe.examine(self)
 
     def _try(self, kind: str, x: Tree, y: Tensor) -> None:
         if len(y) == 0:
@@ -201,9 +204,17 @@ class Task:
             self.model.train()
 
     def init_params(self) -> Params:
-        """The model's trainable parameters as it was built. Copies."""
+        """The model's trainable parameters as it was built. Copies.
+
+        Raises SettingsError for one that a lazy layer has not made yet.
+        """
         params = {}
         for name, parameter in self.model.named_parameters():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise SettingsError(
+                    f'the model\'s "{name}" has no shape yet: call the model once on '
+                    "an example before you hand it to Task"
+                )
             if parameter.requires_grad:
                 params[name] = parameter.detach().clone()
         return params

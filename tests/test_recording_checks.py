@@ -177,7 +177,7 @@ def test_a_loss_that_changes_each_round_trains_as_it_is_written(
     assert found == pytest.approx(expected, rel=1e-5)
     (warning,) = [r.getMessage() for r in caplog.records if "depends on" in r.message]
     assert 'the loss "tests.test_recording_checks.Fading"' in warning
-    assert "50 % of their movement" in warning
+    assert '"weight" was 1.0 and is 0.5' in warning
     assert "docs/your-own-task.md" in warning
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from fedcore.engines.base import Engine, Work, device_for
 from fedcore.errors import SettingsError
+from fedcore.trials import drawing
 
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings
     from fedcore.storage.rows import StateStore
+
+log = logging.getLogger("fedcore")
 
 
 def task_device(settings: EngineSettings) -> torch.device:
@@ -25,6 +29,8 @@ def task_device(settings: EngineSettings) -> torch.device:
 
 def make(settings: EngineSettings, work: Work, states: StateStore) -> Engine:
     """The in-process engine that the settings name."""
+    if settings.name != "sequential" and (settings.chunk or 1) > 1:
+        _note_draws(settings, work)
     if settings.name == "ray":
         from fedcore.engines.ray import Ray
 
@@ -41,3 +47,16 @@ def make(settings: EngineSettings, work: Work, states: StateStore) -> Engine:
         'engine.name = "grid": clients are Flower nodes, which a Flower server has to '
         'start: use "flwr run .", see docs/flower.md'
     )
+
+
+def _note_draws(settings: EngineSettings, work: Work) -> None:
+    """Say so where clients of a chunk draw other numbers than one by one."""
+    layer = drawing(work.task)
+    if layer is not None:
+        log.warning(
+            "engine.chunk = %s: %s draws for the clients of a chunk together, so that "
+            "results differ from those of other chunks and of engine.name = "
+            '"sequential"; with engine.chunk = 1 they are the same',
+            settings.chunk,
+            layer,
+        )

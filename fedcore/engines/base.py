@@ -19,7 +19,7 @@ from fedcore.messages.defence import Defence, DefenceSettings
 from fedcore.messages.links import Links, LinksSettings
 from fedcore.method import Data, Method, data_of, evaluates
 from fedcore.reports import Reports, RunningSum, Weight
-from fedcore.rng import seed_of, torch_seed
+from fedcore.rng import torch_seed
 from fedcore.types import Batches, ClientFunction, Tree, Tuning
 
 if TYPE_CHECKING:
@@ -203,10 +203,7 @@ class Work:
         is_training = data_of(fn) != "test"
         if self.task.model.training != is_training:
             self.task.model.train(is_training)
-        with torch_seed(self.seed, "model", t, client):
-            if self.task.device.type == "cuda":
-                # A generator of its own, which nothing else here draws from.
-                torch.cuda.manual_seed(seed_of(self.seed, "model", t, client))
+        with torch_seed(self.seed, "model", t, client, device=self.task.device):
             yield
 
 

@@ -111,10 +111,10 @@ class Calibration:
         """
         if len(clients) == 1:
             return Choice(1, is_measured=False)
-        if noisy := self.chunks.noisy:
+        if drawing := self.chunks.drawing:
             log.warning(
                 "%s draws for each client on its own: clients run one after another",
-                type(noisy[0]).__name__,
+                drawing,
             )
             return Choice(1, is_measured=True)
         longest_first = np.argsort(-self.work.steps(fn, clients), kind="stable")

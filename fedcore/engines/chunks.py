@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 
 from fedcore import trees
@@ -26,7 +26,9 @@ from fedcore.method import data_of
 from fedcore.reports import Reports
 from fedcore.speed import loss_recorder
 from fedcore.speed.cuda_graphs import Graphs
+from fedcore.trials import drawing
 from fedcore.types import Batches, ClientFunction, Tree, Tuning
+from fedcore.watch import Watch
 
 log = logging.getLogger("fedcore")
 
@@ -34,28 +36,21 @@ PADDING = 0.1  # of a round's local steps, at most, may be padding
 # Of chunks of ragged clients, in clients: few, as each is recorded anew.
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 
-DROPOUT = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-
 
 class Chunks:
     """The work of one process, on one thread or one GPU."""
 
     def __init__(self, work: Work) -> None:
-        self.noisy = noisy_layers(work.task.model)
+        # The layer, or the loss, that draws. Draws depend on shapes, so that models
+        # which draw keep the shapes of `sequential`.
+        self.drawing = drawing(work.task)
         is_cuda = work.task.device.type == "cuda"
-        # Draws depend on shapes: models that draw keep the shapes of `sequential`.
-        self.work = work if self.noisy else work.with_few_widths()
-        self.recorder = None if self.noisy else loss_recorder(work.task)
+        self.work = work if self.drawing else work.with_few_widths()
+        self.recorder = None if self.drawing else loss_recorder(work.task)
         self.graphs = None
-        if is_cuda and not self.noisy:
+        if is_cuda and not self.drawing:
             self.graphs = Graphs(self.recorder)
+        self._watch = None if self.recorder is None else Watch(work.task)
         # Most clients at once, by function, since a GPU had no room for twice as many.
         self._room: dict[str, int] = {}
         self._is_noted = False  # that clients cannot be batched
@@ -67,9 +62,16 @@ class Chunks:
         return None if self.recorder is None else self.recorder.reason
 
     def begin_round(self, t: int) -> None:
-        """Recordings are compared with their steps again after some rounds."""
-        if self.recorder is not None:
-            self.recorder.begin_round(t)
+        """Recordings are compared with their steps again after some rounds.
+
+        At once where a value has changed that model and loss read from elsewhere.
+        """
+        if self.recorder is None or self._watch is None:
+            return
+        change = self._watch.change() if self.recorder.reason is None else None
+        if change is not None:
+            self.recorder.give_up(change)
+        self.recorder.begin_round(t)
 
     def run(
         self,
@@ -244,11 +246,6 @@ class Chunks:
                 sent.append(work.send(trees.at(up, i), fn, t, client_id))
             up = trees.stack(sent)
         return up, new, is_finite
-
-
-def noisy_layers(model: nn.Module) -> list[nn.Module]:
-    """Layers that draw for each example; what they draw depends on shapes."""
-    return [m for m in model.modules() if isinstance(m, DROPOUT) and m.p > 0]
 
 
 def summed(done: Done, weights: Tensor) -> Done:

@@ -39,9 +39,12 @@ from fedcore.method import evaluates
 from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.storage.rows import StateStore
 from fedcore.types import ClientFunction, Tree
+from fedcore.watch import Watch, put_values
 
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings
+
+log = logging.getLogger("fedcore")
 
 # Per worker: enough to even out ragged clients, few enough to cost nothing.
 PIECES = 4
@@ -65,6 +68,12 @@ class Worker:
         self.work: Work = ray.get(work[0])
         self.work.task.to(torch.device(device))
         self.chunks = Chunks(self.work) if chunk > 1 else None
+
+    def put(self, changes: dict[str, Any]) -> None:
+        """Take these values, by place, for those that model and loss read."""
+        put_values(self.work.task, changes)
+        if self.chunks is not None:  # recordings hold the old ones
+            self.chunks = Chunks(self.work)
 
     def run(
         self, name: str, units: list[Unit], down: Tree, t: int
@@ -132,6 +141,8 @@ class Ray:
         # Seconds that a client's work took when it was last done.
         self._seconds: dict[tuple[str, int], float] = {}
         self._started_ray = False
+        self._watch: Watch | None = None
+        self._changes: dict[str, Any] = {}  # values since workers got the task
 
     def _start(self) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -163,13 +174,33 @@ class Ray:
                 f"{resources.get('GPU', 0):g} GPUs, too few for one worker"
             )
         self._shared_work = ray.put(self.work)
+        self._watch = Watch(self.work.task)
         self._actors = [self._actor() for _ in range(workers)]
+
+    def _share_changes(self) -> None:
+        """Send workers the values that have changed, which their copies hold."""
+        import ray
+
+        change = None if self._watch is None else self._watch.change()
+        if self._watch is None or change is None:
+            return
+        if not self._changes:
+            log.warning(
+                "%s: workers are told of such changes; a resumed run begins with the "
+                "first value",
+                change,
+            )
+        self._changes |= self._watch.latest
+        ray.get([actor.put.remote(self._changes) for actor in self._actors])
 
     def _actor(self) -> Any:
         import ray
 
         actor = ray.remote(num_cpus=1, num_gpus=self.gpus)(Worker)
-        return actor.remote([self._shared_work], self.device.type, self.chunk)
+        worker: Any = actor.remote([self._shared_work], self.device.type, self.chunk)
+        if self._changes:
+            worker.put.remote(self._changes)
+        return worker
 
     def each(
         self, fn: ClientFunction, clients: Tensor, down: Tree, t: int
@@ -200,6 +231,7 @@ class Ray:
         """Clients that are done, in the round's order; their states are stored."""
         if not self._actors:
             self._start()
+        self._share_changes()
         import ray
 
         ids = clients.numpy()

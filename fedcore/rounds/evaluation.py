@@ -13,7 +13,7 @@ from fedcore import trees
 from fedcore.engines.readout import read
 from fedcore.method import Method
 from fedcore.metrics import is_higher_better
-from fedcore.rng import rng
+from fedcore.rng import rng, torch_seed
 from fedcore.rounds.doors import Desk
 from fedcore.rounds.rundir import PERCENTILES
 from fedcore.types import ClientFunction, Model
@@ -46,6 +46,7 @@ class Evaluation:
         desk: Desk,
     ) -> None:
         self._task, self._method, self._desk = task, method, desk
+        self._seed = experiment.seed
         self._finetunes = experiment.finetune.epochs > 0
         self._clients = self._sample(experiment.evaluation.clients, experiment.seed)
 
@@ -67,7 +68,9 @@ class Evaluation:
         for name, is_higher in self._task.measures.items():
             directions[name] = "higher" if is_higher else "lower"
         row: dict[str, Any] = {"measures": directions}
-        for name, value in self._task.test(server.params).items():
+        with torch_seed(self._seed, "test", t + 1, device=self._task.device):
+            measures = self._task.test(server.params)
+        for name, value in measures.items():
             row[f"test_{name}"] = value
         failed: set[int] = set()
         measured = {"client": self._measure(self._method.evaluate, server, t, failed)}

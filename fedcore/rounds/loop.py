@@ -13,6 +13,7 @@ import torch
 
 from fedcore import privacy, trees
 from fedcore.errors import FedcoreError, RunError, TooFewReports
+from fedcore.rng import torch_seed
 from fedcore.rounds.captures import Captures
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.diagnosis import causes, fruitless_text
@@ -255,8 +256,10 @@ class Loop:
 
     def _attempt(self, r: OpenRound) -> tuple[Any, str | None]:
         """(the server's state after the round, why it cannot be used)."""
+        seed, device = self.experiment.seed, self.task.device
         try:
-            server = self.method.round(self.state.server, r)
+            with torch_seed(seed, "server", r.t, device=device):
+                server = self.method.round(self.state.server, r)
         except TooFewReports as error:
             if r.tally.failed and not r.tally.reported:
                 return None, "no client sent a usable update"

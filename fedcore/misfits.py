@@ -45,7 +45,7 @@ def check_data(task: Task) -> None:
         found = f"all {frozen} are frozen" if frozen else "it has none at all"
         raise SettingsError(
             f"the model {type(task.model).__name__} has no trainable parameters "
-            f"({found}): there is nothing to train; set requires_grad_(True) on some"
+            f"({found}): there is nothing to train; set requires_grad = True on some"
         )
     sets = [_Set("train", task.data.x, task.data.y), _Set("test", *task.data.test)]
     if task.proxy is not None:

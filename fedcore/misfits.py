@@ -21,7 +21,7 @@ from fedcore.types import Params, Tree
 if TYPE_CHECKING:
     from fedcore.task import Task
 
-__all__ = ["check_data", "ignored_label"]
+__all__ = ["check_data", "check_labels", "ignored_label"]
 
 IGNORED = -100  # the label that PyTorch's losses ignore by default
 
@@ -45,7 +45,7 @@ def check_data(task: Task) -> None:
         found = f"all {frozen} are frozen" if frozen else "it has none at all"
         raise SettingsError(
             f"the model {type(task.model).__name__} has no trainable parameters "
-            f"({found}): there is nothing to train; set requires_grad_(True) on some"
+            f"({found}): there is nothing to train; set requires_grad = True on some"
         )
     sets = [_Set("train", task.data.x, task.data.y), _Set("test", *task.data.test)]
     if task.proxy is not None:
@@ -90,7 +90,7 @@ def _fits(task: Task, params: Params, examples: _Set) -> bool:
     outputs = _outputs(task, params, examples, rows)
     if not isinstance(outputs, Tensor):
         return False
-    _check_labels(task, examples, outputs)
+    check_labels(examples.name, examples.y, task.metrics["loss"], outputs)
     for name, metric in task.metrics.items():
         if not _takes(name, metric, examples, outputs, rows):
             return False
@@ -191,12 +191,15 @@ def _type_name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _check_labels(task: Task, examples: _Set, outputs: Tensor) -> None:
-    """Raises SettingsError for labels that are no class of the model.
+def check_labels(
+    name: str, y: Tensor, loss: Callable[..., Any], outputs: Tensor
+) -> None:
+    """Raises SettingsError for labels y of the set `name` that are no class.
 
-    `outputs` [B, classes, ...]; only losses that are known to be over classes say so.
+    `y` [n, ...], `outputs` [B, classes, ...] of any B; only losses that are known to be
+    over classes are looked at.
     """
-    ignored, y, name = ignored_label(task.metrics["loss"]), examples.y, examples.name
+    ignored = ignored_label(loss)
     if ignored is None or outputs.ndim < 2 or y.ndim != outputs.ndim - 1:
         return
     if y.is_floating_point() or y.dtype == torch.bool:
@@ -210,10 +213,11 @@ def _check_labels(task: Task, examples: _Set, outputs: Tensor) -> None:
     classes, low, high = outputs.shape[1], int(y.min()), int(y.max())
     if low >= 0 and high < classes:
         return
-    is_bad = (y < 0) | (y >= classes)
-    if y.ndim > 1:  # a position without a target, as in padded text
-        is_bad &= y != ignored
-    is_bad = is_bad.reshape(len(y), -1)
+    is_bad = ((y < 0) | (y >= classes)).reshape(len(y), -1)
+    if y.ndim > 1:
+        # A position may be ignored, beside others of its example that count.
+        is_ignored = (y == ignored).reshape(len(y), -1)
+        is_bad &= ~is_ignored | is_ignored.all(1, keepdim=True)
     if not bool(is_bad.any()):
         return
     row = int(is_bad.any(1).nonzero()[0])
@@ -221,8 +225,8 @@ def _check_labels(task: Task, examples: _Set, outputs: Tensor) -> None:
     expected = f"the model has {classes} outputs, for classes 0 to {classes - 1}"
     if label == ignored:
         remedy = (
-            "PyTorch would ignore it, and here every example counts; leave such rows "
-            f"out of {name}"
+            "PyTorch would ignore it, and here every example counts; leave rows "
+            f"without any other label out of {name}"
         )
     elif low == 1 and high == classes:
         remedy = "do labels start at 1? Write y - 1"

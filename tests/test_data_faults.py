@@ -28,6 +28,7 @@ from fedcore.data.partition import (
 )
 from fedcore.errors import SettingsError
 from fedcore.metrics import cross_entropy, squared_error
+from fedcore.misfits import check_labels
 from fedcore.task import Task
 
 ROWS, FEATURES = 8, 3
@@ -552,7 +553,11 @@ MISFITS = [
         {"y": [0, 1, -1, 2]},
         r"train\.y\[2\] = -1.*number the classes from 0",
     ),
-    ("ignored", {"y": [0, 1, 2, -100]}, r"train\.y\[3\] = -100.*leave such rows out"),
+    (
+        "ignored",
+        {"y": [0, 1, 2, -100]},
+        r"train\.y\[3\] = -100.*without any other label out",
+    ),
     ("test", {"test": examples_of([0, 1, 7])}, r"test\.y\[2\] = 7"),
     ("proxy", {"proxy": examples_of([3])}, r"proxy\.y\[0\] = 3"),
     ("torch", {"y": [0, 1, 2, 7], "loss": TORCH}, r"train\.y\[3\] = 7"),
@@ -637,6 +642,17 @@ def test_a_label_that_a_loss_ignores_by_its_settings_is_named() -> None:
         task_of([0, 2, 5, 2], loss=IGNORING_ONE).check()
     with pytest.raises(SettingsError, match=r"= -100.*PyTorch would ignore it"):
         task_of([0, 2, -100, 2]).check()
+
+
+def test_positions_may_be_ignored_beside_others_of_their_example() -> None:
+    y = torch.tensor([[0, 2, -100], [-100, 1, 1]])
+    check = partial(check_labels, "train", loss=TORCH, outputs=torch.ones(2, 3, 3))
+    check(y)
+    for row, column, label in ((1, 0, 3), (0, 2, -1)):
+        with pytest.raises(SettingsError, match=rf"train\.y\[{row}\] = {label}"):
+            check(with_value(y, (row, column), label))
+    with pytest.raises(SettingsError, match=r"train\.y\[1\] = -100"):
+        check(with_value(y, (1, slice(None)), -100))
 
 
 def test_labels_of_any_kind_that_a_task_can_take_are_taken() -> None:

@@ -18,18 +18,13 @@ import typer
 from fedcore.audit import command as audit
 from fedcore.deploy import commands as deploy
 from fedcore.errors import FedcoreError, SettingsError
+from fedcore.usage import App, call
 from fedcore.users import find_user_modules
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Federated learning: one method file is simulated, deployed and audited.",
-)
+app = App("Federated learning: one method file is simulated, deployed and audited.")
 
 PRESET_HELP = "a TOML file, or the name of a method"
 FRESH_HELP = "default: a new one in runs/; an old one is gone on with"
@@ -248,13 +243,14 @@ def _experiment(
 ) -> Experiment:
     """The settings of a preset, or of the run to resume, with overrides."""
     from fedcore.config import Experiment
+    from fedcore.overrides import Override
     from fedcore.rounds.rundir import stored
 
-    overrides = list(set_ or [])
+    overrides: list[str | Override] = list(set_ or [])
     if engine is not None:
-        overrides.append(f'engine.name="{engine}"')
+        overrides.append(Override("engine.name", engine, f"--engine {engine}"))
     if seed is not None:
-        overrides.append(f"seed={seed}")
+        overrides.append(Override("seed", seed, f"--seed {seed}"))
     if preset is not None:
         return Experiment.load(preset, overrides)
     if resume is None:
@@ -271,7 +267,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     find_user_modules()
     try:
-        app()
+        sys.exit(call(app))
     except FedcoreError as error:
         _say(str(error))
         sys.exit(error.exit_status)

@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import subprocess
-import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ import torch
 from fedcore import __version__
 from fedcore.errors import SettingsError
 from fedcore.storage.checkpoint import write_atomically
+from fedcore.storage.text import parse_toml, read_text
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -50,6 +50,7 @@ def open_run_dir(
         task = experiment.task.replace(":", "-")
         return fresh(f"{experiment.method.name}-{task}-seed{experiment.seed}")
     folder = Path(out)
+    _refuse_path(folder)
     if (folder / "config.toml").exists():
         raise SettingsError(
             f"{folder} already holds a run: resume it with --resume {folder}, "
@@ -62,6 +63,26 @@ def open_run_dir(
             "expected a new or empty directory"
         )
     return folder
+
+
+def _refuse_path(folder: Path) -> None:
+    """Raise SettingsError for a path that cannot be a directory that is written to."""
+    try:
+        is_there = folder.exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(
+            f"--out {str(folder)[:80]}: {reason}; expected a directory"
+        ) from error
+    if is_there and not folder.is_dir():
+        raise SettingsError(f"--out {folder} is a file: expected a directory")
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
+        raise SettingsError(
+            f"--out {folder}: {nearest} may not be written to; choose another --out"
+        )
 
 
 def make_run_dir(folder: Path, experiment: Experiment) -> None:
@@ -132,13 +153,11 @@ def fresh(name: str) -> Path:
 def stored(folder: Path | str) -> dict[str, Any]:
     """The resolved settings of a run directory. Raises SettingsError without any."""
     file = Path(folder) / "config.toml"
+    if not os.path.isfile(file):
+        raise SettingsError(f"{folder} is no run directory: expected config.toml in it")
     try:
-        return tomllib.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise SettingsError(
-            f"{folder} is no run directory: expected config.toml in it"
-        ) from error
-    except (OSError, ValueError) as error:
+        return parse_toml(read_text(file, str(file), "the settings of a run"))
+    except ValueError as error:
         raise SettingsError(f"{file} is damaged: {error}") from error
 
 

@@ -129,6 +129,9 @@ def _compare(
     from fedcore.views.terminal import Terminal
 
     with _interruptible(), Terminal() as terminal:
+        rounds = comparing.rounds_to_do(experiments, seeds, out)
+        runs = f"{len(experiments)} settings x {seeds} seeds in {out}"
+        terminal.planned(len(experiments) * seeds, rounds, runs)
         comparison = comparing.compare(experiments, seeds, out, terminal)
     if json_:
         print(json.dumps(comparison.to_dict()))

@@ -164,7 +164,7 @@ class Experiment(_Section):
     task: str = Field(
         "digits",
         description="digits, fashion-mnist, cifar10, least-squares, "
-        'or your own "package.module:make_task"',
+        'or your own "package.module:make_task"; from Python also the function',
     )
     rounds: int = Field(30, ge=1, description="T, rounds")
     seed: int = Field(0, ge=0, description="of everything that is drawn")
@@ -217,6 +217,14 @@ class Experiment(_Section):
 
     if not TYPE_CHECKING:
 
+        def __new__(cls, *values: object, **_: object) -> Experiment:
+            if values:
+                raise SettingsError(
+                    f"Experiment({shown(values[0])}): expected settings by name, "
+                    'Experiment(method="fedavg"), or Experiment.load("fedavg")'
+                )
+            return super().__new__(cls)
+
         def __setattr__(self, name: str, value: object) -> None:
             raise SettingsError(
                 f"{name} = {shown(value)}: an Experiment does not change; make "
@@ -242,6 +250,14 @@ class Experiment(_Section):
             raise SettingsError(lines) from None
         refuse_extremes(experiment, origin)
         return experiment
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _named_function(cls, value: Any) -> Any:
+        """A function by the name under which it can be found again."""
+        from fedcore.users import name_of
+
+        return name_of(value) if callable(value) else value
 
     @field_validator("method", mode="before")
     @classmethod

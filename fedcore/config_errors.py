@@ -100,7 +100,7 @@ def told(key: str, value: Any, message: str, origin: Origin) -> str:
 
 def _explain_one(fault: dict[str, Any], schema: Schema, origin: Origin) -> str:
     location = _locate(fault["loc"], schema)
-    key = ".".join(location.path)
+    key = ".".join(location.path) or "settings"
     override = _override_of(key, origin.overrides)
     where = origin.source if override is None else shortened(override.written)
     prefix = f"{where}: " if where else ""
@@ -128,7 +128,7 @@ def _explain_one(fault: dict[str, Any], schema: Schema, origin: Origin) -> str:
         names = re.findall(r"'([^']*)'", str(fault["ctx"]["expected"]))
         message += _nearest(fault["input"], names)
     if isinstance(fault["input"], Mapping | BaseModel):
-        return f"{prefix}{key}: {message}" if key else f"{prefix}{message}"
+        return f"{prefix}{key}: {message}"
     return told(key, fault["input"], message, origin)
 
 

@@ -322,6 +322,7 @@ def _run(request: Request, folder: Path, terminal: Any) -> Audit:
         return examine("captured", experiment, cells, plan, folder, terminal)
     if request.defences:
         cells = defences(experiment, plan, request.defences, folder)
+        _say(f"{len(cells)} runs of {experiment.rounds} rounds are trained and audited")
         return examine("defences", experiment, cells, plan, folder, terminal)
     default = {
         "--epochs": EPOCHS,

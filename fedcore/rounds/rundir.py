@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedcore")
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)  # of a measure over clients
+LONGEST = 120  # characters of a run's name
 # Settings that a resumed run may have otherwise.
 MAY_CHANGE = ("rounds", "engine", "checkpoint")
 
@@ -133,6 +135,7 @@ def fresh(name: str) -> Path:
 
     It is made at once, so that no other process takes it.
     """
+    name = re.sub(r"[^\w.+=-]+", "-", name)[:LONGEST]
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         suffix = "" if number == 1 else f"-{number}"

@@ -297,7 +297,16 @@ class Experiment(_Section):
         """
         from fedcore.tasks import build_task
 
-        return build_task(self)
+        try:
+            return build_task(self)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):
+                reason = str(error)[-120:] or "not enough memory"
+                raise SettingsError(
+                    f'task = "{self.task}": {reason}; lower population, the sizes of '
+                    "the model, or those in options"
+                ) from error
+            raise
 
     def to_toml(self) -> str:
         """The resolved settings, as a preset that loads to an equal Experiment."""

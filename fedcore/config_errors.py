@@ -54,7 +54,7 @@ class Schema:
                 return choice
         return None
 
-    def keys(self) -> dict[str, str]:
+    def descriptions(self) -> dict[str, str]:
         """The description of every setting, by dotted key."""
         descriptions: dict[str, str] = {}
         for name, field in self.model.model_fields.items():
@@ -231,7 +231,7 @@ def _hint(path: list[str], schema: Schema) -> str:
         if kinds:
             names = or_text([f'"{kind}"' for kind in kinds])
             return f"; it is a setting of {path[0]}.name = {names}"
-    keys = schema.keys()
+    keys = schema.descriptions()
     sections = {key.rpartition(".")[0]: "" for key in keys if "." in key}
     near = near_keys(".".join(path), keys if len(path) > 1 else keys | sections)
     if near:

@@ -144,7 +144,7 @@ def _near_settings(word: str, typed: Sequence[str]) -> list[str]:
         if is_preset(argument):
             values = read_preset(argument)
             break
-    return near_keys(word, Schema(Experiment, values).keys())
+    return near_keys(word, Schema(Experiment, values).descriptions())
 
 
 def _no_argument(extra: str, command: str, typed: Sequence[str]) -> str:

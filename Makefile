@@ -37,12 +37,19 @@ bench: $(READY)          ## every engine against Flower's simulation, pfl-resear
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.deployment
 
-# torch first: where there is no GPU, its CPU build is taken if one is offered.
+# torch first: where there is no NVIDIA GPU, its CPU build (0.2 GB) instead of the one
+# with CUDA (3 GB and more). Where PyTorch's own index is out of reach, the usual one.
+TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+CPU    := https://download.pytorch.org/whl/cpu
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"found Python {v.major}.{v.minor}, fedcore needs 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@command -v nvidia-smi >/dev/null 2>&1 \
+	  || $(PIP) --retries 0 --timeout 10 --index-url $(CPU) --no-deps $(TORCH) 2>/dev/null \
+	  || echo "$(CPU) is out of reach: torch comes from the usual index"
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 clean:

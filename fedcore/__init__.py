@@ -31,7 +31,7 @@ _HOME = {
     "FedcoreError": "errors",
     "RunError": "errors",
     "SettingsError": "errors",
-    "run": "rounds.loop",
+    "run": "views.running",
     "Result": "rounds.loop",
     "Task": "task",
     "Examples": "data.federated",

@@ -21,18 +21,13 @@ from fedcore.audit import command as audit
 from fedcore.deploy import commands as deploy
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.escapes import printable
+from fedcore.usage import App, call
 from fedcore.users import find_user_modules
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Federated learning: one method file is simulated, deployed and audited.",
-)
+app = App("Federated learning: one method file is simulated, deployed and audited.")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a file that is written to
 
@@ -139,6 +134,9 @@ def _compare(
     from fedcore.views.terminal import Terminal
 
     with _interruptible(), Terminal() as terminal:
+        rounds = comparing.rounds_to_do(experiments, seeds, out)
+        runs = f"{len(experiments)} settings x {seeds} seeds in {out}"
+        terminal.planned(len(experiments) * seeds, rounds, runs)
         comparison = comparing.compare(experiments, seeds, out, terminal)
     if json_:
         print(json.dumps(comparison.to_dict()))
@@ -253,13 +251,14 @@ def _experiment(
 ) -> Experiment:
     """The settings of a preset, or of the run to resume, with overrides."""
     from fedcore.config import Experiment
+    from fedcore.overrides import Override
     from fedcore.rounds.rundir import stored
 
-    overrides = list(set_ or [])
+    overrides: list[str | Override] = list(set_ or [])
     if engine is not None:
-        overrides.append(f'engine.name="{engine}"')
+        overrides.append(Override("engine.name", engine, f"--engine {engine}"))
     if seed is not None:
-        overrides.append(f"seed={seed}")
+        overrides.append(Override("seed", seed, f"--seed {seed}"))
     if preset is not None:
         return Experiment.load(preset, overrides)
     if resume is None:
@@ -277,9 +276,10 @@ def main() -> None:
     find_user_modules()
     try:
         try:
-            app()
+            status = call(app)
         finally:
             sys.stdout.flush()
+        sys.exit(status)
     except FedcoreError as error:
         _say(str(error))
         sys.exit(error.exit_status)

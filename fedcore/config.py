@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,25 +14,27 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
-import fedcore
 from fedcore import method as methods
-from fedcore.config_errors import explain
+from fedcore.config_errors import Origin, Schema, explain, shortened, shown
 from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
 from fedcore.errors import SettingsError
+from fedcore.extremes import plain, refuse_extremes
 from fedcore.messages.defence import DefenceSettings
 from fedcore.messages.links import LinksSettings
 from fedcore.method import FinetuneSettings, Method, MethodSettings
 from fedcore.models import LowRank, Mlp, ModelSettings
+from fedcore.overrides import Override, merged, read_overrides, refuse_depth
+from fedcore.presets import read_preset
 from fedcore.rounds.participation import ParticipationSettings, Uniform
 
 if TYPE_CHECKING:
     from fedcore.task import Task
 
 __all__ = [
-    "KINDS",
     "AuditSettings",
     "CheckpointSettings",
     "EngineSettings",
@@ -42,16 +42,6 @@ __all__ = [
     "Experiment",
     "read_preset",
 ]
-
-# Sections whose keys depend on their name.
-KINDS = ("method", "model", "partition", "participation")
-# Of these pairs of keys one replaces the other.
-ALTERNATIVES = (
-    ("local.epochs", "local.steps"),
-    ("participation.cohort", "participation.fraction"),
-    ("links.downlink.variance", "links.downlink.snr_db"),
-    ("links.uplink.variance", "links.uplink.snr_db"),
-)
 
 
 class _Section(BaseModel):
@@ -157,7 +147,16 @@ class AuditSettings(_Section):
 
 
 class Experiment(_Section):
-    """All settings of one run. Frozen; what disagrees is refused when they load."""
+    """All settings of one run. Frozen; what disagrees is refused when they load.
+
+    `Experiment(method="fedavg")` has the defaults below, which are the same for every
+    method. `Experiment.load("fedavg")` has what strategies/fedavg.toml says, the
+    settings that its documentation and its results are about, and these defaults
+    for the rest. Raises SettingsError with one line for every fault.
+
+    >>> Experiment(method="fedavg").rounds, Experiment.load("fedavg").rounds
+    (30, 40)
+    """
 
     method: SerializeAsAny[MethodSettings] = Field(
         description="the method by name, and its settings"
@@ -165,7 +164,7 @@ class Experiment(_Section):
     task: str = Field(
         "digits",
         description="digits, fashion-mnist, cifar10, least-squares, "
-        'or your own "package.module:make_task"',
+        'or your own "package.module:make_task"; from Python also the function',
     )
     rounds: int = Field(30, ge=1, description="T, rounds")
     seed: int = Field(0, ge=0, description="of everything that is drawn")
@@ -216,6 +215,50 @@ class Experiment(_Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     audit: AuditSettings = AuditSettings()
 
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *values: object, **_: object) -> Experiment:
+            if values:
+                raise SettingsError(
+                    f"Experiment({shown(values[0])}): expected settings by name, "
+                    'Experiment(method="fedavg"), or Experiment.load("fedavg")'
+                )
+            return super().__new__(cls)
+
+        def __setattr__(self, name: str, value: object) -> None:
+            raise SettingsError(
+                f"{name} = {shown(value)}: an Experiment does not change; make "
+                f'another: experiment = experiment.model_copy(update={{"{name}": ...}})'
+            )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(
+        cls, values: Any, handler: Callable[[Any], Experiment], info: ValidationInfo
+    ) -> Experiment:
+        """Faults as a SettingsError, in the words of the user."""
+        origin = info.context if isinstance(info.context, Origin) else Origin()
+        if isinstance(values, Mapping):
+            refuse_depth(values, origin.source)
+            values = plain(values)
+        try:
+            experiment = handler(values)
+        except ValidationError as error:
+            given = values if isinstance(values, Mapping) else {}
+            # Without the chain: what pydantic says is in the message.
+            lines = explain(error, Schema(cls, given), origin)
+            raise SettingsError(lines) from None
+        refuse_extremes(experiment, origin)
+        return experiment
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _named_function(cls, value: Any) -> Any:
+        """A function by the name under which it can be found again."""
+        from fedcore.users import name_of
+
+        return name_of(value) if callable(value) else value
+
     @field_validator("method", mode="before")
     @classmethod
     def _method_settings(cls, value: Any) -> Any:
@@ -254,7 +297,16 @@ class Experiment(_Section):
         """
         from fedcore.tasks import build_task
 
-        return build_task(self)
+        try:
+            return build_task(self)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):
+                reason = str(error)[-120:] or "not enough memory"
+                raise SettingsError(
+                    f'task = "{self.task}": {reason}; lower population, the sizes of '
+                    "the model, or those in options"
+                ) from error
+            raise
 
     def to_toml(self) -> str:
         """The resolved settings, as a preset that loads to an equal Experiment."""
@@ -264,7 +316,9 @@ class Experiment(_Section):
 
     @classmethod
     def load(
-        cls, preset: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()
+        cls,
+        preset: str | Path,
+        overrides: Sequence[str | Override] | Mapping[str, Any] = (),
     ) -> Experiment:
         """The settings of a TOML file, or of a method's preset by its name.
 
@@ -281,7 +335,7 @@ class Experiment(_Section):
     def parse(
         cls,
         values: Mapping[str, Any],
-        overrides: Sequence[str] | Mapping[str, Any] = (),
+        overrides: Sequence[str | Override] | Mapping[str, Any] = (),
         source: str = "settings",
     ) -> Experiment:
         """The settings in a nested dict, and overrides as `load` takes them.
@@ -293,69 +347,32 @@ class Experiment(_Section):
         >>> experiment.local.steps
         5
         """
-        merged: dict[str, Any] = _copy(values)
-        if isinstance(overrides, Mapping):
-            pairs = list(overrides.items())
-        else:
-            pairs = [_assignment(text) for text in overrides]
-        _drop_replaced(merged, dict(pairs).keys())
-        # A kind first: another method or model drops the settings of the one before.
-        for key, value in sorted(pairs, key=lambda pair: not _chooses_kind(*pair)):
-            _set(merged, key, value)
-        try:
-            return cls.model_validate(merged)
-        except ValidationError as error:
-            settings = _settings_of_method(merged.get("method"))
-            raise SettingsError(explain(error, cls, source, settings)) from error
+        if not isinstance(values, Mapping):
+            raise SettingsError(
+                f"{source}: {shown(values)} is no section; expected a dict of settings"
+            )
+        refuse_depth(values, source)
+        given = read_overrides(overrides)
+        for override in given:
+            name = override.written or override.key
+            refuse_depth([override.key.split("."), override.value], shortened(name))
+        settings = merged(plain(values), given, cls)
+        return cls.model_validate(settings, context=Origin(source, given))
 
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> Experiment:
+        """The experiment with other settings, whole sections or values by dotted key.
 
-def read_preset(preset: str | Path) -> dict[str, Any]:
-    """The values of a TOML file. Raises SettingsError when it is missing or no TOML.
+        Raises SettingsError with one line for every fault.
 
-    The file is looked for as given and among those that come with fedcore. A bare name
-    is that of a bundled preset, or else of one in ./strategies/.
-    """
-    file = _preset_file(str(preset))
-    if file is None:
-        presets = _bundled_presets()
-        hint = "expected a TOML file, e.g. strategies/fedavg.toml"
-        for nearest in difflib.get_close_matches(str(preset), presets, 1):
-            hint = f"did you mean {nearest}?"
-        raise SettingsError(f"{preset}: there is no such preset; {hint}")
-    try:
-        return tomllib.loads(file.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{preset} is not valid TOML: {error}") from error
-
-
-def _preset_file(preset: str) -> Path | None:
-    """The file of a preset: of a path the user's first, of a name the bundled one."""
-    by_name = f"strategies/{preset}.toml"
-    is_path = preset.endswith(".toml") or Path(preset).name != preset
-    if is_path:
-        places = [Path(preset), *_bundled(preset)]
-    else:
-        places = [*_bundled(by_name), Path(by_name), Path(preset)]
-    for file in places:
-        if file.is_file():
-            return file
-    return None
-
-
-def _bundled(path: str) -> list[Path]:
-    """Places of a file that comes with fedcore.
-
-    One in what is installed, two in the source tree.
-    """
-    return [Path(folder) / path for folder in fedcore.__path__]
-
-
-def _bundled_presets() -> list[str]:
-    """The paths of the methods' presets, as a user types them."""
-    paths = []
-    for folder in _bundled("strategies"):
-        paths += [f"strategies/{file.name}" for file in folder.glob("*.toml")]
-    return sorted(paths)
+        >>> experiment = Experiment(method="fedavg")
+        >>> experiment.model_copy(update={"local.epochs": 3}).local.epochs
+        3
+        """
+        if not update:
+            return super().model_copy(deep=deep)
+        return self.parse(plain(self), update, source="model_copy")
 
 
 def _settings_of_method(section: Any) -> type[MethodSettings] | None:
@@ -363,69 +380,6 @@ def _settings_of_method(section: Any) -> type[MethodSettings] | None:
     if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
         return None
     return methods.settings_of(methods.load(section["name"]))
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    """(dotted key, value) of `key=value`; a bare word is a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise SettingsError(
-            f'--set "{text}": expected key=value, e.g. --set participation.cohort=10'
-        )
-    try:
-        return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
-
-
-def _chooses_kind(key: str, value: Any) -> bool:
-    """Whether an override names the kind of a section."""
-    return key.removesuffix(".name") in KINDS and isinstance(value, str)
-
-
-def _drop_replaced(values: dict[str, Any], given: Set[str]) -> None:
-    """Drop what an override replaces: of two alternatives, the one not `given`."""
-    for one, other in ALTERNATIVES:
-        if one in given and other not in given:
-            _drop(values, other)
-        if other in given and one not in given:
-            _drop(values, one)
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if isinstance(inner, str) and section == "method":
-            inner = values[section] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise SettingsError(
-                f'--set {key}: "{section}" is a value, not a section; '
-                f"set {section} itself"
-            )
-        values = inner
-    if last == "name" and key.removesuffix(".name") in KINDS:
-        default = Experiment.model_fields[sections[0]].default
-        if values.get("name", getattr(default, "name", None)) != value:
-            values.clear()
-    values[last] = value
-
-
-def _drop(values: dict[str, Any], key: str) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = values.get(section)
-        if not isinstance(inner, dict):
-            return
-        values = inner
-    values.pop(last, None)
-
-
-def _copy(values: Any) -> Any:
-    """The same values, with dicts of their own."""
-    if not isinstance(values, Mapping):
-        return values
-    return {key: _copy(value) for key, value in values.items()}
 
 
 def _without_none(values: Any) -> Any:

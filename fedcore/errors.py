@@ -3,6 +3,12 @@
 Messages say what was found, what was expected and what to do.
 """
 
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from pathlib import Path
+
 __all__ = ["FedcoreError", "RunError", "SettingsError", "TooFewReports"]
 
 
@@ -13,6 +19,23 @@ class FedcoreError(Exception):
     """
 
     exit_status = 1
+
+    def _render_traceback_(self) -> list[str]:
+        """The message, as IPython shows it instead of all frames down to ours.
+
+        `%debug` still has them.
+        """
+        lines = []
+        for frame in traceback.extract_tb(self.__traceback__):
+            if not _is_ours(frame.filename):
+                lines = [f"line {frame.lineno}: {frame.line}"]
+        return [*lines, f"{type(self).__name__}: {self}"]
+
+
+def _is_ours(file: str) -> bool:
+    """Whether a file is part of Python, a library, or fedcore."""
+    folders = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"])
+    return file.startswith((*folders, str(Path(__file__).parent), "<frozen"))
 
 
 class SettingsError(FedcoreError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from fedcore.models.lowrank import JacobianCorrection, lowrank
 from fedcore.rng import rng, torch_seed
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.task import Task
-from fedcore.users import user_module
+from fedcore.users import user_function
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -296,6 +298,7 @@ def build_task(experiment: Experiment) -> Task:
     """
     make = TASKS.get(experiment.task) or _users_function(experiment.task)
     with torch_seed(experiment.seed, "init"):
+        _refuse_signature(experiment, make)
         task = make(experiment)
         if not isinstance(task, Task):
             raise SettingsError(
@@ -318,6 +321,21 @@ def build_task(experiment: Experiment) -> Task:
             f"{task.population} clients: set population to that, or leave it out"
         )
     return task
+
+
+def _refuse_signature(
+    experiment: Experiment, make: Callable[[Experiment], Task]
+) -> None:
+    """Raise SettingsError for a function that cannot be called with an Experiment."""
+    try:
+        inspect.signature(make).bind(experiment)
+    except ValueError:
+        return  # it does not say how it is called
+    except TypeError as error:
+        raise SettingsError(
+            f'task = "{experiment.task}": expected a function of one argument, the '
+            f"Experiment, found {inspect.signature(make)}"
+        ) from error
 
 
 def _with_factors(experiment: Experiment, task: Task) -> Task:
@@ -390,14 +408,11 @@ def _saved_params(source: Path) -> dict[str, Tensor]:
 
 def _users_function(name: str) -> Callable[[Experiment], Task]:
     """The function that "package.module:make_task" names."""
-    module_name, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
+        near = difflib.get_close_matches(name, TASKS, 1)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
         raise SettingsError(
             f'task = "{name}": expected one of {", ".join(TASKS)}, '
-            'or your own as "package.module:make_task"'
+            f'or your own as "package.module:make_task"{hint}'
         )
-    module = user_module(f'task = "{name}"', module_name)
-    make: Callable[[Experiment], Task] | None = getattr(module, function, None)
-    if make is None:
-        raise SettingsError(f'task = "{name}": {module_name} has no {function}')
-    return make
+    return user_function(f'task = "{name}"', name)

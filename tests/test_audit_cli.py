@@ -331,7 +331,7 @@ REFUSED = {
     "--option=sme.iterations=0": "--option sme.iterations = 0",
     "--defence=none --epochs=1": "--epochs: with --defence clients are those of a run",
     "--defence=clip": '--defence "clip": found "clip", expected key=value',
-    "--defence=clip=-1": "defence.clip = -1",
+    "--defence=clip=-1": '--defence "clip=-1": defence.clip=-1: must be',
     "--no-truth --labels=oracle": (
         "--labels oracle tells the attacks the true labels, which --no-truth withholds"
     ),

@@ -175,15 +175,15 @@ REFUSED = {
     ),
     "a value out of range": (
         ["run", "fedavg", "--set", "participation.dropout=1.3"],
-        "participation.dropout = 1.3",
+        "--set participation.dropout=1.3: must be less than 1",
     ),
     "a method value out of range": (
         ["run", "fedavg", "--set", "method.local_lr=-1"],
-        "method.local_lr = -1",
+        "--set method.local_lr=-1: must be greater than 0",
     ),
     "a word for a number": (
         ["run", "fedavg", "--set", "rounds=many"],
-        "rounds = 'many'",
+        "--set rounds=many: must be a valid integer",
     ),
     "an unknown method": (
         ["run", "fedavg", "--set", "method.name=fedavgg"],
@@ -247,7 +247,7 @@ REFUSED = {
     ),
     "no finite number": (
         ["run", "fedavg", "--set", "method.local_lr=inf"],
-        "method.local_lr = inf",
+        "--set method.local_lr=inf: must be a finite number",
     ),
     "a rate that is none": (
         [
@@ -258,7 +258,7 @@ REFUSED = {
             "--set",
             "participation.alpha=inf",
         ],
-        "participation.alpha = inf",
+        "--set participation.alpha=inf: must be a finite number",
     ),
     "more reports than clients": (
         ["run", "fedavg", *TINY, "--set", "min_reports=5"],

@@ -229,12 +229,12 @@ def test_without_files_or_network_all_ways_to_the_data_are_told(
     monkeypatch.delenv("FEDCORE_DATA", raising=False)
     with pytest.raises(
         SettingsError,
-        match="fashion-mnist; apt-get install dataset-fashion-mnist, "
-        "or set data_folder",
+        match=r"fashion-mnist: apt-get install dataset-fashion-mnist \(Debian, "
+        r"Ubuntu\), or --set data_folder=DIR .* or run once with a network",
     ):
         sources.load("fashion-mnist")
     with pytest.raises(
-        SettingsError, match="set data_folder to a folder of its parquet files"
+        SettingsError, match=r"data_folder=DIR .*with a folder of its parquet files"
     ):
         sources.load("cifar10")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -162,7 +161,7 @@ def audit(
     sweep = {"--epochs": epochs, "--batch-size": batch_size, "--examples": examples}
     for flag, text in sweep.items():
         _numbers(flag, text or "1")
-    run_dir = Path(target) if Path(target).is_dir() else None
+    run_dir = _run_dir(target)
     training = {"--defence": defence, "--set": set_, "--engine": engine}
     _refuse_changes(run_dir, sweep, training)
     _refuse_truth(no_truth, labels, fail_above)
@@ -193,6 +192,21 @@ class Request(NamedTuple):
     run_dir: Path | None  # a run that kept updates
     defences: Sequence[str]
     sweep: Mapping[str, str | None]  # numbers by option
+
+
+def _run_dir(target: str) -> Path | None:
+    """The run directory that is meant; None where it is a preset.
+
+    A folder that has the name of a method, and holds no run, is not meant.
+    """
+    from fedcore.presets import is_preset
+
+    if not os.path.isdir(target):
+        return None
+    folder = Path(target)
+    if is_preset(target) and not (folder / "config.toml").is_file():
+        return None
+    return folder
 
 
 def _refuse_changes(
@@ -241,16 +255,23 @@ def _experiment(
     seed: int | None,
 ) -> Experiment:
     from fedcore.config import Experiment
+    from fedcore.overrides import Override
+    from fedcore.presets import is_preset, missing
     from fedcore.rounds.rundir import stored
 
+    if run_dir is None and not is_preset(target):
+        raise SettingsError(
+            f"{target}: expected a PRESET or a RUN_DIR; there is no such directory, "
+            f"and {missing(target)}"
+        )
     if run_dir is not None:
         source = f"{run_dir}/config.toml"
         return Experiment.parse(stored(run_dir), source=source)
-    overrides = list(set_ or [])
+    overrides: list[str | Override] = list(set_ or [])
     if engine is not None:
-        overrides.append(f'engine.name="{engine}"')
+        overrides.append(Override("engine.name", engine, f"--engine {engine}"))
     if seed is not None:
-        overrides.append(f"seed={seed}")
+        overrides.append(Override("seed", seed, f"--seed {seed}"))
     return Experiment.load(target, overrides)
 
 
@@ -302,6 +323,7 @@ def _run(request: Request, folder: Path, terminal: Any) -> Audit:
         return examine("captured", experiment, cells, plan, folder, terminal)
     if request.defences:
         cells = defences(experiment, plan, request.defences, folder)
+        _say(f"{len(cells)} runs of {experiment.rounds} rounds are trained and audited")
         return examine("defences", experiment, cells, plan, folder, terminal)
     default = {
         "--epochs": EPOCHS,
@@ -362,6 +384,8 @@ def _attack_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     The attack checks whether it knows them.
     """
+    from fedcore.overrides import value_of
+
     options: dict[str, dict[str, Any]] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -371,16 +395,10 @@ def _attack_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
                 f'--option "{text}": expected ATTACK.KEY=VALUE, '
                 "e.g. --option sme.iterations=500"
             )
-        options.setdefault(attack, {})[name] = _value(value.strip())
+        options.setdefault(attack, {})[name] = value_of(
+            value.strip(), f"--option {key}"
+        )
     return options
-
-
-def _value(text: str) -> Any:
-    """A value as TOML writes it; a bare word is a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 @contextmanager

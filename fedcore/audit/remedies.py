@@ -12,6 +12,7 @@ from fedcore.audit.cells import Cell, Observer, Prepared, prepare_captured
 from fedcore.audit.plan import Plan
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
+from fedcore.overrides import Override, value_of
 from fedcore.rounds import loop
 from fedcore.tasks import build_task
 
@@ -57,12 +58,12 @@ def defences(
 def _cell(experiment: Experiment, plan: Plan, defence: _Defence, out: Path) -> Cell:
     text, overrides, together = defence
     kept = {"audit.capture": str(plan.clients * together), "audit.rounds": "[1]"}
-    pairs = (overrides | kept).items()
-    changed = Experiment.parse(
-        experiment.model_dump(mode="json", exclude_none=True),
-        [f"{key}={value}" for key, value in pairs],
-        text,
-    )
+    given = []
+    for key, value in (overrides | kept).items():
+        written = f'--defence "{text}": {key}={value}'
+        given.append(Override(key, value_of(value, written), written))
+    values = experiment.model_dump(mode="json", exclude_none=True)
+    changed = Experiment.parse(values, given, text)
     _check(changed)
     run_dir = out / "runs" / hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import http.client
 import importlib.util
 import io
 import math
 import os
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +26,8 @@ from torch import Tensor
 from fedcore.errors import SettingsError
 from fedcore.rng import rng
 from fedcore.storage import cache
+
+HUB_SECONDS = 5.0  # for the hub to answer
 
 Arrays = dict[str, np.ndarray]
 """Images and labels: x_train, y_train, x_test, y_test, as they are on disk."""
@@ -152,8 +157,9 @@ def fashion_mnist(folder: Path | None = None) -> Source:
             "zalando-datasets/fashion_mnist",
             "image",
             "label",
-            f"no IDX files in {', '.join(map(str, places))}; apt-get install "
-            "dataset-fashion-mnist, or set data_folder to a folder of them",
+            f"its IDX files are not in {', '.join(map(str, places))}: apt-get install "
+            "dataset-fashion-mnist (Debian, Ubuntu), or --set data_folder=DIR with a "
+            "folder of them, or run once with a network, which downloads them",
         )
     pixels = Pixels((0.2860,), (0.3530,))
 
@@ -258,7 +264,8 @@ def cifar10(folder: Path | None = None) -> Source:
             "uoft-cs/cifar10",
             "img",
             "label",
-            "set data_folder to a folder of its parquet files",
+            "--set data_folder=DIR (or FEDCORE_DATA=DIR) with a folder of its parquet "
+            "files, or run once with a network, which downloads them",
         )
     pixels = Pixels((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
@@ -347,6 +354,9 @@ def _from_hub(name: str, image: str, label: str, otherwise: str) -> Arrays:
     cached = cache.load(key)
     if cached is not None:
         return cached
+    unreachable = _unreachable()
+    if unreachable is not None:
+        raise SettingsError(f"{name} is not here, and {unreachable}: {otherwise}")
     import datasets
 
     arrays: Arrays = {}
@@ -363,6 +373,25 @@ def _from_hub(name: str, image: str, label: str, otherwise: str) -> Arrays:
         ) from error
     cache.save(key, **arrays)
     return arrays
+
+
+def _unreachable() -> str | None:
+    """Why the hub cannot be asked, found in HUB_SECONDS; None where it can.
+
+    Its own client tries again and again for most of a minute. With HF_HUB_OFFLINE set
+    it looks in its cache and nowhere else, at once.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE"):
+        return None
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        with urllib.request.urlopen(hub, timeout=HUB_SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None  # it answers
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        return f"{hub} cannot be reached ({reason})"
 
 
 SOURCES: dict[str, Callable[[Path | None], Source]] = {

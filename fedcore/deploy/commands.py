@@ -162,13 +162,14 @@ def server(
     There is one for each client of the population.
     """
     from fedcore.config import Experiment
+    from fedcore.overrides import Override
     from fedcore.rounds.loop import Result
     from fedcore.views.terminal import show_result
 
     # A checkpoint every round, so that clients need not keep more states.
-    overrides = ["checkpoint.seconds=0"]
+    overrides: list[str | Override] = ["checkpoint.seconds=0"]
     if seed is not None:
-        overrides.append(f"seed={seed}")
+        overrides.append(Override("seed", seed, f"--seed {seed}"))
     overrides += [*(set_ or []), 'engine.name="grid"']
     experiment = Experiment.load(preset, overrides)
     _quieten()

@@ -61,7 +61,7 @@ class Vit(BaseModel):
         4, ge=1, description="side of a patch in pixels; divides the image's sides"
     )
     width: int = Field(32, ge=1, description="d, of a token; a multiple of heads")
-    depth: int = Field(2, ge=1, description="L, blocks")
+    depth: int = Field(2, ge=1, le=1000, description="L, blocks")
     heads: int = Field(4, ge=1, description="H, heads of attention")
     mlp: int = Field(64, ge=1, description="units of the hidden layer in a block")
     adapter: int = Field(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedcore.errors import SettingsError
 from fedcore.rng import rng
+from fedcore.storage.text import read_text
 from fedcore.types import Tree
 
 LabelCounts = Callable[[], np.ndarray]
@@ -300,13 +301,9 @@ class Trace(_Settings):
 
     def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
         """Raises SettingsError for a missing file, or ids outside the population."""
-        try:
-            lines = self.file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(
-                f"participation.file = {self.file}: {error}; "
-                "expected a text file, one line a round"
-            ) from error
+        name = f"participation.file = {self.file}"
+        text = read_text(self.file, name, "a text file, one line a round")
+        lines = text.removesuffix("\n").split("\n") if text else []
         cohorts = []
         for number, line in enumerate(lines, 1):
             where = f"{self.file}, line {number}"

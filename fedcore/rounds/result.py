@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import html
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,28 @@ class Result:
     def measures(self) -> dict[str, bool]:
         """Whether higher is better, by measure; that which judges the run first."""
         return History(self.history).measures
+
+    def _repr_html_(self) -> str:
+        """The result as a notebook shows it."""
+        lines = {"method": f"{self.method}, {self.engine} engine, seed {self.seed}"}
+        for measure in self.measures:
+            value = self.final.get(f"test_{measure}")
+            if value is not None:
+                lines[f"test {measure}"] = f"{value:.4f}"
+        lines["rounds"] = (
+            f"{self.rounds}, {self.cohort:.4g} of {self.population} clients"
+        )
+        lines["speed"] = f"{self.clients_per_second:,.0f} clients/s"
+        lines["parameters"] = f"sha256 {self.params_sha256[:16]}"
+        report = Path(self.run_dir) / "report.html"
+        lines["report"] = str(report) if report.exists() else f"none in {self.run_dir}"
+        rows = []
+        for name, text in lines.items():
+            cell = html.escape(text)
+            if name == "report" and report.exists():
+                cell = f'<a href="{html.escape(str(report))}">{cell}</a>'
+            rows.append(f"<tr><th>{html.escape(name)}</th><td>{cell}</td></tr>")
+        return f"<table>{''.join(rows)}</table>"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the parameters, ready for JSON."""

@@ -12,9 +12,9 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
-import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from fedcore import __version__
 from fedcore.errors import SettingsError
 from fedcore.storage.checkpoint import STATE, write_atomically
 from fedcore.storage.faults import Unwritable, unwritable
+from fedcore.storage.text import parse_toml, read_text
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -34,6 +35,7 @@ log = logging.getLogger("fedcore")
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)  # of a measure over clients
 LOCKS = {"lock", "run.lock", "server.lock"}  # files that hold nothing
+LONGEST = 120  # characters of a run's name
 # Settings that a resumed run may have otherwise.
 MAY_CHANGE = ("rounds", "engine", "checkpoint")
 
@@ -54,6 +56,7 @@ def open_run_dir(
         task = experiment.task.replace(":", "-")
         return fresh(f"{experiment.method.name}-{task}-seed{experiment.seed}")
     folder = Path(out)
+    _refuse_path(folder)
     _refuse_taken(folder)
     # A run writes and deletes in its directory.
     if folder.is_dir() and not _is_start(folder):
@@ -101,6 +104,26 @@ def clear_start(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoint", "clients", "captures"):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _refuse_path(folder: Path) -> None:
+    """Raise SettingsError for a path that cannot be a directory that is written to."""
+    try:
+        is_there = folder.exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(
+            f"--out {str(folder)[:80]}: {reason}; expected a directory"
+        ) from error
+    if is_there and not folder.is_dir():
+        raise SettingsError(f"--out {folder} is a file: expected a directory")
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
+        raise SettingsError(
+            f"--out {folder}: {nearest} may not be written to; choose another --out"
+        )
 
 
 def make_run_dir(folder: Path) -> None:
@@ -153,6 +176,7 @@ def fresh(name: str) -> Path:
 
     It is made at once, so that no other process takes it.
     """
+    name = re.sub(r"[^\w.+=-]+", "-", name)[:LONGEST]
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         suffix = "" if number == 1 else f"-{number}"
@@ -170,13 +194,11 @@ def fresh(name: str) -> Path:
 def stored(folder: Path | str) -> dict[str, Any]:
     """The resolved settings of a run directory. Raises SettingsError without any."""
     file = Path(folder) / "config.toml"
+    if not os.path.isfile(file):
+        raise SettingsError(f"{folder} is no run directory: expected config.toml in it")
     try:
-        return tomllib.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise SettingsError(
-            f"{folder} is no run directory: expected config.toml in it"
-        ) from error
-    except (OSError, ValueError) as error:
+        return parse_toml(read_text(file, str(file), "the settings of a run"))
+    except ValueError as error:
         raise SettingsError(f"{file} is damaged: {error}") from error
 
 

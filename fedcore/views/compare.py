@@ -16,7 +16,7 @@ from fedcore.views.compare_page import explanation, table, write
 from fedcore.views.comparison import Comparison, Run
 from fedcore.views.text import table_text
 
-__all__ = ["compare", "show"]
+__all__ = ["compare", "rounds_to_do", "show"]
 
 
 def compare(
@@ -67,6 +67,21 @@ def compare(
     comparison = Comparison(out, seeds, labelled, runs, failed)
     write(comparison)
     return comparison
+
+
+def rounds_to_do(
+    experiments: Sequence[tuple[str, Experiment]], seeds: int, out: Path
+) -> int:
+    """Rounds that `compare` has to do; those in `out` are done."""
+    rounds = 0
+    for label, experiment in distinct(experiments).items():
+        for seed in range(experiment.seed, experiment.seed + seeds):
+            metrics = out / f"{slug(label)}-seed{seed}" / "metrics.jsonl"
+            done = 0
+            if metrics.is_file():
+                done = metrics.read_bytes().count(b"\n")
+            rounds += max(experiment.rounds - done, 0)
+    return rounds
 
 
 def finish(experiment: Experiment, folder: Path, observer: Observer) -> History:

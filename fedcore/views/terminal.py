@@ -28,11 +28,12 @@ from fedcore.escapes import escaped
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.storage.memory import size_text
-from fedcore.views.text import rate_text, value_text
+from fedcore.views.text import rate_text, time_text, value_text
 
 __all__ = ["AuditTerminal", "Terminal", "show_result"]
 
 EVERY = 10.0  # seconds between lines where there is no terminal
+LONG = 10.0  # seconds of a run, from which on they are estimated
 DRAWN = 0.2  # seconds between two numbers beside the bar
 SHOWN = 3  # test measures in a line of progress, that which judges the run first
 
@@ -59,6 +60,14 @@ class Terminal:
         self._printed = time.monotonic()
         self._history = History()  # of the run, from its first round on
         self._test = ""  # the last test measures
+        self._planned = 0  # rounds of several runs, until they have been estimated
+        self._is_estimated = False
+
+    def planned(self, runs: int, rounds: int, of: str) -> None:
+        """Say before the first of several runs how many rounds are to be done."""
+        self._planned = rounds
+        line = f"{of}: {runs} runs, {rounds:,} rounds to do"
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def started(
         self, experiment: Experiment, engine: Engine, population: int, history: History
@@ -87,6 +96,7 @@ class Terminal:
             described = escaped(self._engine.describe())
             self.console.print(described, highlight=False, markup=False)
             self._engine = None
+            self._estimate(row)
         self._note_measures(row)
         number, is_last = row["round"], row["round"] == self._rounds
         self._bar.update(self._task, description="round", completed=number)
@@ -101,6 +111,17 @@ class Terminal:
                 self.console.print(line, highlight=False, soft_wrap=True, markup=False)
         if is_last:
             self._bar.stop()
+
+    def _estimate(self, row: dict[str, Any]) -> None:
+        """Say after the first round of all how long the others will take."""
+        if self._is_estimated:
+            return
+        self._is_estimated = True
+        rounds = (self._planned or self._rounds - row["round"] + 1) - 1
+        seconds = rounds * float(row["seconds"])
+        if rounds and (self._planned or seconds >= LONG):
+            line = f"about {time_text(seconds)} for the other {rounds:,} rounds"
+            self.console.print(f"{line}, by the first", highlight=False)
 
     def _note_measures(self, row: dict[str, Any]) -> None:
         """Keep the test measures of a round that has any."""

@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from fedcore import trees
 from fedcore.errors import SettingsError
+from fedcore.statistics import check_layers, real_rows, statistic_names
 from fedcore.types import Batches, Params
 
 if TYPE_CHECKING:
@@ -109,15 +110,16 @@ class Task:
         """Raises SettingsError for a metric with a name that is taken.
 
         And for a model with running statistics: no mean over clients can be trusted
-        with them. `metrics` are reported beside the loss; default: accuracy. `proxy` is
-        data that the server itself holds, for methods that need it. `optimum` is the
-        minimiser of the population's objective, where it is known. `pixels` says that
-        inputs are images, and how they were scaled: an audit shows and compares pixels.
-        `penalty` is added to the mean loss of a batch, and depends on the parameters.
+        with them; `fedcore.models.norms` has the ways out. `metrics` are reported
+        beside the loss; default: accuracy. `proxy` is data that the server itself
+        holds, for methods that need it. `optimum` is the minimiser of the population's
+        objective, where it is known. `pixels` says that inputs are images, and how they
+        were scaled: an audit shows and compares pixels. `penalty` is added to the mean
+        loss of a batch, and depends on the parameters.
         """
         metrics = {"accuracy": accuracy} if metrics is None else metrics
         _check_names(metrics)
-        _check_statistics(model)
+        check_layers(model)
         self.model = model
         self.data = data
         self.proxy = proxy
@@ -128,7 +130,7 @@ class Task:
 
     def with_model(self, model: nn.Module, penalty: Penalty | None = None) -> Task:
         """The same task for another model, with that model's penalty."""
-        _check_statistics(model)
+        check_layers(model)
         task = copy.copy(self)
         task.model = model
         task.penalty = penalty
@@ -201,10 +203,14 @@ class Task:
             self.model.train()
 
     def init_params(self) -> Params:
-        """The model's trainable parameters as it was built. Copies."""
+        """The model's trainable parameters as it was built. Copies.
+
+        And statistics that clients keep, which are entries of the tree as well.
+        """
         params = {}
+        statistics = statistic_names(self.model)
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad or name in statistics:
                 params[name] = parameter.detach().clone()
         return params
 
@@ -220,7 +226,9 @@ class Task:
         """
 
         def mean(params: Params) -> Tensor:
-            losses = self.metrics["loss"](self.predict(params, x), y)
+            with real_rows(mask):
+                outputs = self.predict(params, x)
+            losses = self.metrics["loss"](outputs, y)
             value: Tensor = (losses * mask).sum() / mask.sum().clamp(min=1)
             return value
 
@@ -288,14 +296,4 @@ def _check_names(metrics: dict[str, PerExample]) -> None:
             raise SettingsError(
                 f'metrics holds "{name}", which is the name of {meaning}: '
                 "give it another name"
-            )
-
-
-def _check_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if getattr(module, "track_running_stats", False):
-            raise SettingsError(
-                f'the model\'s "{name}" ({type(module).__name__}) keeps running '
-                "statistics of its batches, which clients cannot share: "
-                "use GroupNorm, or track_running_stats=False"
             )

@@ -62,8 +62,12 @@ class Chunks:
 
     def begin_round(self, t: int) -> None:
         """Recordings are compared with their steps again after some rounds."""
-        if self.recorder is not None:
-            self.recorder.begin_round(t)
+        if self.recorder is None:
+            return
+        model = self.work.task.model
+        if not model.training:  # the round before ended with an evaluation
+            model.train()
+        self.recorder.begin_round(t)
 
     def run(
         self,

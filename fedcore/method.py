@@ -37,6 +37,7 @@ from fedcore.reports import (
     weight_of,
 )
 from fedcore.split import Parts, split
+from fedcore.statistics import with_statistics
 from fedcore.task import Task
 from fedcore.types import (
     Batches,
@@ -312,7 +313,12 @@ class Method(Generic[S]):
         The fine-tuned model is measured and forgotten.
         """
         settings = self.finetuning
-        fixed, start = split(self.model_for(down, state), settings.parts)
+        params = self.model_for(down, state)
+        # In the model's order, from which parts such as "output" are read.
+        names = [name for name, _ in task.model.named_parameters() if name in params]
+        ordered = {name: params[name] for name in names}
+        fixed, start = split(ordered, settings.parts)
+        start, fixed = with_statistics(task.model, start, fixed)
         tuned = local_sgd(
             task.loss,
             start,

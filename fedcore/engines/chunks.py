@@ -66,6 +66,9 @@ class Chunks:
 
         At once where a value has changed that model and loss read from elsewhere.
         """
+        model = self.work.task.model
+        if self.recorder is not None and not model.training:
+            model.train()  # the round before ended with an evaluation
         if self.recorder is None or self._watch is None:
             return
         change = self._watch.change() if self.recorder.reason is None else None

@@ -251,8 +251,8 @@ def _experiment(
 ) -> Experiment:
     """The settings of a preset, or of the run to resume, with overrides."""
     from fedcore.config import Experiment
-    from fedcore.overrides import Override
     from fedcore.rounds.rundir import stored
+    from fedcore.settings.overrides import Override
 
     overrides: list[str | Override] = list(set_ or [])
     if engine is not None:

@@ -18,18 +18,18 @@ from pydantic import (
 )
 
 from fedcore import method as methods
-from fedcore.config_errors import Origin, Schema, explain, shortened, shown
 from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
 from fedcore.errors import SettingsError
-from fedcore.extremes import plain, refuse_extremes
 from fedcore.messages.defence import DefenceSettings
 from fedcore.messages.links import LinksSettings
 from fedcore.method import FinetuneSettings, Method, MethodSettings
 from fedcore.models import LowRank, Mlp, ModelSettings
-from fedcore.overrides import Override, merged, read_overrides, refuse_depth
-from fedcore.presets import read_preset
 from fedcore.rounds.participation import ParticipationSettings, Uniform
+from fedcore.settings.extremes import plain, refuse_extremes
+from fedcore.settings.faults import Origin, Schema, explain, shortened, shown
+from fedcore.settings.overrides import Override, merged, read_overrides, refuse_depth
+from fedcore.settings.presets import read_preset
 
 if TYPE_CHECKING:
     from fedcore.task import Task

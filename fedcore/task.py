@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedcore import probe, trees, trials
+from fedcore import trees
 from fedcore.arrays import as_examples
+from fedcore.checks import probe, trials
+from fedcore.checks.data import check_data
+from fedcore.checks.gradient import check_gradient, in_short
 from fedcore.errors import SettingsError
-from fedcore.functional import check_gradient, in_short
 from fedcore.inputs import model_outputs, shapes
 from fedcore.metrics import (
     Metric,
@@ -28,7 +30,6 @@ from fedcore.metrics import (
     is_higher_better,
     is_of_a_set,
 )
-from fedcore.misfits import check_data
 from fedcore.set_metrics import SetMetric, added_states
 from fedcore.statistics import check_layers, real_rows, statistic_names
 from fedcore.types import Batches, Params, Tree

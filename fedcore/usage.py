@@ -112,7 +112,7 @@ def _no_option(error: click.NoSuchOption, command: str, typed: Sequence[str]) ->
     if near:
         return f"{command} has no such option; did you mean {near[0]}?"
     if "--set" in flags:
-        from fedcore.config_errors import or_text
+        from fedcore.settings.faults import or_text
 
         value = _value_after(error.option_name, typed)
         keys = _near_settings(error.option_name.lstrip("-"), typed)
@@ -136,8 +136,8 @@ def _value_after(option: str, typed: Sequence[str]) -> str:
 def _near_settings(word: str, typed: Sequence[str]) -> list[str]:
     """Settings that a word may stand for, of the preset that was typed with it."""
     from fedcore.config import Experiment
-    from fedcore.config_errors import Schema, near_keys
-    from fedcore.presets import is_preset, read_preset
+    from fedcore.settings.faults import Schema, near_keys
+    from fedcore.settings.presets import is_preset, read_preset
 
     values: dict[str, Any] = {"method": {"name": "fedavg"}}
     for argument in typed[1:]:
@@ -148,7 +148,7 @@ def _near_settings(word: str, typed: Sequence[str]) -> list[str]:
 
 
 def _no_argument(extra: str, command: str, typed: Sequence[str]) -> str:
-    from fedcore.presets import is_preset
+    from fedcore.settings.presets import is_preset
 
     words = extra.split()
     settings = [word for word in words if re.match(r"[\w.]+=.", word)]
@@ -168,7 +168,7 @@ def _no_argument(extra: str, command: str, typed: Sequence[str]) -> str:
 
 def _no_command(word: str, context: click.Context | None) -> str:
     """The hint for what is no command: one of a like name, or that does the like."""
-    from fedcore.presets import is_preset
+    from fedcore.settings.presets import is_preset
 
     if word and (is_preset(word) or Path(word).suffix == ".toml"):
         return f"this is no command; did you mean fedcore run {word}?"

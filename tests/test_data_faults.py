@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedcore.arrays import as_examples
+from fedcore.checks.data import check_labels
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.partition import (
     Dirichlet,
@@ -28,7 +29,6 @@ from fedcore.data.partition import (
 )
 from fedcore.errors import SettingsError
 from fedcore.metrics import cross_entropy, squared_error
-from fedcore.misfits import check_labels
 from fedcore.task import Task
 
 ROWS, FEATURES = 8, 3

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedcore import Examples, FederatedData, SettingsError, Task
-from fedcore.hidden import hidden_state
+from fedcore.checks.hidden import hidden_state
+from fedcore.checks.trials import drawing
+from fedcore.checks.watch import Watch
 from fedcore.metrics import cross_entropy
 from fedcore.models import Cnn, LeNet, Logistic, Mlp, ResNet, Vit
-from fedcore.trials import drawing
-from fedcore.watch import Watch
 
 WEIGHT = 1.0
 NUMBERS = np.random.default_rng(0)

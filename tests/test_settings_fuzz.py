@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fedcore import method as methods
 from fedcore.config import Experiment
-from fedcore.config_errors import Schema
 from fedcore.errors import SettingsError
+from fedcore.settings.faults import Schema
 from tests.helpers import slow
 
 FUZZ = settings(derandomize=True, database=None, max_examples=150)

@@ -199,7 +199,7 @@ def _run_dir(target: str) -> Path | None:
 
     A folder that has the name of a method, and holds no run, is not meant.
     """
-    from fedcore.presets import is_preset
+    from fedcore.settings.presets import is_preset
 
     if not os.path.isdir(target):
         return None
@@ -255,9 +255,9 @@ def _experiment(
     seed: int | None,
 ) -> Experiment:
     from fedcore.config import Experiment
-    from fedcore.overrides import Override
-    from fedcore.presets import is_preset, missing
     from fedcore.rounds.rundir import stored
+    from fedcore.settings.overrides import Override
+    from fedcore.settings.presets import is_preset, missing
 
     if run_dir is None and not is_preset(target):
         raise SettingsError(
@@ -384,7 +384,7 @@ def _attack_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     The attack checks whether it knows them.
     """
-    from fedcore.overrides import value_of
+    from fedcore.settings.overrides import value_of
 
     options: dict[str, dict[str, Any]] = {}
     for text in texts:

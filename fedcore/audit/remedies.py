@@ -12,8 +12,8 @@ from fedcore.audit.cells import Cell, Observer, Prepared, prepare_captured
 from fedcore.audit.plan import Plan
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
-from fedcore.overrides import Override, value_of
 from fedcore.rounds import loop
+from fedcore.settings.overrides import Override, value_of
 from fedcore.tasks import build_task
 
 # Settings that a run can switch on, each to be weighed against its cost in accuracy.

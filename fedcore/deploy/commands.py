@@ -162,8 +162,8 @@ def server(
     There is one for each client of the population.
     """
     from fedcore.config import Experiment
-    from fedcore.overrides import Override
     from fedcore.rounds.loop import Result
+    from fedcore.settings.overrides import Override
     from fedcore.views.terminal import show_result
 
     # A checkpoint every round, so that clients need not keep more states.

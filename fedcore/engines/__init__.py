@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedcore.checks.trials import drawing
 from fedcore.engines.base import Engine, Work, device_for
 from fedcore.errors import SettingsError
-from fedcore.trials import drawing
 
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings

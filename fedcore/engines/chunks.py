@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedcore import trees
+from fedcore.checks.gradient import why_not_batched
+from fedcore.checks.trials import drawing
+from fedcore.checks.watch import Watch
 from fedcore.engines.base import Done, Work, run_alone
 from fedcore.engines.run_client import run_checked
-from fedcore.functional import why_not_batched
 from fedcore.local import steps_run_by
 from fedcore.method import data_of
 from fedcore.reports import Reports
 from fedcore.speed import loss_recorder
 from fedcore.speed.cuda_graphs import Graphs
-from fedcore.trials import drawing
 from fedcore.types import Batches, ClientFunction, Tree, Tuning
-from fedcore.watch import Watch
 
 log = logging.getLogger("fedcore")
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.checks.watch import Watch, put_values
 from fedcore.engines.base import (
     Done,
     Work,
@@ -39,7 +40,6 @@ from fedcore.method import evaluates
 from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.storage.rows import StateStore
 from fedcore.types import ClientFunction, Tree
-from fedcore.watch import Watch, put_values
 
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedcore import method as methods
 from fedcore.errors import SettingsError
-from fedcore.overrides import Override
+from fedcore.settings.overrides import Override
 
 __all__ = ["Origin", "Schema", "explain", "near_keys", "or_text", "shown"]
 

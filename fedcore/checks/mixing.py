@@ -7,8 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fedcore import trees
-from fedcore.errors import SettingsError
-from fedcore.trace import (
+from fedcore.checks.trace import (
     ROWS,
     SAME,
     Call,
@@ -21,7 +20,8 @@ from fedcore.trace import (
     middle,
     tensors,
 )
-from fedcore.trials import Subject, Trial
+from fedcore.checks.trials import Subject, Trial
+from fedcore.errors import SettingsError
 from fedcore.types import Params, Tree
 
 __all__ = ["ALONE", "in_a_line", "refuse_mixing"]

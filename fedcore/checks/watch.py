@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedcore.errors import RunError
-from fedcore.hidden import Value, changed, hidden_state
-from fedcore.trials import (
+from fedcore.checks.hidden import Value, changed, hidden_state
+from fedcore.checks.trials import (
     Subject,
     Trial,
     are_alike,
@@ -17,6 +16,7 @@ from fedcore.trials import (
     taken,
     undisturbed,
 )
+from fedcore.errors import RunError
 
 if TYPE_CHECKING:
     from fedcore.task import Task

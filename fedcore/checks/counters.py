@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fedcore.hidden import Value
+from fedcore.checks.hidden import Value
 
 __all__ = ["follows_from"]
 

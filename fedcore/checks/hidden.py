@@ -125,7 +125,7 @@ def name_of(fn: Any) -> str:
     """The module and name of a function, or of a callable object's class.
 
     >>> name_of(name_of)
-    'fedcore.hidden.name_of'
+    'fedcore.checks.hidden.name_of'
     """
     while isinstance(fn, functools.partial):
         fn = fn.func

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fedcore.config_errors import Origin, told
 from fedcore.errors import SettingsError
+from fedcore.settings.faults import Origin, told
 
 __all__ = ["plain", "refuse_extremes"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedcore import trees
-from fedcore.hidden import Value, hidden_state, name_of
-from fedcore.trace import (
+from fedcore.checks.hidden import Value, hidden_state, name_of
+from fedcore.checks.trace import (
     SAME,
     Call,
     Trace,

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from fedcore import trees
-from fedcore.counters import follows_from
-from fedcore.errors import SettingsError
-from fedcore.hidden import GENERATOR, changed, name_of
-from fedcore.mixing import ALONE, in_a_line, refuse_mixing
-from fedcore.trace import (
+from fedcore.checks.counters import follows_from
+from fedcore.checks.hidden import GENERATOR, changed, name_of
+from fedcore.checks.mixing import ALONE, in_a_line, refuse_mixing
+from fedcore.checks.trace import (
     ROWS,
     copies,
     differs,
@@ -31,7 +30,8 @@ from fedcore.trace import (
     masked_modules,
     tensors,
 )
-from fedcore.trials import SEED, Subject, Trial, are_alike, buffers, undisturbed
+from fedcore.checks.trials import SEED, Subject, Trial, are_alike, buffers, undisturbed
+from fedcore.errors import SettingsError
 from fedcore.types import Params, Tree
 
 if TYPE_CHECKING:

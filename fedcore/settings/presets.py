@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import fedcore
-from fedcore.config_errors import shortened
 from fedcore.errors import SettingsError
+from fedcore.settings.faults import shortened
 from fedcore.storage.text import parse_toml, read_text
 
 __all__ = ["is_preset", "missing", "read_preset"]

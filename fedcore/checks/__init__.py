@@ -1,0 +1,1 @@
+"""What is tried before a run: data, model, loss and metrics of a task."""

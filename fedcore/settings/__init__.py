@@ -1,0 +1,1 @@
+"""Settings as they are written: presets, overrides, and faults in them."""

@@ -84,6 +84,8 @@ def cli(
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fedcore", *map(str, arguments)])
+        # The command puts the working directory last, where tests have it first.
+        monkeypatch.setattr(sys, "path", sys.path[:])
         capsys.readouterr()
         try:
             main()

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fedcore import trees
+from fedcore.statistics import statistics_moved
 from fedcore.task import Task
 from fedcore.types import Batches, Params, Tree
 
@@ -92,7 +93,8 @@ def local_sgd(
 
     `lr` is one step size, or one a parameter; `center` is params unless given; `fixed`
     are parameters of the model that stay. A batch that is all padding moves nothing,
-    whatever the hooks: ragged clients train side by side.
+    whatever the hooks: ragged clients train side by side. Statistics that are among
+    params take no such step, but become what the forward makes of them.
     """
     hooks = _Hooks(None if isinstance(lr, Tensor) else lr, prox, momentum, weight_decay)
     step = functools.partial(_step, loss, hooks)
@@ -171,13 +173,15 @@ def _kind_of(loss: Loss, hooks: _Hooks, names: Hashable) -> Hashable:
 
 
 def _step(loss: Loss, hooks: _Hooks, inputs: _Inputs) -> _Outputs:
-    def at(y: Params) -> Tensor:
+    def at(y: Params) -> tuple[Tensor, Params]:
         params = {**inputs.constants.fixed, **y}
-        return loss(params, inputs.x, inputs.target, inputs.mask)
+        with statistics_moved() as moves:
+            value = loss(params, inputs.x, inputs.target, inputs.mask)
+        return value, moves.of(y)
 
     y, constants = inputs.y, inputs.constants
     real = (inputs.mask.sum() > 0).to(wide(y))
-    slope, value = grad_and_value(at)(y)
+    slope, (value, statistics) = grad_and_value(at, has_aux=True)(y)
     if constants.correction:
         slope = trees.add(slope, constants.correction)
     if hooks.prox:
@@ -193,7 +197,8 @@ def _step(loss: Loss, hooks: _Hooks, inputs: _Inputs) -> _Outputs:
     if hooks.momentum:
         kept = trees.scale(v, 1 - real * (1 - hooks.momentum))
         slope = v = trees.axpy(real, slope, kept)
-    return _Outputs(_moved(y, slope, hooks, constants, real), v, real, value)
+    moved = _moved(y, slope, hooks, constants, real) | statistics
+    return _Outputs(moved, v, real, value)
 
 
 def _moved(

@@ -37,6 +37,7 @@ from fedcore.reports import (
     weight_of,
 )
 from fedcore.split import Parts, split
+from fedcore.statistics import with_statistics
 from fedcore.task import Task
 from fedcore.types import (
     Batches,
@@ -313,6 +314,7 @@ class Method(Generic[S]):
         """
         settings = self.finetuning
         fixed, start = split(self.model_for(down, state), settings.parts)
+        start, fixed = with_statistics(task.model, start, fixed)
         tuned = local_sgd(
             task.loss,
             start,

@@ -107,10 +107,11 @@ def _output(params: Params) -> set[str]:
 
 
 def _norms(params: Params) -> set[str]:
-    """Modules whose weight is a vector: normalisation layers."""
+    """Normalisation layers: modules whose weight is a vector, or with statistics."""
     modules = set()
     for name, value in params.items():
-        if name.endswith(".weight") and value.ndim == 1:
+        is_vector = name.endswith(".weight") and value.ndim == 1
+        if is_vector or name.endswith(".running_mean"):
             modules.add(_module(name))
     return modules
 

@@ -30,6 +30,7 @@ from fedcore.metrics import (
 )
 from fedcore.misfits import check_data
 from fedcore.set_metrics import SetMetric, added_states
+from fedcore.statistics import check_layers, real_rows, statistic_names
 from fedcore.types import Batches, Params, Tree
 
 if TYPE_CHECKING:
@@ -88,12 +89,13 @@ class Task:
         """Raises SettingsError for a metric with a name that is taken.
 
         And for a model with running statistics: no mean over clients can be trusted
-        with them. `metrics` are reported beside the loss: functions, metrics of
-        torchmetrics, or either in a `Metric`; default: accuracy for classes. `proxy` is
-        data that the server itself holds, for methods that need it. `optimum` is the
-        minimiser of the population's objective, where it is known. `pixels` says that
-        inputs are images, and how they were scaled: an audit shows and compares pixels.
-        `penalty` is added to the mean loss of a batch, and depends on the parameters.
+        with them; `fedcore.models.norms` has the ways out. `metrics` are reported
+        beside the loss: functions, metrics of torchmetrics, or either in a `Metric`;
+        default: accuracy for classes. `proxy` is data that the server itself holds, for
+        methods that need it. `optimum` is the minimiser of the population's objective,
+        where it is known. `pixels` says that inputs are images, and how they were
+        scaled: an audit shows and compares pixels. `penalty` is added to the mean loss
+        of a batch, and depends on the parameters.
         """
         if is_of_a_set(loss) or not callable(loss) or isinstance(loss, type):
             raise SettingsError(
@@ -102,7 +104,7 @@ class Task:
             )
         metrics = default_metrics(loss) if metrics is None else metrics
         check_names(metrics, RESERVED)
-        _check_statistics(model)
+        check_layers(model)
         self.model = model
         self.data = data
         if proxy is not None:
@@ -128,7 +130,7 @@ class Task:
 
     def with_model(self, model: nn.Module, penalty: Penalty | None = None) -> Task:
         """The same task for another model, with that model's penalty."""
-        _check_statistics(model)
+        check_layers(model)
         task = copy.copy(self)
         task.model = model
         task.penalty = penalty
@@ -206,16 +208,12 @@ class Task:
     def init_params(self) -> Params:
         """The model's trainable parameters as it was built. Copies.
 
-        Raises SettingsError for one that a lazy layer has not made yet.
+        And statistics that clients keep, which are entries of the tree as well.
         """
         params = {}
+        statistics = statistic_names(self.model)
         for name, parameter in self.model.named_parameters():
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise SettingsError(
-                    f'the model\'s "{name}" has no shape yet: call the model once on '
-                    "an example before you hand it to Task"
-                )
-            if parameter.requires_grad:
+            if parameter.requires_grad or name in statistics:
                 params[name] = parameter.detach().clone()
         return params
 
@@ -235,7 +233,9 @@ class Task:
         """
 
         def mean(params: Params) -> Tensor:
-            losses = self.metrics["loss"](self.predict(params, x), y)
+            with real_rows(mask):
+                outputs = self.predict(params, x)
+            losses = self.metrics["loss"](outputs, y)
             value: Tensor = (losses * mask).sum() / mask.sum().clamp(min=1)
             return value
 
@@ -311,13 +311,3 @@ class Task:
         if self.optimum is not None:
             values["distance"] = self._deviation(params).sqrt().item()
         return values
-
-
-def _check_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if getattr(module, "track_running_stats", False):
-            raise SettingsError(
-                f'the model\'s "{name}" ({type(module).__name__}) keeps running '
-                "statistics of its batches, which clients cannot share: "
-                "use GroupNorm, or track_running_stats=False"
-            )

@@ -27,6 +27,7 @@ from fedcore import trees
 from fedcore.local import local_sgd
 from fedcore.method import Round, on_client
 from fedcore.personal import Partial, Personal, PersonalSettings, Update, initial
+from fedcore.statistics import with_statistics
 from fedcore.task import Task
 from fedcore.types import Batches, Model
 
@@ -85,7 +86,11 @@ class FedAlt(Partial[Settings]):
             )
         if not (u and s.shared_passes):
             return Update(trees.zeros_like(u), value), Personal(v)
-        new, _, value = local_sgd(task.loss, u, for_u, s.local_lr, fixed=v)
+        # Statistics are of v, and move in every pass.
+        start, fixed = with_statistics(task.model, u, v)
+        new, _, value = local_sgd(task.loss, start, for_u, s.local_lr, fixed=fixed)
+        v = {name: new.get(name, old) for name, old in v.items()}
+        new = {name: new[name] for name in u}
         return Update(trees.sub_(new, u), value), Personal(v)
 
     def round(self, server: Model, r: Round) -> Model:

@@ -24,6 +24,7 @@ from fedcore import trees
 from fedcore.local import local_sgd
 from fedcore.method import Round, on_client
 from fedcore.personal import Partial, Personal, PersonalSettings, Update, initial
+from fedcore.statistics import statistic_names
 from fedcore.task import Task
 from fedcore.types import Batches, Model
 
@@ -53,11 +54,13 @@ class FedSim(Partial[Settings]):
         self, task: Task, t: Tensor, down: Model, state: Personal, batches: Batches
     ) -> tuple[Update, Personal]:
         u, v, s = down.params, state.v, self.s
-        v0 = initial(task, v)
+        v0, statistics = initial(task, v), statistic_names(task.model)
 
         def penalised(params: dict[str, Tensor], *batch: Tensor) -> Tensor:
             value = task.loss(params, *batch)
             for name, start in v0.items():
+                if name in statistics:
+                    continue  # they follow the data
                 value = value + s.penalty * (params[name] - start).square().sum()
             return value
 

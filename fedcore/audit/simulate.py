@@ -24,6 +24,7 @@ from fedcore.reports import Reports
 from fedcore.rng import rng
 from fedcore.rounds.captures import Exchange, exchanges
 from fedcore.rounds.participation import UniformProcess
+from fedcore.statistics import refuse_shared
 from fedcore.storage.rows import StateStore
 from fedcore.task import Task
 from fedcore.types import ClientFunction, Tree
@@ -107,7 +108,9 @@ def _one_round(experiment: Experiment, task: Task) -> list[Exchange]:
         everyone=everyone,
         kept=[],
     )
-    method.round(method.init_server(params, n), r)
+    server = method.init_server(params, n)
+    refuse_shared(task.model, server.params)
+    method.round(server, r)
     return r.kept
 
 

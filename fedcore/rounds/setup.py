@@ -18,6 +18,7 @@ from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.saving import Start
 from fedcore.split import split
+from fedcore.statistics import refuse_shared, statistic_names
 from fedcore.storage.faults import writing
 from fedcore.storage.rows import StateStore
 from fedcore.types import Params
@@ -80,6 +81,9 @@ def prepare(
         experiment.links,
         experiment.defence,
     )
+    if statistic_names(task.model):
+        server = method.init_server(params, task.population)
+        refuse_shared(task.model, server.params)
     client_row, memory_row = method.init_client(params), method.init_memory(params)
     ram = _ram_of_a_store(experiment, [client_row, memory_row])
     clients = StateStore(client_row, ram, partial(_spill, folder, "clients"))

@@ -313,7 +313,11 @@ class Method(Generic[S]):
         The fine-tuned model is measured and forgotten.
         """
         settings = self.finetuning
-        fixed, start = split(self.model_for(down, state), settings.parts)
+        params = self.model_for(down, state)
+        # In the model's order, from which parts such as "output" are read.
+        names = [name for name, _ in task.model.named_parameters() if name in params]
+        ordered = {name: params[name] for name in names}
+        fixed, start = split(ordered, settings.parts)
         start, fixed = with_statistics(task.model, start, fixed)
         tuned = local_sgd(
             task.loss,

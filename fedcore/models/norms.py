@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -117,10 +116,30 @@ def personal_batch_norm(model: nn.Module) -> nn.Module:
 
 def _normalised(layer: FrozenBatchNorm | PersonalBatchNorm, x: Tensor) -> Tensor:
     """BatchNorm in evaluation mode: by the layer's running statistics."""
+    # By hand, as the gradient of functional.batch_norm does not batch over clients.
+    channels = _channels(x)
     mean, var = layer.running_mean.detach(), layer.running_var.detach()
-    return functional.batch_norm(
-        x, mean, var, layer.weight, layer.bias, training=False, eps=layer.eps
-    )
+    return _scaled(layer, x - mean.view(channels), var, channels)
+
+
+def _scaled(
+    layer: FrozenBatchNorm | PersonalBatchNorm,
+    centred: Tensor,
+    var: Tensor,
+    channels: list[int],
+) -> Tensor:
+    """Weight times what is `centred` over its deviation, and the bias."""
+    scale = (var + layer.eps).rsqrt()
+    if layer.weight is not None:
+        scale = scale * layer.weight
+    if layer.bias is None:
+        return centred * scale.view(channels)
+    return torch.addcmul(layer.bias.view(channels), centred, scale.view(channels))
+
+
+def _channels(x: Tensor) -> list[int]:
+    """The shape of one number a channel, beside x [B, C, ...]."""
+    return [1, -1] + [1] * (x.ndim - 2)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -185,7 +204,7 @@ class PersonalBatchNorm(StatisticLayer):
         if not self.training:
             return _normalised(self, x)
         axes = [0, *range(2, x.ndim)]
-        channels = [1, -1] + [1] * (x.ndim - 2)
+        channels = _channels(x)
         rows = self.rows(x)
         is_real = rows.view(-1, *[1] * (x.ndim - 1))
         values = rows.sum() * x[0, 0].numel()  # of a channel
@@ -199,14 +218,7 @@ class PersonalBatchNorm(StatisticLayer):
         squares = centred.square().sum(axes)
         var = torch.where(is_enough, squares / count, old_var)
         self._move(mean, squares / (count - 1).clamp(min=1), is_enough)
-
-        scale = (var + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        out = centred * scale.view(channels)
-        if self.bias is not None:
-            out = out + self.bias.view(channels)
-        return out
+        return _scaled(self, centred, var, channels)
 
     def _move(self, mean: Tensor, unbiased: Tensor, is_enough: Tensor) -> None:
         """Note the running statistics after this batch."""

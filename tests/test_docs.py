@@ -133,6 +133,21 @@ def test_the_example_task_works_as_printed(
     sys.modules.pop("waves")
 
 
+@pytest.mark.parametrize("way", ["group", "frozen", "personal"])
+def test_the_ways_out_of_batch_norm_work_as_printed(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    page = Path("docs/batch-norm.md")
+    (tmp_path / "pictures.py").write_text(blocks(page, "python")[0])
+    (lines,) = blocks(page, "sh")
+    (command,) = (line for line in lines.splitlines() if line.endswith(way))
+    status, out, err = cli(*on_tiny_data(command, tmp_path / "r"))
+    assert status == 0, err
+    assert "accuracy" in out
+    sys.modules.pop("pictures")
+
+
 def test_the_notebook_lines_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

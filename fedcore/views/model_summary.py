@@ -58,17 +58,13 @@ def anatomy(experiment: Experiment) -> Anatomy:
     Raises SettingsError where the task cannot be built, or a personal part is not
     there.
     """
-    model = build_task(experiment).model
-    params: Params = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            params[name] = parameter
+    task = build_task(experiment)
     without_factors = {"lowrank": LowRank(), "initial": None}
     dense = build_task(experiment.model_copy(update=without_factors)).model
     # Only methods with personal parts have the setting.
     personal_parts = getattr(experiment.method, "personal", ())
-    shared, personal = split(params, personal_parts)
-    return Anatomy(layers(dense, model), shared, personal)
+    shared, personal = split(task.init_params(), personal_parts)
+    return Anatomy(layers(dense, task.model), shared, personal)
 
 
 def show(parts: Anatomy) -> None:

@@ -10,7 +10,7 @@ from fedcore.rounds.loop import run
 from tests.flower.fake import FakeGrid
 from tests.flower.test_grid import over_flower, preset_of
 from tests.helpers import assert_close
-from tests.test_norms import EVEN, WAYS, experiment
+from tests.norms import EVEN, WAYS, experiment
 
 
 @pytest.mark.parametrize("way", WAYS)

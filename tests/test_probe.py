@@ -487,9 +487,8 @@ def test_a_gradient_that_torch_func_does_not_find_is_refused() -> None:
 
 
 def test_a_layer_that_has_not_been_called_is_refused() -> None:
-    task = task_of(nn.Sequential(nn.LazyLinear(3)))
     with pytest.raises(SettingsError, match="has no shape yet"):
-        task.init_params()
+        task_of(nn.Sequential(nn.LazyLinear(3)))
 
 
 def test_a_metric_that_depends_on_the_batch_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Statistics that stay on the client: as in plain PyTorch, padding, lone examples."""
+"""Statistics that stay on the client: plain PyTorch, padding, batches of one."""
 
 from __future__ import annotations
 
@@ -203,6 +203,24 @@ def test_where_a_channel_has_one_value_the_running_statistics_stand_in() -> None
     with statistics_moved() as moves:
         norm(x)
     assert torch.equal(moves.latest(norm.running_mean), norm.running_mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_narrow_numbers_are_taken_in_float32(dtype: torch.dtype) -> None:
+    """bfloat16 counts to 256; there are 1 200 values a channel."""
+    norm = nn.BatchNorm2d(3).to(dtype)
+    personal = personal_batch_norm(copy.deepcopy(norm))
+    assert isinstance(personal, PersonalBatchNorm)
+    x = (torch.randn(3, 3, 20, 20) + 2).to(dtype)
+    with statistics_moved() as moves:
+        out = personal(x)
+    expected = norm(x)
+    assert out.dtype == dtype
+    limit = 2 * torch.finfo(dtype).eps
+    assert_close(out, expected, limit)
+    assert_close(moves.latest(personal.running_mean), norm.running_mean, limit)
+    assert_close(moves.latest(personal.running_var), norm.running_var, limit)
+    assert personal.eval()(x).dtype == dtype
 
 
 def test_many_norms_stay_finite_on_one_example_beside_padding() -> None:

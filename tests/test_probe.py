@@ -486,6 +486,11 @@ def test_a_gradient_that_torch_func_does_not_find_is_refused() -> None:
     assert "torch.func" in message
 
 
+def test_a_layer_that_has_not_been_called_is_refused() -> None:
+    with pytest.raises(SettingsError, match="has no shape yet"):
+        task_of(nn.Sequential(nn.LazyLinear(3)))
+
+
 def test_a_metric_that_depends_on_the_batch_is_refused() -> None:
     def centred(outputs: Tensor, y: Tensor) -> Tensor:
         return outputs[:, 0] - outputs[:, 0].mean()

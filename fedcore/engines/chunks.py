@@ -74,6 +74,9 @@ class Chunks:
         change = self._watch.change() if self.recorder.reason is None else None
         if change is not None:
             self.recorder.give_up(change)
+        model = self.work.task.model
+        if not model.training:  # the round before ended with an evaluation
+            model.train()
         self.recorder.begin_round(t)
 
     def run(

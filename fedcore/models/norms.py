@@ -119,7 +119,13 @@ def _normalised(layer: FrozenBatchNorm | PersonalBatchNorm, x: Tensor) -> Tensor
     # By hand, as the gradient of functional.batch_norm does not batch over clients.
     channels = _channels(x)
     mean, var = layer.running_mean.detach(), layer.running_var.detach()
-    return _scaled(layer, x - mean.view(channels), var, channels)
+    centred = x.to(_wide(x)) - mean.view(channels)
+    return _scaled(layer, centred, var, channels).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The type to compute in, as BatchNorm does: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _scaled(
@@ -129,7 +135,7 @@ def _scaled(
     channels: list[int],
 ) -> Tensor:
     """Weight times what is `centred` over its deviation, and the bias."""
-    scale = (var + layer.eps).rsqrt()
+    scale = (var.to(centred.dtype) + layer.eps).rsqrt()
     if layer.weight is not None:
         scale = scale * layer.weight
     if layer.bias is None:
@@ -209,16 +215,17 @@ class PersonalBatchNorm(StatisticLayer):
         is_real = rows.view(-1, *[1] * (x.ndim - 1))
         values = rows.sum() * x[0, 0].numel()  # of a channel
         is_enough = values > 1
-        count = values.clamp(min=1).to(x.dtype)
+        wide = x.to(_wide(x))
+        count = values.clamp(min=1).to(wide.dtype)
 
         old_mean, old_var = self.running_mean.detach(), self.running_var.detach()
-        mean = torch.where(is_real, x, 0).sum(axes) / count
+        mean = torch.where(is_real, wide, 0).sum(axes) / count
         mean = torch.where(is_enough, mean, old_mean)
-        centred = torch.where(is_real, x - mean.view(channels), 0)
+        centred = torch.where(is_real, wide - mean.view(channels), 0)
         squares = centred.square().sum(axes)
         var = torch.where(is_enough, squares / count, old_var)
         self._move(mean, squares / (count - 1).clamp(min=1), is_enough)
-        return _scaled(self, centred, var, channels)
+        return _scaled(self, centred, var, channels).to(x.dtype)
 
     def _move(self, mean: Tensor, unbiased: Tensor, is_enough: Tensor) -> None:
         """Note the running statistics after this batch."""
@@ -228,7 +235,7 @@ class PersonalBatchNorm(StatisticLayer):
         for given, value in (self.running_mean, mean), (self.running_var, unbiased):
             old = moves.latest(given).detach()
             new = (1 - self.momentum) * old + self.momentum * value.detach()
-            moves.move(given, torch.where(is_enough, new, old))
+            moves.move(given, torch.where(is_enough, new, old).to(given.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"

@@ -390,6 +390,7 @@ LOSSES: dict[str, tuple[Any, list[str]]] = {
 }
 
 
+@pytest.mark.usefixtures("same_models")
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_loss_that_is_no_function_of_one_example_is_refused(kind: str) -> None:
     loss, words = LOSSES[kind]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from fedcore.errors import SettingsError
 
-__all__ = ["App", "call"]
+__all__ = ["App", "call", "importing", "open_streams"]
 
 
 class _Command(TyperCommand):
@@ -63,6 +67,35 @@ class App(typer.Typer):
         return super().command(*args, **{"cls": _Command, **kwargs})
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process at once.
+
+    While libraries are imported, an exception may be swallowed, and leaves them half
+    imported.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        os.write(2, b"fedcore: interrupted\n")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def open_streams() -> None:
+    """Give output that was closed a place to go, so that writing to it is no fault."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+
+
 def call(app: typer.Typer) -> int:
     """Run the command that was given: its exit status.
 
@@ -93,6 +126,8 @@ def _fault(error: click.UsageError, typed: Sequence[str]) -> str:
         return f"{error.option_name}: {_no_option(error, command, typed)}"
     if isinstance(error, click.MissingParameter) and error.param is not None:
         wanted = error.param.make_metavar(context) if context else error.param.name
+        if error.param.param_type_name == "option":
+            wanted = f"{error.param.opts[0]} {wanted}"
         return f"expected {wanted}; see {command} --help"
     message = error.format_message().rstrip(".")
     extra = re.search(r"unexpected extra arguments? \((.*)\)", message)

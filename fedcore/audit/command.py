@@ -17,6 +17,7 @@ import typer
 
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.escapes import printable
+from fedcore.usage import importing
 
 if TYPE_CHECKING:
     from fedcore.audit.plan import Plan
@@ -254,10 +255,11 @@ def _experiment(
     engine: str | None,
     seed: int | None,
 ) -> Experiment:
-    from fedcore.config import Experiment
-    from fedcore.rounds.rundir import stored
-    from fedcore.settings.overrides import Override
-    from fedcore.settings.presets import is_preset, missing
+    with importing():
+        from fedcore.config import Experiment
+        from fedcore.rounds.rundir import stored
+        from fedcore.settings.overrides import Override
+        from fedcore.settings.presets import is_preset, missing
 
     if run_dir is None and not is_preset(target):
         raise SettingsError(

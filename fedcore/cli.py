@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,7 +140,12 @@ def _compare(
         rounds = comparing.rounds_to_do(experiments, seeds, out)
         runs = f"{len(experiments)} settings x {seeds} seeds in {out}"
         terminal.planned(len(experiments) * seeds, rounds, runs)
-        comparison = comparing.compare(experiments, seeds, out, terminal)
+        try:
+            comparison = comparing.compare(experiments, seeds, out, terminal)
+        except FedcoreError:
+            with suppress(OSError):
+                out.rmdir()  # made for these runs, and still empty
+            raise
     if json_:
         print(json.dumps(comparison.to_dict()))
     else:

@@ -96,8 +96,8 @@ def is_same(kept: Any, given: Any) -> bool:
             or str(given).lower() in ("1", "0", "on", "off", "t", "f")
             or (str(given).lower() in ("true", "false", "y", "n", "yes", "no"))
         )
-    if isinstance(kept, float) or isinstance(given, str | bytes) and kept is not None:
-        return is_number(given) and float(kept) == float(given) or kept == given
+    if isinstance(kept, float) or (isinstance(given, str | bytes) and kept is not None):
+        return (is_number(given) and float(kept) == float(given)) or kept == given
     return bool(kept == given) or str(kept) == str(given)
 
 

@@ -325,7 +325,8 @@ def _run(request: Request, folder: Path, terminal: Any) -> Audit:
         return examine("captured", experiment, cells, plan, folder, terminal)
     if request.defences:
         cells = defences(experiment, plan, request.defences, folder)
-        _say(f"{len(cells)} runs of {experiment.rounds} rounds are trained and audited")
+        rounds = len(cells) * experiment.rounds
+        _say(f"{len(cells)} runs to train and audit, {rounds:,} rounds in all")
         return examine("defences", experiment, cells, plan, folder, terminal)
     default = {
         "--epochs": EPOCHS,

@@ -21,7 +21,8 @@ from fedcore.audit import command as audit
 from fedcore.deploy import commands as deploy
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.escapes import printable
-from fedcore.usage import App, call, importing, open_streams
+from fedcore.interrupts import importing
+from fedcore.usage import App, call, open_streams
 from fedcore.users import find_user_modules
 
 if TYPE_CHECKING:

@@ -6,12 +6,9 @@ import difflib
 import inspect
 import os
 import re
-import signal
 import sys
-import threading
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from fedcore.errors import SettingsError
 
-__all__ = ["App", "call", "importing", "open_streams"]
+__all__ = ["App", "call", "open_streams"]
 
 
 class _Command(TyperCommand):
@@ -65,28 +62,6 @@ class App(typer.Typer):
 
     def command(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         return super().command(*args, **{"cls": _Command, **kwargs})
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Inside, Ctrl-C ends the process at once.
-
-    While libraries are imported, an exception may be swallowed, and leaves them half
-    imported.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        os.write(2, b"fedcore: interrupted\n")
-        os._exit(130)
-
-    before = signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def open_streams() -> None:

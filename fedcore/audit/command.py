@@ -17,7 +17,7 @@ import typer
 
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.escapes import printable
-from fedcore.usage import importing
+from fedcore.interrupts import importing
 
 if TYPE_CHECKING:
     from fedcore.audit.plan import Plan

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +21,8 @@ from fedcore.audit import command as audit
 from fedcore.deploy import commands as deploy
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.escapes import printable
-from fedcore.usage import App, call
+from fedcore.interrupts import importing
+from fedcore.usage import App, call, open_streams
 from fedcore.users import find_user_modules
 
 if TYPE_CHECKING:
@@ -87,8 +88,9 @@ def run(
     json_: Json = False,
 ) -> None:
     """Train, and write a run directory with a report. --resume needs no PRESET."""
-    from fedcore.rounds import loop
-    from fedcore.views.terminal import Terminal, show_result
+    with importing():
+        from fedcore.rounds import loop
+        from fedcore.views.terminal import Terminal, show_result
 
     if resume is not None and out is not None:
         raise SettingsError(
@@ -118,7 +120,8 @@ def compare(
     json_: Json = False,
 ) -> None:
     """Run several presets on the same seeds: a table and plots of all of them."""
-    from fedcore.rounds.rundir import fresh
+    with importing():
+        from fedcore.rounds.rundir import fresh
 
     experiments = []
     for preset in presets:
@@ -130,14 +133,20 @@ def compare(
 def _compare(
     experiments: Sequence[tuple[str, Experiment]], seeds: int, out: Path, json_: bool
 ) -> None:
-    from fedcore.views import compare as comparing
-    from fedcore.views.terminal import Terminal
+    with importing():
+        from fedcore.views import compare as comparing
+        from fedcore.views.terminal import Terminal
 
     with _interruptible(), Terminal() as terminal:
         rounds = comparing.rounds_to_do(experiments, seeds, out)
         runs = f"{len(experiments)} settings x {seeds} seeds in {out}"
         terminal.planned(len(experiments) * seeds, rounds, runs)
-        comparison = comparing.compare(experiments, seeds, out, terminal)
+        try:
+            comparison = comparing.compare(experiments, seeds, out, terminal)
+        except FedcoreError:
+            with suppress(OSError):
+                out.rmdir()  # made for these runs, and still empty
+            raise
     if json_:
         print(json.dumps(comparison.to_dict()))
     else:
@@ -250,9 +259,10 @@ def _experiment(
     resume: Path | None = None,
 ) -> Experiment:
     """The settings of a preset, or of the run to resume, with overrides."""
-    from fedcore.config import Experiment
-    from fedcore.rounds.rundir import stored
-    from fedcore.settings.overrides import Override
+    with importing():
+        from fedcore.config import Experiment
+        from fedcore.rounds.rundir import stored
+        from fedcore.settings.overrides import Override
 
     overrides: list[str | Override] = list(set_ or [])
     if engine is not None:
@@ -272,6 +282,7 @@ def _experiment(
 
 def main() -> None:
     """Run the command that was given; a user's mistake is one message, no traceback."""
+    open_streams()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     find_user_modules()
     try:

@@ -322,6 +322,9 @@ class Experiment(_Section):
     ) -> Experiment:
         """The settings of a TOML file, or of a method's preset by its name.
 
+        `load("fedavg")` has what strategies/fedavg.toml says; `Experiment(
+        method="fedavg")` has none of it, and the defaults of `Experiment` alone.
+
         `overrides` are `key=value`, as `--set` takes them, or values by dotted key.
         Raises SettingsError with one line for every fault.
 

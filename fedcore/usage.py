@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
 import sys
 import typing
@@ -17,7 +18,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from fedcore.errors import SettingsError
 
-__all__ = ["App", "call"]
+__all__ = ["App", "call", "open_streams"]
 
 
 class _Command(TyperCommand):
@@ -63,6 +64,13 @@ class App(typer.Typer):
         return super().command(*args, **{"cls": _Command, **kwargs})
 
 
+def open_streams() -> None:
+    """Give output that was closed a place to go, so that writing to it is no fault."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+
+
 def call(app: typer.Typer) -> int:
     """Run the command that was given: its exit status.
 
@@ -93,6 +101,8 @@ def _fault(error: click.UsageError, typed: Sequence[str]) -> str:
         return f"{error.option_name}: {_no_option(error, command, typed)}"
     if isinstance(error, click.MissingParameter) and error.param is not None:
         wanted = error.param.make_metavar(context) if context else error.param.name
+        if error.param.param_type_name == "option":
+            wanted = f"{error.param.opts[0]} {wanted}"
         return f"expected {wanted}; see {command} --help"
     message = error.format_message().rstrip(".")
     extra = re.search(r"unexpected extra arguments? \((.*)\)", message)

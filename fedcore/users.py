@@ -87,6 +87,12 @@ def user_function(setting: str, name: str) -> Callable[..., Any]:
     if name in _NAMELESS:
         return _NAMELESS[name]
     module_name, _, function_name = name.partition(":")
+    if module_name.endswith(".py"):
+        meant = module_name.removesuffix(".py").replace("/", ".").lstrip(".")
+        raise SettingsError(
+            f"{setting}: expected a module, not a file; did you mean "
+            f"{meant}:{function_name}?"
+        )
     is_lost = module_name == "__main__" or "<" in function_name
     module = user_module(setting, module_name)
     function = getattr(module, function_name, None)

@@ -71,8 +71,18 @@ def value_at(experiment: Experiment, key: str) -> Any:
     return value
 
 
+def is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def is_same(kept: Any, given: Any) -> bool:
     """Whether a setting has the value that was given, in the type of the setting."""
+    if isinstance(given, bytes):
+        given = given.decode()
     if isinstance(kept, tuple | list) and isinstance(given, tuple | list):
         pairs = zip(kept, given, strict=False)
         return len(kept) == len(given) and all(is_same(*pair) for pair in pairs)
@@ -86,8 +96,8 @@ def is_same(kept: Any, given: Any) -> bool:
             or str(given).lower() in ("1", "0", "on", "off", "t", "f")
             or (str(given).lower() in ("true", "false", "y", "n", "yes", "no"))
         )
-    if isinstance(kept, int | float) and isinstance(given, str | bytes):
-        return float(kept) == float(given)
+    if isinstance(kept, float) or (isinstance(given, str | bytes) and kept is not None):
+        return (is_number(given) and float(kept) == float(given)) or kept == given
     return bool(kept == given) or str(kept) == str(given)
 
 

@@ -17,6 +17,7 @@ import typer
 
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.escapes import printable
+from fedcore.interrupts import importing
 
 if TYPE_CHECKING:
     from fedcore.audit.plan import Plan
@@ -254,10 +255,11 @@ def _experiment(
     engine: str | None,
     seed: int | None,
 ) -> Experiment:
-    from fedcore.config import Experiment
-    from fedcore.rounds.rundir import stored
-    from fedcore.settings.overrides import Override
-    from fedcore.settings.presets import is_preset, missing
+    with importing():
+        from fedcore.config import Experiment
+        from fedcore.rounds.rundir import stored
+        from fedcore.settings.overrides import Override
+        from fedcore.settings.presets import is_preset, missing
 
     if run_dir is None and not is_preset(target):
         raise SettingsError(
@@ -323,7 +325,8 @@ def _run(request: Request, folder: Path, terminal: Any) -> Audit:
         return examine("captured", experiment, cells, plan, folder, terminal)
     if request.defences:
         cells = defences(experiment, plan, request.defences, folder)
-        _say(f"{len(cells)} runs of {experiment.rounds} rounds are trained and audited")
+        rounds = len(cells) * experiment.rounds
+        _say(f"{len(cells)} runs to train and audit, {rounds:,} rounds in all")
         return examine("defences", experiment, cells, plan, folder, terminal)
     default = {
         "--epochs": EPOCHS,

@@ -55,6 +55,8 @@ def open_run_dir(
     if out is None:
         task = experiment.task.replace(":", "-")
         return fresh(f"{experiment.method.name}-{task}-seed{experiment.seed}")
+    if not isinstance(out, str | Path) or out == "":
+        raise SettingsError(f"out = {out!r}: expected the path of a directory")
     folder = Path(out)
     _refuse_path(folder)
     _refuse_taken(folder)

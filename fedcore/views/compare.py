@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def rounds_to_do(
         for seed in range(experiment.seed, experiment.seed + seeds):
             metrics = out / f"{slug(label)}-seed{seed}" / "metrics.jsonl"
             done = 0
-            if metrics.is_file():
+            if os.path.isfile(metrics):
                 done = metrics.read_bytes().count(b"\n")
             rounds += max(experiment.rounds - done, 0)
     return rounds

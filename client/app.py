@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from pydantic import BaseModel
 
 from fedcore import __version__, trees
 from fedcore.config import Experiment
@@ -55,7 +56,8 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
     if owner is not None:
         # The server's proxy examples are none of a device's.
         own: dict[str, Any] = {"partition": Own(client=owner), "proxy": 0}
-        experiment = experiment.model_copy(update=own)
+        # `Own` is no setting that a run could have: the copy is not checked.
+        experiment = BaseModel.model_copy(experiment, update=own)
     task = build_task(experiment).to(device_for(experiment.engine))
     task.check()
     return Work(

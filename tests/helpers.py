@@ -21,6 +21,7 @@ from fedcore.errors import TooFewReports
 from fedcore.method import Round
 from fedcore.reports import Reports
 from fedcore.rounds.loop import Loop, Quiet, Result
+from fedcore.rounds.observer import Observer
 from fedcore.storage.rows import StateStore
 from fedcore.task import Task
 from fedcore.types import ClientFunction, Tree
@@ -126,9 +127,11 @@ Reference = Callable[..., Result]
 """(method, **settings of `small`) -> the result of that run, done once a session."""
 
 
-def loop_of(e: Experiment, folder: Path, resume: bool = False) -> Loop:
+def loop_of(
+    e: Experiment, folder: Path, resume: bool = False, observer: Observer | None = None
+) -> Loop:
     folder.mkdir(parents=True, exist_ok=True)
-    return Loop(e, folder, Quiet(), None, resume)
+    return Loop(e, folder, observer or Quiet(), None, resume)
 
 
 # The doors between methods, rounds and engines. No other test makes a round, or asks an

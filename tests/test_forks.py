@@ -22,6 +22,7 @@ from fedcore.errors import RunError
 from fedcore.reports import RunningSum
 from fedcore.rounds.captures import captured
 from fedcore.rounds.loop import run
+from fedcore.rounds.observer import Quiet
 from fedcore.speed import forks
 from fedcore.speed.forks import Answer, Forks, Job
 from fedcore.speed.segments import ALIGNED
@@ -416,9 +417,16 @@ def test_a_killed_fork_ends_the_run_which_can_be_resumed(
         rounds=4,
     )
     whole = run(e, tmp_path / "whole").params_sha256
-    loop = loop_of(e, tmp_path / "killed")
-    loop.round()
-    os.kill(loop.engine._forks._forks[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+
+    class Killer(Quiet):
+        """Kills a fork after the first round."""
+
+        def round_done(self, row: dict[str, Any]) -> None:
+            if row["round"] == 1:
+                engine: Any = loop.engine
+                os.kill(engine._forks._forks[0].pid, signal.SIGKILL)
+
+    loop = loop_of(e, tmp_path / "killed", observer=Killer())
     with pytest.raises(RunError, match="ended"):
         loop.run()
     loop.close()

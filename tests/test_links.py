@@ -128,7 +128,7 @@ def test_variance_or_snr_and_what_is_given_last_replaces_the_preset() -> None:
 def test_noise_that_drowns_everything_ends_the_run_in_words_and_leaves_its_files(
     tmp_path: Path,
 ) -> None:
-    e = small("fedavg", links__uplink__variance=1e300)
+    e = small("fedavg", links__uplink__snr_db=-200, rounds=12)
     with pytest.raises(RunError, match="no usable update in 3 round"):
         run(e, tmp_path / "r")
-    assert (tmp_path / "r" / "metrics.jsonl").read_text().count("\n") == 3
+    assert (tmp_path / "r" / "metrics.jsonl").read_text().count("\n") >= 3

@@ -77,6 +77,10 @@ def _cause(work: Work, exchange: Exchange, state: Tree, t: int) -> str:
         up, _ = run_client(fn, task, now, exchange.down, state, batches)
     if bool(trees.finite(up)):
         return _fault_after_work(work, exchange, up, t)
+    # Noise may have made of the model what training cannot start from.
+    lost = _lost_on_the_way(work, exchange, trees.map(torch.ones_like, up), t)
+    if lost:
+        return lost
     # The model itself has grown from round to round, so that the server's steps count.
     grown = _largest(exchange.down) > GROWN * max(_largest(params), 1.0)
     return (
@@ -106,7 +110,7 @@ def _fault_of_data(work: Work, client: int) -> str:
 def _fault_at_start(work: Work, params: Params, batches: Batches) -> str:
     """What is not finite with the initial model, before any step."""
     task = work.task
-    for x, y, mask in zip(*(part.unbind() for part in batches), strict=True):
+    for x, y, mask in trees.unbind(batches):
         slope, value = grad_and_value(task.loss)(params, x, y, mask)
         if not bool(value.isfinite()):
             return (
@@ -125,6 +129,20 @@ def _fault_at_start(work: Work, params: Params, batches: Batches) -> str:
 
 def _fault_after_work(work: Work, exchange: Exchange, up: Tree, t: int) -> str:
     """What becomes of a finite update on its way, or at the server."""
+    lost = _lost_on_the_way(work, exchange, up, t)
+    if lost or exchange.reason:
+        return lost
+    if _largest(up) > OVERFLOWING:
+        advice = _smaller_steps(work, None, with_server=True)
+        return f"updates grow to {_largest(up):.1g}: {advice}"
+    return (
+        "the updates are finite, and the server's own step makes a model that is not: "
+        "check the method's settings for the server, such as method.server_lr"
+    )
+
+
+def _lost_on_the_way(work: Work, exchange: Exchange, up: Tree, t: int) -> str:
+    """What drowns a finite message between client and server; "" where nothing does."""
     fn, client = exchange.fn, exchange.client
     settings = work.defence.settings
 
@@ -148,15 +166,7 @@ def _fault_after_work(work: Work, exchange: Exchange, up: Tree, t: int) -> str:
         return "the updates are fine until the defence acts on them: check [defence]"
     if spoils(lambda m: work.links.carry(m, "uplink", fn, t, client), up):
         return "links.uplink: the noise drowns the updates: lower its variance"
-    if exchange.reason:
-        return ""
-    if _largest(up) > OVERFLOWING:
-        advice = _smaller_steps(work, None, with_server=True)
-        return f"updates grow to {_largest(up):.1g}: {advice}"
-    return (
-        "the updates are finite, and the server's own step makes a model that is not: "
-        "check the method's settings for the server, such as method.server_lr"
-    )
+    return ""
 
 
 def _largest(tree: Tree) -> float:

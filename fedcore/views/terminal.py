@@ -67,7 +67,7 @@ class Terminal:
         """Say before the first of several runs how many rounds are to be done."""
         self._planned = rounds
         line = f"{of}: {runs} runs, {rounds:,} rounds to do"
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(escaped(line), highlight=False, soft_wrap=True, markup=False)
 
     def started(
         self, experiment: Experiment, engine: Engine, population: int, history: History

@@ -148,7 +148,7 @@ def test_a_setting_that_cannot_be_used_fails_the_run_with_one_clear_line(
 ) -> None:
     # flwr itself exits with 0 whatever the run does.
     log = flwr("run", ".", "--stream", *run_config(["rounds=0"]), *NODES)
-    assert "fedcore: strategies/fedavg.toml: rounds = 0: " in log
+    assert "fedcore: --set rounds=0: must be greater than or equal to 1" in log
     runs = json.loads(flwr("ls", "--format", "json"))["runs"]
     assert [r["status"] for r in runs if "failed" in r["status"]] == ["finished:failed"]
 

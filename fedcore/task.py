@@ -15,16 +15,13 @@ from torch import Tensor, nn
 
 from fedcore import trees
 from fedcore.arrays import as_examples
-from fedcore.checks import probe, trials
-from fedcore.checks.data import check_data
-from fedcore.checks.gradient import check_gradient, in_short
+from fedcore.checks.task import check_task
 from fedcore.errors import SettingsError
-from fedcore.inputs import model_outputs, shapes
+from fedcore.inputs import model_outputs
 from fedcore.metrics import (
     Metric,
     PerExample,
     check_names,
-    check_per_example,
     cross_entropy,
     default_metrics,
     is_higher_better,
@@ -43,7 +40,6 @@ __all__ = ["Penalty", "Task"]
 Penalty = Callable[[Callable[[Params], Tensor], Params], Tensor]
 """(mean loss as a function of parameters, parameters) -> what is added to it, 0-d."""
 
-TRIED = 8  # examples on which a task is tried before a run
 
 RESERVED = {
     "loss": "what is trained on",
@@ -144,31 +140,7 @@ class Task:
         not functions of parameters, inputs and PyTorch's generator, each example by
         itself.
         """
-        with trials.undisturbed(self), torch.no_grad():
-            check_data(self)
-            self._try("examples", self.data.x, self.data.y)
-            if self.proxy is not None:
-                self._try("proxy examples", self.proxy.x, self.proxy.y)
-        probe.examine(self)
-
-    def _try(self, kind: str, x: Tree, y: Tensor) -> None:
-        if len(y) == 0:
-            return
-        # From everywhere, as rows may be sorted by class. Copies: a model might write
-        # to its inputs.
-        rows = torch.linspace(0, len(y) - 1, min(len(y), TRIED)).long().to(y.device)
-        x, y = trees.at((x, y), rows)
-        try:
-            outputs = self.predict(self.init_params(), x)
-        except Exception as error:
-            raise SettingsError(
-                f"the model cannot take {kind} of shape {shapes(x)}: {in_short(error)}"
-            ) from error
-        for name, metric in self.metrics.items():
-            check_per_example(name, metric, outputs, y)
-        for whole in self.set_metrics.values():
-            whole.check(outputs, y)
-        check_gradient(self, x, y)
+        check_task(self)
 
     @property
     def population(self) -> int:

@@ -32,7 +32,7 @@ from fedcore.rounds.rundir import (
     write_settings,
 )
 from fedcore.rounds.saving import Saving, State, read_header
-from fedcore.rounds.setup import MakeEngine, prepare
+from fedcore.rounds.setup import MakeEngine, Parts, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
 from fedcore.rounds.tally import Exchange, Tally
 from fedcore.storage.checkpoint import Checkpoint, write_atomically
@@ -110,7 +110,7 @@ class Loop:
         self.saving = Saving(
             checkpoint, parts.engine, self.stores, self.clients, parts.start
         )
-        self.state = self._first_state(parts.params)
+        self.state = _first_state(parts)
         if header is not None:
             self.state = self.saving.restore(header, self.state, self.task.device)
         make_run_dir(folder)
@@ -135,15 +135,6 @@ class Loop:
             self._stop,
         )
         self._evaluation = Evaluation(experiment, self.task, self.method, self.desk)
-
-    def _first_state(self, params: dict[str, torch.Tensor]) -> State:
-        """The state before the first round."""
-        population, device = self.task.population, self.task.device
-        server = self.method.init_server(trees.to(params, device), population)
-        mechanism = self.mechanism
-        counts_messages = mechanism is not None and mechanism.view == "client_update"
-        sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
-        return State(0, trees.to(server, device), self.process.start(), sent)
 
     def close(self, is_writable: bool = True) -> None:
         try:
@@ -301,7 +292,7 @@ class Loop:
             params = state.server.params
             fault = evaluation_fault(self.task, params, error, t, self.folder)
             raise fault from error
-        row |= self._spent(state)
+        row |= _spent(self.experiment, self.mechanism, self.task.population, state)
         row["evaluation_s"] = round(time.perf_counter() - begin, 4)
         return row
 
@@ -310,19 +301,6 @@ class Loop:
         t, server = self.state.t, self.state.server
         is_last = t == self.experiment.rounds
         return self._evaluation.row(server, t - 1, is_last)
-
-    def _spent(self, state: State) -> dict[str, Any]:
-        """The privacy guarantee up to now; by the slower accountant after the last."""
-        if self.mechanism is None:
-            return {}
-        t, sent = state.t, state.sent
-        # The guarantee of the client that has sent most.
-        steps = int(sent.max()) if len(sent) else t
-        delta = self.experiment.defence.delta
-        delta = delta or privacy.default_delta(self.task.population)
-        is_last = t == self.experiment.rounds
-        guarantee = privacy.guarantee(self.mechanism, steps, delta, prv=is_last)
-        return {"privacy": guarantee.to_dict()}
 
     def result(self) -> Result:
         """The outcome so far."""
@@ -347,3 +325,31 @@ class Loop:
             run_dir=str(self.folder),
             params=params,
         )
+
+
+def _first_state(parts: Parts) -> State:
+    """The state before the first round."""
+    population, device = parts.task.population, parts.task.device
+    server = parts.method.init_server(trees.to(parts.params, device), population)
+    mechanism = parts.mechanism
+    counts_messages = mechanism is not None and mechanism.view == "client_update"
+    sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
+    return State(0, trees.to(server, device), parts.process.start(), sent)
+
+
+def _spent(
+    experiment: Experiment,
+    mechanism: privacy.Mechanism | None,
+    population: int,
+    state: State,
+) -> dict[str, Any]:
+    """The privacy guarantee up to now; by the slower accountant after the last."""
+    if mechanism is None:
+        return {}
+    t, sent = state.t, state.sent
+    # The guarantee of the client that has sent most.
+    steps = int(sent.max()) if len(sent) else t
+    delta = experiment.defence.delta or privacy.default_delta(population)
+    is_last = t == experiment.rounds
+    guarantee = privacy.guarantee(mechanism, steps, delta, prv=is_last)
+    return {"privacy": guarantee.to_dict()}

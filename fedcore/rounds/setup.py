@@ -57,11 +57,7 @@ def prepare(
     know goes to `note`.
     """
     task = experiment.build_task()
-    if experiment.population not in (None, task.population):
-        note(
-            f'the task "{experiment.task}" has {task.population} clients, which count: '
-            f"population = {experiment.population} does not apply"
-        )
+    _note_population(experiment, task, note)
     params = task.init_params()  # on the CPU, where rows of clients are kept
     if make_engine is None:
         task.to(engines.task_device(experiment.engine))
@@ -107,6 +103,17 @@ def prepare(
         engine=engine,
         memory=StateStore(memory_row, ram, spill, task.device),
     )
+
+
+def _note_population(
+    experiment: Experiment, task: Task, note: Callable[[str], None]
+) -> None:
+    """Say where the task's own number of clients wins."""
+    if experiment.population not in (None, task.population):
+        note(
+            f'the task "{experiment.task}" has {task.population} clients, which count: '
+            f"population = {experiment.population} does not apply"
+        )
 
 
 def _arrival_rates(experiment: Experiment, process: Process) -> Tensor | None:

@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedcore.checks.gradient import in_short, place_of
 from fedcore.data import sources
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.partition import carve
-from fedcore.errors import SettingsError
+from fedcore.errors import FedcoreError, SettingsError
 from fedcore.metrics import squared_error
 from fedcore.models.lowrank import JacobianCorrection, lowrank
 from fedcore.rng import rng, torch_seed
@@ -299,7 +300,7 @@ def build_task(experiment: Experiment) -> Task:
     make = TASKS.get(experiment.task) or _users_function(experiment.task)
     with torch_seed(experiment.seed, "init"):
         _refuse_signature(experiment, make)
-        task = make(experiment)
+        task = _made(experiment, make)
         if not isinstance(task, Task):
             raise SettingsError(
                 f'task = "{experiment.task}": expected the function to return a '
@@ -404,6 +405,19 @@ def _saved_params(source: Path) -> dict[str, Tensor]:
     if not values:
         raise SettingsError(f"initial = {source}: it holds no parameters")
     return values
+
+
+def _made(experiment: Experiment, make: Callable[[Experiment], Task]) -> Task:
+    """What the function returns; an error in it is told in one line, with its place."""
+    try:
+        return make(experiment)
+    except FedcoreError:
+        raise
+    except Exception as error:
+        raise SettingsError(
+            f'task = "{experiment.task}": the function failed{place_of(error)}: '
+            f"{in_short(error)}"
+        ) from error
 
 
 def _users_function(name: str) -> Callable[[Experiment], Task]:

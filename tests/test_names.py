@@ -168,6 +168,17 @@ def test_a_module_that_fails_is_named(
         Experiment.parse(values).build_task()
 
 
+def test_a_users_function_that_fails_is_one_line_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = "def make_task(experiment):\n    return experiment.options['width']\n"
+    (tmp_path / "wanting_task.py").write_text(text)
+    values = {"method": "fedavg", "task": "wanting_task:make_task"}
+    with pytest.raises(SettingsError, match=r"failed, at wanting_task\.py line 2: Key"):
+        Experiment.parse(values).build_task()
+
+
 @pytest.mark.slow
 def test_the_wheel_installs_one_name(crowded: Path, tmp_path: Path) -> None:
     tree = tmp_path / "tree"

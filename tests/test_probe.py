@@ -101,7 +101,7 @@ def normed(net: Net, x: Tensor) -> Tensor:
 MIXING = {
     "batch norm": (
         nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, track_running_stats=False)),
-        ['"1" (BatchNorm1d)', "mixes the examples", "GroupNorm"],
+        ['"1" (BatchNorm1d)', "mixes the examples", "to_group_norm"],
     ),
     "attention": (
         Net(transposed, part=nn.MultiheadAttention(4, 2), inputs=3),
@@ -376,7 +376,7 @@ LOSSES: dict[str, tuple[Any, list[str]]] = {
     ),
     "contrast": (contrast, ["the loss: cross_entropy: outputs of shape (1, 1)"]),
     "a little": (
-        lambda outputs, y: cross_entropy(outputs + 1e-4 * outputs.roll(1, 0), y),
+        lambda outputs, y: cross_entropy(outputs + 1e-3 * outputs.roll(1, 0), y),
         ["mixes"],
     ),
     "accuracy": (

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedcore.task import Task
     from fedcore.types import Tree
 
-__all__ = ["check_gradient", "in_short", "why_not_batched"]
+__all__ = ["check_gradient", "in_short", "place_of", "why_not_batched"]
 
 PLACES = (Path(torch.__file__).parent, Path(__file__).parent)
 LONGEST = 160  # characters of PyTorch's own words
@@ -75,7 +75,7 @@ def check_gradient(task: Task, x: Tree, y: torch.Tensor) -> None:
         remedy = _remedy(error) or "write it in operations that torch.func knows"
         raise SettingsError(
             "PyTorch cannot differentiate the loss as a function of the model's "
-            f"parameters ({in_short(error)}{_place(error)}): {remedy}"
+            f"parameters ({in_short(error)}{place_of(error)}): {remedy}"
         ) from error
     for name, value in slope.items():
         if value.is_sparse:
@@ -102,8 +102,8 @@ def why_not_batched(error: BaseException) -> str:
     for words, reason in UNBATCHED.items():
         if words in text:
             operator = text.partition(words)[2].split(".")[0].strip()
-            return reason.format(operator) + _place(error)
-    return in_short(error) + _place(error)
+            return reason.format(operator) + place_of(error)
+    return in_short(error) + place_of(error)
 
 
 def _remedy(error: BaseException) -> str | None:
@@ -123,7 +123,7 @@ def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """The last line of the user's own code that led to the error; "" without one."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)

@@ -103,7 +103,10 @@ def _refuse_mixed(subject: Subject, call: Call | None) -> None:
 def _advice(module: nn.Module) -> str:
     kind = type(module).__name__
     if "BatchNorm" in kind:
-        return "use GroupNorm or LayerNorm"
+        return (
+            "convert the model by to_group_norm or personal_batch_norm of "
+            "fedcore.models.norms (docs/batch-norm.md)"
+        )
     if getattr(module, "batch_first", True) is False:
         return f"{kind} takes axis 1 for the batch: give it batch_first=True"
     return ALONE

@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fedcore.types import Tree
+from fedcore.types import Batches, Tree
 
 __all__ = [
     "SEPARATOR",
@@ -160,6 +160,9 @@ def unbind(tree: T) -> list[T]:
     """
     columns = [x.unbind() for x in leaves(tree)]
     rows: list[T] = []
+    if isinstance(tree, Batches) and isinstance(tree.x, Tensor):
+        make: Any = Batches._make  # as they mostly are, at a tenth of the price
+        return [make(row) for row in zip(*columns, strict=True)]
     for row in zip(*columns, strict=True):
         pieces = iter(row)
         rows.append(map(lambda _: next(pieces), tree))

@@ -58,8 +58,10 @@ class ClientTable:
         columns = {"client": readout.clients, "num_examples": readout.num_examples}
         # A client without examples has no loss: not a number, rather than 0.
         is_empty = readout.num_examples == 0
-        for name, values in readout.metrics.items():
-            columns[name] = values.double().masked_fill(is_empty, math.nan)
+        columns |= readout.metrics
+        if bool(is_empty.any()):
+            for name, values in readout.metrics.items():
+                columns[name] = values.double().masked_fill(is_empty, math.nan)
         for name, values in columns.items():
             if name not in self._numbers:
                 self._numbers[name] = array("d", [math.nan]) * before

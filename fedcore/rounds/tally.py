@@ -59,8 +59,9 @@ class Tally:
         self.reported.update(clients)
         # A client without examples has no loss, and counts in no mean of losses.
         has_examples = readout.num_examples > 0
+        is_whole = bool(has_examples.all())
         for name, column in readout.metrics.items():
-            values = column[has_examples]
+            values = column if is_whole else column[has_examples]
             if len(values):
                 total, n = self.sums.get(name, (0.0, 0))
                 self.sums[name] = total + float(values.sum()), n + len(values)

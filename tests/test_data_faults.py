@@ -86,11 +86,6 @@ HOLDERS = [
         {"order": [[5, 0, 1], [2, 3, 4]]},
         r"order has shape \(2, 3\).*concatenate",
     ),
-    (
-        "empty",
-        {"order": [], "offsets": [0, 0, 0]},
-        r"order is empty: none of 2 clients",
-    ),
     ("unsigned", {"order": np.full(6, 2**63, np.uint64)}, r"order\[0\] = 9223372"),
     ("start", {"offsets": [1, 1, 6]}, r"offsets\[0\] = 1: expected 0"),
     ("descending", {"offsets": [0, 4, 2, 6]}, r"offsets\[2\] = 2 comes after 4"),
@@ -281,8 +276,6 @@ def faults(
         found.append(("offsets has",))
     if offsets[-1] < len(order):
         found.append((f"offsets end at {offsets[-1]}",))
-    if not order:
-        found.append(("order is empty",))
     for client in range(len(offsets) - 1):
         rows = order[max(offsets[client], 0) : max(offsets[client + 1], 0)]
         if max(Counter(rows).values(), default=0) > 1:

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from fedcore.task import Task
 
 
+def refuse_nothing_to_train_on(task: Task) -> None:
+    """Raises SettingsError where no client that runs here holds an example."""
+    if len(task.data.order) == 0:
+        raise SettingsError(
+            f"order is empty: none of {task.population} clients holds an example; "
+            "give one client some at least"
+        )
+
+
 def participation_process(experiment: Experiment, task: Task) -> Process:
     """The participation process. Raises SettingsError for faults of later rounds."""
 

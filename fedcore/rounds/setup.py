@@ -60,6 +60,7 @@ def prepare(
     _note_population(experiment, task, note)
     params = task.init_params()  # on the CPU, where rows of clients are kept
     if make_engine is None:
+        refusals.refuse_nothing_to_train_on(task)
         task.to(engines.task_device(experiment.engine))
     task.check()
     method = experiment.build_method()

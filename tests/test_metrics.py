@@ -606,3 +606,11 @@ def test_a_run_without_usable_updates_says_why(
         "learning rate" in advice or "scale" in advice
     )
     assert "\n" not in message
+
+
+def test_a_report_does_not_count_clients_that_it_does_not_know(tmp_path: Path) -> None:
+    """The page of a run is made without the user's own code."""
+    run(experiment("classes"), tmp_path / "r")
+    page = write_report(tmp_path / "r").read_text()
+    assert "clients were asked in each of 2 rounds" in page
+    assert "of them were asked" not in page

@@ -171,5 +171,7 @@ def shape_axes(axes: Axes, measure: str, values: Sequence[float], right: float) 
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=decimals))
     elif low > 0 and high > 100 * low:
         log_scale(axes)
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.set_major_locator(ticks(integer=axes.get_xlabel() == "round"))
     axes.set_xlim(0, right)

@@ -138,7 +138,11 @@ def _cohort_text(run: RunRecord) -> str:
     verb = "was" if least == most == 1 else "were"
     num_rounds = len(cohorts)
     rounds = "the one round" if num_rounds == 1 else f"each of {num_rounds:,} rounds"
-    return f"{number} of them {verb} asked in {rounds}."
+    # The number of all clients is not known for a task of the user's own.
+    who = "client" if least == most == 1 else "clients"
+    if run.federation.population:
+        who = "of them"
+    return f"{number} {who} {verb} asked in {rounds}."
 
 
 def _test_text(run: RunRecord) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedcore import trees
 from fedcore.arrays import leaves
+from fedcore.checks.gradient import in_short
 from fedcore.errors import SettingsError
 from fedcore.types import Params, Tree
 
@@ -132,7 +133,7 @@ def _outputs(task: Task, params: Params, examples: _Set, rows: list[int]) -> Any
     row, problem = next(iter(failures.items()))
     raise SettingsError(
         f"the model cannot take row {row} of {_named(examples)}, "
-        f"{_values(examples, row)}: {type(problem).__name__}: {_first_line(problem)}"
+        f"{_values(examples, row)}: {in_short(problem)}"
     ) from problem
 
 
@@ -155,10 +156,6 @@ def _values(examples: _Set, row: int) -> str:
             part += f" with values from {low} to {high}"
         parts.append(part)
     return " and ".join(parts)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _explain_types(task: Task, params: Params, examples: _Set, rows: list[int]) -> None:
@@ -268,8 +265,7 @@ def _takes(
     label = examples.y[row].tolist() if examples.y[row].numel() <= 4 else "..."
     raise SettingsError(
         f'the metric "{name}" cannot take {examples.name}.y[{row}] = {label}, with '
-        f"outputs of shape {tuple(outputs.shape[1:])}: {type(problem).__name__}: "
-        f"{_first_line(problem)}"
+        f"outputs of shape {tuple(outputs.shape[1:])}: {in_short(problem)}"
     ) from problem
 
 

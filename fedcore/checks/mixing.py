@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fedcore import trees
+from fedcore.checks.gradient import in_short
 from fedcore.checks.trace import (
     ROWS,
     SAME,
@@ -24,7 +25,7 @@ from fedcore.checks.trials import Subject, Trial
 from fedcore.errors import SettingsError
 from fedcore.types import Params, Tree
 
-__all__ = ["ALONE", "in_a_line", "refuse_mixing"]
+__all__ = ["ALONE", "refuse_mixing"]
 
 OTHER = 0.02  # of the largest number: one computation on two shapes
 ALONE = "compute with each example by itself (axis 0 is the batch)"
@@ -46,8 +47,6 @@ def refuse_mixing(subject: Subject, has_drawn: bool) -> list[nn.Module]:
         left_out = _between(subject, subject.far_x, masked, has_drawn).left_out
     if not masked and not has_drawn:
         _refuse_size(subject, subject.moved_params, pair.before)
-    for name, value in pair.before.values.items():
-        _refuse_loop(subject, name, pair.before, value)
     for name, value in pair.before.values.items():
         if _row_differs(value, pair.after.values[name]):
             raise SettingsError(
@@ -120,7 +119,7 @@ def _refuse_size(subject: Subject, params: Params, whole: Trial) -> None:
     except Exception as error:
         raise SettingsError(
             f"{subject.model_name} cannot take a batch of one example, which a client "
-            f"may have: {in_a_line(error)}"
+            f"may have: {in_short(error)}"
         ) from error
     pairs = zip(tensors(whole.outputs), tensors(alone.outputs), strict=True)
     for f, g in pairs:
@@ -137,46 +136,8 @@ def _refuse_size(subject: Subject, params: Params, whole: Trial) -> None:
         )
 
 
-def _refuse_loop(subject: Subject, name: str, trial: Trial, values: Tensor) -> None:
-    """Compare the values of a batch with those of a loop over its examples."""
-    parts = [x for x in tensors(trial.outputs) if x.ndim]
-    before = subject.torch_state()
-    subject.task.metrics[name](trial.outputs, subject.y)
-    draws = subject.torch_state() != before
-    if draws or any(len(x) != ROWS for x in parts):
-        return
-    limit = OTHER * max([largest(values), *map(largest, parts)])
-    for rows in (slice(0, 1), slice(1, 2), slice(2, 3), slice(0, 2)):
-        outputs, y = trees.at((trial.outputs, subject.y), rows)
-        single = subject.task.metrics[name](outputs, y)
-        found = values[rows]
-        if found.shape == single.shape and not differs(found, single, limit):
-            continue
-        raise SettingsError(
-            f"{subject.judge_name(name)} gives an example {float(found[0]):.4g} in a "
-            f"batch of {ROWS} and {float(single.flatten()[0]):.4g} in one of "
-            f"{len(y)}{_shapes(trial.outputs, subject.y)}: give each example a value "
-            'of its own, as reduction="none" does, that no other example of the batch '
-            "and no number of them changes"
-        )
-
-
-def _shapes(outputs: Tree, y: Tree) -> str:
-    """The shapes that may have been broadcast, in words."""
-    is_pair = isinstance(outputs, Tensor) and isinstance(y, Tensor)
-    if not is_pair or outputs.shape == y.shape or outputs.numel() != y.numel():
-        return ""
-    return f", of outputs {tuple(outputs.shape)} and targets {tuple(y.shape)}"
-
-
 def _row_differs(f: Tensor, g: Tensor) -> bool:
     """Whether the middle one of three rows is another one."""
     if f.shape != g.shape or f.ndim == 0 or len(f) != ROWS:
         return f.shape != g.shape
     return differs(f[1], g[1], SAME * eps_of(f) * largest(f))
-
-
-def in_a_line(error: Exception) -> str:
-    """The class and the first line of an error."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0]}"

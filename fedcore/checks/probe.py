@@ -16,8 +16,9 @@ from torch.func import grad
 
 from fedcore import trees
 from fedcore.checks.counters import follows_from
+from fedcore.checks.gradient import in_short
 from fedcore.checks.hidden import GENERATOR, changed, name_of
-from fedcore.checks.mixing import ALONE, in_a_line, refuse_mixing
+from fedcore.checks.mixing import ALONE, refuse_mixing
 from fedcore.checks.trace import (
     ROWS,
     copies,
@@ -58,7 +59,7 @@ def examine(task: Task) -> None:
 
     Raises SettingsError, which names the module and says what to do.
     """
-    _refuse_parameters(task)
+    _refuse_parameters_of_loss(task)
     if len(task.data.order) == 0:
         return
     subject = Subject(task)
@@ -74,13 +75,8 @@ def examine(task: Task) -> None:
         _refuse_gradients(subject, compares=not left_out)
 
 
-def _refuse_parameters(task: Task) -> None:
-    """Refuse a model without trainable parameters, and a loss that has some."""
-    if not any(p.requires_grad for p in task.model.parameters()):
-        raise SettingsError(
-            f"the model ({type(task.model).__name__}) has no trainable parameter, so "
-            "that nothing can be learned: set requires_grad = True where it has some"
-        )
+def _refuse_parameters_of_loss(task: Task) -> None:
+    """Refuse a loss with trainable parameters of its own."""
     loss = task.metrics["loss"]
     if not isinstance(loss, nn.Module):
         return
@@ -112,7 +108,7 @@ def _refuse_state(subject: Subject) -> bool:
     except Exception as error:
         raise SettingsError(
             f"{subject.model_name}, its loss or a metric cannot take a batch of {ROWS} "
-            f"examples: {in_a_line(error)}"
+            f"examples: {in_short(error)}"
         ) from error
     _refuse_values(subject, one)
     _refuse_writing(subject, given, one)
@@ -289,7 +285,7 @@ def _refuse_gradients(subject: Subject, compares: bool) -> None:
     except Exception as error:
         raise SettingsError(
             f"torch.func cannot differentiate {subject.model_name} with its loss: "
-            f"{in_a_line(error)}"
+            f"{in_short(error)}"
         ) from error
     _refuse_changed_buffers(subject, before)
     is_precise = all(eps_of(slope) < PRECISE for slope in one.values())

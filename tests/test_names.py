@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -125,6 +126,25 @@ def test_the_folders_are_modules_of_fedcore_alone() -> None:
         check=True,
     )
     assert done.stdout == "[]\n"
+
+
+def test_flower_finds_both_apps_while_another_thread_is_importing_fedcore() -> None:
+    """In one process under `flwr run`, each in a thread of its own."""
+    apps = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    components = apps["tool"]["flwr"]["app"]["components"]
+    probe = (
+        "import sys, types\n"
+        "from flwr.supercore.object_ref import validate\n"
+        "begun = types.ModuleType('fedcore')\n"
+        f"begun.__path__ = [{str(ROOT / 'fedcore')!r}]\n"
+        "sys.modules['fedcore'] = begun\n"
+        f"for name in {list(components.values())}:\n"
+        f"    print(validate(name, project_dir={str(ROOT)!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "(True, None)\n(True, None)\n", done.stderr
 
 
 def test_a_preset_is_found_by_path_and_then_by_name(

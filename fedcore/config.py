@@ -21,6 +21,8 @@ from fedcore import method as methods
 from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
 from fedcore.errors import SettingsError
+from fedcore.messages.adversary.settings import AdversarySettings
+from fedcore.messages.aggregation.settings import AggregationSettings
 from fedcore.messages.defence import DefenceSettings
 from fedcore.messages.links import LinksSettings
 from fedcore.method import FinetuneSettings, Method, MethodSettings
@@ -129,6 +131,21 @@ class CheckpointSettings(_Section):
         gt=0,
         description="client state held in memory, in GB; the rest is in mapped files",
     )
+    keep: int = Field(
+        3,
+        ge=1,
+        description="checkpoints that stay: the last ones, and beside them the best "
+        "by test loss",
+    )
+    jump: float = Field(
+        3.0,
+        gt=1,
+        description="factor between the test losses of two evaluations in a row from "
+        "which on the run says so, and names the clients of its last round",
+    )
+    stop_on_jump: bool = Field(
+        False, description="whether such a jump ends the run, with exit status 1"
+    )
 
 
 class AuditSettings(_Section):
@@ -203,6 +220,8 @@ class Experiment(_Section):
     participation: ParticipationSettings = Uniform()
     defence: DefenceSettings = DefenceSettings()
     links: LinksSettings = LinksSettings()
+    aggregation: AggregationSettings = AggregationSettings()
+    adversary: AdversarySettings = AdversarySettings()
     min_reports: int = Field(
         1,
         ge=0,

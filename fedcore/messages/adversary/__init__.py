@@ -1,0 +1,1 @@
+"""Malicious clients, simulated: who they are, and what they send instead."""

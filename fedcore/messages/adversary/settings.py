@@ -1,0 +1,91 @@
+"""Malicious clients that a simulation contains."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+AttackName = Literal[
+    "none",
+    "absent",
+    "sign_flip",
+    "scaled",
+    "gaussian",
+    "zero",
+    "stale",
+    "alie",
+    "ipm",
+    "alie_optimised",
+    "ipm_optimised",
+    "minmax",
+    "minsum",
+    "mimic",
+    "label_flip",
+    "backdoor",
+]
+
+
+class AdversarySettings(BaseModel):
+    """Who is malicious, and what they send; nobody unless something is given.
+
+    Simulated in every engine; `fedcore server` refuses it. Sources and formulas are in
+    docs/hostile.md.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    attack: AttackName = Field(
+        "none",
+        description='what malicious clients do; "absent": they never report, the '
+        "reference beside which damage is measured",
+    )
+    clients: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="ids of the malicious clients"
+    )
+    fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="instead: share of the population, rounded down, drawn once",
+    )
+    scale: float | None = Field(
+        None,
+        description="strength, by attack: gamma of sign_flip, scaled and backdoor, z "
+        "of alie, epsilon of ipm, k of gaussian; default: see docs/hostile.md",
+    )
+    start: int = Field(1, ge=1, description="first round of the attack, from 1 on")
+    direction: Literal["unit", "sign", "std"] = Field(
+        "std", description="minmax, minsum: direction of the perturbation"
+    )
+    target: int = Field(
+        0, ge=0, description="backdoor: class that the trigger stands for"
+    )
+    trigger: int = Field(
+        2, ge=1, description="backdoor: side of the white corner square, in pixels"
+    )
+    share: float = Field(
+        0.5, gt=0, le=1, description="backdoor: share of a batch that is stamped"
+    )
+
+    @model_validator(mode="after")
+    def _somebody(self) -> AdversarySettings:
+        if self.clients and self.fraction is not None:
+            raise ValueError(
+                f"clients = {list(self.clients)} and fraction = {self.fraction}: give "
+                "one of the two"
+            )
+        has_clients = bool(self.clients) or self.fraction is not None
+        if has_clients and self.attack == "none":
+            raise ValueError("malicious clients without an attack: set attack too")
+        if self.attack != "none" and not has_clients:
+            raise ValueError(
+                f'attack = "{self.attack}" without malicious clients: set clients, or '
+                "fraction = 0.1"
+            )
+        return self
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anybody is malicious."""
+        return self.attack != "none"

@@ -208,7 +208,10 @@ class Loop:
             self.notes.once("captures", missing)
         tally.failed |= dict.fromkeys(r.absent, "dropout")
         sent = tally.messages(self.state.sent)
-        after = State(t + 1, server, participation, sent)
+        before = self.state
+        after = State(
+            t + 1, server, participation, sent, before.aggregation, before.adversary
+        )
         now = time.perf_counter()
         row: dict[str, Any] = {"round": t + 1, **tally.row()}
         row["seconds"] = round(now - begin, 4)
@@ -334,7 +337,7 @@ def _first_state(parts: Parts) -> State:
     mechanism = parts.mechanism
     counts_messages = mechanism is not None and mechanism.view == "client_update"
     sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
-    return State(0, trees.to(server, device), parts.process.start(), sent)
+    return State(0, trees.to(server, device), parts.process.start(), sent, {}, {})
 
 
 def _spent(

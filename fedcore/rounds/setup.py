@@ -13,7 +13,8 @@ from torch import Tensor
 from fedcore import engines, privacy, trees
 from fedcore.engines.base import Engine, Work
 from fedcore.method import Method
-from fedcore.rounds import refusals
+from fedcore.rounds import hostile, refusals
+from fedcore.rounds.doors import Receiving
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.saving import Start
@@ -43,6 +44,7 @@ class Parts(NamedTuple):
     work: Work
     engine: Engine
     memory: StateStore  # rows that the server keeps of single clients
+    receiving: Receiving
 
 
 def prepare(
@@ -67,9 +69,11 @@ def prepare(
     process = refusals.participation_process(experiment, task)
     refusals.refuse_unknown_rates(experiment, method, process)
     mechanism = refusals.noise_mechanism(experiment, method, process)
+    hostile.refuse(experiment, method, task, process, note)
     if experiment.finetune.epochs:
         # Refused now, not after the last round.
         split(params, experiment.finetune.parts)
+    adversary = hostile.adversary(experiment, task.population)
     work = Work(
         task,
         method,
@@ -77,6 +81,7 @@ def prepare(
         experiment.seed,
         experiment.links,
         experiment.defence,
+        adversary,
     )
     if statistic_names(task.model):
         server = method.init_server(params, task.population)
@@ -103,6 +108,9 @@ def prepare(
         work=work,
         engine=engine,
         memory=StateStore(memory_row, ram, spill, task.device),
+        receiving=hostile.receiving(
+            experiment, work, adversary, partial(_spill, folder, "rows")
+        ),
     )
 
 

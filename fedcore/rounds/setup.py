@@ -77,7 +77,9 @@ def prepare(
         experiment.seed,
         experiment.links,
         experiment.defence,
+        experiment.adversary,
     )
+    work.adversary.refuse(method, experiment.method.name)
     if statistic_names(task.model):
         server = method.init_server(params, task.population)
         refuse_shared(task.model, server.params)

@@ -67,6 +67,7 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
         experiment.seed,
         experiment.links,
         experiment.defence,
+        experiment.adversary,
     )
 
 

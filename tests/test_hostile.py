@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedcore.messages.aggregation.vectors import norms
 from fedcore.strategies.scaffold import Up
 
 from fedcore import trees
@@ -17,7 +18,6 @@ from fedcore.errors import SettingsError
 from fedcore.messages.aggregation.aggregator import Gathered
 from fedcore.messages.aggregation.bounds import Bounds
 from fedcore.messages.aggregation.settings import AggregationSettings
-from fedcore.messages.aggregation.vectors import norms
 from fedcore.reports import Reports
 from fedcore.rounds.loop import run
 from fedcore.types import Model

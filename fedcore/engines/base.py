@@ -15,6 +15,8 @@ from fedcore import trees
 from fedcore.engines.readout import Readout, added, read
 from fedcore.engines.run_client import run_client
 from fedcore.errors import SettingsError
+from fedcore.messages.adversary.adversary import Adversary
+from fedcore.messages.adversary.settings import AdversarySettings
 from fedcore.messages.defence import Defence, DefenceSettings
 from fedcore.messages.links import Links, LinksSettings
 from fedcore.method import Data, Method, data_of, evaluates
@@ -85,7 +87,7 @@ class Engine(Protocol):
 class Work:
     """One client's work, as every engine does it.
 
-    Task, method, batch plan, defence, links and seed.
+    Task, method, batch plan, defence, links, malicious clients and seed.
     """
 
     def __init__(
@@ -96,19 +98,25 @@ class Work:
         seed: int,
         links: LinksSettings | None = None,
         defence: DefenceSettings | None = None,
+        adversary: AdversarySettings | None = None,
         *,
         few_widths: bool = False,
     ) -> None:
         """`defence` protects messages of clients, `links` disturb all messages.
 
-        By default neither does. With `few_widths` batches are padded to few widths, for
-        engines that record steps by shape.
+        By default neither does, and nobody is malicious. With `few_widths` batches are
+        padded to few widths, for engines that record steps by shape. Raises
+        SettingsError for an adversary that does not fit the task.
         """
         self.task, self.method, self.local, self.seed = task, method, local, seed
         self._link_settings = links or LinksSettings()
         self._defence_settings = defence or DefenceSettings()
+        self._adversary_settings = adversary or AdversarySettings()
         self.links = Links(self._link_settings, seed)
         self.defence = Defence(self._defence_settings, seed)
+        self.adversary = Adversary(
+            self._adversary_settings, task.population, seed, task
+        )
         self.few_widths = few_widths
         self._now = (-1, torch.empty(0))
 
@@ -121,6 +129,7 @@ class Work:
             self.seed,
             self._link_settings,
             self._defence_settings,
+            self._adversary_settings,
             few_widths=True,
         )
 
@@ -135,10 +144,10 @@ class Work:
         plans = []
         for number in range(self.passes(fn)):
             plans.append(self._plan(kind, clients, t, number, self.local))
-        if len(plans) == 1:
-            return plans[0]
-        joined: Batches = trees.map(_one_after_another, *plans)
-        return joined
+        joined: Batches = plans[0]
+        if len(plans) > 1:
+            joined = trees.map(_one_after_another, *plans)
+        return self.adversary.poison(joined, fn, clients, t)
 
     def _plan(
         self, kind: Data, clients: list[int], t: int, number: int, local: LocalSettings

@@ -14,8 +14,7 @@ from fedcore.engines.base import Engine, Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout, read_finite
 from fedcore.errors import RunError
-from fedcore.messages.adversary.adversary import Adversary
-from fedcore.messages.aggregation.aggregator import Aggregator, Trial
+from fedcore.messages.aggregation.aggregator import Aggregator
 from fedcore.messages.aggregation.bounds import Bounds
 from fedcore.method import Round, evaluates
 from fedcore.reports import (
@@ -45,7 +44,6 @@ class Receiving(NamedTuple):
     bounds: Bounds
     aggregator: Aggregator | None  # None: the mean
     reference: Reference | None  # where the rule needs the server's own message
-    adversary: Adversary | None  # None: nobody is malicious
 
 
 @dataclass
@@ -121,15 +119,9 @@ class OpenRound(Round):
     def _needs_updates(self, fn: ClientFunction) -> bool:
         """Whether a mean has to look at single updates."""
         desk = self.desk
-        is_attacked = (
-            desk.receiving.adversary is not None
-            and desk.receiving.adversary.is_due(fn, self.t)
-        )
-        return (
-            desk.captures.wanted
-            or is_attacked
-            or desk.receiving.bounds.clip is not None
-        )
+        is_attacked = desk.work.adversary.is_due(fn, self.t)
+        is_bounded = desk.receiving.bounds.clip is not None and not evaluates(fn)
+        return desk.captures.wanted or is_attacked or is_bounded
 
     def _capped(self, weigh: Weight) -> Weight:
         """The weights of clients that claim no more examples than the cap."""
@@ -146,14 +138,10 @@ class OpenRound(Round):
             for reports in self._received(fn, clients, down):
                 weights = weigh(reports.clients, reports.num_examples)
                 gathered.add(reports, weights)
-            own: Tree = None
-            if self.desk.receiving.reference is not None:
-                own, state = self.desk.receiving.reference.message(
-                    fn, down, self.t, kept
-                )
-                kept.update(state)
+            own, state = self._own_message(fn, down)
             name = fn.__name__
             verdict = aggregator.judge(gathered, name, self.t, asked, kept, own)
+        kept.update(state)
         kept.update(verdict.kept)
         for vector, aggregated in verdict.aggregated.items():
             self.tally.aggregation[fn.__name__, vector] = aggregated
@@ -165,9 +153,8 @@ class OpenRound(Round):
         """Usable updates, within the server's bounds; everything is counted."""
         if len(clients) == 0:
             return
-        adversary = self.desk.receiving.adversary
-        if adversary is not None and adversary.is_due(fn, self.t):
-            reports = self._attacked(adversary, fn, clients, down)
+        if self.desk.work.adversary.is_due(fn, self.t):
+            reports = self._attacked(fn, clients, down)
         else:
             reports = self.desk.engine.each(fn, clients, down, self.t)
         for usable, readout in read_finite(reports):
@@ -178,29 +165,36 @@ class OpenRound(Round):
             yield bounded.reports
 
     def _attacked(
-        self, adversary: Adversary, fn: ClientFunction, clients: Tensor, down: Tree
+        self, fn: ClientFunction, clients: Tensor, down: Tree
     ) -> Iterator[Reports]:
         """The reports with those of malicious clients replaced, once all are in."""
-        reports = self.desk.engine.each(fn, clients, down, self.t)
         arrived: list[Reports] = []
-        for report in reports:
+        for report in self.desk.engine.each(fn, clients, down, self.t):
             if len(report.clients):
-                arrived.append(report._replace(failed={}))
+                arrived.append(report)
             yield failures(report)
-        if arrived:
-            trial = self._trial(fn, len(clients))
-            replaced, kept = adversary.replaced(
-                joined(arrived), fn, self.t, down, self.adversary, trial
-            )
-            self.adversary.update(kept)
-            yield replaced
-
-    def _trial(self, fn: ClientFunction, asked: int) -> Trial | None:
-        """The rule in force, as malicious clients know it; None for a mean."""
+        if not arrived:
+            return
+        trial, work = None, self.desk.work
         aggregator = self.desk.receiving.aggregator
-        if aggregator is None:
-            return None
-        return aggregator.trial(fn.__name__, self.t, asked, self.aggregation)
+        if aggregator is not None:
+            own, _ = self._own_message(fn, down)
+            name, asked = fn.__name__, len(clients)
+            trial = aggregator.trial(name, self.t, asked, self.aggregation, own)
+        replaced, kept = work.adversary.replaced(
+            joined(arrived), fn, self.t, down, self.adversary, trial, links=work.links
+        )
+        self.adversary.update(kept)
+        yield replaced
+
+    def _own_message(
+        self, fn: ClientFunction, down: Tree
+    ) -> tuple[Tree, dict[str, Tensor]]:
+        """The server's own message, and what it keeps as a client, for a rule."""
+        reference = self.desk.receiving.reference
+        if reference is None:
+            return None, {}
+        return reference.message(fn, down, self.t, self.aggregation)
 
     def _ask(self, fn: ClientFunction, clients: Tensor, down: Tree) -> Tensor:
         """The clients that hear the message, entered as asked."""

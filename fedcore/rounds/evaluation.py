@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.engines.readout import read
+from fedcore.messages.adversary.poisoning import backdoor_success
 from fedcore.method import Method
 from fedcore.metrics import is_higher_better
 from fedcore.rng import rng, torch_seed
@@ -46,7 +47,7 @@ class Evaluation:
         desk: Desk,
     ) -> None:
         self._task, self._method, self._desk = task, method, desk
-        self._seed = experiment.seed
+        self._seed, self._adversary = experiment.seed, experiment.adversary
         self._finetunes = experiment.finetune.epochs > 0
         self._clients = self._sample(experiment.evaluation.clients, experiment.seed)
 
@@ -72,6 +73,10 @@ class Evaluation:
             measures = self._task.test(server.params)
         for name, value in measures.items():
             row[f"test_{name}"] = value
+        if self._adversary.attack == "backdoor":
+            success = backdoor_success(self._task, server.params, self._adversary)
+            if success is not None:
+                row["backdoor_success"] = success
         failed: set[int] = set()
         measured = {"client": self._measure(self._method.evaluate, server, t, failed)}
         if is_last and self._finetunes:

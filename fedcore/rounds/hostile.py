@@ -7,36 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedcore.engines.base import Work
 from fedcore.errors import SettingsError
-from fedcore.messages.adversary.adversary import Adversary
 from fedcore.messages.aggregation.aggregator import Aggregator
 from fedcore.messages.aggregation.bounds import Bounds
 from fedcore.messages.aggregation.checks import odds_text, refuse_impossible
 from fedcore.messages.aggregation.rule import Rule
-from fedcore.method import Method
 from fedcore.rounds.doors import Receiving
 from fedcore.rounds.participation import Process
 from fedcore.rounds.reference import Reference
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
-    from fedcore.task import Task
-
-
-def adversary(experiment: Experiment, population: int) -> Adversary | None:
-    """The malicious clients of a run; None where there are none."""
-    if not experiment.adversary.is_active:
-        return None
-    return Adversary(experiment.adversary, population, experiment.seed)
 
 
 def receiving(
     experiment: Experiment,
     work: Work,
-    adversary: Adversary | None,
     make_folder: Callable[[], Path],
 ) -> Receiving:
     """What the server does to messages.
@@ -51,17 +40,17 @@ def receiving(
             reference = Reference(work)
     is_devices = experiment.engine.name == "grid"
     bounds = Bounds(settings, is_devices)
-    return Receiving(bounds, aggregator, reference, adversary)
+    return Receiving(bounds, aggregator, reference)
 
 
 def refuse(
     experiment: Experiment,
-    method: Method[Any],
-    task: Task,
+    work: Work,
     process: Process,
     note: Callable[[str], None],
 ) -> None:
     """Raises SettingsError where a rule or a bound cannot work; notes what it costs."""
+    method, task = work.method, work.task
     settings, name = experiment.aggregation, experiment.method.name
     if settings.clip is not None and not method.differences:
         raise SettingsError(
@@ -78,13 +67,7 @@ def refuse(
             f"of {name}: {reason}"
         )
     asked = process.largest
-    refuse_impossible(settings, asked)
-    if settings.rule == "fltrust" and task.proxy is None:
-        raise SettingsError(
-            'aggregation.rule = "fltrust" compares messages with the work of the '
-            "server on examples of its own, and the task has none: set proxy, e.g. "
-            "proxy = 100"
-        )
+    refuse_impossible(settings, asked, has_proxy=task.proxy is not None)
     least = Rule(settings, experiment.seed).least(settings.f(asked))
     goal = experiment.engine.report_goal
     if experiment.engine.name == "grid" and goal is not None and goal < least:
@@ -99,19 +82,16 @@ def refuse(
             "noise makes all messages equally far from each other, so that what the "
             "rule leaves out is chance"
         )
-    odds = _odds(experiment, task.population, asked)
+    odds = _odds(experiment, work, asked)
     if odds:
         note(odds)
 
 
-def _odds(experiment: Experiment, population: int, asked: int) -> str:
+def _odds(experiment: Experiment, work: Work, asked: int) -> str:
     """How likely a round has more malicious clients than the rule bears."""
-    settings = experiment.aggregation
+    settings, population = experiment.aggregation, work.task.population
     f = settings.f(asked)
     if f == 0 or asked >= population:
         return ""
-    if experiment.adversary.is_active:
-        malicious = len(Adversary(experiment.adversary, population, 0).clients)
-    else:
-        malicious = round(f / asked * population)
-    return odds_text(population, malicious, asked, f)
+    malicious = len(work.adversary.clients) or round(f / asked * population)
+    return odds_text(settings, population, asked, malicious / population)

@@ -69,11 +69,9 @@ def prepare(
     process = refusals.participation_process(experiment, task)
     refusals.refuse_unknown_rates(experiment, method, process)
     mechanism = refusals.noise_mechanism(experiment, method, process)
-    hostile.refuse(experiment, method, task, process, note)
     if experiment.finetune.epochs:
         # Refused now, not after the last round.
         split(params, experiment.finetune.parts)
-    adversary = hostile.adversary(experiment, task.population)
     work = Work(
         task,
         method,
@@ -81,8 +79,10 @@ def prepare(
         experiment.seed,
         experiment.links,
         experiment.defence,
-        adversary,
+        experiment.adversary,
     )
+    work.adversary.refuse(method, experiment.method.name)
+    hostile.refuse(experiment, work, process, note)
     if statistic_names(task.model):
         server = method.init_server(params, task.population)
         refuse_shared(task.model, server.params)
@@ -108,9 +108,7 @@ def prepare(
         work=work,
         engine=engine,
         memory=StateStore(memory_row, ram, spill, task.device),
-        receiving=hostile.receiving(
-            experiment, work, adversary, partial(_spill, folder, "rows")
-        ),
+        receiving=hostile.receiving(experiment, work, partial(_spill, folder, "rows")),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedcore.engines.readout import Readout
 from fedcore.errors import RunError
+from fedcore.messages.aggregation.aggregator import Aggregated
 from fedcore.method import evaluates
 from fedcore.types import ClientFunction, Tree
 
@@ -21,15 +22,6 @@ LISTED = 20
 
 WEIGHTED = 100
 """Clients whose weights a row has one by one, at most; clients.parquet has all."""
-
-
-class Aggregated(NamedTuple):
-    """What a rule made of one vector of n clients, in order of `clients`."""
-
-    clients: Tensor  # [n] int64
-    weights: Tensor  # [n] in the result, summing to one; NaN where a rule has none
-    norm_ratios: Tensor  # [n] norm of the vector over the median norm
-    distances: Tensor  # [n] L2 distance to the result
 
 
 class Exchange(NamedTuple):

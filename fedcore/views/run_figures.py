@@ -104,7 +104,9 @@ def _by_round(measure: str, test: Points, train: Points) -> Plot:
         reached = value_text(measure, test[-1][1])
         sentences.append(f"On the test set, {reached} at the end.")
     if train:
-        sentences.append("Training: the median of the cohort's clients while they train.")
+        sentences.append(
+            "Training: the median of the cohort's clients while they train."
+        )
     if train and test:
         figure.legend(loc="outside upper left", ncols=2)
     kind = "Test" if test else "Training"

@@ -25,6 +25,12 @@ AttackName = Literal[
     "backdoor",
 ]
 
+SCALED = ("sign_flip", "scaled", "gaussian", "alie", "ipm", "backdoor")
+"""The attacks that have a strength."""
+
+AUTOMATIC = ("scaled", "alie", "backdoor")
+"""Those of them whose strength follows from the cohort, with scale = "auto"."""
+
 
 class AdversarySettings(BaseModel):
     """Who is malicious, and what they send; nobody unless something is given.
@@ -49,10 +55,11 @@ class AdversarySettings(BaseModel):
         lt=1,
         description="instead: share of the population, rounded down, drawn once",
     )
-    scale: float | None = Field(
+    scale: float | Literal["auto"] | None = Field(
         None,
-        description="strength, by attack: gamma of sign_flip, scaled and backdoor, z "
-        "of alie, epsilon of ipm, k of gaussian; default: see docs/hostile.md",
+        description="strength: gamma of sign_flip (default 1), scaled (auto) and "
+        "backdoor (1), z of alie (1.5), epsilon of ipm (0.5), k of gaussian (1); auto: "
+        "gamma that replaces the mean, and the z of the paper",
     )
     start: int = Field(1, ge=1, description="first round of the attack, from 1 on")
     direction: Literal["unit", "sign", "std"] = Field(
@@ -82,6 +89,22 @@ class AdversarySettings(BaseModel):
             raise ValueError(
                 f'attack = "{self.attack}" without malicious clients: set clients, or '
                 "fraction = 0.1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> AdversarySettings:
+        if len(set(self.clients)) < len(self.clients):
+            raise ValueError(f"clients = {list(self.clients)}: name each id once")
+        if self.scale is not None and self.attack not in SCALED:
+            raise ValueError(
+                f'scale = {self.scale}: attack = "{self.attack}" has no strength; '
+                f"leave scale out, or choose one of {', '.join(SCALED)}"
+            )
+        if self.scale == "auto" and self.attack not in AUTOMATIC:
+            raise ValueError(
+                f'scale = "auto" is for {", ".join(AUTOMATIC)}; for attack = '
+                f'"{self.attack}" give a number'
             )
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,16 +16,18 @@ from fedcore.errors import TooFewReports
 from fedcore.messages.aggregation.rows import Rows
 from fedcore.messages.aggregation.rule import Outcome, Rule, aggregate
 from fedcore.messages.aggregation.settings import AggregationSettings
-from fedcore.messages.aggregation.vectors import is_scalar, parts, vectors
+from fedcore.messages.vectors import Layout, layout, with_leaves
 from fedcore.reports import Mean, Reports
 from fedcore.types import Tree
 
+NOTHING = torch.empty(0)
+
 Kept = dict[str, Tensor]
-"""What a rule keeps from round to round, by client function and vector."""
+"""Tensors that a rule keeps from round to round, by client function and vector."""
 
 
-Trial = Callable[[str, Tensor], Tensor]
-"""(name of a vector, rows [n, d] in order of clients) -> the rule's result [d]."""
+Trial = Callable[[Tensor, Tensor, int], Tensor]
+"""(client ids [n], rows [n, d], number of the vector in the message) -> [d]."""
 
 
 class Aggregated(NamedTuple):
@@ -57,39 +60,55 @@ class Gathered:
         self._asked, self._memory, self._make_folder = clients, memory, make_folder
         self.like: Tree = None  # a message
         self.rows: dict[str, Rows] = {}
-        self._columns: dict[str, list[Tensor]] = {}  # of small values, by path
-        self._clients: list[Tensor] = []
+        self._columns: dict[int, list[Tensor]] = {}  # in no vector, by place
+        self._reported: list[Tensor] = []
+        self._clients: list[Tensor] = []  # with a row
         self._weights: list[Tensor] = []
 
     def add(self, reports: Reports, weights: Tensor) -> None:
-        """Single updates, with the weight that the method gives each, [n]."""
+        """Single updates, with the weight that the method gives each, [n].
+
+        One of weight zero is in no mean, as that of a client without examples, and in
+        no rule.
+        """
+        self._reported.append(reports.clients)
+        counts = weights.cpu() > 0
+        if not bool(counts.all()):
+            rows = counts.to(reports.num_examples.device)
+            up, num_examples = trees.at((reports.up, reports.num_examples), rows)
+            reports = Reports(reports.clients[counts], up, num_examples)
         if len(reports.clients) == 0:
             return
-        found = vectors(reports.up)
+        leaves, places = trees.leaves(reports.up), layout(reports.up)
         if self.like is None:
-            self.like = trees.map(lambda x: x[0].cpu().clone(), reports.up)
-            self._make_rows(found)
-        for name, leaves in found.items():
-            self.rows[name].put(reports.clients, leaves)
-        for path, column in _small(reports.up).items():
-            self._columns.setdefault(path, []).append(column.cpu())
+            self.like = trees.at(reports.up, 0)
+            self._make_rows(leaves, places)
+        for name, vector in zip(places.names, places.vectors, strict=True):
+            pieces = [leaves[place] for place in vector]
+            self.rows[name].put(reports.clients, pieces)
+        for place in places.others(len(leaves)):
+            self._columns.setdefault(place, []).append(leaves[place].cpu())
         self._clients.append(reports.clients)
-        self._weights.append(weights.double().cpu())
+        self._weights.append(weights.double().cpu()[counts])
 
-    def _make_rows(self, found: dict[str, list[Tensor]]) -> None:
-        for name, leaves in found.items():
-            dimension = sum(x[0].numel() for x in leaves)
-            dtype = leaves[0].dtype
-            for x in leaves:
-                dtype = torch.promote_types(dtype, x.dtype)
-            share = self._memory // len(found)
+    def _make_rows(self, leaves: list[Tensor], places: Layout) -> None:
+        memory = self._memory // max(len(places.vectors), 1)
+        for name, vector in zip(places.names, places.vectors, strict=True):
+            pieces = [leaves[place][0] for place in vector]
+            dimension = sum(x.numel() for x in pieces)
+            dtype = functools.reduce(torch.promote_types, [x.dtype for x in pieces])
             self.rows[name] = Rows(
-                self._asked, dimension, dtype, share, self._make_folder
+                self._asked, dimension, dtype, memory, self._make_folder
             )
 
     @property
+    def reported(self) -> Tensor:
+        """Those who sent a message, in any order."""
+        return torch.cat([torch.empty(0, dtype=torch.int64), *self._reported])
+
+    @property
     def clients(self) -> Tensor:
-        """Those whose message is here, ascending."""
+        """Those whose message has a row, ascending."""
         if not self._clients:
             return torch.empty(0, dtype=torch.int64)
         return torch.cat(self._clients).sort().values
@@ -102,48 +121,25 @@ class Gathered:
         return torch.cat(self._weights)[torch.cat(self._clients).argsort()]
 
     def tree(self, values: Mapping[str, Tensor]) -> Tree:
-        """A message with these vectors, by name; what is small is the median."""
-        medians = {}
-        for path, columns in self._columns.items():
-            medians[path] = _median(torch.cat(columns))
-        fields = {}
-        for name, part in parts(self.like).items():
-            value = values.get(name)
-            pieces = iter(()) if value is None else iter(_pieces(value, part))
-            flat = {}
-            for path, leaf in trees.flatten(part).items():
-                whole = _path(name, path)
-                flat[path] = medians[whole] if whole in medians else next(pieces)
-                flat[path] = flat[path].view(leaf.shape).to(leaf.dtype)
-            fields[name] = trees.unflatten(flat, part)
-        return (
-            type(self.like)(**fields) if hasattr(self.like, "_asdict") else fields[""]
-        )
+        """A message with these vectors, by name; all else is the median over clients.
+
+        The medians of scalars, and of whole numbers among the tensors.
+        """
+        leaves, places = trees.leaves(self.like), layout(self.like, axes=0)
+        for name, vector in zip(places.names, places.vectors, strict=True):
+            sizes = [leaves[place].numel() for place in vector]
+            pieces = torch.split(values[name], sizes)
+            for place, piece in zip(vector, pieces, strict=True):
+                x = leaves[place]
+                leaves[place] = piece.view(x.shape).to(x)
+        for place, columns in self._columns.items():
+            leaves[place] = _median(torch.cat(columns)).to(leaves[place])
+        return with_leaves(self.like, leaves)
 
     def close(self) -> None:
         """Remove what is on disk."""
         for rows in self.rows.values():
             rows.close()
-
-
-def _path(name: str, path: str) -> str:
-    return f"{name}{trees.SEPARATOR}{path}"
-
-
-def _small(up: Tree) -> dict[str, Tensor]:
-    """The scalars and whole numbers of a stacked message, which are in no vector."""
-    small = {}
-    for name, part in parts(up).items():
-        for path, x in trees.flatten(part).items():
-            if is_scalar(part) or not x.is_floating_point():
-                small[_path(name, path)] = x
-    return small
-
-
-def _pieces(value: Tensor, part: Tree) -> tuple[Tensor, ...]:
-    """The leaves of a vector, flat."""
-    sizes = [x.numel() for x in trees.leaves(part) if x.is_floating_point()]
-    return torch.split(value, sizes)
 
 
 def _median(column: Tensor) -> Tensor:
@@ -198,17 +194,12 @@ class Aggregator:
                 f"usable updates, found {n} of {asked} clients"
             )
         weights = gathered.weights if self.settings.weights == "method" else None
-        own = (
-            {}
-            if reference is None
-            else vectors(trees.map(lambda x: x[None], reference))
-        )
+        own = _own(reference)
         outcomes: dict[str, Outcome] = {}
         remembered: Kept = {}
-        for name, rows in gathered.rows.items():
-            key = _key(function, name)
-            g0 = torch.cat([x.flatten() for x in own[name]]) if own else None
-            memory = kept.get(key, torch.empty(0))
+        for number, (name, rows) in enumerate(gathered.rows.items()):
+            key = _key(function, number)
+            memory, g0 = kept.get(key, NOTHING), own[number] if own else None
             draw = (t, zlib.crc32(key.encode()))
             outcome = self.rule.aggregate(rows, f, weights, draw, memory, g0)
             outcomes[name] = outcome
@@ -216,33 +207,51 @@ class Aggregator:
                 remembered[key] = outcome.memory
         values = {name: outcome.value for name, outcome in outcomes.items()}
         weight = gathered.weights.sum()
-        total = trees.map(lambda x: x * weight.to(x.dtype), gathered.tree(values))
-        mean = Mean(lambda: total, weight, gathered.clients)
+        total = trees.map(lambda x: (x * weight).to(x.dtype), gathered.tree(values))
+        mean = Mean(lambda: total, weight, gathered.reported)
         aggregated = {}
         for name, outcome in outcomes.items():
             aggregated[name] = _aggregated(gathered.clients, outcome)
         return Verdict(mean, aggregated, remembered)
 
-    def trial(self, function: str, t: int, asked: int, kept: Kept) -> Trial:
+    def trial(
+        self, function: str, t: int, asked: int, kept: Kept, reference: Tree = None
+    ) -> Trial:
         """The rule as one who knows it tries it out, with all clients counting alike.
 
         It remembers nothing of that.
         """
+        own = _own(reference)
 
-        def tried(name: str, matrix: Tensor) -> Tensor:
-            key, f = _key(function, name), self.settings.f(asked)
-            memory = kept.get(key, torch.empty(0))
-            draw = (t, zlib.crc32(key.encode()))
-            outcome = aggregate(
-                matrix, self.settings, f, seed=self._seed, key=draw, memory=memory
-            )
-            return outcome.value
+        def tried(clients: Tensor, matrix: Tensor, number: int) -> Tensor:
+            key = _key(function, number)
+            return aggregate(
+                matrix,
+                self.settings,
+                self.settings.f(asked),
+                seed=self._seed,
+                key=(t, zlib.crc32(key.encode())),
+                memory=kept.get(key, NOTHING),
+                reference=own[number] if own else None,
+            ).value
 
         return tried
 
 
-def _key(function: str, name: str) -> str:
-    return f"{function}{trees.SEPARATOR}{name}"
+def _key(function: str, number: int) -> str:
+    """The name of a vector of the messages of a client function."""
+    return f"{function}{trees.SEPARATOR}{number}"
+
+
+def _own(reference: Tree) -> list[Tensor]:
+    """The vectors [d] of the server's own message."""
+    if reference is None:
+        return []
+    leaves = trees.leaves(reference)
+    own = []
+    for vector in layout(reference, axes=0).vectors:
+        own.append(trees.ravel([leaves[place] for place in vector]))
+    return own
 
 
 def _aggregated(clients: Tensor, outcome: Outcome) -> Aggregated:

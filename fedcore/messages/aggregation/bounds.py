@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.messages.aggregation.settings import DEVICE_EXAMPLES, AggregationSettings
-from fedcore.messages.aggregation.vectors import is_scalar, norms, parts
+from fedcore.messages.vectors import layout, norms, with_leaves
 from fedcore.reports import Reports
 from fedcore.types import Tree
 
@@ -61,14 +61,10 @@ class Bounds:
 
 def _scaled(up: Tree, factor: Tensor) -> Tree:
     """Every vector of every client times its factor, [n]."""
-
-    def scaled(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        wide = factor.view(-1, *[1] * (x.ndim - 1))
-        return (x * wide).to(x.dtype)  # in float64, which holds every finite entry
-
-    fields = {}
-    for name, part in parts(up).items():
-        fields[name] = part if is_scalar(part) else trees.map(scaled, part)
-    return type(up)(**fields) if hasattr(up, "_asdict") else fields[""]
+    leaves = trees.leaves(up)
+    for places in layout(up).vectors:
+        for place in places:
+            x = leaves[place]
+            wide = factor.view(-1, *[1] * (x.ndim - 1))
+            leaves[place] = (x * wide).to(x.dtype)  # float64 holds every finite entry
+    return with_leaves(up, leaves)

@@ -61,7 +61,7 @@ participation.cohort = 9 or more, or aggregation.byzantine = 2 or less
     if settings.rule == "fltrust" and not has_proxy:
         raise SettingsError(
             'aggregation.rule = "fltrust" compares every update with one that the '
-            "server trains itself, and there is no proxy data: set proxy = 100, or take "
+            "server trains itself, and there is none: set proxy = 100, or take "
             'rule = "multi_krum" with before = "nnm"'
         )
     f = settings.f(asked)

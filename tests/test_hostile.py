@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +251,42 @@ def test_what_rules_and_attacks_remember_comes_back_bit_for_bit(
     run(small("fedavg", **settings, rounds=2), tmp_path / "half")
     resumed = run(small("fedavg", **settings, rounds=4), resume=tmp_path / "half")
     assert equal(whole.params, resumed.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"aggregation__rule": "centred_clipping"},
+        {"aggregation__rule": "median", "aggregation__before": "bucketing"},
+        {"aggregation__rule": "fltrust"},  # the server's own control variate
+        {
+            "aggregation__rule": "centred_clipping",
+            "adversary__attack": "ipm_optimised",
+            "adversary__clients": [0, 3],
+        },
+        {"adversary__attack": "mimic", "adversary__clients": [0, 3]},
+    ],
+    ids=["centred clipping", "buckets", "fltrust", "optimised", "mimic"],
+)
+def test_kill_9_costs_nothing_that_rules_and_attacks_remember(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    values = {"task": "tests.methods:crashing", "rounds": 8, "proxy": 20}
+    e = small("scaffold", **settings)
+    e = Experiment.parse(e.model_dump(mode="json") | values)
+    (tmp_path / "preset.toml").write_text(e.to_toml())
+    whole = run(e, tmp_path / "whole")
+    command = [sys.executable, "-m", "fedcore", "run", str(tmp_path / "preset.toml")]
+    killed = subprocess.run(
+        [*command, "--out", str(tmp_path / "r")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FEDCORE_TEST_CRASH": "25"},
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert 0 < len(rows_of(tmp_path / "r")) < 8
+    assert run(e, resume=tmp_path / "r").params_sha256 == whole.params_sha256
 
 
 # Refused before a run

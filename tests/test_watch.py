@@ -18,7 +18,7 @@ from fedcore.rounds.history import History
 from fedcore.rounds.loop import Loop
 from fedcore.rounds.observer import NOTES, Notes, Quiet
 from fedcore.rounds.tally import LISTED, Aggregated, Tally
-from fedcore.rounds.trouble import FAILING, Trouble, troubles
+from fedcore.rounds.trouble import FAILING, Trouble, failing_clients, troubles
 from fedcore.rounds.watch import Watch
 from fedcore.views.run_report import write_report
 from fedcore.views.terminal import show_result
@@ -239,6 +239,23 @@ def test_a_client_that_is_asked_twice_counts_once_a_round(tmp_path: Path) -> Non
         (1, 2, 2, 2)
     )
     assert math.isnan(trouble.weight)
+
+
+def test_a_streak_goes_on_over_rounds_without_the_client_and_ends_with_a_report(
+    tmp_path: Path,
+) -> None:
+    """Client 1 fails in rounds 1, 3, 4 and is evaluated in 2; client 2 reports in 3."""
+    table = ClientTable(tmp_path)
+    asked = {1: [1, 2], 2: [], 3: [1], 4: [1, 2]}
+    for number, failed in asked.items():
+        reported = [0, 2] if number == 3 else [0]
+        table.add(number, "train", report(reported))
+        table.close_round(number, tally_of(set(reported), timeout=failed))
+        table.add(number, "evaluate", report([0, 1, 2]))
+    table.write(4)
+    found = [(one.client, one.rounds, one.streak) for one in troubles(tmp_path)]
+    assert found == [(1, 3, 3), (2, 3, 1)]
+    assert failing_clients(tmp_path, 3) == {1: (2, "timeout")}
 
 
 # Jumps

@@ -304,6 +304,32 @@ def test_only_a_run_that_goes_back_may_have_another_rule(tmp_path: Path) -> None
     assert changes == [None] * 4 + [{"aggregation.clip": [None, 3.0]}, None]
 
 
+def test_a_rule_that_comes_later_starts_without_what_another_kept(
+    tmp_path: Path,
+) -> None:
+    rule = {"rule": "centred_clipping", "byzantine": 1}
+    run(small("fedavg", rounds=6, aggregation=rule), tmp_path / "r")
+    assert Checkpoint(tmp_path / "r" / "checkpoint").read(4)["files"]["aggregation"]
+    other = small("fedavg", rounds=6, aggregation={"rule": "median", "byzantine": 1})
+    changed = run(other, resume=tmp_path / "r", back_to=4)
+    assert changed.history[4]["changed"]["aggregation.rule"][1] == "median"
+    newest = Checkpoint(tmp_path / "r" / "checkpoint")
+    assert "aggregation" not in newest.read()["files"]
+
+
+@pytest.mark.parametrize("rule", ["centred_clipping", "nnm"])
+def test_a_rule_that_remembers_goes_back_to_the_same_bits(
+    rule: str, tmp_path: Path
+) -> None:
+    settings = {"rule": "centred_clipping", "byzantine": 1}
+    if rule == "nnm":
+        settings = {"rule": "multi_krum", "before": "nnm", "byzantine": 1}
+    e = small("fedavg", rounds=6, aggregation=settings)
+    whole = run(e, tmp_path / "r")
+    again = run(e, resume=tmp_path / "r", back_to=4)
+    assert again.params_sha256 == whole.params_sha256
+
+
 # Run directories of an older fedcore, and damage
 
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fedcore.config import CheckpointSettings
 from fedcore.engines.readout import Readout
+from fedcore.messages.aggregation.aggregator import Aggregated
 from fedcore.rounds import client_table
 from fedcore.rounds.client_table import ClientTable, read_clients
 from fedcore.rounds.loop import run
-from fedcore.rounds.tally import Aggregated, Tally
+from fedcore.rounds.tally import Tally
 from tests.helpers import small
 
 ROOT = Path(__file__).parent.parent

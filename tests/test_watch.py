@@ -8,16 +8,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from fedcore import RunError
 from fedcore.engines.readout import Readout
+from fedcore.messages.aggregation.aggregator import Aggregated
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.history import History
-from fedcore.rounds.loop import Loop
+from fedcore.rounds.loop import Loop, run
 from fedcore.rounds.observer import NOTES, Notes, Quiet
-from fedcore.rounds.tally import LISTED, Aggregated, Tally
+from fedcore.rounds.tally import LISTED, Tally
 from fedcore.rounds.trouble import FAILING, Trouble, failing_clients, troubles
 from fedcore.rounds.watch import Watch
 from fedcore.views.run_report import write_report
@@ -129,6 +131,28 @@ def test_rounds_in_which_every_client_fails_are_hopeless(tmp_path: Path) -> None
         finished(loop)
 
 
+def test_a_liar_that_a_rule_never_takes_is_first_in_the_report(
+    tmp_path: Path,
+) -> None:
+    e = small(
+        "fedavg",
+        rounds=4,
+        participation__cohort=12,
+        aggregation={"rule": "multi_krum", "byzantine": 2},
+        adversary={"attack": "sign_flip", "scale": 10.0, "clients": [5]},
+    )
+    result = run(e, tmp_path / "r")
+    first = troubles(tmp_path / "r")[0]
+    assert (first.client, first.weight, first.left_out) == (5, 0.0, 0)
+    for row in result.history:
+        (weights,) = row["weights"].values()
+        assert 5 in weights["unused"]
+        assert weights["weight"][5] == 0
+        assert weights["norm_ratio"][5] == max(weights["norm_ratio"])
+    words = Page(write_report(tmp_path / "r")).words
+    assert "weight, of the mean" in words
+
+
 # Streaks and notes
 
 
@@ -223,6 +247,8 @@ def test_a_run_of_an_older_fedcore_gave_no_trouble(tmp_path: Path) -> None:
     table = ClientTable(tmp_path)
     table.add(1, "train", report([0, 1]))
     table.write(1)
+    (file,) = (tmp_path / "clients").iterdir()
+    pq.write_table(pq.read_table(file).drop_columns(["left_out"]), file)
     assert troubles(tmp_path) == []
     assert troubles(tmp_path / "none") == []
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from fedcore.engines.readout import Readout
-    from fedcore.rounds.tally import Aggregated, Tally
+    from fedcore.messages.aggregation.aggregator import Aggregated
+    from fedcore.rounds.tally import Tally
 
 log = logging.getLogger("fedcore")
 

@@ -23,7 +23,7 @@ from fedcore.rounds.faults import evaluation_fault
 from fedcore.rounds.history import History
 from fedcore.rounds.observer import Notes, Observer, Quiet
 from fedcore.rounds.participation import answering
-from fedcore.rounds.result import Result, final_measures, params_sha256
+from fedcore.rounds.result import Result, outcome
 from fedcore.rounds.rundir import (
     changed_rule,
     clear_start,
@@ -123,6 +123,8 @@ class Loop:
         self.state = _first_state(parts)
         if header is not None:
             self.state = self.saving.restore(header, self.state, self.task.device)
+        if self._changed:  # what the rule before kept says nothing to another
+            self.state = self.state._replace(aggregation={})
         # Lines that were logged after the checkpoint go: those rounds are run again.
         self.history = History.read(folder / "metrics.jsonl", self.state.t)
         make_run_dir(folder)
@@ -214,7 +216,8 @@ class Loop:
                     if stops:
                         raise RunError(f"{text} (checkpoint.stop_on_jump)")
                     self.observer.note(text)
-        return self.result()
+        params = self.state.server.params
+        return outcome(self.experiment, self.task, self.history, params, self.folder)
 
     def round(self) -> dict[str, Any]:
         """One round: the row that metrics.jsonl gets. Replaces `self.state`."""
@@ -336,30 +339,6 @@ class Loop:
         t, server = self.state.t, self.state.server
         is_last = t == self.experiment.rounds
         return self._evaluation.row(server, t - 1, is_last)
-
-    def result(self) -> Result:
-        """The outcome so far."""
-        history, params = self.history, self.state.server.params
-        return Result(
-            method=self.experiment.method.name,
-            engine=self.experiment.engine.name,
-            seed=self.experiment.seed,
-            rounds=self.state.t,
-            population=self.task.population,
-            cohort=history.total("cohort") / max(len(history), 1),
-            final=final_measures(history, self.task.data.evaluated_on),
-            history=history.rows,
-            clients_trained=int(history.total("reports")),
-            clients_per_second=round(history.clients_per_second, 2),
-            first_round_s=history.rows[0]["first_round_s"],
-            bytes_down=int(history.total("bytes_down")),
-            bytes_up=int(history.total("bytes_up")),
-            dropped=dict(history.dropped()),
-            late_answers=int(history.total("late_answers")),
-            params_sha256=params_sha256(params),
-            run_dir=str(self.folder),
-            params=params,
-        )
 
 
 def _first_state(parts: Parts) -> State:

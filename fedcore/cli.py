@@ -71,6 +71,15 @@ Resume = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="go on with the run in this directory"),
 ]
+Round = Annotated[
+    int | None,
+    typer.Option(
+        "--round",
+        metavar="N",
+        min=0,
+        help="with --resume: go back to the checkpoint of this round",
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="print one JSON object and nothing else on stdout"),
@@ -85,6 +94,7 @@ def run(
     seed: Seed = None,
     out: Out = None,
     resume: Resume = None,
+    round_: Round = None,
     json_: Json = False,
 ) -> None:
     """Train, and write a run directory with a report. --resume needs no PRESET."""
@@ -97,9 +107,14 @@ def run(
             f"--out {out} and --resume {resume}: a resumed run stays in its directory; "
             "give one of the two"
         )
+    if round_ is not None and resume is None:
+        raise SettingsError(
+            f"--round {round_} without --resume: expected --resume DIR, the run that "
+            "is to go back"
+        )
     with _interruptible(), Terminal() as terminal:
         experiment = _experiment(preset, set_, engine, seed, resume)
-        result = loop.run(experiment, out, resume, terminal)
+        result = loop.run(experiment, out, resume, terminal, back_to=round_)
     # Its import takes half a second, with the plots: not before the first round.
     from fedcore.views.run_report import write_or_note
 

@@ -141,7 +141,7 @@ class CheckpointSettings(_Section):
         3.0,
         gt=1,
         description="factor between the test losses of two evaluations in a row from "
-        "which on the run says so, and names the clients of its last round",
+        "which on the run says so, and names the clients that reported in between",
     )
     stop_on_jump: bool = Field(
         False, description="whether such a jump ends the run, with exit status 1"

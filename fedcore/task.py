@@ -49,6 +49,11 @@ RESERVED = {
     "function": "a column of clients.parquet",
     "num_examples": "a column of clients.parquet",
     "round": "a column of clients.parquet",
+    "left_out": "a column of clients.parquet",
+    "clipped": "a column of clients.parquet",
+    "capped": "a column of clients.parquet",
+    "weight": "a column of clients.parquet",
+    "norm_ratio": "a column of clients.parquet",
 }  # names that a metric cannot have, and their meaning
 
 

@@ -119,7 +119,8 @@ def _no_option(error: click.NoSuchOption, command: str, typed: Sequence[str]) ->
     for parameter in error.ctx.command.params if error.ctx else ():
         flags += [flag for flag in parameter.opts if flag.startswith("--")]
     near = difflib.get_close_matches(error.option_name, flags, 1, 0.75)
-    if near:
+    # --rounds is the setting, and not --round with a letter too many.
+    if near and not _is_setting(error.option_name.lstrip("-")):
         return f"{command} has no such option; did you mean {near[0]}?"
     if "--set" in flags:
         from fedcore.settings.faults import or_text
@@ -130,6 +131,13 @@ def _no_option(error: click.NoSuchOption, command: str, typed: Sequence[str]) ->
         if hints:
             return f"{command} has no such option; did you mean {or_text(hints)}?"
     return f"{command} has no such option; it has {', '.join(flags)}"
+
+
+def _is_setting(word: str) -> bool:
+    """Whether there is a setting of just this name."""
+    from fedcore.config import Experiment
+
+    return word in Experiment.model_fields
 
 
 def _value_after(option: str, typed: Sequence[str]) -> str:

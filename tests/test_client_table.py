@@ -19,9 +19,11 @@ from torch import Tensor
 
 from fedcore.config import CheckpointSettings
 from fedcore.engines.readout import Readout
+from fedcore.messages.aggregation.aggregator import Aggregated
 from fedcore.rounds import client_table
 from fedcore.rounds.client_table import ClientTable, read_clients
 from fedcore.rounds.loop import run
+from fedcore.rounds.tally import Tally
 from tests.helpers import small
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +123,70 @@ def test_joining_holds_a_bounded_number_of_rows(
 
 
 # What it holds
+
+
+def odd_round(table: ClientTable, number: int) -> None:
+    """A round with clients that are left out, clipped and weighted."""
+    clients = torch.tensor([5, 2, 9])
+    table.add(number, "anchor", measured(clients))
+    table.add(number, "train", measured(clients, loss=torch.tensor([1.0, 2.0, 3.0])))
+    tally = Tally({2, 4, 5, 7, 9}, clipped={9}, failed={7: "timeout", 4: "dropout"})
+    tally.failed_in[7] = "train"
+    weights = torch.tensor([0.75, 0.25])
+    vector = Aggregated(torch.tensor([2, 9]), weights, weights * 2, weights * 4)
+    tally.aggregation[("train", "delta")] = vector
+    tally.aggregation[("train", "dc")] = vector._replace(weights=1 - weights)
+    table.close_round(number, tally)
+
+
+def test_a_round_that_is_closed_has_who_was_left_out_clipped_and_how_weighted(
+    tmp_path: Path,
+) -> None:
+    table = ClientTable(tmp_path)
+    add_round(table, 1)
+    table.write(1)  # a piece without the columns, and one with them
+    odd_round(table, 2)
+    add_round(table, 3)
+    table.write(3)
+    table.merge()
+    rows = read_clients(tmp_path).to_pylist()
+    found = [row for row in rows if row["round"] == 2]
+    seen = [(row["function"], row["client"], row["left_out"]) for row in found]
+    assert seen == [
+        *[("anchor", client, "") for client in (5, 2, 9)],
+        *[("train", client, "") for client in (5, 2, 9)],
+        ("", 4, "dropout"),
+        ("train", 7, "timeout"),
+    ]
+    assert [row["clipped"] for row in found] == [False, False, True] * 2 + [False] * 2
+    trained = found[3:6]
+    assert np.isnan(trained[0]["weight"])
+    for name, values in (
+        ("weight", [0.75, 0.25]),
+        ("weight_dc", [0.25, 0.75]),
+        ("norm_ratio", [1.5, 0.5]),
+        ("distance", [3.0, 1.0]),
+    ):
+        assert [row[name] for row in trained[1:]] == values, name
+    others = [row for row in rows if row["round"] != 2]
+    assert {row["clipped"] for row in others} == {False}
+    assert {row["left_out"] for row in others} == {""}
+    assert all(np.isnan(row["weight"]) for row in [*others, *found[:3], *found[6:]])
+
+
+def test_a_table_of_an_older_fedcore_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    table = written(tmp_path, 4)
+    table.merge()
+    file = tmp_path / "clients.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["left_out"]), file)
+    assert set(read_clients(tmp_path)["left_out"].to_pylist()) == {""}
+    resumed = ClientTable(tmp_path)
+    resumed.cut(3)
+    odd_round(resumed, 4)
+    resumed.write(4)
+    resumed.merge()
+    reasons = read_clients(tmp_path)["left_out"].to_pylist()
+    assert (len(reasons), reasons[-2:]) == (4 * COHORT + 8, ["dropout", "timeout"])
 
 
 def test_pieces_and_the_joined_file_have_the_rows_of_a_table_written_at_once(

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcore.engines.readout import Readout
+from fedcore.messages.aggregation.aggregator import Aggregated
 from fedcore.method import on_client
-from fedcore.rounds.tally import LISTED, WEIGHTED, Aggregated, Tally, quantiles
+from fedcore.rounds.tally import LISTED, WEIGHTED, Tally, quantiles
 from fedcore.storage.json import without_nan
 
 

@@ -1,4 +1,6 @@
-"""`clients.parquet`: a row for each round, client function and client that reported.
+"""`clients.parquet`: a row for each round, client function and client.
+
+A client that was left out of a round has a row too, with the reason in `left_out`.
 
 A run writes the table in pieces. `clients/000012.parquet` holds the rows from the piece
 before it up to round 12, so that a checkpoint costs as much as is new in it. When a run
@@ -13,8 +15,8 @@ import io
 import logging
 import math
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from fedcore.engines.readout import Readout
+    from fedcore.messages.aggregation.aggregator import Aggregated
+    from fedcore.rounds.tally import Tally
 
 log = logging.getLogger("fedcore")
 
@@ -45,6 +49,8 @@ class ClientTable:
         # on to the large freed ones around it.
         self._rounds = array("d")
         self._functions: list[str] = []
+        self._left_out: list[str] = []  # the kind of reason; "" for a report
+        self._flags: dict[str, array[int]] = {}  # such as "clipped": 0 or 1
         self._numbers = {"client": array("d"), "num_examples": array("d")}
 
     def add(self, number: int, function: str, readout: Readout) -> None:
@@ -52,9 +58,7 @@ class ClientTable:
 
         The work is that of the new rows, however many there are already.
         """
-        before, n = len(self._rounds), len(readout.clients)
-        self._rounds.extend([number] * n)
-        self._functions.extend([function] * n)
+        n = len(readout.clients)
         columns = {"client": readout.clients, "num_examples": readout.num_examples}
         # A client without examples has no loss: not a number, rather than 0.
         is_empty = readout.num_examples == 0
@@ -62,13 +66,84 @@ class ClientTable:
         if bool(is_empty.any()):
             for name, values in readout.metrics.items():
                 columns[name] = values.double().masked_fill(is_empty, math.nan)
-        for name, values in columns.items():
-            if name not in self._numbers:
-                self._numbers[name] = array("d", [math.nan]) * before
-            self._numbers[name].extend(values.tolist())
+        numbers = {name: values.tolist() for name, values in columns.items()}
+        self._extend(number, [function] * n, [""] * n, numbers)
+
+    def close_round(self, number: int, tally: Tally) -> None:
+        """What is known of round `number` when all reports are in.
+
+        A row for each client that was left out; and for those that reported whether
+        they were clipped or capped, and what a rule made of their messages.
+        """
+        first = bisect_left(self._rounds, number)
+        for name, clients in (("clipped", tally.clipped), ("capped", tally.capped)):
+            if clients:
+                self._flag(name, clients, first)
+        named: set[str] = set()
+        for (function, vector), aggregated in tally.aggregation.items():
+            # The first vector of a message, most often the only one, has plain names.
+            suffix = f"_{vector}" if function in named else ""
+            named.add(function)
+            self._weigh(function, suffix, aggregated, first)
+        left_out = sorted(tally.failed)
+        functions = [tally.failed_in.get(client, "") for client in left_out]
+        reasons = [tally.failed[client] for client in left_out]
+        self._extend(number, functions, reasons, {"client": left_out})
+
+    def _extend(
+        self,
+        number: int,
+        functions: list[str],
+        left_out: list[str],
+        numbers: Mapping[str, Sequence[float]],
+    ) -> None:
+        """New rows of a round; columns that are not given are NaN, flags are 0."""
+        before, n = len(self._rounds), len(functions)
+        self._rounds.extend([number] * n)
+        self._functions.extend(functions)
+        self._left_out.extend(left_out)
+        for name, values in numbers.items():
+            self._column(name, before).extend(values)
         for column in self._numbers.values():
             if len(column) == before:
                 column.extend([math.nan] * n)
+        for flags in self._flags.values():
+            flags.extend([0] * n)
+
+    def _column(self, name: str, rows: int) -> array[float]:
+        """The numbers of this name; NaN in `rows` rows where they are new."""
+        if name not in self._numbers:
+            self._numbers[name] = array("d", [math.nan]) * rows
+        return self._numbers[name]
+
+    def _flag(self, name: str, clients: Set[int], first: int) -> None:
+        """Set the flag in the rows of these clients, from row `first` on."""
+        rows = len(self._rounds)
+        flags = self._flags.setdefault(name, array("b", [0]) * rows)
+        ids = self._numbers["client"]
+        for row in range(first, rows):
+            flags[row] = int(ids[row]) in clients
+
+    def _weigh(
+        self, function: str, suffix: str, aggregated: Aggregated, first: int
+    ) -> None:
+        """Enter weights in the rows of a client function, from row `first` on."""
+        rows, ids = len(self._rounds), self._numbers["client"]
+        row_of: dict[int, int] = {}
+        for row in range(first, rows):
+            if self._functions[row] == function:
+                row_of[int(ids[row])] = row
+        columns = {
+            "weight": aggregated.weights,
+            "norm_ratio": aggregated.norm_ratios,
+            "distance": aggregated.distances,
+        }
+        clients = aggregated.clients.tolist()
+        for name, values in columns.items():
+            column = self._column(f"{name}{suffix}", rows)
+            for client, value in zip(clients, values.tolist(), strict=True):
+                if client in row_of:
+                    column[row_of[client]] = value
 
     def write(self, number: int) -> None:
         """Write a piece with the rows up to round `number` that no piece has yet."""
@@ -83,9 +158,11 @@ class ClientTable:
         content = io.BytesIO()
         pq.write_table(self._first(rows), content, compression="zstd")
         write_atomically(file, content.getvalue())
-        del self._rounds[:rows], self._functions[:rows]
+        del self._rounds[:rows], self._functions[:rows], self._left_out[:rows]
         for column in self._numbers.values():
             del column[:rows]
+        for flags in self._flags.values():
+            del flags[:rows]
 
     def cut(self, number: int) -> None:
         """Drop the rows after round `number` from disk, as those rounds are run again.
@@ -130,23 +207,30 @@ class ClientTable:
         }
         for name, column in self._numbers.items():
             columns[name] = np.asarray(column)[:rows].copy()
+        columns["left_out"] = self._left_out[:rows]
+        for name, flags in self._flags.items():
+            columns[name] = np.asarray(flags)[:rows].astype(bool)
         columns["client"] = columns["client"].astype(np.int64)
         return pa.table(columns)
 
 
 def read_clients(
-    folder: Path, function: str | None = None, up_to: int | None = None
+    folder: Path,
+    function: str | None = None,
+    up_to: int | None = None,
+    columns: Sequence[str] | None = None,
 ) -> pa.Table:
     """The rows of a run directory, whether its run has ended, goes on or was killed.
 
-    Columns: round (from 1 on), function, client, num_examples, and one a metric, NaN
-    where a client did not report it, or has no example. `function` and round `up_to`
-    select rows. Raises OSError or pyarrow's ArrowException for a file that cannot be
-    read.
+    Columns: round (from 1 on), function, client, num_examples, left_out (the reason, ""
+    for a report), and one a metric, NaN where a client did not report it, or has no
+    example. Where there was any: clipped, capped, and of a rule the client's weight,
+    norm_ratio (to the median norm) and distance to the result. `function` and round
+    `up_to` select rows, `columns` those columns that are there. Raises OSError or
+    pyarrow's ArrowException for a file that cannot be read.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     wanted = pc.scalar(True)
     if function is not None:
@@ -156,11 +240,11 @@ def read_clients(
     tables: list[pa.Table] = []
     for piece in _pieces(folder):
         try:
-            tables.append(pq.read_table(piece, filters=wanted))
+            tables.append(_read(piece, wanted, columns))
         except FileNotFoundError:
             continue  # joined in this moment, and read below
     if (folder / TABLE).exists():
-        joined = pq.read_table(folder / TABLE, filters=wanted)
+        joined = _read(folder / TABLE, wanted, columns)
         last = _last_round(folder / TABLE)
         newer = pc.field("round") > last
         tables = [joined, *(table.filter(newer) for table in tables)]
@@ -168,6 +252,17 @@ def read_clients(
         return _base_schema().empty_table()
     schema = _common_schema([table.schema for table in tables])
     return pa.concat_tables(_filled(table, schema) for table in tables)
+
+
+def _read(file: Path, wanted: pa.Expression, columns: Sequence[str] | None) -> pa.Table:
+    """The rows of one file that are wanted, in those of `columns` that it has."""
+    import pyarrow.parquet as pq
+
+    there = None
+    if columns is not None:
+        names = pq.read_schema(file).names
+        there = [name for name in names if name in {*columns, *_base_schema().names}]
+    return pq.read_table(file, columns=there, filters=wanted)
 
 
 def _pieces(folder: Path) -> list[Path]:
@@ -258,6 +353,7 @@ def _base_schema() -> pa.Schema:
             ("function", pa.string()),
             ("client", pa.int64()),
             ("num_examples", pa.float64()),
+            ("left_out", pa.string()),
         ]
     )
 
@@ -271,11 +367,15 @@ def _common_schema(schemas: list[pa.Schema]) -> pa.Schema:
 
 
 def _filled(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Rows with the columns of `schema`; those that they lack are NaN."""
+    """Rows with the columns of `schema`; those that they lack are NaN, "" or false."""
     import pyarrow as pa
 
-    absent = pa.array(np.full(len(rows), np.nan))
+    empty = {pa.string(): "", pa.bool_(): False}
     columns = []
-    for name in schema.names:
-        columns.append(rows[name] if name in rows.column_names else absent)
+    for field in schema:
+        if field.name in rows.column_names:
+            columns.append(rows[field.name])
+        else:
+            value = pa.scalar(empty.get(field.type, math.nan), field.type)
+            columns.append(pa.repeat(value, len(rows)))
     return pa.table(columns, schema=schema)

@@ -121,6 +121,12 @@ class History:
         return {}
 
     @property
+    def score(self) -> float | None:
+        """The test loss after the last round; None where it was not evaluated."""
+        value: float | None = self.rows[-1].get("test_loss") if self.rows else None
+        return value
+
+    @property
     def measures(self) -> dict[str, bool]:
         """Whether higher is better, by measure; that which judges the run first.
 

@@ -23,8 +23,9 @@ from fedcore.rounds.faults import evaluation_fault
 from fedcore.rounds.history import History
 from fedcore.rounds.observer import Notes, Observer, Quiet
 from fedcore.rounds.participation import answering
-from fedcore.rounds.result import Result, final_measures, params_sha256
+from fedcore.rounds.result import Result, outcome
 from fedcore.rounds.rundir import (
+    changed_rule,
     clear_start,
     lock,
     make_run_dir,
@@ -35,6 +36,7 @@ from fedcore.rounds.saving import Saving, State, read_header
 from fedcore.rounds.setup import MakeEngine, Parts, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
 from fedcore.rounds.tally import Exchange, Tally
+from fedcore.rounds.watch import Watch
 from fedcore.storage.checkpoint import Checkpoint, write_atomically
 from fedcore.storage.faults import Lines, Unwritable
 from fedcore.storage.json import without_nan
@@ -54,16 +56,19 @@ def run(
     resume: Path | str | None = None,
     observer: Observer | None = None,
     engine: MakeEngine | None = None,
+    back_to: int | None = None,
 ) -> Result:
     """Run an experiment to its last round, or a stopped one from where it is.
 
     `out` is the run directory (default: a new one in runs/), `resume` an existing one
-    to go on with. `engine` makes another engine than the one that the settings name.
-    Raises SettingsError, RunError, and Interrupted (after a checkpoint) on SIGINT.
+    to go on with, from its newest checkpoint or from that of round `back_to`. `engine`
+    makes another engine than the one that the settings name. Raises SettingsError,
+    RunError, and Interrupted (after a checkpoint) on SIGINT.
     """
-    folder = open_run_dir(experiment, out, resume)
+    folder = open_run_dir(experiment, out, resume, back_to)
+    is_old = resume is not None
     try:
-        loop = Loop(experiment, folder, observer or Quiet(), engine, resume is not None)
+        loop = Loop(experiment, folder, observer or Quiet(), engine, is_old, back_to)
     except BaseException:
         with suppress(OSError):
             folder.rmdir()  # made for this run, and still empty
@@ -88,14 +93,19 @@ class Loop:
         observer: Observer,
         make_engine: MakeEngine | None,
         resume: bool,
+        back_to: int | None = None,
     ) -> None:
         self.begin = time.perf_counter()
         self.experiment, self.folder, self.observer = experiment, folder, observer
         self.notes = Notes(observer)
         self._lock = lock(folder) if resume else None
-        checkpoint, header = Checkpoint(folder / "checkpoint"), None
+        checkpoint = Checkpoint(folder / "checkpoint", experiment.checkpoint.keep)
+        header = None
+        # Settings of a rule that change with this start, for the first row after it.
+        self._changed: dict[str, Any] = {}
         if resume:
-            header = read_header(checkpoint, folder, experiment.rounds)
+            header = read_header(checkpoint, folder, experiment.rounds, back_to)
+            self._changed = changed_rule(experiment, folder)
             if header is None and (folder / "metrics.jsonl").exists():
                 observer.note(f"{folder} has no checkpoint yet: its run begins anew")
         parts = prepare(experiment, folder, make_engine, observer.note)
@@ -113,16 +123,22 @@ class Loop:
         self.state = _first_state(parts)
         if header is not None:
             self.state = self.saving.restore(header, self.state, self.task.device)
+        if self._changed:  # what the rule before kept says nothing to another
+            self.state = self.state._replace(aggregation={})
+        # Lines that were logged after the checkpoint go: those rounds are run again.
+        self.history = History.read(folder / "metrics.jsonl", self.state.t)
         make_run_dir(folder)
         self._lock = self._lock or lock(folder)
         if not resume:
             clear_start(folder)
+        if back_to is not None:
+            self.saving.go_back()
         write_settings(folder, experiment)
-        # Lines that were logged after the checkpoint go: those rounds are run again.
-        self.history = History.read(folder / "metrics.jsonl", self.state.t)
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(folder / "metrics.jsonl", lines.encode())
         self.clients.cut(self.state.t)
+        self._watch = Watch(self.notes, experiment.checkpoint.jump)
+        self._watch.resume(folder, self.history)
         self._stop = StopRequest(folder, experiment.rounds)
         self._last_exchange: Exchange | None = None  # of the last round
         self.desk = Desk(
@@ -165,7 +181,8 @@ class Loop:
             raise
 
     def _run(self) -> Result:
-        rounds, seconds = self.experiment.rounds, self.experiment.checkpoint.seconds
+        rounds, stops = self.experiment.rounds, self.experiment.checkpoint.stop_on_jump
+        seconds = self.experiment.checkpoint.seconds
         population = self.task.population
         self.observer.started(self.experiment, self.engine, population, self.history)
         file = Lines(self.folder / "metrics.jsonl")
@@ -178,18 +195,29 @@ class Loop:
                 except Exception:
                     for store in self.stores.values():
                         store.rollback()
-                    self.saving.save(self.state, metrics)
+                    self.saving.save(self.state, metrics, self.history.score)
                     raise
+                jump = self._watch.jump(row, self.history)
+                if jump is not None:
+                    row["jump"] = jump.field()
                 self.history.add(row)
                 metrics.add(json.dumps(row))
                 self.observer.round_done(row)
-                hopeless = self._hopeless()
-                is_last = self.state.t == rounds
-                if hopeless or is_last or self.saving.age >= seconds:
-                    self.saving.save(self.state, metrics)
+                hopeless, score = self._hopeless(), row.get("test_loss")
+                is_end = bool(hopeless) or self.state.t == rounds
+                is_end |= jump is not None and stops
+                if is_end or self.saving.is_due(seconds, score):
+                    self.saving.save(self.state, metrics, score)
                 if hopeless:
                     raise RunError(hopeless)
-        return self.result()
+                if jump is not None:
+                    factor = self.experiment.checkpoint.jump
+                    text = jump.advice(factor, self.folder, self.saving.rounds())
+                    if stops:
+                        raise RunError(f"{text} (checkpoint.stop_on_jump)")
+                    self.observer.note(text)
+        params = self.state.server.params
+        return outcome(self.experiment, self.task, self.history, params, self.folder)
 
     def round(self) -> dict[str, Any]:
         """One round: the row that metrics.jsonl gets. Replaces `self.state`."""
@@ -208,13 +236,17 @@ class Loop:
         if missing is not None:
             self.notes.once("captures", missing)
         tally.failed |= dict.fromkeys(r.absent, "dropout")
+        watched = self._watch.close_round(t + 1, tally)
+        self.clients.close_round(t + 1, tally)
         sent = tally.messages(self.state.sent)
         kept = (r.aggregation, r.adversary)
         if problem is not None:
             kept = (self.state.aggregation, self.state.adversary)
         after = State(t + 1, server, participation, sent, *kept)
         now = time.perf_counter()
-        row: dict[str, Any] = {"round": t + 1, **tally.row()}
+        row: dict[str, Any] = {"round": t + 1, **tally.row(), **watched}
+        if self._changed:
+            row["changed"], self._changed = self._changed, {}
         row["seconds"] = round(now - begin, 4)
         row |= {f"server_{name}": value for name, value in r.log.items()}
         if self.engine.late > late:  # since the round before: answers to earlier ones
@@ -307,30 +339,6 @@ class Loop:
         t, server = self.state.t, self.state.server
         is_last = t == self.experiment.rounds
         return self._evaluation.row(server, t - 1, is_last)
-
-    def result(self) -> Result:
-        """The outcome so far."""
-        history, params = self.history, self.state.server.params
-        return Result(
-            method=self.experiment.method.name,
-            engine=self.experiment.engine.name,
-            seed=self.experiment.seed,
-            rounds=self.state.t,
-            population=self.task.population,
-            cohort=history.total("cohort") / max(len(history), 1),
-            final=final_measures(history, self.task.data.evaluated_on),
-            history=history.rows,
-            clients_trained=int(history.total("reports")),
-            clients_per_second=round(history.clients_per_second, 2),
-            first_round_s=history.rows[0]["first_round_s"],
-            bytes_down=int(history.total("bytes_down")),
-            bytes_up=int(history.total("bytes_up")),
-            dropped=dict(history.dropped()),
-            late_answers=int(history.total("late_answers")),
-            params_sha256=params_sha256(params),
-            run_dir=str(self.folder),
-            params=params,
-        )
 
 
 def _first_state(parts: Parts) -> State:

@@ -6,12 +6,16 @@ import hashlib
 import html
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedcore.rounds.history import History
 from fedcore.types import Params
+
+if TYPE_CHECKING:
+    from fedcore.config import Experiment
+    from fedcore.task import Task
 
 LAST = ("test_", "client_", "finetuned_", "nmsd_", "privacy")
 
@@ -95,3 +99,29 @@ def final_measures(history: History, evaluated_on: str) -> dict[str, Any]:
             final[key] = value
     final["clients_evaluated_on"] = evaluated_on
     return final
+
+
+def outcome(
+    experiment: Experiment, task: Task, history: History, params: Params, folder: Path
+) -> Result:
+    """The outcome of a run in `folder` up to the last round in `history`."""
+    return Result(
+        method=experiment.method.name,
+        engine=experiment.engine.name,
+        seed=experiment.seed,
+        rounds=len(history),
+        population=task.population,
+        cohort=history.total("cohort") / max(len(history), 1),
+        final=final_measures(history, task.data.evaluated_on),
+        history=history.rows,
+        clients_trained=int(history.total("reports")),
+        clients_per_second=round(history.clients_per_second, 2),
+        first_round_s=history.rows[0]["first_round_s"],
+        bytes_down=int(history.total("bytes_down")),
+        bytes_up=int(history.total("bytes_up")),
+        dropped=dict(history.dropped()),
+        late_answers=int(history.total("late_answers")),
+        params_sha256=params_sha256(params),
+        run_dir=str(folder),
+        params=params,
+    )

@@ -36,22 +36,34 @@ log = logging.getLogger("fedcore")
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)  # of a measure over clients
 LOCKS = {"lock", "run.lock", "server.lock"}  # files that hold nothing
 LONGEST = 120  # characters of a run's name
-# Settings that a resumed run may have otherwise.
+# Settings that a resumed run may have otherwise, and one that goes back to a round.
 MAY_CHANGE = ("rounds", "engine", "checkpoint")
+MAY_CHANGE_BACK = (*MAY_CHANGE, "aggregation")
 
 
 def open_run_dir(
-    experiment: Experiment, out: Path | str | None, resume: Path | str | None
+    experiment: Experiment,
+    out: Path | str | None,
+    resume: Path | str | None,
+    back_to: int | None = None,
 ) -> Path:
     """The directory to write to: `resume`, `out`, or a new one in runs/.
+
+    `back_to` is the round that a resumed run goes back to, where it does.
 
     Raises SettingsError when it holds another run, or one that cannot go on with these
     settings.
     """
     if resume is not None:
         folder = Path(resume)
-        _refuse_changes(experiment, folder)
+        may_change = MAY_CHANGE if back_to is None else MAY_CHANGE_BACK
+        _refuse_changes(experiment, folder, may_change)
         return folder
+    if back_to is not None:
+        raise SettingsError(
+            f"--round {back_to} without --resume: expected --resume DIR, the run that "
+            "is to go back"
+        )
     if out is None:
         task = experiment.task.replace(":", "-")
         return fresh(f"{experiment.method.name}-{task}-seed{experiment.seed}")
@@ -204,20 +216,40 @@ def stored(folder: Path | str) -> dict[str, Any]:
         raise SettingsError(f"{file} is damaged: {error}") from error
 
 
-def _refuse_changes(experiment: Experiment, folder: Path) -> None:
+def _changed_settings(experiment: Experiment, folder: Path) -> dict[str, list[Any]]:
+    """By dotted key: [what the run in `folder` had, what it has now]."""
     source = str(folder / "config.toml")
     settings = type(experiment).parse(stored(folder), source=source)
     before = _leaves(settings.model_dump(mode="json"))
     now = _leaves(experiment.model_dump(mode="json"))
-    changes = []
+    changed = {}
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
-        if old != new and key.split(".")[0] not in MAY_CHANGE:
+        if old != new:
+            changed[key] = [old, new]
+    return changed
+
+
+def changed_rule(experiment: Experiment, folder: Path) -> dict[str, list[Any]]:
+    """The changed settings that move the curve from here on."""
+    rule = {}
+    for key, values in _changed_settings(experiment, folder).items():
+        if key.startswith("aggregation."):
+            rule[key] = values
+    return rule
+
+
+def _refuse_changes(
+    experiment: Experiment, folder: Path, may_change: tuple[str, ...]
+) -> None:
+    changes = []
+    for key, (old, new) in _changed_settings(experiment, folder).items():
+        if key.split(".")[0] not in may_change:
             changes.append(f"{key} was {old!r} and is now {new!r}")
     if changes:
         raise SettingsError(
             f"{folder} cannot be resumed with other settings: {'; '.join(changes)}. "
-            f"Only {', '.join(MAY_CHANGE)} may change; start a new run"
+            f"Only {', '.join(may_change)} may change; start a new run"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -16,9 +18,13 @@ from fedcore.engines.base import Engine
 from fedcore.errors import SettingsError
 from fedcore.rounds.client_table import ClientTable
 from fedcore.storage.checkpoint import Checkpoint
-from fedcore.storage.faults import Lines
+from fedcore.storage.faults import Lines, Unwritable
 from fedcore.storage.rows import StateStore
 from fedcore.types import Tree
+
+log = logging.getLogger("fedcore")
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors that room helps against
 
 
 class State(NamedTuple):
@@ -56,7 +62,8 @@ class Saving:
     ) -> None:
         self._checkpoint, self._engine = checkpoint, engine
         self._stores, self._table, self._start = stores, table, start
-        self._saved = time.perf_counter()
+        self._saved = self._best_saved = time.perf_counter()
+        self._best: float | None = None  # the lowest score of a checkpoint
         self.rounds_kept: int | None = None  # in the checkpoint; None without one
 
     @property
@@ -64,8 +71,21 @@ class Saving:
         """Seconds since the last checkpoint, or since the start."""
         return time.perf_counter() - self._saved
 
-    def save(self, state: State, metrics: Lines) -> None:
-        """Write the whole state, in one step.
+    def is_due(self, seconds: float, score: float | None) -> bool:
+        """Whether a checkpoint is to be written after this round.
+
+        `seconds` is the least time between two. A model that is better than all before
+        has a clock of its own: otherwise the best would be one that was never kept.
+        `score` is its test loss, None where it was not evaluated.
+        """
+        if self.age >= seconds:
+            return True
+        if score is None or (self._best is not None and score >= self._best):
+            return False
+        return time.perf_counter() - self._best_saved >= seconds
+
+    def save(self, state: State, metrics: Lines, score: float | None = None) -> None:
+        """Write the whole state, in one step; `score` is its test loss, if known.
 
         `metrics` comes first, so that no checkpoint knows more rounds than it.
         """
@@ -84,10 +104,20 @@ class Saving:
             kept = set(store.in_use()) - store.changed
             unchanged |= {f"{name}-{number}" for number in kept}
         self._table.write(state.t)
-        self._checkpoint.save(state.t, header, self._parts(state), unchanged)
+        try:
+            parts = self._parts(state)
+            self._checkpoint.save(state.t, header, parts, unchanged, score)
+        except Unwritable as error:
+            if error.errno not in FULL or not self._checkpoint.make_room():
+                raise
+            log.warning("%s; its earlier checkpoints were deleted", error)
+            parts = self._parts(state)
+            self._checkpoint.save(state.t, header, parts, unchanged, score)
         for store in self._stores.values():
             store.saved()
         self._saved = time.perf_counter()
+        if score is not None and (self._best is None or score < self._best):
+            self._best, self._best_saved = score, self._saved
         self.rounds_kept = state.t
 
     def _parts(self, state: State) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -114,6 +144,7 @@ class Saving:
         before its first round.
         """
         t = int(header["round"])
+        self._best = self._checkpoint.best
         if header.get("initial") != (self._start.sha256 if self._start else None):
             source = self._start.source if self._start else None
             raise SettingsError(
@@ -132,6 +163,14 @@ class Saving:
         aggregation, adversary = self._kept("aggregation"), self._kept("adversary")
         server = trees.to(server, device)
         return State(t, server, participation, sent, aggregation, adversary)
+
+    def go_back(self) -> None:
+        """Forget the checkpoints after the one that was restored."""
+        self._checkpoint.go_back()
+
+    def rounds(self) -> list[int]:
+        """The rounds that the run can go back to, ascending."""
+        return self._checkpoint.rounds()
 
     def _kept(self, name: str) -> dict[str, Tensor]:
         """What a rule or an attack keeps; empty before it keeps anything."""
@@ -154,15 +193,17 @@ class Saving:
 
 
 def read_header(
-    checkpoint: Checkpoint, folder: Path, rounds: int
+    checkpoint: Checkpoint, folder: Path, rounds: int, back_to: int | None = None
 ) -> dict[str, Any] | None:
     """The header of a run to be resumed; None where it has no checkpoint yet.
 
-    Raises SettingsError for a damaged one, and one of more than `rounds` rounds.
+    `back_to` is the round of an earlier checkpoint, where the newest is not wanted.
+    Raises SettingsError for one that is damaged or not there, and one of more than
+    `rounds` rounds.
     """
-    if not checkpoint.exists():
+    if back_to is None and not checkpoint.exists():
         return None
-    header = checkpoint.read()
+    header = checkpoint.read(back_to)
     if header["round"] > rounds:
         raise SettingsError(
             f"rounds = {rounds}, but {folder} has done {header['round']}: set rounds "

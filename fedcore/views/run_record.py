@@ -20,12 +20,17 @@ from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.history import History
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.rundir import stored
+from fedcore.rounds.trouble import Trouble, troubles
+from fedcore.rounds.watch import clients_text
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.tasks import TASKS, build_task
 from fedcore.views.text import shortened
 
 __all__ = ["RunRecord", "read_run"]
 
+JUMPS = 5  # jumps of the test loss that have a note each
+# Columns of the table of clients that measure no client.
+NO_MEASURE = {"function", "left_out", "clipped", "capped", "weight", "norm_ratio"}
 PARTITION_LIMIT = 20_000  # clients; a larger partition is not drawn
 EXPECTED = {"task": str, "rounds": int, "seed": int, "method": dict}  # in config.toml
 WITHOUT_DATA = ("digits", "least-squares", "weighted-least-squares")
@@ -54,6 +59,7 @@ class RunRecord:
     environment: dict[str, Any]
     clients: Measured  # at the last evaluation
     tuned: Measured  # at the last evaluation after fine-tuning
+    troubles: list[Trouble]  # clients that were left out, clipped, hardly weighted
     federation: Federation
     notes: list[str]
 
@@ -108,9 +114,18 @@ def read_run(folder: Path) -> RunRecord:
         notes.append(COVERS[spent["view"]])
     clients = _last_evaluation(folder, len(history), "evaluate", notes)
     tuned = _last_evaluation(folder, len(history), "finetune", notes)
+    notes += _events(history)
     federation = _federation(folder, settings, notes)
     return RunRecord(
-        folder, settings, history, environment, clients, tuned, federation, notes
+        folder=folder,
+        settings=settings,
+        history=history,
+        environment=environment,
+        clients=clients,
+        tuned=tuned,
+        troubles=_troubles(folder, len(history), notes),
+        federation=federation,
+        notes=notes,
     )
 
 
@@ -144,6 +159,50 @@ def _environment(folder: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
+def _events(history: History) -> list[str]:
+    """Notes on jumps of the test loss, and on rules that were changed on the way."""
+    notes = []
+    jumps = [row for row in history if "jump" in row]
+    for row in jumps[:JUMPS]:
+        jump, after = row["jump"], row.get("test_loss")
+        reached = "a number that is not finite" if after is None else f"{after:.4g}"
+        who = clients_text(jump["clients"], jump["num_clients"])
+        notes.append(
+            f"The test loss jumped from {jump['from']:.4g} in round {jump['since']} to "
+            f"{reached} in round {row['round']}. Reports came from {who}."
+        )
+    if len(jumps) > JUMPS:
+        notes.append(f"The test loss jumped {len(jumps)} times in all.")
+    for row in history:
+        for key, (before, now) in row.get("changed", {}).items():
+            changed = f"{key} is {now}, before it was {before}."
+            notes.append(f"From round {row['round']} on {changed}")
+    return notes
+
+
+def _troubles(folder: Path, rounds: int, notes: list[str]) -> list[Trouble]:
+    """The clients that gave trouble, where the table of clients can be read."""
+    import pyarrow as pa
+
+    try:
+        return troubles(folder, up_to=rounds)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        _note_once(notes, _unreadable(error))
+        return []
+
+
+def _unreadable(error: Exception) -> str:
+    return (
+        f"clients.parquet cannot be read ({_brief(error)}): "
+        "the spread over clients is not drawn."
+    )
+
+
+def _note_once(notes: list[str], note: str) -> None:
+    if note not in notes:
+        notes.append(note)
+
+
 def _last_evaluation(
     folder: Path, rounds: int, function: str, notes: list[str]
 ) -> Measured:
@@ -158,14 +217,10 @@ def _last_evaluation(
         is_last = columns["round"] == columns["round"].max()
         kept = is_last & (columns["num_examples"] > 0)
     except (OSError, KeyError, pa.ArrowException) as error:
-        note = (
-            f"clients.parquet cannot be read ({_brief(error)}): "
-            "the spread over clients is not drawn."
-        )
-        if note not in notes:
-            notes.append(note)
+        _note_once(notes, _unreadable(error))
         return {}
-    del columns["function"]
+    for name in NO_MEASURE & columns.keys():
+        del columns[name]
     return {name: values[kept] for name, values in columns.items()}
 
 

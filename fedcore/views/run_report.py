@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from matplotlib import rc_context
 from fedcore import __version__
 from fedcore.errors import FedcoreError
 from fedcore.privacy import describe
+from fedcore.rounds.trouble import FAILING, Trouble
+from fedcore.rounds.watch import clients_text
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.memory import size_text
 from fedcore.views.figures import STYLE, thin
@@ -31,6 +34,7 @@ __all__ = ["write_or_note", "write_report"]
 
 log = logging.getLogger("fedcore")
 
+TROUBLES = 20  # clients in the table of those that gave trouble
 IMAGE_TASKS = ("digits", "fashion-mnist", "cifar10")
 CLIENT_PARTS = ("mean", "p10", "p90")  # of a spread over clients, in tables
 
@@ -91,6 +95,8 @@ def _page(run: RunRecord) -> str:
         command=_command(run),
         sha256=run.params_sha256(),
         dropped=_dropped(run),
+        troubles=_troubles(run.troubles),
+        num_troubles=len(run.troubles),
         evaluations=_evaluations(run),
         config=(run.folder / "config.toml").read_text(),
         environment=environment,
@@ -202,6 +208,14 @@ def _requests_text(run: RunRecord) -> list[str]:
         sentences.append(
             f"All {asked:,.0f} requests to clients brought a usable update."
         )
+    last = history.rows[-1]
+    if last.get("failing"):
+        who = clients_text(
+            [entry["client"] for entry in last["failing"]], last["num_failing"]
+        )
+        sentences.append(
+            f"Failing at the end, left out {FAILING} times in a row or more: {who}."
+        )
     late = history.total("late_answers")
     if late:
         answers = f"{late:,} answer{'s' if late > 1 else ''}"
@@ -294,6 +308,35 @@ def _dropped(run: RunRecord) -> list[tuple[str, str, str]]:
     table = []
     for reason, requests in run.history.dropped().most_common():
         table.append((reason, f"{requests:,}", f"{requests / asked:.1%}"))
+    return table
+
+
+def _troubles(troubles: list[Trouble]) -> list[list[str]]:
+    """The first clients that gave trouble, a row each, the head first; else empty.
+
+    Columns that say nothing of any client are left out.
+    """
+    if not troubles:
+        return []
+    head = ["client", "rounds asked", "left out", "in a row", "last reason"]
+    has_clipped = any(trouble.clipped for trouble in troubles)
+    has_capped = any(trouble.capped for trouble in troubles)
+    has_weights = any(not math.isnan(trouble.weight) for trouble in troubles)
+    head += ["clipped"] * has_clipped + ["examples capped"] * has_capped
+    head += ["weight, of the mean"] * has_weights
+    table = [head]
+    for trouble in troubles[:TROUBLES]:
+        streak = f"{trouble.streak:,}"
+        if trouble.streak >= FAILING:
+            streak += ", failing"
+        row = [str(trouble.client), f"{trouble.rounds:,}", f"{trouble.left_out:,}"]
+        row += [streak, trouble.reason or "-"]
+        row += [f"{trouble.clipped:,}"] * has_clipped
+        row += [f"{trouble.capped:,}"] * has_capped
+        if has_weights:
+            unknown = math.isnan(trouble.weight)
+            row.append("-" if unknown else f"{trouble.weight:.2f}")
+        table.append(row)
     return table
 
 

@@ -29,16 +29,18 @@ def run(
     out: Path | str | None = None,
     resume: Path | str | None = None,
     *,
+    back_to: int | None = None,
     task: Callable[[Experiment], Task] | str | None = None,
     progress: bool = True,
 ) -> Result:
     """Run an experiment to its last round, and write its report.
 
     `out` is the run directory (default: a new one in runs/), `resume` an existing one
-    to go on with. `task` makes the task instead of the one that `experiment` names.
-    Progress is shown on stderr as on the command line, in a notebook as a bar, and
-    with `progress=False` not at all. Raises SettingsError, RunError, and Interrupted
-    (after a checkpoint) on SIGINT.
+    to go on with, from its newest checkpoint or from that of round `back_to`. `task`
+    makes the task instead of the one that `experiment` names. Progress is shown on
+    stderr as on the command line, in a notebook as a bar, and with `progress=False`
+    not at all. Raises SettingsError, RunError, and Interrupted (after a checkpoint) on
+    SIGINT.
 
     >>> from tempfile import TemporaryDirectory
     >>> experiment = Experiment.load("fedavg", {"task": "least-squares", "rounds": 1})
@@ -56,7 +58,7 @@ def run(
         experiment = experiment.model_copy(update={"task": task})
     observer = _observer(progress)
     try:
-        result = loop.run(experiment, out, resume, observer)
+        result = loop.run(experiment, out, resume, observer, back_to=back_to)
     finally:
         if isinstance(observer, Terminal):
             observer.close()

@@ -35,6 +35,7 @@ __all__ = ["AuditTerminal", "Terminal", "show_result"]
 EVERY = 10.0  # seconds between lines where there is no terminal
 LONG = 10.0  # seconds of a run, from which on they are estimated
 DRAWN = 0.2  # seconds between two numbers beside the bar
+FEW = 5  # failing clients in the table at the end
 SHOWN = 3  # test measures in a line of progress, that which judges the run first
 
 
@@ -277,6 +278,9 @@ def show_result(result: Result, report: Path | None) -> None:
     lines["sent"] = f"{down} down, {up} up"
     reasons = [f"{reason} {n}" for reason, n in result.dropped.items()]
     lines["left out"] = ", ".join(reasons) or "none"
+    failing = result.history[-1].get("failing", []) if result.history else []
+    if failing:
+        lines["failing"] = _failing_text(failing, result.history[-1]["num_failing"])
     if result.late_answers:
         lines["late answers"] = str(result.late_answers)
     if "privacy" in final:
@@ -286,6 +290,17 @@ def show_result(result: Result, report: Path | None) -> None:
     width = max(21, 2 + max(map(len, lines)))
     for name, text in lines.items():
         print(escaped(f"{name:<{width}}{text}"))
+
+
+def _failing_text(failing: list[dict[str, Any]], num: int) -> str:
+    """The clients that failed in many rounds in a row, the first FEW of them."""
+    few = [
+        f"client {entry['client']} ({entry['rounds']} rounds in a row: "
+        f"{entry['reason']})"
+        for entry in failing[:FEW]
+    ]
+    more = f" and {num - len(few):,} more" if num > len(few) else ""
+    return ", ".join(few) + more
 
 
 def _spread_text(measure: str, clients: dict[str, float | None]) -> str:

@@ -14,6 +14,7 @@ from .post import one_line, reason_of
 
 MISSING = "no update: the node's answer holds none for this client"
 
+MOST_CLAIMS = 10  # beyond two a client: a few too many are named
 LONGEST = 300  # characters that are quoted of what a node sent
 
 Answer = tuple[Tree, int] | str
@@ -59,7 +60,14 @@ class Reader:
             return _same_for_all(
                 asked, f"wrong round: an answer for t = {arrived}, expected {self.t}"
             )
-        return self._read_claims(reply.content, _claims(about), asked)
+        claims = _claims(about)
+        if len(claims) > MOST_CLAIMS + 2 * len(asked):
+            return _same_for_all(
+                asked,
+                f"bad message: it has {len(claims)} lines about clients, "
+                f"and was asked for {len(asked)}",
+            )
+        return self._read_claims(reply.content, claims, asked)
 
     def _read_claims(
         self, content: RecordDict, claims: list[Claim], asked: list[int]

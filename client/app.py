@@ -41,6 +41,8 @@ log = logging.getLogger("fedcore")
 
 # Settings in which a device may differ from the others.
 DEVICE_SETTINGS = ("data_folder", "options", "engine.device")
+# Entries of a node config that a simulated node does not have.
+DEVICE_KEYS = ("state", "federation", "data", "set")
 
 app = ClientApp()
 
@@ -69,6 +71,17 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
         experiment.defence,
         experiment.adversary,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def refuse_adversary(preset: str, overrides: str) -> None:
+    """Raises SettingsError where a device is told to be a malicious client."""
+    adversary = Experiment.load(preset, overrides.splitlines()).adversary
+    if adversary.is_active:
+        raise SettingsError(
+            f'adversary.attack = "{adversary.attack}": a device does not play a '
+            "malicious client; simulate it with fedcore run"
+        )
 
 
 def device_settings(data: str, assignments: str) -> list[str]:
@@ -106,6 +119,8 @@ def _work_for(context: Context) -> Work:
     overrides = str(context.run_config["set"]).split()
     own = device_settings(str(node.get("data", "")), str(node.get("set", "")))
     text = "\n".join(overrides + own)
+    if any(key in node for key in DEVICE_KEYS):
+        refuse_adversary(preset, text)
     if not has_own_data(own):
         return work_of(preset, text)
     owner = int(str(node["partition-id"]))

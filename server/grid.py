@@ -77,7 +77,7 @@ class GridEngine:
         self._goal, self._rejoin, self._limit = report_goal, rejoin, limit
         self._series, self._safe = series, safe
         self._watch, self._state = watch, state
-        self._post = Post(grid)
+        self._post = Post(grid, limit)
         self._nodes = Nodes(self._post, work.task.population, min_clients)
         self.states: StateStore | None = None
         self.choices: dict[str, Any] = {}

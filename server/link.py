@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -30,9 +31,11 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from fedcore.deploy import certs
 from fedcore.deploy.proxies import without_proxies
 from fedcore.errors import RunError, SettingsError
+from fedcore.escapes import printable
 from fedcore.storage.faults import writing
 
 from .handshakes import TRACE, Handshakes
+from .superlink import MARK
 
 log = logging.getLogger("fedcore")
 
@@ -57,13 +60,15 @@ class SuperLink:
         folder: Path | None,
         out: Path,
         message_limit: float,
+        clients: int,
         environment: dict[str, str],
     ) -> None:
         """Start it, and wait until it answers.
 
         `listen` is HOST:PORT, `folder` holds the server's certificate and the clients'
-        keys (None for no TLS), `message_limit` is in bytes. Raises SettingsError for an
-        address that cannot be listened on, and RunError when it does not start.
+        keys (None for no TLS), `message_limit` is in bytes; no node hosts more than
+        `clients`. Raises SettingsError for an address that cannot be listened on, and
+        RunError when it does not start.
         """
         self.listen, self.folder, self.out = listen, folder, out
         self.keys = None if folder is None else folder / "clients"
@@ -73,7 +78,7 @@ class SuperLink:
         wait_for_port(listen)
         # What is around the arrays comes on top.
         limit = int(message_limit * 1.01) + 1_000_000
-        self.process = self._start(limit, environment)
+        self.process = self._start(limit, clients, environment)
         ca = None if folder is None else (folder / "ca.crt").read_bytes()
         where: dict[str, Any] = {"server_address": self.address}
         where |= {"insecure": ca is None, "root_certificates": ca}
@@ -94,22 +99,27 @@ class SuperLink:
             raise
 
     def _start(
-        self, limit: int, environment: dict[str, str]
+        self, limit: int, clients: int, environment: dict[str, str]
     ) -> subprocess.Popen[bytes]:
         keys = "" if self.keys is None else str(self.keys)
         command = [sys.executable, "-m", "fedcore.server.superlink", "superlink"]
-        command += [str(limit), keys, *self._tls_words()]
+        command += [str(limit), str(clients), keys, *self._tls_words()]
         host, _, port = self.address.rpartition(":")
         command += ["--isolation", "process", "--host", host, "--port", port]
         command += ["--fleet-api-address", self.listen]
         if self.folder is not None:
             environment = environment | TRACE
-        with writing(self.out / LOG), (self.out / LOG).open("ab") as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.PIPE, env=environment
-            )
-        arguments = (process.stderr, self.out / LOG)
-        threading.Thread(target=_relay, args=arguments, daemon=True).start()
+        mark = secrets.token_hex(8)
+        with writing(self.out / LOG):
+            (self.out / LOG).touch()
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment | {MARK: mark},
+        )
+        arguments = (process.stdout, self.out / LOG, mark.encode())
+        threading.Thread(target=relay, args=arguments, daemon=True).start()
         return process
 
     def _tls_words(self) -> list[str]:
@@ -217,10 +227,11 @@ class SuperLink:
         }
 
 
-def _relay(stream: BinaryIO, file: Path) -> None:
+def relay(stream: BinaryIO, file: Path, mark: bytes) -> None:
     """Tell the user who was refused, by the gate or in a handshake.
 
-    Flower's own lines go to the log.
+    The gate's lines begin with the mark. Flower's own go to the log, written out where
+    they are not printable: they may hold words of a client.
     """
     handshakes = Handshakes()
     for line in stream:
@@ -229,12 +240,13 @@ def _relay(stream: BinaryIO, file: Path) -> None:
             log.warning("%s", news)
         if is_trace:
             continue
-        if line.startswith(b"refused "):
-            log.warning("%s", line.decode(errors="replace").rstrip())
+        text = line.decode(errors="backslashreplace").removesuffix("\n")
+        if line.startswith(mark):
+            log.warning("%s", text.removeprefix(mark.decode()))
             continue
         # The stream is read on in any case: else the SuperLink would stand still.
-        with suppress(OSError), file.open("ab") as rest:
-            rest.write(line)
+        with suppress(OSError), file.open("a", encoding="utf-8") as rest:
+            rest.write(printable(text) + "\n")
 
 
 def _text_of(error: httpx.HTTPError) -> str:

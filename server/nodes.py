@@ -3,7 +3,8 @@
 A node says in its introduction which partition of the clients it hosts: with P nodes,
 the node of partition p hosts the clients i with i mod P = p, one each where there are
 as many nodes as clients. Nothing that a node says is trusted: its words are compared
-with its key and with those of the others.
+with its key and with those of the others: how many nodes there are is what most of
+them say.
 
 A node builds its task before it introduces itself, and says why where it cannot. Such
 a node is left out with its reason and asked again after a while, for what is missing
@@ -12,8 +13,10 @@ a node is left out with its reason and asked again after a while, for what is mi
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -57,7 +60,9 @@ class Nodes:
 
     def __init__(self, post: Post, population: int, min_clients: int | None) -> None:
         self.post, self.population, self.min_clients = post, population, min_clients
-        self.partitions = 0  # P, as the nodes say; 0 before the first introduction
+        self.partitions = 0  # P, as most nodes say; 0 before one can take part
+        self._says: dict[int, int] = {}  # P, by node
+        self._believed = 0  # P, before a node that says so is known to be ready
         self.by_partition: dict[int, int] = {}  # node ids, of those that are online
         self._met: set[int] = set()  # nodes that were asked to introduce themselves
         self._questions: dict[str, int] = {}  # message id to a node yet to answer
@@ -106,7 +111,8 @@ class Nodes:
 
     def _missing(self) -> str:
         total = self.partitions or self.population
-        missing = sorted(set(range(total)) - self.by_partition.keys())
+        others = (i for i in range(total) if i not in self.by_partition)
+        missing = list(itertools.islice(others, 21))
         names = ", ".join(map(str, missing[:20]))
         if len(missing) > 20:
             names += ", ..."
@@ -137,6 +143,8 @@ class Nodes:
         for partition, node in list(self.by_partition.items()):
             if node not in online:
                 del self.by_partition[partition]
+        for node in self._says.keys() - online:
+            del self._says[node]
         for node in self._refused.keys() - online:
             del self._refused[node]
         for node in self._not_ready.keys() - online:
@@ -178,9 +186,24 @@ class Nodes:
             return reason
         self._not_ready.pop(node, None)
         partition: Any = introduction["partition-id"]
-        self.partitions = self._total(introduction)
+        self.partitions = self._believed
         self.by_partition[partition] = node
         return None
+
+    def _count_partitions(self) -> None:
+        """Believe what most nodes say of P, and ask the others again.
+
+        The first to come could else keep all others out.
+        """
+        counts = Counter(self._says.values())
+
+        def trust(total: int) -> tuple[int, bool, bool]:
+            return counts[total], total == self.population, total == self._believed
+
+        before, self._believed = self._believed, max(counts, key=trust)
+        if before not in (0, self._believed):
+            self._met -= self._says.keys()
+            self.by_partition.clear()
 
     def _total(self, introduction: Introduction) -> Any:
         return introduction.get("num-partitions", self.population)
@@ -203,16 +226,18 @@ class Nodes:
                 f"a node says that it is partition {_shown(repr(partition))} of "
                 f"{_shown(repr(total))}: give it partition-id and num-partitions"
             )
-        if self.partitions not in (0, total):
-            return Refusal(
-                f"a node says that it is one of {total} partitions, "
-                f"others say {self.partitions}"
-            )
         key = client_id(self.post.names().get(node, ""))
         if key is not None and key != partition:
             return Refusal(
                 f"it says that it is client {partition} and has the key of "
                 f"client {key}: give it its own key or id"
+            )
+        self._says[node] = total
+        self._count_partitions()
+        if self._believed != total:
+            return Refusal(
+                f"a node says that it is one of {_shown(total)} partitions, "
+                f"others say {_shown(self._believed)}"
             )
         if self.by_partition.get(partition, node) != node:
             return Refusal(

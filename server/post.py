@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedcore.escapes import escaped
+
+from .inbox import BAD_MESSAGE, inbox_of
 
 log = logging.getLogger("fedcore")
 
@@ -31,9 +33,11 @@ NodeReply = tuple[int, Message | str]
 class Post:
     """Sends messages to nodes, and takes their replies out of Flower's hands."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, limit: float = float("inf")) -> None:
+        """A reply has at most `limit` bytes."""
         self.grid = grid
         self.late_answers = 0  # replies that came after the round had ended
+        self._inbox = inbox_of(grid, limit)
         self._late: dict[str, float] = {}  # message id to the time at which it expires
 
     def push(
@@ -51,15 +55,23 @@ class Post:
         accepted = set(self.grid.push_messages(list(messages.values())))
         node_of: dict[str, int] = {}
         for node, message in messages.items():
-            if message.metadata.message_id in accepted:
-                node_of[message.metadata.message_id] = node
+            message_id = message.metadata.message_id
+            if message_id in accepted:
+                node_of[message_id] = node
+                if self._inbox is not None:
+                    self._inbox.expect(message_id, _clients_in(contents[node]))
         return node_of
 
     def pull(self, message_ids: set[str]) -> Iterator[tuple[str, Message]]:
         """Replies to these messages that are there, each with the message's id."""
         if not message_ids:
             return
-        for reply in self.grid.pull_messages(list(message_ids)):
+        replies: Iterable[Message]
+        if self._inbox is None:
+            replies = self.grid.pull_messages(list(message_ids))
+        else:
+            replies = self._inbox.take(message_ids)
+        for reply in replies:
             if reply.metadata.reply_to_message_id in message_ids:
                 yield reply.metadata.reply_to_message_id, reply
 
@@ -73,7 +85,11 @@ class Post:
             self.late_answers += not reply.has_error()
             self._late.pop(message_id, None)
         now = time.monotonic()
-        self._late = {key: expiry for key, expiry in self._late.items() if expiry > now}
+        expired = [key for key, expiry in self._late.items() if expiry <= now]
+        for message_id in expired:
+            del self._late[message_id]
+        if self._inbox is not None:
+            self._inbox.forget(expired)
 
     def activation_times(self) -> dict[int, str]:
         """When each node that is online came, by node, where Flower tells."""
@@ -87,6 +103,13 @@ class Post:
         # The grid of a simulation has no such method.
         infos: list[Any] = getattr(self.grid, "get_nodes", list)()
         return infos
+
+
+def _clients_in(content: RecordDict) -> int:
+    """The number of clients that a message is about."""
+    work = content.get("work")
+    clients = work.get("clients") if isinstance(work, ConfigRecord) else None
+    return len(clients) if isinstance(clients, list) else 1
 
 
 class Away(NamedTuple):
@@ -215,7 +238,8 @@ def reason_of(error: Error, timeout: float) -> str:
         return too_late(timeout)
     if error.code == ErrorCode.NODE_UNAVAILABLE:
         return OFFLINE
-    return f"error: {one_line(error.reason)}"
+    kind = "bad message" if error.code == BAD_MESSAGE else "error"
+    return f"{kind}: {one_line(error.reason)}"
 
 
 def one_line(text: str | None) -> str:

@@ -14,6 +14,7 @@ from .post import one_line, reason_of
 
 MISSING = "no update: the node's answer holds none for this client"
 
+MOST_CLAIMS = 10  # beyond two a client: a few too many are named
 LONGEST = 300  # characters that are quoted of what a node sent
 
 Answer = tuple[Tree, int] | str
@@ -59,26 +60,37 @@ class Reader:
             return _same_for_all(
                 asked, f"wrong round: an answer for t = {arrived}, expected {self.t}"
             )
-        return self._read_claims(reply.content, _claims(about), asked)
+        claims = _claims(about)
+        if len(claims) > MOST_CLAIMS + 2 * len(asked):
+            return _same_for_all(
+                asked,
+                f"bad message: it has {len(claims)} lines about clients, "
+                f"and was asked for {len(asked)}",
+            )
+        return self._read_claims(reply.content, claims, asked)
 
     def _read_claims(
         self, content: RecordDict, claims: list[Claim], asked: list[int]
     ) -> Reading:
+        """Complaints are about clients of this node: the name of another is a claim."""
         allowed = set(asked)
         answers: dict[int, Answer] = {}
         complaints: dict[int, str] = {}
+        missing = MISSING
         for claim in claims:
             if claim.client in answers:
                 complaints[claim.client] = twice(self.t)
             elif claim.client in allowed:
                 answers[claim.client] = self._answer(content, claim)
-            elif not complaints.keys() - allowed:  # one complaint says enough
-                complaints[claim.client] = (
-                    f"unknown client: a node answered for client "
+            elif missing == MISSING:  # one complaint says enough
+                missing = (
+                    f"unknown client: its node answered for client "
                     f"{_shown(claim.client)}, which it was not asked for"
                 )
-        missing: dict[int, Answer] = dict.fromkeys(asked, MISSING)
-        return Reading(missing | answers, complaints)
+        silent = allowed - answers.keys()
+        if missing != MISSING and not silent:
+            complaints.setdefault(asked[0], missing)
+        return Reading(answers | dict.fromkeys(silent, missing), complaints)
 
     def _answer(self, content: RecordDict, claim: Claim) -> Answer:
         if claim.failure is not None:

@@ -75,7 +75,7 @@ def serve(
     host_and_port(listen)
     if out is not None:
         _refuse_run_dir(experiment, out)
-    _refuse_settings(experiment, out)
+    population = _refuse_settings(experiment, out)
     if out is None:
         task = experiment.task.replace(":", "-")
         out = fresh(f"{experiment.method.name}-{task}-seed{experiment.seed}")
@@ -83,7 +83,7 @@ def serve(
     with _alone(out):
         wait_for_port(listen)
         _begin(experiment, out)
-        return Server(experiment, listen, folder, out).run()
+        return Server(experiment, listen, folder, out, population).run()
 
 
 def _refuse_run_dir(experiment: Experiment, out: Path) -> None:
@@ -94,12 +94,18 @@ def _refuse_run_dir(experiment: Experiment, out: Path) -> None:
         open_run_dir(experiment, out, None)
 
 
-def _refuse_settings(experiment: Experiment, out: Path | None) -> None:
-    """Raises SettingsError for whatever the round loop would refuse.
+def _refuse_settings(experiment: Experiment, out: Path | None) -> int:
+    """The number of clients. Raises SettingsError for what the round loop refuses.
 
     Its parts are made as it makes them, so that a fault is found before anything
     listens, and are thrown away.
     """
+    if experiment.adversary.is_active:
+        raise SettingsError(
+            f'adversary.attack = "{experiment.adversary.attack}": a simulation has '
+            "malicious clients, and devices are real: they would be told to lie. "
+            "Leave [adversary] out, or try the attack with fedcore run"
+        )
     folder = out or Path()  # nothing is written to it
     if out is not None and has_round(out):
         header = read_header(Checkpoint(out / "checkpoint"), out, experiment.rounds)
@@ -109,16 +115,16 @@ def _refuse_settings(experiment: Experiment, out: Path | None) -> None:
         return Sequential(work, StateStore((), 0, Path))
 
     parts = prepare(experiment, folder, engine, log.debug)
-    if parts.method.personalises():
-        return  # a part of the model stays on clients
     size = trees.nbytes(parts.params)
-    if size > experiment.engine.message_limit_mb * 1e6:
+    is_whole = not parts.method.personalises()  # else a part of it stays on clients
+    if is_whole and size > experiment.engine.message_limit_mb * 1e6:
         raise SettingsError(
             f"engine.message_limit_mb = {experiment.engine.message_limit_mb:g}, but "
             f"the model that every client gets has {size_text(size)}: use a smaller "
             "model, or raise the limit, also in the memory of the server (a copy a "
             "client) and of the clients"
         )
+    return parts.task.population
 
 
 def _begin(experiment: Experiment, out: Path) -> None:
@@ -164,10 +170,15 @@ class Server:
     """The processes of one run, watched."""
 
     def __init__(
-        self, experiment: Experiment, listen: str, folder: Path | None, out: Path
+        self,
+        experiment: Experiment,
+        listen: str,
+        folder: Path | None,
+        out: Path,
+        population: int,
     ) -> None:
         self.experiment, self.listen = experiment, listen
-        self.folder, self.out = folder, out
+        self.folder, self.out, self.population = folder, out, population
         self.link: SuperLink | None = None
         self.app: subprocess.Popen[bytes] | None = None
         self.run_id = 0
@@ -259,7 +270,9 @@ class Server:
     def _start_link(self) -> SuperLink:
         limit = self.experiment.engine.message_limit_mb * 1e6
         environment = self._environment()
-        link = SuperLink(self.listen, self.folder, self.out, limit, environment)
+        link = SuperLink(
+            self.listen, self.folder, self.out, limit, self.population, environment
+        )
         write_atomically(self.out / FACTS, json.dumps(link.facts()).encode())
         who = "anybody, without TLS"
         if link.keys is not None:

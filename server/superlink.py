@@ -1,12 +1,12 @@
 """Flower's SuperLink with a gate before its Fleet API, and its ServerApp process.
 
-    python -m fedcore.server.superlink superlink LIMIT KEYS [flower-superlink's ...]
-    python -m fedcore.server.superlink serverapp [flwr-serverapp's ...]
+    python -m fedcore.server.superlink superlink LIMIT CLIENTS KEYS [Flower's words]
+    python -m fedcore.server.superlink serverapp [Flower's words]
 
 `fedcore server` starts both. The gate says in one line who was refused and why, on both
 ends; Flower itself logs nothing of most refusals. It also refuses calls that Flower
 takes: a signature that was used before, a key in the name of another, and a message
-over the limit.
+over the limit, or of more parts than an answer has.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from flwr.common.constant import (
     SYSTEM_TIME_TOLERANCE,
     TIMESTAMP_TOLERANCE,
 )
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
@@ -39,10 +40,16 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from fedcore import __version__
 from fedcore.deploy import certs
 from fedcore.deploy.proxies import without_proxies
+from fedcore.escapes import escaped
 from fedcore.users import find_user_modules
+
+from .inbox import bounds_of
 
 REPEAT = 30.0  # seconds in which the same refusal is said once
 OBJECT_LIMIT = 64 * 1024 * 1024  # bytes of a gRPC message; Flower's objects have 20 MB
+PART = 100  # bytes about one object in the list of a message's objects
+AROUND = 100_000  # bytes around that list
+MARK = "FEDCORE_GATE"  # environment: begins the gate's lines, and nobody else's
 SESSIONS = 1000  # answers under way at one time whose bytes are counted
 QUIET = {"Invalid node ID"}  # faults that a client mends by itself
 MAY_PASS = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE)
@@ -52,13 +59,20 @@ class Gate:
     """Refuses callers that may not pass, and says so on both ends, once in a while."""
 
     def __init__(
-        self, limit: int, keys: Path | None, state: Callable[[], Any] | None = None
+        self,
+        limit: int,
+        clients: int,
+        keys: Path | None,
+        state: Callable[[], Any] | None = None,
     ) -> None:
         """`limit` in bytes of a whole message, `keys` a directory of public keys.
 
-        `state` gives Flower's own, where the keys of nodes are registered.
+        A message is about `clients` at most. `state` gives Flower's own, where the
+        keys of nodes are registered.
         """
         self.limit, self.keys, self.state = limit, keys, state
+        self.parts = bounds_of(clients, limit).objects
+        self._mark = os.environ.get(MARK, "")
         self._lock = threading.Lock()
         self._said: dict[str, float] = {}
         # With the time at which they are too old anyway.
@@ -100,7 +114,8 @@ class Gate:
                 return
             self._said[line] = now
         peer = context.peer().partition(":")[2]
-        print(f"{line} (from {peer})", file=sys.stderr, flush=True)
+        said = escaped(f"{line} (from {peer})")
+        print(f"{self._mark}{said}", file=sys.stderr, flush=True)
 
     def _checked(self, call: Call, request: Any, context: Any) -> Any:
         """After Flower has verified the signature."""
@@ -111,6 +126,8 @@ class Gate:
             )
         if call.method == "ActivateNode":
             self._check_node(request, call.metadata[PUBLIC_KEY_HEADER], context)
+        if call.method == "PushMessages":
+            self._check_parts(request, context)
         if call.method == "PushObject":
             self._check_size(request, context)
         return call.inner(request, context)
@@ -155,6 +172,18 @@ class Gate:
             context.abort(
                 grpc.StatusCode.ALREADY_EXISTS,
                 "Fedcore: a client with its key is connected already",
+            )
+
+    def _check_parts(self, request: Any, context: Any) -> None:
+        """Refuse a list of more objects than an answer has.
+
+        By its length alone, before anything of it is looked at.
+        """
+        if request.ByteSize() > AROUND + PART * self.parts:
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"Fedcore: its message has more than {self.parts} parts, "
+                "which is more than its clients need",
             )
 
     def _check_size(self, request: Any, context: Any) -> None:
@@ -214,7 +243,7 @@ class _Interceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # gRPC has no
         )
 
 
-def superlink(limit: int, keys: Path | None) -> None:
+def superlink(limit: int, clients: int, keys: Path | None) -> None:
     """Flower's SuperLink in this process, gated."""
     # The server ends it, after the ServerApp. A terminal, or systemd, sends these to
     # all processes at once.
@@ -225,13 +254,40 @@ def superlink(limit: int, keys: Path | None) -> None:
 
     def create_gated(**options: Any) -> Any:
         state = options["servicer_and_add_fn"][0].state_factory.state
-        gate = Gate(limit, keys, state)
+        gate = Gate(limit, clients, keys, state)
+        only_flat_trees(state().object_store)
         only_whole_replies(state)
         options["interceptors"] = [gate.outer, *options["interceptors"], gate.inner]
         return create(**{**options, "max_message_length": OBJECT_LIMIT})
 
     flower.generic_create_grpc_server = create_gated
     flower.flower_superlink()
+
+
+def only_flat_trees(store: Any) -> None:
+    """Have Flower's store list every object of a message once, below its head.
+
+    Its own list follows the children that a sender names. One that names a child many
+    times, whose children it has named many times before, makes it grow without end.
+    """
+
+    def list_flat(object_id: str) -> ObjectTree:
+        found: dict[str, None] = {}
+        to_visit = [object_id]
+        with store.lock_store:
+            while to_visit:
+                part = to_visit.pop()
+                if part in found:
+                    continue
+                if part not in store.store:
+                    raise NoObjectInStoreError(f"object {part} is not in the store")
+                found[part] = None
+                to_visit += store.store[part].child_object_ids
+        del found[object_id]
+        parts = [ObjectTree(object_id=part) for part in found]
+        return ObjectTree(object_id=object_id, children=parts)
+
+    store.get_object_tree = list_flat
 
 
 def only_whole_replies(factory: Callable[[], Any]) -> None:
@@ -289,9 +345,9 @@ def main() -> None:
     heed_no_proxy()
     which, *rest = sys.argv[1:]
     if which == "superlink":
-        limit, keys, *arguments = rest
+        limit, clients, keys, *arguments = rest
         sys.argv = ["flower-superlink", *arguments]
-        superlink(int(limit), Path(keys) if keys else None)
+        superlink(int(limit), int(clients), Path(keys) if keys else None)
     else:
         from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 

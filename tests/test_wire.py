@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import time
 from typing import Any, NamedTuple
 
 import pytest
@@ -179,6 +181,87 @@ def test_what_is_no_tensor_is_refused_and_never_unpickled(
 ) -> None:
     with pytest.raises(WireError, match="arrays that"):
         decode(ArrayRecord(record), Tensor)
+
+
+def lie(header: Any, values: bytes = bytes(36)) -> ArrayRecord:
+    """A message with any header; a tensor of nine numbers is expected."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + values
+    return ArrayRecord({wire.FORMAT: packed(content)})
+
+
+def line(begin: int = 0, end: int = 36, dtype: str = "F32", *shape: Any) -> Any:
+    return {"dtype": dtype, "shape": shape or [9], "data_offsets": [begin, end]}
+
+
+def test_a_header_that_is_made_by_hand_is_read() -> None:
+    tensor = decode(lie({"0/": line()}), Tensor, like=torch.zeros(9))
+    assert torch.equal(tensor, torch.zeros(9))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lie({"0/": line(0, 40)}, bytes(40)),
+        lie({"0/": line(4, 40)}, bytes(40)),
+        lie({"0/": line(-36, 0)}),
+        lie({"0/": line(0, 2**70)}),
+        lie({"0/": line()}, bytes(32)),
+        lie({"0/": line()}, bytes(40)),
+        lie({"0/": line(), "1/": line()}),
+        lie({"0": line(), "0/": line()}),
+        lie({"0/": line(0, 36, "F32", 9.0)}),
+        lie({"0/": line(0, 36, "F32", True, 9)}),
+        lie({"0/": {"dtype": "F32"}}),
+        lie({"0/": line(0, 36, "OBJECT")}),
+        lie({"0/": None}),
+        lie({"/": line()}),
+        lie({"__metadata__": {}, "0/": line()}),
+        lie([1, 2, 3]),
+        lie(b"[" * 10_000),
+        lie(b'{"0/": {"dtype": "F32", "shape": [' + b"9" * 9_000 + b"]}}"),
+        lie(b"\xff\xfe{}"),
+        lie(b""),
+        ArrayRecord({wire.FORMAT: packed(b"\xff" * 8)}),
+        ArrayRecord({wire.FORMAT: packed(b"\0\0\0")}),
+        ArrayRecord({wire.FORMAT: packed(b"")}),
+    ],
+)
+def test_a_header_that_lies_is_refused(record: ArrayRecord) -> None:
+    with pytest.raises(WireError, match="arrays that cannot be read") as caught:
+        decode(record, Tensor, like=torch.zeros(9))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+def test_values_that_overlap_are_refused() -> None:
+    like = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    header = {"0/a": line(0, 8, "F32", 2), "1/b": line(0, 8, "F32", 2)}
+    with pytest.raises(WireError, match="from 0 to 8, expected from 8 on"):
+        decode(lie(header, bytes(8)), Params, like)
+
+
+@pytest.mark.parametrize("name", ["{}/", "", "{}/a"])
+def test_a_message_of_many_names_costs_what_reading_a_length_costs(
+    name: str,
+) -> None:
+    names = ",".join(f'"{name.format(i)}":{{}}' for i in range(200_000))
+    record = lie(f"{{{names}}}".encode())
+    begin = time.process_time()
+    with pytest.raises(WireError, match=r"a header of \d+ bytes, expected at most"):
+        decode(record, Tensor, like=torch.zeros(9))
+    assert time.process_time() - begin < 0.01
+
+
+def test_names_that_steer_a_terminal_are_written_out() -> None:
+    like = {"a": torch.zeros(1)}
+    nasty = {"a": torch.zeros(1), "\x1b[2J\u202e\n": torch.zeros(1)}
+    with pytest.raises(WireError, match=r'"\\x1b\[2J\\u202e\\n", which') as caught:
+        decode(encode(nasty), Params, like)
+    assert str(caught.value).isprintable()
+    with pytest.raises(WireError) as caught:
+        decode(ArrayRecord({"\x1b[2J": packed(GOOD)}), Tensor, like=torch.zeros(9))
+    assert str(caught.value).isprintable()
 
 
 def test_a_schema_that_cannot_be_sent_is_an_error_of_the_method() -> None:

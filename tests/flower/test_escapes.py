@@ -43,6 +43,13 @@ def test_whatever_a_node_says_is_short_and_printable(about: dict[str, Any]) -> N
     assert len(said) < 800
 
 
+def test_a_million_lines_about_clients_are_one_line() -> None:
+    said = read(answer(clients=list(range(200_000)), **{"num-examples": [1] * 200_000}))
+    assert said == (
+        "bad message: it has 200000 lines about clients, and was asked for 1"
+    )
+
+
 def test_a_reason_of_a_megabyte_is_cut_in_one_line() -> None:
     said = one_line(NASTY * 50_000)
     assert said.isprintable()

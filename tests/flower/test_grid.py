@@ -177,6 +177,10 @@ BAD: dict[str, tuple[Weather, str]] = {
         rewrite(**{"num-examples": "many"}),
         fedcore.server.replies.MISSING,
     ),
+    "the name of another": (
+        rewrite(clients=[4]),
+        "unknown client: its node answered for client 4, which it was not asked for",
+    ),
     "no update": (without_update, fedcore.server.replies.MISSING),
     "nothing": (empty, 'bad message: no record "about" in the answer'),
 }
@@ -233,7 +237,7 @@ def test_a_bad_answer_is_left_out_counted_and_named(kind: str, tmp_path: Path) -
         ),
         (
             rewrite(**{"clients": [3, 99, 4], "num-examples": [9, 9, 9]}),
-            "client 99 left out: unknown client: a node answered for client 99, "
+            "client 3 left out: unknown client: its node answered for client 99, "
             "which it was not asked for",
         ),
     ],

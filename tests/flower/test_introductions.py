@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,37 @@ def test_it_is_not_asked_again_at_every_look(
     sent = grid.sent
     loop.round()
     assert grid.sent == sent + 6, "training and evaluation, for each of three nodes"
+
+
+def test_the_first_node_to_come_keeps_no_others_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fedcore.server.nodes, "WAIT", 0.0)
+    preset = preset_of(
+        small("fedavg", participation__cohort=12), tmp_path / "preset.toml"
+    )
+    grid = FakeGrid(preset, 4)
+    liar, *others = [grid.context(preset, 0, 10**12), *grid.contexts.values()]
+    grid.contexts = {99: dataclasses.replace(liar, node_id=99)}
+    loop = loop_over(grid, tmp_path)
+    assert loop.round()["dropped"] == {"disconnected": 11}
+    for other in others:
+        grid.contexts[other.node_id] = other
+    loop.round()
+    assert loop.round()["dropped"] == {}
+    said = "Flower node 99 (client 0) is left out: a node says that it is one of "
+    assert f"{said}1000000000000 partitions, others say 4" in caplog.messages
+
+
+def test_a_device_does_not_play_a_malicious_client(tmp_path: Path) -> None:
+    adversary = {"attack": "sign_flip", "clients": [1]}
+    preset = preset_of(small("fedavg", adversary=adversary), tmp_path / "preset.toml")
+    config: dict[str, Any] = {"preset": preset, "set": ""}
+    for more, expected in (({}, False), ({"state": str(tmp_path)}, True)):
+        node: dict[str, Any] = {"partition-id": 3, **more}
+        context = Context(1, 100, node, RecordDict(), config)
+        said = introduction(context, fedcore=__version__)
+        assert ("does not play a malicious client" in str(said)) is expected
 
 
 def test_a_run_without_a_node_that_is_ready_ends_with_the_reason(

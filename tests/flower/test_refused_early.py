@@ -77,6 +77,10 @@ REFUSED = {
         ['method.name="admm"', "defence.clip=1.0"],
         "defence.clip",
     ),
+    "clients that are told to lie": (
+        ["adversary.clients=[1]", "adversary.attack=sign_flip"],
+        "devices are real: they would be told to lie",
+    ),
     "a model over the limit of messages": (
         ["engine.message_limit_mb=0.01"],
         "engine.message_limit_mb = 0.01, but the model that every client gets has",

@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fedcore.messages.aggregation.gram import Array, squared_distances
+from fedcore.messages.aggregation.gram import squared_distances
+from fedcore.messages.aggregation.passes import Array
 
 
 def nearest_neighbour_mixing(gram: Array, f: int) -> Array:

@@ -26,7 +26,7 @@ def takes_weights(settings: AggregationSettings) -> bool:
 
 
 def uses_weights(settings: AggregationSettings) -> bool:
-    """Whether the method's weights are used: always for the mean, by default not else.
+    """Whether the method's weights are used; by default only for the mean.
 
     >>> uses_weights(AggregationSettings(rule="median"))
     False
@@ -35,7 +35,7 @@ def uses_weights(settings: AggregationSettings) -> bool:
     """
     if settings.weights is not None:
         return settings.weights == "method"
-    return settings.is_mean
+    return settings.rule == "mean" and takes_weights(settings)
 
 
 def refuse_impossible(

@@ -7,6 +7,8 @@ columns beside it, to the last bit.
     median, trimmed_mean   Yin et al., ICML 2018
     meamed                 Xie et al., 2018; also the second half of Bulyan
     sign_vote              Bernstein et al., ICLR 2019
+
+A whole sort is faster here than a selection: NumPy's uses a processor's wide registers.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from fedcore.messages.aggregation.gram import Array
+from fedcore.messages.aggregation.passes import Array
 
 Columns = npt.NDArray[np.floating]
 
@@ -34,10 +36,13 @@ def median(columns: Columns, weights: Array | None = None) -> Array:
     """
     if weights is not None and (weights != weights[0]).any():
         return _weighted_median(columns, weights)
-    n = columns.shape[1]
-    low, high = (n - 1) // 2, n // 2
-    sorted_there = np.partition(columns, [low, high], axis=1)
-    return (_double(sorted_there[:, low]) + _double(sorted_there[:, high])) / 2
+    return _middle(np.sort(columns, axis=1))
+
+
+def _middle(ascending: Columns) -> Array:
+    n = ascending.shape[1]
+    low, high = ascending[:, (n - 1) // 2], ascending[:, n // 2]
+    return (_double(low) + _double(high)) / 2
 
 
 def _weighted_median(columns: Columns, weights: Array) -> Array:
@@ -67,8 +72,7 @@ def trimmed_mean(columns: Columns, f: int, weights: Array | None = None) -> Arra
         return _weighted_trimmed_mean(columns, f / n, weights)
     if f == 0:
         return _mean(columns)
-    inner = np.partition(columns, [f, n - f - 1], axis=1)[:, f : n - f]
-    return _mean(inner)
+    return _mean(np.sort(columns, axis=1)[:, f : n - f])
 
 
 def _weighted_trimmed_mean(columns: Columns, share: float, weights: Array) -> Array:
@@ -97,7 +101,7 @@ def nearest_mean(columns: Columns, keep: int) -> Array:
     if keep >= n:
         return _mean(columns)
     distances = np.abs(values - median(columns)[:, None])
-    farthest = np.partition(distances, keep - 1, axis=1)[:, keep - 1 : keep]
+    farthest = np.sort(distances, axis=1)[:, keep - 1 : keep]
     kept = distances <= farthest
     # Where several are equally far, the lowest ids of them fill what is left.
     crowded = np.flatnonzero(kept.sum(axis=1) > keep)

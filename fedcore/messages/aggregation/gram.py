@@ -1,4 +1,4 @@
-"""The Gram matrix of a round's rows, and sums of rows: one pass over blocks each.
+"""The Gram matrix of a round's rows, and what distances it holds.
 
 All of it is float64. A distance is a difference of large numbers where rows are far
 from zero, and float32 would leave nothing of it; rows are never centred by their mean,
@@ -10,32 +10,25 @@ from __future__ import annotations
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from fedcore.messages.aggregation.passes import (
+    THREADS,
+    Array,
+    Piece,
+    double,
+    over_columns,
+    row_squares,
+)
 from fedcore.messages.aggregation.rows import Rows
 
-Array = npt.NDArray[np.float64]
-
-LARGEST = 1e100  # of a float64 entry, so that the square of a row stays finite
-
-
-def double(block: Tensor) -> Array:
-    """A block in float64.
-
-    Entries beyond 1e100, which float64 alone can hold, become 1e100: they belong to
-    nobody's update, and their squares would be infinite.
-    """
-    values = block.to(torch.float64)
-    if block.dtype == torch.float64:
-        values = values.clamp(-LARGEST, LARGEST)
-    return cast(Array, values.numpy())
+WIDTH = 1024  # columns that are added to the matrix at a time, at least
 
 
 def gram(rows: Rows, extra: Tensor | None = None) -> Array:
     """G = X X^T of the rows [n, d], followed by the rows of `extra` [e, d].
 
+    >>> import torch
     >>> gram(Rows.of(torch.tensor([[1.0, 2.0], [3.0, 0.0]])))
     array([[5., 3.],
            [3., 9.]])
@@ -44,43 +37,57 @@ def gram(rows: Rows, extra: Tensor | None = None) -> Array:
     from scipy.linalg.blas import dsyrk
 
     size = rows.n + (0 if extra is None else len(extra))
-    total = np.zeros((size, size), order="F")
-    start = 0
-    for block in rows.blocks():
-        stop = start + block.shape[1]
+    totals = [np.zeros((size, size), order="F") for _ in range(THREADS)]
+
+    def add(thread: int, start: int, piece: Piece) -> None:
+        values = double(piece)
         if extra is not None:
-            columns = extra[:, start:stop].to(block.dtype)
-            block = torch.cat([block, columns])
-        # The transposed block lies in memory as the library wants it. It adds to the
+            columns = extra[:, start : start + piece.shape[1]]
+            values = np.concatenate([values, double(columns.double().numpy())])
+        # The transposed piece lies in memory as the library wants it. It adds to the
         # upper triangle of the total, at half the work of a product.
-        total = dsyrk(1.0, double(block).T, 1.0, total, trans=1, overwrite_c=1)
-        start = stop
+        totals[thread] = dsyrk(
+            1.0, values.T, 1.0, totals[thread], trans=1, overwrite_c=1
+        )
+
+    over_columns(rows, add, least_width=WIDTH)
+    total = np.sum(totals, axis=0)
     upper = np.triu(total)
-    return upper + np.triu(total, 1).T
+    return cast(Array, upper + np.triu(total, 1).T)
 
 
 def squared_norms(rows: Rows) -> Array:
     """The squared norm of every row: the diagonal of the Gram matrix alone."""
-    total = np.zeros(rows.n)
-    for block in rows.blocks():
-        total += row_squares(double(block))
-    return total
+    totals = np.zeros((THREADS, rows.n))
+
+    def add(thread: int, start: int, piece: Piece) -> None:
+        totals[thread] += row_squares(double(piece))
+
+    over_columns(rows, add)
+    return cast(Array, totals.sum(axis=0))
 
 
-def row_squares(values: Array) -> Array:
-    """The sum of squares of each row of a block."""
-    return cast(Array, np.einsum("ij,ij->i", values, values))
+def star(rows: Rows, centre: Tensor) -> Array:
+    """The Gram matrix of the rows and a last one, without products among the rows.
 
+    Its diagonal, last row and last column are there: n products instead of n^2.
+    """
+    n = rows.n
+    totals = np.zeros((THREADS, n))
+    squares = np.zeros((THREADS, n))
 
-def products(rows: Rows, vector: Array) -> Array:
-    """The inner product of every row with a vector [d]."""
-    total = np.zeros(rows.n)
-    start = 0
-    for block in rows.blocks():
-        stop = start + block.shape[1]
-        total += double(block) @ vector[start:stop]
-        start = stop
-    return total
+    def add(thread: int, start: int, piece: Piece) -> None:
+        values = double(piece)
+        columns = centre[start : start + piece.shape[1]].double().numpy()
+        totals[thread] += values @ double(columns)
+        squares[thread] += row_squares(values)
+
+    over_columns(rows, add)
+    matrix = np.diag(np.append(squares.sum(axis=0), 0.0))
+    matrix[:n, n] = matrix[n, :n] = totals.sum(axis=0)
+    own = double(centre.double().numpy())
+    matrix[n, n] = own @ own
+    return matrix
 
 
 def squared_distances(gram: Array) -> Array:

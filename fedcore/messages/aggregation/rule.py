@@ -8,6 +8,7 @@ A G A^T, so that Y is never made, and a column rule a block of columns at a time
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from fedcore.messages.aggregation import before, column_rules, weight_rules
-from fedcore.messages.aggregation.gram import (
+from fedcore.messages.aggregation.gram import gram, squared_norms, star
+from fedcore.messages.aggregation.passes import (
+    THREADS,
     Array,
+    Piece,
     double,
-    gram,
+    over_columns,
     row_squares,
-    squared_distances_to,
-    squared_norms,
 )
 from fedcore.messages.aggregation.rows import Rows
 from fedcore.messages.aggregation.settings import AggregationSettings
@@ -39,6 +41,9 @@ WEIGHT_RULES = frozenset(
         "fltrust",
     )
 )
+PieceRule = Callable[[int, Piece, Array], Array]
+"""(first column, piece [n, b], the same in float64) -> the result [b]."""
+
 GEOMETRIC_MEDIAN_STEPS = 8
 CENTRED_CLIPPING_STEPS = 3
 
@@ -162,19 +167,23 @@ class _OneCall:
         self.settings, self.rows, self.f = settings, rows, f
         self.alphas = alphas  # of the rows, then of the mixed rows; they sum to one
         self.gram: Array | None = None  # of the rows, and of `extra`
-        self.extra: Tensor | None = None
-        self.squares: Array | None = None  # squared norms of the rows
+        self.extra: Tensor | None = None  # [1, d]
+        self.norms: Array | None = None  # of the rows
         self.mixing: Array | None = None  # A [m, n]
 
     def measure(self, extra: Tensor | None) -> None:
-        """What the rule and what is before it need to know of the rows."""
-        rule, ahead = self.settings.rule, self.settings.before
-        if rule in WEIGHT_RULES or rule == "bulyan" or ahead == "nnm":
-            self.extra = extra
-            self.gram = gram(self.rows, extra)
-            self.squares = np.diagonal(self.gram)[: self.rows.n].copy()
+        """Find what the rule, and what is before it, need to know of the rows."""
+        rule, ahead, rows = self.settings.rule, self.settings.before, self.rows
+        self.extra = extra
+        if rule == "fltrust" and ahead not in ("nnm", "bucketing"):
+            assert extra is not None
+            self.gram = star(rows, extra[0])
+        elif rule in WEIGHT_RULES or rule == "bulyan" or ahead == "nnm":
+            self.gram = gram(rows, extra)
+        if self.gram is not None:
+            self.norms = np.sqrt(np.diagonal(self.gram)[: rows.n])
         elif ahead in ("clip", "arc") or rule == "sign":
-            self.squares = squared_norms(self.rows)
+            self.norms = np.sqrt(squared_norms(rows))
 
     def mix(self) -> None:
         """Set A for what is done before the rule, but for buckets."""
@@ -183,12 +192,12 @@ class _OneCall:
             assert self.gram is not None
             self.mixing = before.nearest_neighbour_mixing(self.gram[:n, :n], self.f)
         elif ahead in ("clip", "arc"):
-            assert self.squares is not None
-            norms = np.sqrt(self.squares)
+            assert self.norms is not None
             if ahead == "clip":
-                factors = before.clip_factors(norms, float(np.median(norms)))
+                bound = float(np.median(self.norms))
+                factors = before.clip_factors(self.norms, bound)
             else:
-                factors = before.arc_factors(norms, self.f)
+                factors = before.arc_factors(self.norms, self.f)
             self.mixing = np.diag(factors)
 
     def mix_buckets(self, order: np.ndarray) -> None:
@@ -202,34 +211,59 @@ class _OneCall:
         return self.rows.n if self.mixing is None else len(self.mixing)
 
     def outcome(self) -> Outcome:
-        if self.settings.rule in WEIGHT_RULES:
-            return self._weighted()
-        if self.settings.rule == "mean":
-            weights = self.alphas if self.mixing is None else self.alphas @ self.mixing
-            return self._by_columns(lambda block: weights @ double(block), weights)
-        if self.settings.rule == "bulyan":
-            taken = weight_rules.bulyan_taken(self._mixed_gram(), self.f)
-            weights = np.zeros(self.m)
-            weights[taken] = 1.0 / len(taken)
-            keep = len(taken) - 2 * self.f
-            chosen = sorted(taken)
-            if self.mixing is not None:
-                weights = weights @ self.mixing
-
-            def bulyan(block: Tensor) -> Array:
-                columns = self._columns(block)[:, chosen]
-                return column_rules.nearest_mean(columns, keep)
-
-            return self._by_columns(bulyan, weights)
+        """The outcome of the rule."""
+        rule = self.settings.rule
+        if rule == "mean":
+            return self._weighted(self.alphas)
+        if rule in WEIGHT_RULES:
+            return self._weighted(self._weights())
+        if rule == "bulyan":
+            return self._bulyan()
         unknown = np.full(self.rows.n, np.nan)
-        return self._by_columns(self._column_rule(), unknown)
+        return self._in_one_pass(self._column_rule(), unknown)
 
-    def _column_rule(self) -> Callable[[Tensor], Array]:
-        """The column rule of the settings, on a block of the rows."""
+    def _weighted(self, chosen: Array) -> Outcome:
+        """The sum of the mixed rows with these weights, and of `extra`."""
+        weights, rest = chosen[: self.m], chosen[self.m :]
+        if self.mixing is not None:
+            weights = weights @ self.mixing
+
+        def combine(start: int, piece: Piece, values: Array) -> Array:
+            result: Array = weights @ values
+            if len(rest):
+                assert self.extra is not None
+                own = self.extra[:, start : start + piece.shape[1]]
+                result += rest @ own.double().numpy()
+            return result
+
+        outcome = self._in_one_pass(combine, weights)
+        if self.settings.rule == "centred_clipping":
+            outcome = outcome._replace(memory=outcome.value.clone())
+        return outcome
+
+    def _bulyan(self) -> Outcome:
+        """Krum winners, and of each of their columns the mean around its median.
+
+        The weight of a row is its share of the winners.
+        """
+        taken = sorted(weight_rules.bulyan_taken(self._mixed_gram(), self.f))
+        weights = np.zeros(self.m)
+        weights[taken] = 1.0 / len(taken)
+        if self.mixing is not None:
+            weights = weights @ self.mixing
+
+        def of_piece(start: int, piece: Piece, values: Array) -> Array:
+            columns = self._columns(piece, values)[:, taken]
+            return column_rules.nearest_mean(columns, len(taken) - 2 * self.f)
+
+        return self._in_one_pass(of_piece, weights)
+
+    def _column_rule(self) -> PieceRule:
+        """The column rule of the settings."""
         rule, f, alphas = self.settings.rule, self.f, self.alphas
 
-        def of_block(block: Tensor) -> Array:
-            columns = self._columns(block)
+        def of_piece(start: int, piece: Piece, values: Array) -> Array:
+            columns = self._columns(piece, values)
             if rule == "median":
                 return column_rules.median(columns, alphas)
             if rule == "trimmed_mean":
@@ -239,68 +273,44 @@ class _OneCall:
             assert rule == "sign", f"no rule {rule}"
             return column_rules.sign_vote(columns, self._sign_step())
 
-        return of_block
+        return of_piece
 
     def _sign_step(self) -> float:
         """tau, or the median over rows of the root mean square of an entry."""
         if self.settings.tau is not None:
             return self.settings.tau
-        assert self.squares is not None
-        return float(np.median(np.sqrt(self.squares / self.rows.d)))
+        assert self.norms is not None
+        return float(np.median(self.norms)) / math.sqrt(self.rows.d)
 
-    def _columns(self, block: Tensor) -> column_rules.Columns:
-        """A block of the mixed rows, transposed."""
-        kind = torch.float64 if block.dtype == torch.float64 else torch.float32
+    def _columns(self, piece: Piece, values: Array) -> column_rules.Columns:
+        """A piece of the mixed rows, transposed; `values` are the piece in float64."""
         if self.mixing is not None:
-            block = torch.from_numpy(self.mixing @ double(block))
-        transposed: column_rules.Columns = block.to(kind).t().contiguous().numpy()
-        return transposed
+            piece = (self.mixing @ values).astype(piece.dtype)
+        return np.ascontiguousarray(piece.T)
 
-    def _by_columns(self, rule: Callable[[Tensor], Array], weights: Array) -> Outcome:
-        """The outcome of a rule on blocks, in one pass."""
+    def _in_one_pass(self, rule: PieceRule, weights: Array) -> Outcome:
+        """The outcome of a rule that looks at a piece of the columns at a time."""
         rows = self.rows
-        value = torch.empty(rows.d, dtype=rows.dtype)
-        norms, distances = np.zeros(rows.n), np.zeros(rows.n)
-        start = 0
-        for block in rows.blocks():
-            stop = start + block.shape[1]
-            result = rule(block)
-            value[start:stop] = torch.from_numpy(result)
-            values = double(block)
-            norms += row_squares(values)
-            distances += row_squares(values - result)
-            start = stop
-        return _outcome(value, weights, norms, distances)
+        value = np.empty(rows.d)
+        norms = np.zeros((THREADS, rows.n))
+        distances = np.zeros((THREADS, rows.n))
 
-    def _weighted(self) -> Outcome:
-        """The outcome of a weight rule: its weights, and one pass for their sum."""
-        rows, n = self.rows, self.rows.n
-        assert self.gram is not None
-        assert self.squares is not None
-        chosen = self._weights()
-        weights = chosen[: self.m]
-        if self.mixing is not None:
-            weights = weights @ self.mixing
-        # What the rule gives to v, a row of its own; FLTrust gives g0 nothing.
-        rest = chosen[self.m :]
-        combined = np.zeros(len(self.gram))
-        combined[:n] = weights
-        combined[n : n + len(rest)] = rest
-        value = torch.empty(rows.d, dtype=rows.dtype)
-        start = 0
-        for block in rows.blocks():
-            stop = start + block.shape[1]
-            result = weights @ double(block)
-            if len(rest):
-                assert self.extra is not None
-                result += rest @ double(self.extra[:, start:stop])
-            value[start:stop] = torch.from_numpy(result)
-            start = stop
-        distances = squared_distances_to(self.gram, combined)[:n]
-        outcome = _outcome(value, weights, self.squares, distances)
-        if self.settings.rule == "centred_clipping":
-            outcome = outcome._replace(memory=value.clone())
-        return outcome
+        def add(thread: int, start: int, piece: Piece) -> None:
+            values = double(piece)
+            result = rule(start, piece, values)
+            value[start : start + len(result)] = result
+            norms[thread] += row_squares(values)
+            values -= result
+            distances[thread] += row_squares(values)
+
+        over_columns(rows, add)
+        return Outcome(
+            torch.from_numpy(value).to(rows.dtype),
+            torch.from_numpy(weights),
+            torch.from_numpy(np.sqrt(norms.sum(axis=0))),
+            torch.from_numpy(np.sqrt(distances.sum(axis=0))),
+            torch.zeros(0, dtype=rows.dtype),
+        )
 
     def _weights(self) -> Array:
         """The weights of the mixed rows, and of v for centred clipping."""
@@ -320,9 +330,9 @@ class _OneCall:
             return weight_rules.centred_clipping(mixed, self.settings.tau, steps)
         assert rule == "geometric_median", f"no rule {rule}"
         steps = self.settings.iterations or GEOMETRIC_MEDIAN_STEPS
-        inner, square = self._start_products()
+        products, square = self._start_products()
         return weight_rules.geometric_median_from(
-            mixed, self.alphas, inner, square, steps
+            mixed, self.alphas, products, square, steps
         )
 
     def _mixed_gram(self) -> Array:
@@ -330,36 +340,30 @@ class _OneCall:
         assert self.gram is not None
         if self.mixing is None:
             return self.gram
-        mixing = self.mixing
         own = len(self.gram) - self.rows.n
-        if own:
-            (m, n) = mixing.shape
-            mixing = np.zeros((m + own, n + own))
-            mixing[:m, :n] = self.mixing
-            mixing[m:, n:] = np.eye(own)
+        m, n = self.mixing.shape
+        mixing = np.zeros((m + own, n + own))
+        mixing[:m, :n] = self.mixing
+        mixing[m:, n:] = np.eye(own)
         product = mixing @ self.gram @ mixing.T
         return (product + product.T) / 2
 
     def _start_products(self) -> tuple[Array, float]:
-        """Of the median of each column, where the geometric median starts: inner
-        products with the mixed rows, and with itself."""
-        inner, square = np.zeros(self.rows.n), 0.0
-        for block in self.rows.blocks():
-            start = column_rules.median(self._columns(block), self.alphas)
-            inner += double(block) @ start
-            square += float(start @ start)
+        """Inner products of the start of the geometric median.
+
+        It is the median of each column; they are those with the mixed rows, and with
+        itself.
+        """
+        products, squares = np.zeros((THREADS, self.rows.n)), [0.0] * THREADS
+
+        def add(thread: int, _start: int, piece: Piece) -> None:
+            values = double(piece)
+            start = column_rules.median(self._columns(piece, values), self.alphas)
+            products[thread] += values @ start
+            squares[thread] += float(start @ start)
+
+        over_columns(self.rows, add)
+        total: Array = products.sum(axis=0)
         if self.mixing is not None:
-            inner = self.mixing @ inner
-        return inner, square
-
-
-def _outcome(
-    value: Tensor, weights: Array, squares: Array, squared_distances: Array
-) -> Outcome:
-    return Outcome(
-        value,
-        torch.from_numpy(weights),
-        torch.from_numpy(np.sqrt(squares)),
-        torch.from_numpy(np.sqrt(squared_distances)),
-        torch.zeros(0, dtype=value.dtype),
-    )
+            total = self.mixing @ total
+        return total, sum(squares)

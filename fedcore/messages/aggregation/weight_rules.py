@@ -24,11 +24,8 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from fedcore.messages.aggregation.gram import (
-    Array,
-    squared_distances,
-    squared_distances_to,
-)
+from fedcore.messages.aggregation.gram import squared_distances, squared_distances_to
+from fedcore.messages.aggregation.passes import Array
 
 SMOOTHING = 1e-3  # nu of the geometric median, in median distances from its start
 CAF_STEPS = 64

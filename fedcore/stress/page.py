@@ -4,10 +4,11 @@ __all__ = ["TEMPLATE"]
 
 STYLE = """
 .heat { border-collapse: separate; border-spacing: 3px; width: auto; }
-.heat td { border: 0; padding: 4px 9px; border-radius: 5px; text-align: right;
-  white-space: nowrap; }
-.heat th { padding: 4px 9px; white-space: nowrap; }
-.heat th.n { font-size: .82rem; vertical-align: bottom; }
+.heat td { border: 0; padding: 4px 8px; border-radius: 5px; text-align: right;
+  white-space: nowrap; vertical-align: middle; }
+.heat td span { display: block; font-size: .78rem; font-weight: 400; }
+.heat th { padding: 4px 8px; white-space: nowrap; vertical-align: middle; }
+.heat th.n { font-size: .8rem; vertical-align: bottom; white-space: normal; }
 .heat tbody th { color: var(--ink); text-align: left; }
 .heat td.h { background: color-mix(in srgb, color-mix(in oklab, var(--bad)
   calc(var(--h) * 1%), var(--good)) 30%, var(--card)); }
@@ -44,7 +45,8 @@ TEMPLATE = """\
 <td class="{% if cell.heat is not none %}h{% endif %}
 {%- if loop.index > map.plain %} edge{% endif %}"
 {% if cell.heat is not none %} style="--h: {{ cell.heat }}"{% endif %}
- title="{{ cell.title }}">{{ cell.text }}</td>
+ title="{{ cell.title }}">{{ cell.text }}
+{%- if cell.detail %}<span class="soft">{{ cell.detail }}</span>{% endif %}</td>
 {% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endfor %}

@@ -17,7 +17,7 @@ from fedcore.stress.figures import plots
 from fedcore.stress.page import TEMPLATE
 from fedcore.stress.results import Stress
 from fedcore.stress.tables import HeatRow, cost_table, heat_rows, table, worst_text
-from fedcore.stress.words import ADVICE, badge, facts, measured, reading, summary
+from fedcore.stress.words import advice, badge, facts, measured, reading, summary
 from fedcore.views.figures import STYLE
 from fedcore.views.page import render_source
 from fedcore.views.text import table_text
@@ -101,7 +101,7 @@ def page(stress: Stress, command: Sequence[str]) -> str:
         maps=maps,
         reading=reading(stress),
         measured=measured(stress),
-        advice=ADVICE,
+        advice=advice(stress),
         plots=figures,
         seed=stress.experiment.seed,
         command=shlex.join(command),

@@ -25,13 +25,13 @@ def worst_text(judge: Judge, worst: Worst | None) -> str:
     """The worst case and its attack.
 
     >>> worst_text(Judge("accuracy", True, "test_accuracy"), Worst("ipm:0.5", 0.617))
-    '61.7% ipm:0.5'
+    '61.7% (ipm:0.5)'
     """
     if worst is None:
         return "-"
     value = worst.value
     text = RUINED if value is None else value_text(judge.measure, value)
-    return f"{text} {worst.attack}"
+    return f"{text} ({worst.attack})"
 
 
 def share_text(share: float | None) -> str:
@@ -94,6 +94,7 @@ class HeatCell(NamedTuple):
     text: str
     heat: int | None  # 0 = nothing lost, 100 = all; None without a colour
     title: str
+    detail: str = ""
 
 
 class HeatRow(NamedTuple):
@@ -113,8 +114,12 @@ def heat_rows(stress: Stress, fraction: float) -> list[HeatRow]:
             cells.append(_heat_cell(stress, fraction, rule, column, top))
         worst = stress.worst(fraction, rule)
         heat = None if worst is None else _heat(stress.judge, worst.value, top)
-        text = worst_text(stress.judge, worst)
-        cells.append(HeatCell(text, heat, f"{rule}: the worst of all attacks"))
+        text, attack = "-", ""
+        if worst is not None:
+            attack = worst.attack
+            text = text_of(stress.judge, stress.cell(fraction, rule, attack))
+        title = f"{rule}: the worst of all attacks"
+        cells.append(HeatCell(text, heat, title, attack))
         if stress.plan.backdoors:
             success = stress.backdoor(fraction, rule)
             heat = None if success is None else round(100 * success)

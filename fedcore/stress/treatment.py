@@ -23,8 +23,8 @@ class Treatment:
     clients: np.ndarray  # [clients], ids, ascending
     is_malicious: np.ndarray  # [clients]
     weights: np.ndarray  # [clients], 1 = an equal share; NaN where the rule has none
-    norm_ratios: np.ndarray  # [clients], norm over the median norm of its round
-    distances: np.ndarray  # [clients], to the result, over the median of its round
+    norm_ratios: np.ndarray  # [clients], norm over the median norm of its call
+    distances: np.ndarray  # [clients], to the result, over the median of its call
 
     def to_dict(self) -> dict[str, Any]:
         """Means over malicious and honest clients, ready for JSON."""
@@ -53,16 +53,19 @@ def treatment_of(folder: Path, malicious: Collection[int]) -> Treatment | None:
     if len(table) == 0 or not set(COLUMNS) <= set(table.column_names):
         return None
     clients = table["client"].to_numpy()
-    rounds = table["round"].to_numpy()
+    # Two client functions of a round are two calls, and two results.
+    functions = np.unique(table["function"].to_numpy(), return_inverse=True)[1]
+    calls = table["round"].to_numpy().astype(np.int64) * (functions.max() + 1)
+    calls += functions
     columns = [table[name].to_numpy().astype(np.float64) for name in COLUMNS]
     weights, ratios, distances = columns
     is_judged = np.isfinite(ratios) | np.isfinite(distances)
     if not is_judged.any():
         return None
-    clients, rounds = clients[is_judged], rounds[is_judged]
+    clients, calls = clients[is_judged], calls[is_judged]
     weights, ratios = weights[is_judged], ratios[is_judged]
     distances = distances[is_judged]
-    _, index = np.unique(rounds, return_inverse=True)
+    _, index = np.unique(calls, return_inverse=True)
     counts = np.bincount(index)
     middle = _medians(distances, index, len(counts))
     ids, place = np.unique(clients, return_inverse=True)

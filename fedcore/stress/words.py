@@ -10,7 +10,7 @@ from fedcore.stress.tables import points_text, text_of, worst_text
 from fedcore.views.page import Fact
 from fedcore.views.text import value_text
 
-__all__ = ["ADVICE", "Advice", "badge", "facts", "measured", "reading", "summary"]
+__all__ = ["Advice", "advice", "badge", "facts", "measured", "reading", "summary"]
 
 STOPPED = 0.2  # success of a backdoor up to which it counts as stopped
 
@@ -59,7 +59,14 @@ IDENTITY = Advice(
     "machine can be a majority.",
     "fedcore certs",
 )
-ADVICE = (BOUNDS, WITHOUT_PROXY, WITH_PROXY, IDENTITY)
+
+
+def advice(stress: Stress) -> tuple[Advice, ...]:
+    """What to choose, that which fits the settings first."""
+    rules = (WITHOUT_PROXY, WITH_PROXY)
+    if stress.experiment.proxy:
+        rules = (WITH_PROXY, WITHOUT_PROXY)
+    return (BOUNDS, *rules, IDENTITY)
 
 
 def badge(stress: Stress) -> tuple[str, str]:
@@ -68,7 +75,7 @@ def badge(stress: Stress) -> tuple[str, str]:
     if found is None:
         return "not done yet", "soft"
     rule, worst = found
-    text = f"{rule}: {worst_text(stress.judge, worst)}"
+    text = f"best worst case: {rule}, {worst_text(stress.judge, worst)}"
     lost = _lost(stress, worst)
     if lost is None:
         return text, "bad"

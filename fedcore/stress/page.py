@@ -51,6 +51,12 @@ TEMPLATE = """\
 {% endfor %}</tbody></table></div>
 {% endfor %}
 <p class="soft" style="margin-top: 8px">{{ reading }}</p>
+{% for map in maps %}
+<details><summary>What each attack does, {{ map.name }}</summary>
+{{ table(map.damages[0], map.damages[1:]) }}
+<p class="soft">The column absent minus that of the attack{{ unit }}: the attackers'
+data are missing either way.</p></details>
+{% endfor %}
 </section>
 <section>
 <h2>What to choose</h2>

@@ -16,7 +16,14 @@ from fedcore.storage.checkpoint import write_atomically
 from fedcore.stress.figures import plots
 from fedcore.stress.page import TEMPLATE
 from fedcore.stress.results import Stress
-from fedcore.stress.tables import HeatRow, cost_table, heat_rows, table, worst_text
+from fedcore.stress.tables import (
+    HeatRow,
+    cost_table,
+    damage_table,
+    heat_rows,
+    table,
+    worst_text,
+)
 from fedcore.stress.words import advice, badge, facts, measured, reading, summary
 from fedcore.views.figures import STYLE
 from fedcore.views.page import render_source
@@ -76,6 +83,7 @@ class Map(NamedTuple):
     rows: list[HeatRow]
     plain: int  # columns before the sums
     costs: list[list[str]]
+    damages: list[list[str]]
 
 
 def page(stress: Stress, command: Sequence[str]) -> str:
@@ -89,7 +97,9 @@ def page(stress: Stress, command: Sequence[str]) -> str:
         costs = cost_table(stress, fraction)
         name = f"{fraction:.0%} of the clients are malicious"
         plain = len(stress.plan.columns)
-        maps.append(Map(name, head, heat_rows(stress, fraction), plain, costs))
+        damages = damage_table(stress, fraction)
+        rows = heat_rows(stress, fraction)
+        maps.append(Map(name, head, rows, plain, costs, damages))
     return render_source(
         TEMPLATE,
         title=f"{stress.experiment.method.name} on {stress.experiment.task}",
@@ -100,6 +110,7 @@ def page(stress: Stress, command: Sequence[str]) -> str:
         facts=facts(stress),
         maps=maps,
         reading=reading(stress),
+        unit=", in points" if stress.judge.measure == "accuracy" else "",
         measured=measured(stress),
         advice=advice(stress),
         plots=figures,

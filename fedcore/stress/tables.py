@@ -8,7 +8,15 @@ from fedcore.stress.plan import CLEAN
 from fedcore.stress.results import CellResult, Judge, Stress, Worst
 from fedcore.views.text import value_text
 
-__all__ = ["HeatCell", "HeatRow", "cost_table", "heat_rows", "table", "worst_text"]
+__all__ = [
+    "HeatCell",
+    "HeatRow",
+    "cost_table",
+    "damage_table",
+    "heat_rows",
+    "table",
+    "worst_text",
+]
 
 RUINED = "ruined"
 GOOD, POOR = 0.02, 0.30  # of an accuracy: lost to an attack, from green to red
@@ -76,6 +84,25 @@ def cost_table(stress: Stress, fraction: float) -> list[list[str]]:
                 value_text(measure, tenth),
             ]
         )
+    return rows
+
+
+def damage_table(stress: Stress, fraction: float) -> list[list[str]]:
+    """How much worse each attack is than malicious clients that stay away."""
+    attacks = stress.attacks()
+    rows = [["lost to the attack", *attacks]]
+    for rule in stress.rules():
+        row = [rule]
+        for attack in attacks:
+            damage = stress.damage(fraction, rule, attack)
+            cell = stress.cell(fraction, rule, attack)
+            if cell is not None and cell.is_ruined:
+                row.append(RUINED)
+            elif damage is None:
+                row.append("-")
+            else:
+                row.append(points_text(stress.judge.measure, damage))
+        rows.append(row)
     return rows
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ from fedcore.stress.tables import (
 )
 from fedcore.stress.treatment import treatment_of
 from fedcore.stress.words import measured
+from tests.helpers import PATIENCE
 from tests.pages import Page, titles
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -457,6 +461,43 @@ def test_a_run_that_an_attack_ended_is_a_result_and_is_not_run_again(
     again = examine(prepared, folder, Watching())
     note.unlink()
     assert again.worst(0.2, "trimmed_mean") == ("sign_flip:10", None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * PATIENCE)
+def test_kill_9_in_the_middle_of_a_test_costs_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedcore", *COMMAND, "--seeds", "2", "--json"]
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*command, "--out", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def tables_of(process: subprocess.Popen[str]) -> Any:
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, err
+        tables = json.loads(out)["tables"]
+        for rule in tables[0]["rules"].values():
+            for cell in rule["cells"].values():
+                del cell["runs"]
+        return tables
+
+    whole = tables_of(start(tmp_path / "whole"))
+    folder = tmp_path / "killed"
+    for runs in (2, 5):
+        process = start(folder)
+        end = time.monotonic() + PATIENCE
+        while len(list(folder.glob("*/metrics.jsonl"))) < runs:
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+        process.communicate(timeout=PATIENCE)
+        assert not (folder / "stress.json").exists()
+    assert tables_of(start(folder)) == whole
 
 
 def test_malicious_clients_are_a_share_rounded_down() -> None:

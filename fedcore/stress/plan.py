@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
@@ -93,7 +93,7 @@ class Attack(NamedTuple):
     """An attack, and its strength or direction where it is not the default."""
 
     attack: str
-    scale: float | None = None
+    scale: float | Literal["auto"] | None = None
     direction: str | None = None
 
     @property
@@ -103,11 +103,11 @@ class Attack(NamedTuple):
         >>> Attack("sign_flip", 10.0).name, Attack("minmax", None, "unit").name
         ('sign_flip:10', 'minmax:unit')
         """
-        if self.scale is not None:
-            return f"{self.attack}:{self.scale:g}"
-        return (
-            self.attack if self.direction is None else f"{self.attack}:{self.direction}"
-        )
+        strength = self.direction if self.scale is None else self.scale
+        if strength is None:
+            return self.attack
+        text = f"{strength:g}" if isinstance(strength, float) else strength
+        return f"{self.attack}:{text}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -184,6 +184,8 @@ def parse_attack(text: str) -> Attack:
     if name in DIRECTED:
         _refuse_unknown("--attacks", text, value, DIRECTIONS)
         return Attack(name, direction=value)
+    if value == "auto":
+        return Attack(name, "auto")
     try:
         return Attack(name, float(value))
     except ValueError as error:

@@ -74,13 +74,18 @@ def badge(stress: Stress) -> tuple[str, str]:
     found = _best_of_all(stress)
     if found is None:
         return "not done yet", "soft"
-    rule, worst = found
-    text = f"best worst case: {rule}, {worst_text(stress.judge, worst)}"
+    worst = found[1]
+    value = "ruined" if worst.value is None else _value(stress, worst.value)
+    text = f"best worst case: {value}"
     lost = _lost(stress, worst)
     if lost is None:
         return text, "bad"
     tone = "good" if lost <= 0.05 else "warn" if lost <= 0.15 else "bad"
     return text, tone
+
+
+def _value(stress: Stress, value: float) -> str:
+    return value_text(stress.judge.measure, value)
 
 
 def _best_of_all(stress: Stress) -> tuple[str, Worst] | None:
@@ -140,7 +145,7 @@ def facts(stress: Stress) -> list[Fact]:
     if not ranked:
         return []
     rule, worst = ranked[0]
-    value = "ruined" if worst.value is None else value_text(judge.measure, worst.value)
+    value = "ruined" if worst.value is None else _value(stress, worst.value)
     clean = text_of(judge, stress.cell(fraction, rule, CLEAN))
     boxes = [
         Fact("Best worst case", value, f"{rule}, under {worst.attack}"),
@@ -148,9 +153,7 @@ def facts(stress: Stress) -> list[Fact]:
     ]
     plain = stress.worst(fraction, "mean")
     if plain is not None:
-        text = "ruined"
-        if plain.value is not None:
-            text = value_text(judge.measure, plain.value)
+        text = "ruined" if plain.value is None else _value(stress, plain.value)
         boxes.append(Fact("Plain mean, worst case", text, f"under {plain.attack}"))
     success = stress.backdoor(fraction, rule)
     if success is not None:

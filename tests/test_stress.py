@@ -16,18 +16,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedcore import Experiment, SettingsError
-from fedcore.rng import rng
+from fedcore.messages.aggregation.settings import AggregationSettings
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Quiet
 from fedcore.stress import report
-from fedcore.stress.examine import examine, jobs_of, malicious_clients, prepare
-from fedcore.stress.odds import too_many
+from fedcore.stress.examine import (
+    default_plan,
+    examine,
+    jobs_of,
+    malicious_clients,
+    prepare,
+)
+from fedcore.stress.odds import odds_line
 from fedcore.stress.plan import (
     ABSENT,
     CLEAN,
     Plan,
     cells_of,
-    default_attacks,
     default_rules,
     parse_attack,
     parse_rule,
@@ -133,9 +138,22 @@ def test_defaults_follow_the_settings_and_the_data() -> None:
     assert names[0] == "sign"
     assert names[-1] == "fltrust"
     assert len(set(names)) == len(names)
-    kinds = {attack.attack for attack in default_attacks(False, True)}
+
+
+def test_what_the_data_and_the_method_do_not_allow_is_left_out_with_a_note() -> None:
+    numbers = tiny(task="least-squares")
+    left, notes = default_plan(numbers, Plan((), ()), numbers.build_task())
+    kinds = {attack.attack for attack in left.attacks}
+    assert "mimic" in kinds
     assert not kinds & {"label_flip", "backdoor"}
-    assert default_attacks(True, True)[-1].attack == "backdoor"
+    assert any("label_flip" in note for note in notes)
+    remembers = Experiment.parse({"method": "mifa"}, TINY)
+    left, notes = default_plan(remembers, Plan((), ()), remembers.build_task())
+    assert [rule.name for rule in left.rules] == ["mean"]
+    assert any("cannot take the place of the mean of mifa" in note for note in notes)
+    # What the user names is refused, not left out.
+    with pytest.raises(SettingsError, match=r"median against clean.*mifa"):
+        prepare(remembers, "mifa", plan("median"), remembers.build_task())
 
 
 @pytest.mark.parametrize(
@@ -149,7 +167,7 @@ def test_defaults_follow_the_settings_and_the_data() -> None:
         (["--attacks", "minmax:2"], "known: unit, sign, std"),
         (["--attacks", "absent"], "always there"),
         (["--fraction", "20"], "shares between 0 and 1"),
-        (["--fraction", "0.05"], "of 10 clients that is nobody"),
+        (["--fraction", "0.05"], "of 10 clients that rounds down to nobody"),
         (["--fraction", "0.6", "--rules", "krum"], "krum against clean"),
         (["--fail-below", "0.8"], "expected percent"),
         (["--set", "adversary.attack=zero", "--set", "adversary.clients=[1]"], "--att"),
@@ -167,13 +185,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 
 
 def test_odds_of_more_malicious_clients_than_a_rule_is_told_of() -> None:
-    # By drawing: 100 clients of which 20 are malicious, 20 a round.
-    draw = rng(0, "odds")
-    found = [int((draw.permutation(100)[:20] < 20).sum() > 6) for _ in range(4000)]
-    assert too_many(100, 20, 20, 6) == pytest.approx(np.mean(found), abs=0.015)
-    assert too_many(100, 20, 20, 6) == pytest.approx(0.064, abs=5e-4)
-    assert too_many(1000, 100, 100, 15) == pytest.approx(0.032, abs=5e-4)
-    assert too_many(20, 4, 20, 4) == 0
+    few = AggregationSettings(rule="trimmed_mean", byzantine=2)
+    line = odds_line(few, population=100, asked=20, share=0.1)
+    assert "32 % of the rounds of 20 have more than f = 2" in line
+    assert line.endswith("--set aggregation.byzantine=5")
+    enough = AggregationSettings(rule="trimmed_mean", byzantine=5)
+    assert "0.39 %" in odds_line(enough, population=100, asked=20, share=0.1)
+    assert odds_line(few, population=20, asked=20, share=0.1) == ""
+    assert odds_line(AggregationSettings(), 100, 20, 0.1) == ""
+    assert "ask more clients" in odds_line(few, population=100, asked=6, share=0.4)
 
 
 # Numbers

@@ -186,21 +186,17 @@ def _prepared(
 ) -> Prepared:
     """Every cell, and what is known before the first of them is run."""
     with importing():
-        from fedcore.stress import plan as planning
-        from fedcore.stress.examine import has_classes, is_image, prepare
+        from fedcore.stress.examine import default_plan, prepare
+        from fedcore.stress.plan import Plan, parse_attack, parse_rule
 
-    named_rules = tuple(map(planning.parse_rule, rules))
-    named_attacks = tuple(map(planning.parse_attack, attacks))
+    named_rules = tuple(map(parse_rule, rules))
+    named_attacks = tuple(map(parse_attack, attacks))
     task = experiment.build_task()
     task.check()
-    if not named_rules:
-        named_rules = planning.default_rules(experiment)
-    if not named_attacks:
-        named_attacks = planning.default_attacks(
-            has_classes(task), is_image(task.data.x)
-        )
-    plan = planning.Plan(named_rules, named_attacks, fractions, seeds)
-    return prepare(experiment, preset, plan, task)
+    given = Plan(named_rules, named_attacks, fractions, seeds)
+    plan, notes = default_plan(experiment, given, task)
+    prepared = prepare(experiment, preset, plan, task)
+    return prepared._replace(notes=[*notes, *prepared.notes])
 
 
 def _examined(prepared: Prepared, out: Path | None) -> Stress:

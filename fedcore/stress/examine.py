@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
-
 from fedcore.config import Experiment
+from fedcore.engines.base import Work
 from fedcore.errors import RunError, SettingsError
-from fedcore.rng import rng
+from fedcore.messages.adversary.adversary import Adversary
+from fedcore.messages.adversary.settings import AdversarySettings
+from fedcore.rounds import hostile
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Interrupted, Observer
+from fedcore.rounds.refusals import participation_process
 from fedcore.rounds.rundir import stored
 from fedcore.storage.checkpoint import write_atomically
-from fedcore.stress.odds import odds_text, too_many
-from fedcore.stress.plan import CLEAN, Cell, Plan, cells_of
+from fedcore.stress.odds import odds_line
+from fedcore.stress.plan import (
+    CLEAN,
+    Cell,
+    Plan,
+    Rule,
+    cells_of,
+    default_attacks,
+    default_rules,
+)
 from fedcore.stress.results import CellResult, Judge, SeedRun, Stress
 from fedcore.stress.treatment import treatment_of
 from fedcore.task import Task
@@ -45,7 +56,7 @@ class Prepared(NamedTuple):
     cells: list[Cell]
     judge: Judge
     population: int
-    odds: list[str]
+    notes: list[str]
 
 
 class Job(NamedTuple):
@@ -62,23 +73,73 @@ def prepare(experiment: Experiment, preset: str, plan: Plan, task: Task) -> Prep
     `task` is that of the experiment. Raises SettingsError for cells that cannot be,
     before anything is written.
     """
-    population = task.population
-    for fraction in plan.fractions:
-        if int(fraction * population) == 0:
-            raise SettingsError(
-                f"--fraction {fraction:g}: of {population} clients that is nobody; "
-                f"give at least {1 / population:g}"
-            )
     cells = cells_of(experiment, plan)
-    return Prepared(
-        experiment,
-        preset,
-        plan,
-        cells,
-        judge_of(experiment, task),
-        population,
-        _odds(plan, cells, population),
+    notes: dict[str, None] = {}
+    for cell in cells:
+        try:
+            line = _refuse(cell, task)
+        except SettingsError as error:
+            name = f"{cell.rule} against {cell.column}"
+            raise SettingsError(f"{name}: {error}") from error
+        if line:
+            notes[line] = None
+    judge = judge_of(experiment, task)
+    return Prepared(experiment, preset, plan, cells, judge, task.population, [*notes])
+
+
+def default_plan(
+    experiment: Experiment, plan: Plan, task: Task
+) -> tuple[Plan, list[str]]:
+    """The plan with the usual rules and attacks where it names none, and notes.
+
+    Those that these settings or data do not allow are left out, with a note. Raises
+    SettingsError where nothing is left.
+    """
+    mean = (Rule("none", "mean"),)
+    kept_rules, kept_attacks = list(plan.rules), list(plan.attacks)
+    notes = []
+    refused: SettingsError | None = None
+    for rule in () if plan.rules else default_rules(experiment):
+        try:
+            prepare(experiment, "", replace(plan, rules=(rule,), attacks=()), task)
+            kept_rules.append(rule)
+        except SettingsError as error:
+            refused = refused or error
+            notes.append(f"left out: {error}")
+    for attack in () if plan.attacks else default_attacks():
+        try:
+            prepare(experiment, "", replace(plan, rules=mean, attacks=(attack,)), task)
+            kept_attacks.append(attack)
+        except SettingsError as error:
+            refused = refused or error
+            notes.append(f"left out: {error}")
+    if refused is not None and not (kept_rules and kept_attacks):
+        raise refused
+    plan = replace(plan, rules=tuple(kept_rules), attacks=tuple(kept_attacks))
+    return plan, notes
+
+
+def _refuse(cell: Cell, task: Task) -> str:
+    """The odds of too many malicious clients in a round, in words; "" for none.
+
+    Raises SettingsError for settings that the run would refuse.
+    """
+    experiment = cell.experiment
+    method = experiment.build_method()
+    process = participation_process(experiment, task)
+    work = Work(
+        task,
+        method,
+        experiment.local,
+        experiment.seed,
+        experiment.links,
+        experiment.defence,
+        experiment.adversary,
     )
+    work.adversary.refuse(method, experiment.method.name)
+    hostile.refuse(experiment, work, process, lambda note: None)
+    population, asked = task.population, process.largest
+    return odds_line(experiment.aggregation, population, asked, cell.fraction)
 
 
 def judge_of(experiment: Experiment, task: Task) -> Judge:
@@ -90,40 +151,10 @@ def judge_of(experiment: Experiment, task: Task) -> Judge:
     return Judge(measure, is_higher_better, f"test_{measure}")
 
 
-def _odds(plan: Plan, cells: list[Cell], population: int) -> list[str]:
-    """Warnings of cohorts with more malicious clients than a rule is told of."""
-    lines: dict[str, None] = {}
-    for fraction in plan.fractions:
-        malicious = int(fraction * population)
-        for cell in cells:
-            asked = _asked(cell.experiment, population)
-            if cell.fraction != fraction or asked is None:
-                continue
-            settings = cell.experiment.aggregation
-            if settings.byzantine is None and settings.fraction is None:
-                continue
-            f = settings.f(asked)
-            if too_many(population, malicious, asked, f) > 0.001:
-                lines[odds_text(population, malicious, asked, f)] = None
-    return list(lines)
-
-
-def _asked(experiment: Experiment, population: int) -> int | None:
-    """The clients that a round asks; None where their number is drawn."""
-    settings = experiment.participation
-    if settings.name != "uniform":
-        return None
-    cohort = getattr(settings, "cohort", None)
-    fraction = getattr(settings, "fraction", None)
-    if cohort is None:
-        cohort = population if fraction is None else int(fraction * population)
-    return max(int(cohort), 1)
-
-
 def malicious_clients(population: int, fraction: float, seed: int) -> frozenset[int]:
     """The ids that an adversary with this share of the population draws."""
-    drawn = rng(seed, "adversary").permutation(population)
-    return frozenset(drawn[: int(fraction * population)].tolist())
+    settings = AdversarySettings(attack="absent", fraction=fraction)
+    return Adversary(settings, population, seed).clients
 
 
 def jobs_of(prepared: Prepared, folder: Path) -> list[Job]:
@@ -148,7 +179,7 @@ def examine(prepared: Prepared, folder: Path, watcher: Watcher) -> Stress:
     jobs = jobs_of(prepared, folder)
     rounds = sum(_rounds_to_do(job) for job in jobs)
     watcher.planned(len(prepared.cells), len(jobs), rounds, folder)
-    for line in prepared.odds:
+    for line in prepared.notes:
         watcher.note(line)
     done: dict[Path, SeedRun] = {}
     is_interrupted = False
@@ -229,16 +260,6 @@ def _gathered(
         folder,
         prepared.judge,
         cells,
-        prepared.odds,
+        prepared.notes,
         is_interrupted,
     )
-
-
-def is_image(x: Tensor | object) -> bool:
-    """Whether inputs are images, [n, channels, height, width]."""
-    return isinstance(x, Tensor) and x.ndim == 4
-
-
-def has_classes(task: Task) -> bool:
-    """Whether targets are classes."""
-    return task.data.num_classes() is not None

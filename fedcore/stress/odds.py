@@ -1,42 +1,38 @@
-"""The probability that a cohort holds more malicious clients than a rule is told of."""
+"""Rounds with more malicious clients than a rule is told of, and what to do then."""
 
 from __future__ import annotations
 
-from math import comb
+import math
 
-__all__ = ["odds_text", "too_many"]
+from fedcore.messages.aggregation.checks import odds, odds_text
+from fedcore.messages.aggregation.settings import AggregationSettings
 
-FEW = 0.01  # probability that counts as small
+__all__ = ["odds_line"]
+
+RARE = 0.001  # probability up to which nothing is said
+SMALL = 0.01  # probability that counts as small
 
 
-def too_many(population: int, malicious: int, asked: int, f: int) -> float:
-    """P(more than f of `asked` clients are malicious), drawn without replacement.
+def odds_line(
+    settings: AggregationSettings, population: int, asked: int, share: float
+) -> str:
+    """How often a round has more than f malicious clients, and the f for which not.
 
-    >>> [round(too_many(100, 10, 20, f), 3) for f in (2, 3, 4)]
-    [0.319, 0.11, 0.025]
+    "" where that is rare, or the rule is not told f.
+
+    >>> settings = AggregationSettings(rule="trimmed_mean", fraction=0.1)
+    >>> line = odds_line(settings, population=100, asked=20, share=0.1)
+    >>> line.partition("; ")[2]
+    'f = 5 holds in 99 % of them: --set aggregation.byzantine=5'
     """
-    whole = comb(population, asked)
-    least = max(0, asked - (population - malicious))
-    within = 0
-    for bad in range(least, min(f, malicious, asked) + 1):
-        within += comb(malicious, bad) * comb(population - malicious, asked - bad)
-    return 1 - within / whole
-
-
-def odds_text(population: int, malicious: int, asked: int, f: int) -> str:
-    """The probability in words, and the f with which it is small.
-
-    >>> odds_text(100, 10, 20, 2).partition("; ")[2]
-    'with f = 5 that is 0.0039: --set aggregation.byzantine=5'
-    """
-    here = too_many(population, malicious, asked, f)
-    text = (
-        f"with {malicious} of {population} clients malicious, a round of {asked} holds "
-        f"more than f = {f} of them with probability {here:.2g}"
-    )
+    if settings.byzantine is None and settings.fraction is None:
+        return ""
+    malicious, f = math.floor(round(share * population, 9)), settings.f(asked)
+    if asked >= population or odds(population, malicious, asked, f) <= RARE:
+        return ""
+    text = odds_text(settings, population, asked, share)
     for larger in range(f + 1, (asked + 1) // 2):
-        odds = too_many(population, malicious, asked, larger)
-        if odds <= FEW:
-            text += f"; with f = {larger} that is {odds:.2g}"
-            return f"{text}: --set aggregation.byzantine={larger}"
-    return f"{text}; no f below half of the cohort makes that small: ask more clients"
+        if odds(population, malicious, asked, larger) <= SMALL:
+            advice = f"--set aggregation.byzantine={larger}"
+            return f"{text}; f = {larger} holds in 99 % of them: {advice}"
+    return f"{text}; no f below half of them holds: ask more clients"

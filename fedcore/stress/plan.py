@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -215,15 +215,9 @@ def default_rules(experiment: Experiment) -> tuple[Rule, ...]:
     return tuple(map(parse_rule, names))
 
 
-def default_attacks(has_classes: bool, has_images: bool) -> tuple[Attack, ...]:
-    """The attacks to try where none are named, those that the data allow."""
-    attacks = []
-    for attack in map(parse_attack, DEFAULT_ATTACKS):
-        needs_classes = attack.attack in ("label_flip", BACKDOOR)
-        needs_images = attack.attack == BACKDOOR
-        if (has_classes or not needs_classes) and (has_images or not needs_images):
-            attacks.append(attack)
-    return tuple(attacks)
+def default_attacks() -> tuple[Attack, ...]:
+    """The attacks to try where none are named."""
+    return tuple(map(parse_attack, DEFAULT_ATTACKS))
 
 
 def cells_of(experiment: Experiment, plan: Plan) -> list[Cell]:
@@ -277,12 +271,3 @@ def _cell(
         raise SettingsError(f"{rule.name} against {column}: {error}") from error
     label = "-".join(parts)
     return Cell(rule.name, fraction, column, label, settings, changed)
-
-
-def distinct(items: Iterable[Any]) -> tuple[Any, ...]:
-    """Each item once, in the order in which they come.
-
-    >>> distinct([0.1, 0.2, 0.1])
-    (0.1, 0.2)
-    """
-    return tuple(dict.fromkeys(items))

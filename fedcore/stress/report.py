@@ -70,7 +70,7 @@ def show(stress: Stress, file: Path) -> None:
         print()
     for line in measured(stress):
         print(escaped(line))
-    for line in stress.odds:
+    for line in stress.notes:
         print(escaped(f"Note: {line}."))
     print(escaped(f"Report: {file}"))
 
@@ -130,7 +130,7 @@ def _notes(stress: Stress) -> list[str]:
             "This test was interrupted: what is missing is filled in by the same "
             "command with --out."
         )
-    for line in stress.odds:
+    for line in stress.notes:
         notes.append(f"{line[0].upper()}{line[1:]}.")
     ruined: dict[str, None] = {}
     for result in stress.cells.values():

@@ -159,7 +159,7 @@ class Stress:
     folder: Path
     judge: Judge
     cells: dict[tuple[float, str, str], CellResult]  # by fraction, rule and column
-    odds: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     is_interrupted: bool = False
 
     def cell(self, fraction: float, rule: str, column: str) -> CellResult | None:
@@ -255,7 +255,7 @@ class Stress:
             "rounds": self.experiment.rounds,
             "seeds": self.plan.seeds,
             "interrupted": self.is_interrupted,
-            "odds": self.odds,
+            "notes": self.notes,
             "tables": tables,
         }
         ready: dict[str, Any] = without_nan(content)

@@ -110,7 +110,8 @@ class StressTerminal:
 
     def note(self, message: str) -> None:
         """Pass on what concerns the test, or a run without an attack, once."""
-        if self._is_clean and message not in self._noted:
+        is_said = any(noted.startswith(message) for noted in self._noted)
+        if self._is_clean and not is_said:
             self._noted.add(message)
             self._print(f"note: {message}")
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from fedcore.escapes import printable
 
-__all__ = ["THEME", "Fact", "render"]
+__all__ = ["THEME", "Fact", "render", "render_source"]
 
 # Name: (light, dark). Plots are drawn in the light colours; in a page each becomes its
 # CSS variable, and follows the reader's mode.
@@ -425,7 +425,12 @@ _pages = Environment(
 
 def render(page: str, **values: Any) -> str:
     """The page "report", "compare" or "audit", with everything it needs inside."""
-    template = _pages.get_template(page)
+    return render_source(TEMPLATES[page], **values)
+
+
+def render_source(source: str, **values: Any) -> str:
+    """A page whose template is kept elsewhere; it extends "base"."""
+    template = _pages.from_string(source)
     text = template.render(style=Markup(STYLE), light=LIGHT, dark=DARK, **values)
     # Names and reasons of others are in it, and a browser turns text as they ask.
     return printable(text)

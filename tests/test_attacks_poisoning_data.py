@@ -142,6 +142,22 @@ def test_a_share_of_each_batch_is_stamped_and_relabelled() -> None:
     assert bool(after.x.isfinite().all())
 
 
+def test_the_stamped_examples_are_drawn_for_each_client_round_and_batch() -> None:
+    equal_sizes = {"local": {"batch_size": 16, "steps": 4}}
+    honest, work = (
+        work_of(digits(**equal_sizes)),
+        work_of(digits(**equal_sizes, **BACKDOOR)),
+    )
+    hostile, drawn = sorted(work.adversary.clients), []
+    for t in (0, 1):
+        before, after = batches(honest, hostile, t), batches(work, hostile, t)
+        changed = (after.x != before.x).flatten(3).any(3)  # [n, K, B]
+        drawn += [places.tobytes() for places in changed.flatten(0, 1).numpy()]
+    assert len(set(drawn)) == len(drawn) == 2 * 4 * len(hostile)
+    assert all(sum(places) == 8 for places in drawn)
+    assert bytes([1] * 8 + [0] * 8) not in drawn, "not the first ones"
+
+
 def poisoned_rows(of: Any, row: int) -> list[tuple[bytes, int]]:
     """The real examples of a client, in their order."""
     rows = []
@@ -217,11 +233,11 @@ def test_a_backdoor_is_learned_and_reported_in_every_evaluation(tmp_path: Path) 
     rows = [row for row in attacked.history if "test_accuracy" in row]
     assert len(rows) == 3
     assert all(0 <= row["backdoor_success"] <= 1 for row in rows)
-    assert rows[-1]["backdoor_success"] > 0.7
+    assert rows[-1]["backdoor_success"] > 0.5, "0.7 with each of three seeds"
     assert rows[-1]["test_accuracy"] > 0.7
     late = digits(**settings, **BACKDOOR, adversary__start=7)
     clean = run(late, tmp_path / "b")
-    assert clean.history[-1]["backdoor_success"] < 0.2
+    assert clean.history[-1]["backdoor_success"] < 0.1
     plain = run(digits(rounds=1), tmp_path / "c")
     assert "backdoor_success" not in plain.history[-1]
 

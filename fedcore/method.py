@@ -67,6 +67,9 @@ The round's shuffled minibatches, every training example once, the held-out exam
 a `Tuning`: minibatches to fine-tune on, and the held-out examples.
 """
 
+Setting = Literal["rule"]
+"""Settings of a run that a method may have a reason to refuse."""
+
 RENAMED: dict[str, dict[str, str | float]] = {
     "fedavgm": {"optimizer": "momentum", "server_lr": 1.0, "beta1": 0.9},
     "fedadagrad": {"optimizer": "adagrad", "server_lr": 0.1, "beta1": 0.0},
@@ -283,6 +286,18 @@ class Method(Generic[S]):
         """
         if hasattr(down, "params") and hasattr(up, "delta"):
             return down.params, up.delta
+        return None
+
+    def refuses(self, setting: Setting) -> str | None:
+        """Why a run of this method cannot have a setting; None where it can.
+
+        "rule": a robust rule in the place of the mean.
+        """
+        if self.needs_updates:
+            return (
+                "its step is a sum of messages that it remembers, so that a poisoned "
+                "one acts in every later round"
+            )
         return None
 
     def needs_rates(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -40,6 +40,22 @@ class Reports(NamedTuple):
             if isinstance(value, Tensor) and value.ndim == 1:
                 scalars[name] = value
         return scalars | dict(fields.get("metrics", {}))
+
+
+def joined(reports: Sequence[Reports]) -> Reports:
+    """Several reports as one, in ascending order of clients; failures are left out."""
+    clients = torch.cat([report.clients for report in reports])
+    order = clients.argsort()
+    up = trees.map(lambda *xs: torch.cat(xs), *[report.up for report in reports])
+    num_examples = torch.cat([report.num_examples for report in reports])
+    rows = order.to(num_examples.device)
+    return Reports(clients[order], trees.at(up, rows), num_examples[rows])
+
+
+def failures(report: Reports) -> Reports:
+    """Only the clients of a report that brought nothing."""
+    nobody = torch.empty(0, dtype=torch.int64)
+    return Reports(nobody, {}, torch.empty(0), report.failed)
 
 
 Weight = Callable[[Tensor, Tensor], Tensor]

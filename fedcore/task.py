@@ -133,6 +133,12 @@ class Task:
         task.penalty = penalty
         return task
 
+    def with_data(self, data: FederatedData) -> Task:
+        """The same task on other data, on the same device."""
+        task = copy.copy(self)
+        task.data = data
+        return task
+
     def check(self) -> None:
         """Try model, loss and metrics on a few examples, and look at all labels.
 

@@ -30,7 +30,7 @@ from fedcore import trees
 from fedcore.errors import SettingsError
 from fedcore.local import local_sgd
 from fedcore.messages.defence import clip
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import Method, MethodSettings, Round, Setting, on_client
 from fedcore.privacy import Mechanism, central
 from fedcore.reports import equally
 from fedcore.rng import rng
@@ -93,6 +93,12 @@ class DPFedAvg(Method[Settings]):
 
         step = self.s.server_lr / self._expected_clients(r)
         return Model(trees.axpy(step, trees.map(noisy, total), server.params))
+
+    def refuses(self, setting: Setting) -> str | None:
+        return (
+            "its accountant assumes a sum of clipped messages; set aggregation.clip to "
+            "method.clip, so that the server clips too"
+        )
 
     def _expected_clients(self, r: Round) -> float:
         """q N, without those that drop out; a trace has no rate, and no noise."""

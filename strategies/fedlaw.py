@@ -45,7 +45,7 @@ from fedcore import trees
 from fedcore.data.federated import Examples
 from fedcore.errors import SettingsError, TooFewReports
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import Method, MethodSettings, Round, Setting, on_client
 from fedcore.reports import Reports, RunningSum, by_examples
 from fedcore.rng import rng
 from fedcore.storage import memory
@@ -228,6 +228,12 @@ class FedLAW(Method[Settings]):
             cohort * trees.nbytes(learned),
             task.device,
             f"FedLAW holds the models of a cohort, {cohort:,} x {size:,} parameters",
+        )
+
+    def refuses(self, setting: Setting) -> str | None:
+        return (
+            "it learns the weights of single updates from proxy data, which is a weak "
+            "fltrust itself; aggregation.clip bounds what one update can do"
         )
 
     def _learns(self) -> bool:

@@ -44,7 +44,7 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.errors import TooFewReports
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import Method, MethodSettings, Round, Setting, on_client
 from fedcore.proximal import Quadratic, hessian_memory, quadratic, unknown
 from fedcore.reports import equally
 from fedcore.storage import memory
@@ -119,6 +119,12 @@ class RERCE(Method[Settings]):
         return (
             "RERCE-Fed with one client a round may diverge: its s_n swings from one "
             "client to the next"
+        )
+
+    def refuses(self, setting: Setting) -> str | None:
+        return (
+            "its clients' models build on each other through what the server remembers "
+            "of all of them, so that one poisoned message acts in every later round"
         )
 
     def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:

@@ -28,12 +28,6 @@ from fedcore.types import ClientFunction, Tree
 
 PATIENCE = 900.0  # seconds, for any wait of a test: a busy machine is no failure
 
-PATIENCE = 900.0  # seconds, for any wait of a test: a busy machine is no failure
-
-PATIENCE = 900.0  # seconds, for any wait of a test: a busy machine is no failure
-
-PATIENCE = 900.0  # seconds, for any wait of a test: a busy machine is no failure
-
 STRATEGIES = sorted(
     p.stem for p in (Path(__file__).parent.parent / "strategies").glob("[!_]*.py")
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from fedcore.engines.base import Engine, Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout, read_finite
 from fedcore.errors import RunError
+from fedcore.messages.aggregation.aggregator import Aggregator
+from fedcore.messages.aggregation.bounds import Bounds
 from fedcore.method import Round, evaluates
 from fedcore.reports import (
     Mean,
@@ -20,8 +23,11 @@ from fedcore.reports import (
     RunningSum,
     Weight,
     by_examples,
+    failures,
+    joined,
     weight_of,
 )
+from fedcore.rounds.reference import Reference
 from fedcore.rounds.tally import Tally
 from fedcore.types import ClientFunction, Tree
 
@@ -30,6 +36,14 @@ if TYPE_CHECKING:
     from fedcore.rounds.client_table import ClientTable
     from fedcore.rounds.observer import Notes, Observer
     from fedcore.rounds.signals import StopRequest
+
+
+class Receiving(NamedTuple):
+    """What the server does to messages before they become one."""
+
+    bounds: Bounds
+    aggregator: Aggregator | None  # None: the mean
+    reference: Reference | None  # where the rule needs the server's own message
 
 
 @dataclass
@@ -43,6 +57,7 @@ class Desk:
     observer: Observer
     notes: Notes
     stop: StopRequest
+    receiving: Receiving
 
     def heard(self, t: int, failed: Mapping[int, str]) -> None:
         """Name the clients that were left out in round t, each reason once.
@@ -62,6 +77,9 @@ class OpenRound(Round):
     desk: Desk = field(kw_only=True)
     tally: Tally = field(kw_only=True)
     absent: frozenset[int] = field(kw_only=True)  # clients that drop out
+    # What a rule, and attacks, keep from round to round; replaced by this round.
+    aggregation: dict[str, Tensor] = field(kw_only=True)
+    adversary: dict[str, Tensor] = field(kw_only=True)
 
     def each(
         self, fn: ClientFunction, clients: Tensor, down: Tree
@@ -73,14 +91,9 @@ class OpenRound(Round):
                 "needs_updates = True in the class, or use Round.mean"
             )
         clients = self._ask(fn, clients, down)
-        if len(clients) == 0:
-            return
-        reports = self.desk.engine.each(fn, clients, down, self.t)
-        for usable, readout in read_finite(reports):
-            self._count(fn, down, readout)
-            if len(usable.clients):
-                self.desk.captures.add(self.t, fn, down, usable)
-                yield usable
+        for reports in self._received(fn, clients, down):
+            if len(reports.clients):
+                yield reports
 
     def mean(
         self,
@@ -89,30 +102,99 @@ class OpenRound(Round):
         down: Tree,
         weight: Weight | Tensor = by_examples,
     ) -> Mean:
-        total, weigh = RunningSum(), weight_of(weight, clients)
+        weigh, asked = weight_of(weight, clients), len(clients)
         clients = self._ask(fn, clients, down)
-        if len(clients) and self.desk.captures.wanted:
-            self._capture(fn, clients, down, weigh, total)
+        if self.desk.receiving.aggregator is not None and not evaluates(fn):
+            return self._by_rule(fn, clients, down, weigh, asked)
+        total = RunningSum()
+        if self._needs_updates(fn):
+            for reports in self._received(fn, clients, down):
+                total.add(reports, weigh(reports.clients, reports.num_examples))
         elif len(clients):
-            engine = self.desk.engine
-            for readout in engine.mean(fn, clients, down, self.t, weigh, total):
+            engine, capped = self.desk.engine, self._capped(weigh)
+            for readout in engine.mean(fn, clients, down, self.t, capped, total):
                 self._count(fn, down, readout)
         return total.mean(lambda: self.zero_message(fn, down))
 
-    def _capture(
-        self,
-        fn: ClientFunction,
-        clients: Tensor,
-        down: Tree,
-        weigh: Weight,
-        total: RunningSum,
-    ) -> None:
-        """The sum in a round that an audit looks at, which needs single updates."""
-        reports = self.desk.engine.each(fn, clients, down, self.t)
+    def _needs_updates(self, fn: ClientFunction) -> bool:
+        """Whether a mean has to look at single updates."""
+        desk = self.desk
+        is_attacked = desk.work.adversary.is_due(fn, self.t)
+        is_bounded = desk.receiving.bounds.clip is not None and not evaluates(fn)
+        return desk.captures.wanted or is_attacked or is_bounded
+
+    def _capped(self, weigh: Weight) -> Weight:
+        """The weights of clients that claim no more examples than the cap."""
+        bounds = self.desk.receiving.bounds
+        return lambda clients, claimed: weigh(clients, bounds.capped(claimed))
+
+    def _by_rule(
+        self, fn: ClientFunction, clients: Tensor, down: Tree, weigh: Weight, asked: int
+    ) -> Mean:
+        """What the rule makes of the updates, once all of them are in."""
+        aggregator, kept = self.desk.receiving.aggregator, self.aggregation
+        assert aggregator is not None
+        with closing(aggregator.gather(clients)) as gathered:
+            for reports in self._received(fn, clients, down):
+                weights = weigh(reports.clients, reports.num_examples)
+                gathered.add(reports, weights)
+            own, state = self._own_message(fn, down)
+            name = fn.__name__
+            verdict = aggregator.judge(gathered, name, self.t, asked, kept, own)
+        kept.update(state)
+        kept.update(verdict.kept)
+        for vector, aggregated in verdict.aggregated.items():
+            self.tally.aggregation[fn.__name__, vector] = aggregated
+        return verdict.mean
+
+    def _received(
+        self, fn: ClientFunction, clients: Tensor, down: Tree
+    ) -> Iterator[Reports]:
+        """Usable updates, within the server's bounds; everything is counted."""
+        if len(clients) == 0:
+            return
+        if self.desk.work.adversary.is_due(fn, self.t):
+            reports = self._attacked(fn, clients, down)
+        else:
+            reports = self.desk.engine.each(fn, clients, down, self.t)
         for usable, readout in read_finite(reports):
-            total.add(usable, weigh(usable.clients, usable.num_examples))
-            self.desk.captures.add(self.t, fn, down, usable)
+            bounded = self.desk.receiving.bounds.apply(usable)
+            self.tally.clipped.update(bounded.clipped)
+            self.desk.captures.add(self.t, fn, down, bounded.reports)
             self._count(fn, down, readout)
+            yield bounded.reports
+
+    def _attacked(
+        self, fn: ClientFunction, clients: Tensor, down: Tree
+    ) -> Iterator[Reports]:
+        """The reports with those of malicious clients replaced, once all are in."""
+        arrived: list[Reports] = []
+        for report in self.desk.engine.each(fn, clients, down, self.t):
+            if len(report.clients):
+                arrived.append(report)
+            yield failures(report)
+        if not arrived:
+            return
+        trial, work = None, self.desk.work
+        aggregator = self.desk.receiving.aggregator
+        if aggregator is not None:
+            own, _ = self._own_message(fn, down)
+            name, asked = fn.__name__, len(clients)
+            trial = aggregator.trial(name, self.t, asked, self.aggregation, own)
+        replaced, kept = work.adversary.replaced(
+            joined(arrived), fn, self.t, down, self.adversary, trial, links=work.links
+        )
+        self.adversary.update(kept)
+        yield replaced
+
+    def _own_message(
+        self, fn: ClientFunction, down: Tree
+    ) -> tuple[Tree, dict[str, Tensor]]:
+        """The server's own message, and what it keeps as a client, for a rule."""
+        reference = self.desk.receiving.reference
+        if reference is None:
+            return None, {}
+        return reference.message(fn, down, self.t, self.aggregation)
 
     def _ask(self, fn: ClientFunction, clients: Tensor, down: Tree) -> Tensor:
         """The clients that hear the message, entered as asked."""
@@ -139,6 +221,9 @@ class OpenRound(Round):
         if tally.hides_scalars:
             readout = readout._replace(metrics={})
         tally.add(fn, readout)
+        tally.capped.update(
+            desk.receiving.bounds.over(readout.clients, readout.num_examples)
+        )
         desk.observer.client_done(self.t, len(tally.reported), len(tally.asked))
         if len(readout.clients):
             desk.table.add(self.t + 1, fn.__name__, readout)

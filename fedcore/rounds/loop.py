@@ -133,6 +133,7 @@ class Loop:
             observer,
             self.notes,
             self._stop,
+            parts.receiving,
         )
         self._evaluation = Evaluation(experiment, self.task, self.method, self.desk)
 
@@ -208,7 +209,10 @@ class Loop:
             self.notes.once("captures", missing)
         tally.failed |= dict.fromkeys(r.absent, "dropout")
         sent = tally.messages(self.state.sent)
-        after = State(t + 1, server, participation, sent)
+        kept = (r.aggregation, r.adversary)
+        if problem is not None:
+            kept = (self.state.aggregation, self.state.adversary)
+        after = State(t + 1, server, participation, sent, *kept)
         now = time.perf_counter()
         row: dict[str, Any] = {"round": t + 1, **tally.row()}
         row["seconds"] = round(now - begin, 4)
@@ -243,6 +247,8 @@ class Loop:
             desk=self.desk,
             tally=Tally(set(members), hides_scalars),
             absent=members - present,
+            aggregation=dict(self.state.aggregation),
+            adversary=dict(self.state.adversary),
         )
 
     def _attempt(self, r: OpenRound) -> tuple[Any, str | None]:
@@ -334,7 +340,7 @@ def _first_state(parts: Parts) -> State:
     mechanism = parts.mechanism
     counts_messages = mechanism is not None and mechanism.view == "client_update"
     sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
-    return State(0, trees.to(server, device), parts.process.start(), sent)
+    return State(0, trees.to(server, device), parts.process.start(), sent, {}, {})
 
 
 def _spent(

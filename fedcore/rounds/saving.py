@@ -30,6 +30,10 @@ class State(NamedTuple):
     # Messages that each client has sent, int64 [population], where clients add noise;
     # else [0].
     sent: Tensor
+    # Of a robust rule, and of malicious clients that are simulated, by name; a round
+    # that is skipped leaves them as they were.
+    aggregation: dict[str, Tensor]
+    adversary: dict[str, Tensor]
 
 
 class Start(NamedTuple):
@@ -94,6 +98,9 @@ class Saving:
         yield "participation", trees.flatten(state.participation)
         if len(state.sent):
             yield "sent", {"": state.sent}
+        for name in ("aggregation", "adversary"):
+            if kept := getattr(state, name):
+                yield name, kept
         for name, store in self._stores.items():
             for number, block in store.save_blocks():
                 yield f"{name}-{number}", block
@@ -122,7 +129,13 @@ class Saving:
         for name, store in self._stores.items():
             if name in header:
                 store.load(header[name], partial(self._block, name))
-        return State(t, trees.to(server, device), participation, sent)
+        aggregation, adversary = self._kept("aggregation"), self._kept("adversary")
+        server = trees.to(server, device)
+        return State(t, server, participation, sent, aggregation, adversary)
+
+    def _kept(self, name: str) -> dict[str, Tensor]:
+        """What a rule or an attack keeps; empty before it keeps anything."""
+        return self._checkpoint.part(name) if self._checkpoint.has(name) else {}
 
     def _block(self, name: str, number: int) -> dict[str, Tensor]:
         return self._checkpoint.part(f"{name}-{number}")

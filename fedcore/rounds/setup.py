@@ -13,7 +13,8 @@ from torch import Tensor
 from fedcore import engines, privacy, trees
 from fedcore.engines.base import Engine, Work
 from fedcore.method import Method
-from fedcore.rounds import refusals
+from fedcore.rounds import hostile, refusals
+from fedcore.rounds.doors import Receiving
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.saving import Start
@@ -43,6 +44,7 @@ class Parts(NamedTuple):
     work: Work
     engine: Engine
     memory: StateStore  # rows that the server keeps of single clients
+    receiving: Receiving
 
 
 def prepare(
@@ -80,6 +82,7 @@ def prepare(
         experiment.adversary,
     )
     work.adversary.refuse(method, experiment.method.name)
+    hostile.refuse(experiment, work, process, note)
     if statistic_names(task.model):
         server = method.init_server(params, task.population)
         refuse_shared(task.model, server.params)
@@ -105,6 +108,7 @@ def prepare(
         work=work,
         engine=engine,
         memory=StateStore(memory_row, ram, spill, task.device),
+        receiving=hostile.receiving(experiment, work, partial(_spill, folder, "rows")),
     )
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from fedcore.engines.readout import Readout
 from fedcore.errors import RunError
+from fedcore.messages.aggregation.aggregator import Aggregated
 from fedcore.method import evaluates
 from fedcore.types import ClientFunction, Tree
+
+LISTED = 20
+"""Clients that a row of metrics.jsonl names for one reason, at most."""
+
+WEIGHTED = 100
+"""Clients whose weights a row has one by one, at most; clients.parquet has all."""
 
 
 class Exchange(NamedTuple):
@@ -31,13 +41,21 @@ class Tally:
     # Clients add noise, so that their scalars say nothing, and are not logged.
     hides_scalars: bool = False
     reported: set[int] = field(default_factory=set)
-    failed: dict[int, str] = field(default_factory=dict)  # client -> reason
+    failed: dict[int, str] = field(default_factory=dict)  # client -> kind of reason
+    failed_in: dict[int, str] = field(default_factory=dict)  # client -> function
+    reasons: dict[str, str] = field(default_factory=dict)  # kind -> the first in full
+    # Clients whose message was longer than the bound on its norm, and those whose
+    # number of examples was above the cap.
+    clipped: set[int] = field(default_factory=set)
+    capped: set[int] = field(default_factory=set)
+    # By client function and vector (a field of its message): what the rule made of it.
+    aggregation: dict[tuple[str, str], Aggregated] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
     is_skipped: bool = False
     is_broken: bool = False  # the server's state after the round was not finite
-    # By scalar: its sum, and the clients in it.
-    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    # By scalar: the values of clients with examples, one number a client.
+    values: dict[str, array[float]] = field(default_factory=dict)
     # The first exchange of the round that failed, or the first at all.
     exchange: Exchange | None = None
     # By client function: the clients that sent a message.
@@ -48,7 +66,9 @@ class Tally:
         clients = readout.clients.tolist()
         self.bytes_up += readout.nbytes
         for client, reason in readout.failed.items():
-            self.failed[client] = reason.split(":")[0]
+            kind = reason.split(":")[0]
+            self.failed[client], self.failed_in[client] = kind, fn.__name__
+            self.reasons.setdefault(kind, reason)
         if not readout.has_message:  # work without a message is no report
             return
         if not evaluates(fn):
@@ -57,14 +77,13 @@ class Tally:
             senders.update(clients, readout.failed)
         self.asked.update(clients)
         self.reported.update(clients)
-        # A client without examples has no loss, and counts in no mean of losses.
+        # A client without examples has no loss, and counts in no median of losses.
         has_examples = readout.num_examples > 0
         is_whole = bool(has_examples.all())
         for name, column in readout.metrics.items():
             values = column if is_whole else column[has_examples]
             if len(values):
-                total, n = self.sums.get(name, (0.0, 0))
-                self.sums[name] = total + float(values.sum()), n + len(values)
+                self.values.setdefault(name, array("d")).extend(values.tolist())
 
     def remember(self, fn: ClientFunction, down: Tree, readout: Readout) -> None:
         """Keep the first exchange that failed, for the advice to the user."""
@@ -109,6 +128,80 @@ class Tally:
             "dropped": dict(dropped),
             "skipped": self.is_skipped,
         }
-        for name, (total, n) in self.sums.items():
-            row[f"train_{name}"] = total / n
+        if self.failed:
+            row["left_out"] = self._left_out()
+        for name, clients in (("clipped", self.clipped), ("capped", self.capped)):
+            if clients:
+                row[name] = first_clients(clients)
+                row[f"num_{name}"] = len(clients)
+        for (function, vector), aggregated in self.aggregation.items():
+            row.setdefault("weights", {})[f"{function}.{vector}"] = listed(aggregated)
+        for name, values in self.values.items():
+            low, median, high = quantiles(values)
+            row[f"train_{name}"] = median
+            row[f"train_{name}_spread"] = {"p10": low, "p90": high}
         return row | {"bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
+
+    def _left_out(self) -> dict[str, list[int]]:
+        """The first clients that were left out, by reason; `dropped` counts them."""
+        clients: dict[str, list[int]] = {}
+        for client, kind in self.failed.items():
+            clients.setdefault(kind, []).append(client)
+        return {kind: first_clients(several) for kind, several in clients.items()}
+
+
+def first_clients(clients: Iterable[int]) -> list[int]:
+    """The clients with the lowest ids, as many as a row names.
+
+    >>> first_clients({9, 4})
+    [4, 9]
+    """
+    return sorted(clients)[:LISTED]
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lowest tenth's bound, the median, and the highest tenth's, of clients.
+
+    Each client counts the same, whatever number of examples it claims: so one that lies
+    moves them no further than to an honest client's value. The mean would be its own.
+
+    >>> low, median, high = quantiles([0.5, 0.6, 0.7, 0.8, 1e30])
+    >>> print(f"{low:.2f} {median:.2f}")
+    0.54 0.70
+    """
+    ordered = np.asarray(values, dtype=np.float64)
+    # Not a number is no small loss.
+    ordered = np.sort(np.where(np.isnan(ordered), np.inf, ordered))
+    low, median, high = (_quantile(ordered, share) for share in (0.1, 0.5, 0.9))
+    return low, median, high
+
+
+def _quantile(ordered: np.ndarray, share: float) -> float:
+    """Linear between the two values around it; NumPy's is NaN beside an infinity."""
+    place = share * (len(ordered) - 1)
+    number = int(place)
+    rest = place - number
+    value = float(ordered[number])
+    if rest == 0:
+        return value
+    return value + rest * (float(ordered[number + 1]) - value)
+
+
+def listed(aggregated: Aggregated) -> dict[str, Any]:
+    """Weights as a row of metrics.jsonl has them: one by one where they are few.
+
+    The ids that follow are of clients without any weight.
+    """
+    clients, weights, norm_ratios, distances = aggregated
+    unused = clients[weights == 0].tolist()
+    row: dict[str, Any] = {"unused": first_clients(unused), "num_unused": len(unused)}
+    if len(clients) <= WEIGHTED:
+        row["clients"] = clients.tolist()
+        columns = {
+            "weight": weights,
+            "norm_ratio": norm_ratios,
+            "distance": distances,
+        }
+        for name, column in columns.items():
+            row[name] = [float(f"{value:.4g}") for value in column.tolist()]
+    return row

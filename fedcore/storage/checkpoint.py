@@ -166,6 +166,10 @@ class Checkpoint:
         self._files = files
         return facts
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a part, after `read`."""
+        return name in self._files
+
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors of one part, after `read`.
 

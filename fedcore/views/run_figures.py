@@ -93,7 +93,7 @@ def _by_round(measure: str, test: Points, train: Points) -> Plot:
             color=SERIES[9],
             linewidth=1.1,
             marker="o" if len(train) == 1 else "",
-            label="training, mean over the cohort",
+            label="training, median over the cohort",
         )
     points = test + train
     last = max(number for number, _ in points)
@@ -104,7 +104,9 @@ def _by_round(measure: str, test: Points, train: Points) -> Plot:
         reached = value_text(measure, test[-1][1])
         sentences.append(f"On the test set, {reached} at the end.")
     if train:
-        sentences.append("Training: the cohort's own mean while it trains.")
+        sentences.append(
+            "Training: the median of the cohort's clients while they train."
+        )
     if train and test:
         figure.legend(loc="outside upper left", ncols=2)
     kind = "Test" if test else "Training"

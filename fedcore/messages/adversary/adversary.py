@@ -21,8 +21,8 @@ from fedcore.errors import SettingsError
 from fedcore.messages.adversary.poisoning import Poison
 from fedcore.messages.adversary.sending import Crowd, Rule, Scene, Sender
 from fedcore.messages.adversary.settings import AdversarySettings
-from fedcore.messages.adversary.vectors import layout, matrix, with_leaves, with_rows
 from fedcore.messages.links import Links
+from fedcore.messages.vectors import layout, matrix, with_leaves, with_rows
 from fedcore.method import Method, data_of, evaluates
 from fedcore.reports import Reports
 from fedcore.rng import rng

@@ -29,6 +29,13 @@ COUNTS_BYZANTINE = frozenset(
 )
 """The rules whose result depends on f."""
 
+DEVICE_EXAMPLES = 10_000
+"""The cap on what a device claims to hold, where the settings name none.
+
+A phone or a machine seldom holds more, and one that claims 10^18 weighs no more than
+this. It depends on nothing that a device says, as a multiple of the median would.
+"""
+
 
 class AggregationSettings(BaseModel):
     """How a round's messages become one: the mean, or a rule that survives liars.

@@ -1,4 +1,4 @@
-"""The vectors that a message is made of, as attacks and rules see it.
+"""The vectors that a message is made of, as attacks, bounds and rules see it.
 
 Each field that is a dict of floating-point tensors is one vector a client. A 0-d field
 (a loss, a counter), and a dict of metrics, are scalars.
@@ -22,17 +22,23 @@ class Layout(NamedTuple):
 
     vectors: list[list[int]]
     scalars: list[int]
+    names: list[str]  # of the vectors: their fields
+
+    def others(self, count: int) -> list[int]:
+        """The places of `count` leaves that are in no vector."""
+        inside = set(itertools.chain.from_iterable(self.vectors))
+        return [place for place in range(count) if place not in inside]
 
 
 def layout(message: Tree, axes: int = 1) -> Layout:
     """The vectors and scalars of a message whose tensors have `axes` client axes.
 
     >>> layout({"w": torch.zeros(3, 2), "b": torch.zeros(3)})
-    Layout(vectors=[[0, 1]], scalars=[])
+    Layout(vectors=[[0, 1]], scalars=[], names=[''])
     >>> layout(({"w": torch.zeros(3, 2)}, torch.zeros(3)))
-    Layout(vectors=[[0]], scalars=[1])
+    Layout(vectors=[[0]], scalars=[1], names=['0'])
     """
-    found = Layout([], [])
+    found = Layout([], [], [])
     _collect(message, "", axes, itertools.count(), found)
     return found
 
@@ -50,16 +56,19 @@ def _collect(
             found.scalars.extend(floating)
         elif floating:
             found.vectors.append(floating)
+            found.names.append(name)
     elif isinstance(tree, tuple | list):
-        names = getattr(tree, "_fields", itertools.repeat(""))
-        for field, branch in zip(names, tree, strict=False):
-            _collect(branch, field, axes, places, found)
+        names = getattr(tree, "_fields", map(str, range(len(tree))))
+        for field, branch in zip(names, tree, strict=True):
+            inner = f"{name}{trees.SEPARATOR}{field}" if name else field
+            _collect(branch, inner, axes, places, found)
     else:
         place = next(places)
         if tree.ndim == axes:
             found.scalars.append(place)
         elif tree.is_floating_point():
             found.vectors.append([place])
+            found.names.append(name)
 
 
 def matrix(leaves: list[Tensor]) -> Tensor:
@@ -84,3 +93,13 @@ def with_leaves(message: Tree, leaves: list[Tensor]) -> Tree:
     """A tree like `message` that has these leaves."""
     pieces = iter(leaves)
     return trees.map(lambda _: next(pieces), message)
+
+
+def norms(message: Tree) -> Tensor:
+    """The L2 norm of each client's message over all its vectors, float64 [n]."""
+    leaves = trees.leaves(message)
+    squares: list[Tensor] = []
+    for places in layout(message).vectors:
+        for place in places:
+            squares.append(leaves[place].double().square().flatten(1).sum(1))
+    return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(0)

@@ -1,0 +1,97 @@
+"""A run among hostile clients: what the server does about them, and what it cannot.
+
+Everything that could not work is refused here, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedcore.engines.base import Work
+from fedcore.errors import SettingsError
+from fedcore.messages.aggregation.aggregator import Aggregator
+from fedcore.messages.aggregation.bounds import Bounds
+from fedcore.messages.aggregation.checks import odds_text, refuse_impossible
+from fedcore.messages.aggregation.rule import Rule
+from fedcore.rounds.doors import Receiving
+from fedcore.rounds.participation import Process
+from fedcore.rounds.reference import Reference
+
+if TYPE_CHECKING:
+    from fedcore.config import Experiment
+
+
+def receiving(
+    experiment: Experiment,
+    work: Work,
+    make_folder: Callable[[], Path],
+) -> Receiving:
+    """What the server does to messages.
+
+    Rows of a large cohort lie in files of `make_folder()`.
+    """
+    settings = experiment.aggregation
+    aggregator, reference = None, None
+    if not settings.is_mean:
+        aggregator = Aggregator(settings, experiment.seed, make_folder)
+        if aggregator.needs_reference:
+            reference = Reference(work)
+    is_devices = experiment.engine.name == "grid"
+    bounds = Bounds(settings, is_devices)
+    return Receiving(bounds, aggregator, reference)
+
+
+def refuse(
+    experiment: Experiment,
+    work: Work,
+    process: Process,
+    note: Callable[[str], None],
+) -> None:
+    """Raises SettingsError where a rule or a bound cannot work; notes what it costs."""
+    method, task = work.method, work.task
+    settings, name = experiment.aggregation, experiment.method.name
+    if settings.clip is not None and not method.differences:
+        raise SettingsError(
+            "aggregation.clip bounds differences to the global model, but "
+            f"{name} sends other things (whole models, or gradients): leave it out, or "
+            "choose a method whose messages are differences, e.g. fedavg"
+        )
+    if settings.is_mean:
+        return
+    reason = method.refuses("rule")
+    if reason is not None:
+        raise SettingsError(
+            f'aggregation.rule = "{settings.rule}" cannot take the place of the mean '
+            f"of {name}: {reason}"
+        )
+    asked = process.largest
+    refuse_impossible(settings, asked, has_proxy=task.proxy is not None)
+    least = Rule(settings, experiment.seed).least(settings.f(asked))
+    goal = experiment.engine.report_goal
+    if experiment.engine.name == "grid" and goal is not None and goal < least:
+        raise SettingsError(
+            f"engine.report_goal = {goal}: a round ends with so many reports, and "
+            f'aggregation.rule = "{settings.rule}" needs {least}; those who attack '
+            "answer first: raise it"
+        )
+    if experiment.defence.noise_multiplier:
+        note(
+            f'aggregation.rule = "{settings.rule}" beside defence.noise_multiplier: '
+            "noise makes all messages equally far from each other, so that what the "
+            "rule leaves out is chance"
+        )
+    odds = _odds(experiment, work, asked)
+    if odds:
+        note(odds)
+
+
+def _odds(experiment: Experiment, work: Work, asked: int) -> str:
+    """How likely a round has more malicious clients than the rule bears."""
+    settings, population = experiment.aggregation, work.task.population
+    f = settings.f(asked)
+    if f == 0 or asked >= population:
+        return ""
+    malicious = len(work.adversary.clients) or round(f / asked * population)
+    return odds_text(settings, population, asked, malicious / population)

@@ -1,0 +1,280 @@
+"""Runs among hostile clients: bounds, rules in every engine and method, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fedcore.strategies.scaffold import Up
+
+from fedcore import trees
+from fedcore.config import Experiment
+from fedcore.errors import SettingsError
+from fedcore.messages.aggregation.aggregator import Gathered
+from fedcore.messages.aggregation.bounds import Bounds
+from fedcore.messages.aggregation.settings import AggregationSettings
+from fedcore.messages.vectors import norms
+from fedcore.reports import Reports
+from fedcore.rounds.loop import run
+from fedcore.types import Model
+from tests.helpers import (
+    STRATEGIES,
+    answers,
+    assert_close,
+    equal,
+    loop_of,
+    per_method,
+    small,
+)
+from tests.liars import enormous, flipped, run_among
+
+RULES: dict[str, dict[str, Any]] = {
+    "median": {"aggregation__rule": "median"},
+    "trimmed mean": {"aggregation__rule": "trimmed_mean", "aggregation__byzantine": 1},
+    "multi-Krum": {"aggregation__rule": "multi_krum", "aggregation__byzantine": 1},
+    "geometric median": {"aggregation__rule": "geometric_median"},
+    "centred clipping": {"aggregation__rule": "centred_clipping"},
+    "NNM": {
+        "aggregation__rule": "trimmed_mean",
+        "aggregation__before": "nnm",
+        "aggregation__byzantine": 1,
+    },
+    "buckets": {
+        "aggregation__rule": "geometric_median",
+        "aggregation__before": "bucketing",
+    },
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "vectorised": {"engine__name": "vectorised", "engine__chunk": 3},
+    "one at a time": {"engine__name": "vectorised", "engine__chunk": 1},
+}
+REFUSE_RULES = {
+    *("fedstale", "fedvarp", "mifa", "admm", "clu", "rerce"),
+    *("fedlaw", "fedamd", "dpfedavg"),
+}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def digits(**settings: Any) -> Experiment:
+    overrides = {key.replace("__", "."): value for key, value in settings.items()}
+    values = {"population": 20, "rounds": 8, "engine.name": "sequential"}
+    return Experiment.load("fedavg", {**values, **overrides})
+
+
+# No rule: what a server bounds
+
+
+@pytest.mark.slow
+def test_a_cap_and_a_bound_keep_one_client_of_twenty_from_ruining_a_run(
+    tmp_path: Path,
+) -> None:
+    honest = run(digits(), tmp_path / "honest").final["test_accuracy"]
+    assert honest > 0.75
+    ruined = run_among({3}, flipped, digits(), tmp_path / "ruined")
+    assert ruined.final["test_accuracy"] < 0.3
+    capped = digits(aggregation__max_examples=100)
+    saved = run_among({3}, flipped, capped, tmp_path / "saved")
+    # The flipped update still takes a tenth of the step back.
+    assert saved.final["test_accuracy"] > honest - 0.15
+    assert rows_of(tmp_path / "saved")[0]["capped"] == [3]
+
+
+def test_a_bound_on_norms_keeps_enormous_updates_out_of_the_model(
+    tmp_path: Path,
+) -> None:
+    clipped = digits(aggregation__clip=1.0, rounds=2)
+    saved = run_among({3}, enormous, clipped, tmp_path / "saved")
+    assert np.isfinite(saved.final["test_loss"])
+    # Of 20 clients, or fewer examples: a step of at most C each.
+    norm = float(trees.ravel(saved.params).norm())
+    assert norm < 50
+    row = rows_of(tmp_path / "saved")[0]
+    assert 3 in row["clipped"]
+    assert not row["dropped"]
+
+
+def test_bounds_scale_a_message_whole_and_name_those_who_exceed_them() -> None:
+    up = Model(
+        {"w": torch.tensor([[3.0, 0.0], [0.3, 0.0]]), "b": torch.tensor([[4.0], [0.4]])}
+    )
+    reports = Reports(torch.tensor([5, 9]), up, torch.tensor([7.0, 9e18]))
+    bounds = Bounds(AggregationSettings(clip=1.0, max_examples=10), is_devices=False)
+    bounded = bounds.apply(reports)
+    assert bounded.clipped == [5]
+    assert bounds.over(reports.clients, reports.num_examples) == [9]
+    assert bounded.reports.num_examples.tolist() == [7.0, 10.0]
+    assert norms(bounded.reports.up).tolist() == pytest.approx([1.0, 0.5])
+    assert bounded.reports.up.params["b"][0].item() == pytest.approx(0.8)
+
+
+def test_devices_have_a_cap_that_nobody_has_to_set() -> None:
+    claimed = torch.tensor([9e18])
+    devices = Bounds(AggregationSettings(), is_devices=True)
+    assert devices.capped(claimed).item() == 10_000
+    assert Bounds(AggregationSettings(), is_devices=False).capped(claimed) == claimed
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedstale"])
+def test_the_bound_acts_behind_both_doors(name: str, tmp_path: Path) -> None:
+    experiment = small(name, rounds=1, aggregation__clip=1e-3)
+    result = run(experiment, tmp_path / "run")
+    assert len(rows_of(tmp_path / "run")[0]["clipped"]) == 5
+    start = loop_of(experiment, tmp_path / "other").state.server.params
+    moved = trees.ravel(trees.sub(result.params, start)).norm().item()
+    assert 0 < moved <= 1e-3 * 1.0001
+
+
+# Rules in a run
+
+
+def test_a_round_moves_the_model_by_the_rule_of_what_clients_sent(
+    tmp_path: Path,
+) -> None:
+    loop = loop_of(small("fedavg", aggregation__rule="median"), tmp_path / "run")
+    server = loop.state.server
+    cohort, _ = loop.process.sample(0, loop.state.participation)
+    sent = []
+    for reports in answers(loop.engine, loop.method.train, cohort, server, 0):
+        sent.append(trees.ravel(trees.at(reports.up.delta, 0)).numpy())
+    loop.round()
+    moved = trees.ravel(trees.sub(loop.state.server.params, server.params)).numpy()
+    assert np.allclose(moved, np.median(sent, axis=0), atol=1e-7)
+    loop.close()
+
+
+def test_what_a_method_takes_of_the_total_is_weight_times_the_rule(
+    tmp_path: Path,
+) -> None:
+    """FedAU divides the total by N: (sum of omega / N) x rule."""
+    settings = {"rounds": 1, "aggregation__rule": "median", "participation__cohort": 5}
+    one = run(small("fedau", **settings), tmp_path / "one")
+    two = run(small("fedavg", **settings), tmp_path / "two")
+    start = loop_of(small("fedavg", **settings), tmp_path / "other").state.server.params
+    step, whole = trees.sub(one.params, start), trees.sub(two.params, start)
+    assert_close(step, trees.scale(whole, 5 / 12), 1e-7, "a step of FedAU")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rules_are_the_same_in_every_engine(
+    engine: str, rule: str, tmp_path: Path
+) -> None:
+    settings = {**RULES[rule], "rounds": 2}
+    one = run(small("fedavg", **settings), tmp_path / "one")
+    other = run(small("fedavg", **settings, **ENGINES[engine]), tmp_path / "other")
+    assert_close(one.params, other.params, 2e-5, rule)
+
+
+@per_method([name for name in STRATEGIES if name not in REFUSE_RULES])
+def test_every_method_of_a_mean_takes_a_rule(name: str, tmp_path: Path) -> None:
+    experiment = small(
+        name,
+        aggregation__rule="trimmed_mean",
+        aggregation__byzantine=1,
+        adversary__attack="sign_flip",
+        adversary__clients=[1],
+        adversary__scale=100.0,
+        participation__cohort=12,
+    )
+    result = run(experiment, tmp_path / "run")
+    assert np.isfinite(result.final["test_loss"])
+    assert not any(row["skipped"] for row in result.history)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSE_RULES))
+def test_other_methods_refuse_a_rule_by_name_with_the_reason(
+    name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError) as error:
+        run(small(name, aggregation__rule="median"), tmp_path / "run")
+    message = str(error.value)
+    assert 'aggregation.rule = "median" cannot take the place of the mean' in message
+    assert name in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_scaffold_has_a_rule_for_each_of_its_two_vectors() -> None:
+    clients = torch.tensor([0, 1, 2])
+    gathered = Gathered(clients, 10**9, Path)
+    change = {"w": torch.ones(3, 4)}
+    message = Up(change, change, torch.tensor([1.0, 5.0, 3.0]))
+    gathered.add(Reports(clients, message, torch.ones(3)), torch.ones(3))
+    assert set(gathered.rows) == {"delta", "dc"}
+    assert gathered.tree({"delta": torch.zeros(4), "dc": torch.ones(4)}).loss == 3.0
+
+
+def test_a_round_with_too_few_for_the_rule_is_skipped_and_not_averaged(
+    tmp_path: Path,
+) -> None:
+    experiment = small(
+        "fedavg",
+        aggregation__rule="trimmed_mean",
+        aggregation__byzantine=2,
+        participation__dropout=0.5,
+        rounds=6,
+    )
+    result = run(experiment, tmp_path / "run")
+    too_few = [row for row in result.history if row["reports"] < 5]
+    assert too_few
+    assert all(row["skipped"] == (row["reports"] < 5) for row in result.history)
+
+
+# Stop and resume
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"aggregation__rule": "centred_clipping"},
+        {"aggregation__rule": "geometric_median", "aggregation__before": "bucketing"},
+        {"adversary__attack": "mimic", "adversary__fraction": 0.3},
+        {"adversary__attack": "stale", "adversary__fraction": 0.3},
+    ],
+    ids=["centred clipping", "buckets", "mimic", "stale"],
+)
+def test_what_rules_and_attacks_remember_comes_back_bit_for_bit(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = run(small("fedavg", **settings, rounds=4), tmp_path / "whole")
+    run(small("fedavg", **settings, rounds=2), tmp_path / "half")
+    resumed = run(small("fedavg", **settings, rounds=4), resume=tmp_path / "half")
+    assert equal(whole.params, resumed.params)
+
+
+# Refused before a run
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"aggregation__rule": "median", "aggregation__byzantine": 3}, "7"),
+        ({"aggregation__rule": "krum", "aggregation__byzantine": 2}, "7"),
+        ({"aggregation__rule": "bulyan", "aggregation__byzantine": 1}, "7"),
+        ({"aggregation__rule": "fltrust"}, "proxy"),
+    ],
+)
+def test_impossible_rules_are_refused_with_the_least_cohort(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=words):
+        run(small("fedavg", **settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fltrust_follows_the_servers_own_message(tmp_path: Path) -> None:
+    base = {"rounds": 3, "proxy": 40, "aggregation__rule": "fltrust"}
+    one = run(digits(**base), tmp_path / "one")
+    lied = run_among({1, 2, 5, 7, 9, 11}, flipped, digits(**base), tmp_path / "lied")
+    assert lied.final["test_accuracy"] > one.final["test_accuracy"] - 0.15
+    everybody = run_among(set(range(20)), flipped, digits(**base), tmp_path / "all")
+    first = loop_of(digits(**base), tmp_path / "first").state.server.params
+    # All cosines are negative: the model stays.
+    assert equal(everybody.params, first)

@@ -17,8 +17,8 @@ from fedcore.messages.adversary import attacks
 from fedcore.messages.adversary.adversary import Adversary
 from fedcore.messages.adversary.sending import WARM_UP
 from fedcore.messages.adversary.settings import AdversarySettings, AttackName
-from fedcore.messages.adversary.vectors import layout
 from fedcore.messages.links import Links, LinkSettings, LinksSettings
+from fedcore.messages.vectors import layout
 from fedcore.reports import Reports
 from fedcore.types import Model
 from tests.attacked import assert_near, multi_krum
@@ -281,9 +281,9 @@ def test_an_honest_message_that_is_not_finite_is_no_part_of_an_attack(
 
 
 def test_vectors_are_the_dicts_of_a_message_and_scalars_its_numbers() -> None:
-    assert layout(message()) == ([[0, 1], [3]], [4, 5])
-    assert layout(DOWN, axes=0) == ([[0, 1]], [])
-    assert layout(torch.zeros(3, 2)) == ([[0]], [])
+    assert layout(message()) == ([[0, 1], [3]], [4, 5], ["delta", "dc"])
+    assert layout(DOWN, axes=0) == ([[0, 1]], [], ["params"])
+    assert layout(torch.zeros(3, 2)) == ([[0]], [], [""])
 
 
 def test_rows_that_are_one_row_in_memory_can_be_replaced() -> None:

@@ -238,8 +238,6 @@ def test_a_backdoor_is_learned_and_reported_in_every_evaluation(tmp_path: Path) 
     late = digits(**settings, **BACKDOOR, adversary__start=7)
     clean = run(late, tmp_path / "b")
     assert clean.history[-1]["backdoor_success"] < 0.1
-    plain = run(digits(rounds=1), tmp_path / "c")
-    assert "backdoor_success" not in plain.history[-1]
 
 
 # Engines
@@ -253,6 +251,9 @@ def test_engines_poison_the_same_examples(settings: Any, tmp_path: Path) -> None
     batched = run(digits(**settings, **chunks), tmp_path / "vectorised")
     honest = run(digits(), tmp_path / "honest")
     assert one.params_sha256 != honest.params_sha256
+    is_backdoor = settings is BACKDOOR
+    assert ("backdoor_success" in one.history[-1]) == is_backdoor
+    assert "backdoor_success" not in honest.history[-1]
     assert_close(batched.params, one.params, 1e-5, "in chunks of 4")
     assert one.dropped == batched.dropped == {}
 

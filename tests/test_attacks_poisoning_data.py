@@ -224,20 +224,17 @@ def test_success_is_the_share_of_other_classes_that_become_the_target() -> None:
 
 def test_a_backdoor_is_learned_and_reported_in_every_evaluation(tmp_path: Path) -> None:
     settings = {
-        "rounds": 6,
+        "rounds": 8,
         "participation": {"name": "uniform", "fraction": 1.0},
         "local": {"batch_size": 16, "steps": 12},
         "method.local_lr": 0.2,
     }
-    attacked = run(digits(**settings, **BACKDOOR), tmp_path / "a")
+    attacked = run(digits(**settings, **BACKDOOR, adversary__start=5), tmp_path / "run")
     rows = [row for row in attacked.history if "test_accuracy" in row]
-    assert len(rows) == 3
-    assert all(0 <= row["backdoor_success"] <= 1 for row in rows)
-    assert rows[-1]["backdoor_success"] > 0.5, "0.7 with each of three seeds"
-    assert rows[-1]["test_accuracy"] > 0.7
-    late = digits(**settings, **BACKDOOR, adversary__start=7)
-    clean = run(late, tmp_path / "b")
-    assert clean.history[-1]["backdoor_success"] < 0.1
+    before, after = rows[1], rows[3]  # of rounds 4 and 8
+    assert before["backdoor_success"] < 0.1, "0.02 with each of three seeds"
+    assert after["backdoor_success"] > 0.2, "0.33 to 0.43 with these"
+    assert after["test_accuracy"] > 0.7
 
 
 # Engines

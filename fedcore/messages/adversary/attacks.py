@@ -22,7 +22,7 @@ from torch import Tensor
 
 Direction = Literal["unit", "sign", "std"]
 
-WIDTH = 2**16  # columns that are held in float64 at once
+ENTRIES = 2**22  # of H that are held in float64 at once
 TRIALS = 20  # of a line search
 TINY = 1e-300  # in place of a norm of 0
 FIXED = (0.5, 1.5)  # strengths that a line search is compared with
@@ -43,11 +43,9 @@ def deviation(honest: Tensor) -> Tensor:
     >>> deviation(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
     tensor([1.4142, 0.0000], dtype=torch.float64)
     """
-    mu = mean(honest)
-    squares = torch.zeros_like(mu)
-    for row in honest:  # row by row: no second copy of H
-        squares += (row.double() - mu).square()
-    return (squares / max(len(honest) - 1, 1)).sqrt()
+    if len(honest) == 1:
+        return torch.zeros_like(honest[0], dtype=torch.float64)
+    return torch.cat([block.std(0) for _, block in _blocks(honest)])
 
 
 def squared_distances(honest: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ def squared_distances(honest: Tensor) -> Tensor:
     """
     h = len(honest)
     products = torch.zeros(h, h, dtype=torch.float64, device=honest.device)
-    for block in _blocks(honest):
+    for _, block in _blocks(honest):
         # Centred, so that close rows far from zero keep their digits. All are honest:
         # no outlier pulls the mean away.
         centred = block - block.mean(0)
@@ -69,10 +67,20 @@ def squared_distances(honest: Tensor) -> Tensor:
     return distances.clamp(min=0).fill_diagonal_(0)
 
 
-def _blocks(rows: Tensor) -> Iterator[Tensor]:
-    """The columns in float64, a few at a time, [n, b]."""
-    for block in torch.split(rows, WIDTH, dim=1):
-        yield block.double()
+def _blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some columns, and the rows in these in float64, [n, b]: no second copy of H."""
+    width = max(ENTRIES // len(rows), 1)
+    for start in range(0, rows.shape[1], width):
+        columns = slice(start, start + width)
+        yield columns, rows[:, columns].double()
+
+
+def _along(rows: Tensor, z: Tensor) -> Tensor:
+    """<x_i, z> of every row, float64 [n]."""
+    products = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for columns, block in _blocks(rows):
+        products += block @ z[columns].double()
+    return products
 
 
 # What all of them send
@@ -121,12 +129,14 @@ def minmax(honest: Tensor, direction: Direction) -> Tensor:
     if a == 0:
         return mu
     farthest = squared_distances(honest).max()
-    steps = []
-    for row in honest:
-        gap = mu - row.double()
-        b, c = gap.dot(p), gap.dot(gap) - farthest
-        steps.append((-b + (b * b - a * c).clamp(min=0).sqrt()) / a)
-    return mu + torch.stack(steps).min().clamp(min=0) * p
+    b = torch.zeros(len(honest), dtype=torch.float64, device=honest.device)
+    c = torch.zeros_like(b) - farthest
+    for columns, block in _blocks(honest):
+        gaps = mu[columns] - block
+        b += gaps @ p[columns]
+        c += gaps.square().sum(1)
+    steps = (-b + (b * b - a * c).clamp(min=0).sqrt()) / a
+    return mu + steps.min().clamp(min=0) * p
 
 
 def minsum(
@@ -219,12 +229,8 @@ def mimic_direction(honest: Tensor, z: Tensor, steps: int) -> Tensor:
     k others; then of norm 1. Where all honest messages are equal, z stays.
     """
     mu, z = mean(honest), z.double()
-    along = -mu.dot(z).repeat(len(honest))  # <x_i - mu, z>
-    start = 0
-    for block in _blocks(honest):
-        along += block @ z[start : start + block.shape[1]]
-        start += block.shape[1]
-    products = [along @ block for block in _blocks(honest)]
+    along = _along(honest, z) - mu.dot(z)  # <x_i - mu, z>
+    products = [along @ block for _, block in _blocks(honest)]
     s = torch.cat(products) - along.sum() * mu
     if s.norm() == 0:
         return z
@@ -235,9 +241,5 @@ def mimic_direction(honest: Tensor, z: Tensor, steps: int) -> Tensor:
 
 def mimicked(honest: Tensor, z: Tensor) -> int:
     """The row of H that is farthest along z; the first of equal ones."""
-    along = torch.zeros(len(honest), dtype=torch.float64, device=honest.device)
-    start = 0
-    for block in _blocks(honest):
-        along += block @ z[start : start + block.shape[1]].double()
-        start += block.shape[1]
+    along = _along(honest, z)
     return int((along == along.max()).nonzero()[0])

@@ -15,7 +15,8 @@ from fedcore.rng import seed_of
 Rule = Callable[[Tensor, Tensor, int], Tensor]
 """(client ids [n], their rows [n, d], number of the vector in the message) -> [d].
 
-The rule in force, whose memory is as it was before the round at every call.
+The rule in force, for optimised attacks. At every call its memory is as it was before
+the round; the rows are used again, and may be neither changed nor kept.
 """
 
 WARM_UP = 10  # rounds after which the target of mimic stays

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 AttackName = Literal[
     "none",
@@ -74,6 +75,18 @@ class AdversarySettings(BaseModel):
     share: float = Field(
         0.5, gt=0, le=1, description="backdoor: share of a batch that is stamped"
     )
+
+    @field_validator("scale", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        """One line for what is neither, instead of one for each."""
+        try:
+            is_known = value is None or value == "auto" or math.isfinite(float(value))
+        except (TypeError, ValueError, OverflowError):
+            is_known = False
+        if not is_known:
+            raise ValueError('must be a number, or "auto"')
+        return value
 
     @model_validator(mode="after")
     def _somebody(self) -> AdversarySettings:

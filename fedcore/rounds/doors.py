@@ -23,6 +23,7 @@ from fedcore.reports import (
     RunningSum,
     Weight,
     by_examples,
+    equally,
     failures,
     joined,
     weight_of,
@@ -70,6 +71,16 @@ class Desk:
             self.notes.once(reason, message)
 
 
+class Call(NamedTuple):
+    """One call of a client function, for messages that the server looks at."""
+
+    fn: ClientFunction
+    clients: Tensor  # those that hear of it
+    down: Tree
+    asked: int  # those that were asked, whether they are there or not
+    weigh: Weight | None  # how a mean weighs what they send
+
+
 @dataclass(frozen=True)
 class OpenRound(Round):
     """A round whose doors lead to an engine."""
@@ -90,8 +101,9 @@ class OpenRound(Round):
                 f"{type(method).__name__} takes single updates through Round.each: say "
                 "needs_updates = True in the class, or use Round.mean"
             )
+        asked = len(clients)
         clients = self._ask(fn, clients, down)
-        for reports in self._received(fn, clients, down):
+        for reports in self._received(Call(fn, clients, down, asked, None)):
             if len(reports.clients):
                 yield reports
 
@@ -104,11 +116,12 @@ class OpenRound(Round):
     ) -> Mean:
         weigh, asked = weight_of(weight, clients), len(clients)
         clients = self._ask(fn, clients, down)
-        if self.desk.receiving.aggregator is not None and not evaluates(fn):
-            return self._by_rule(fn, clients, down, weigh, asked)
-        total = RunningSum()
+        call, total = Call(fn, clients, down, asked, weigh), RunningSum()
+        aggregator = self.desk.receiving.aggregator
+        if aggregator is not None and not evaluates(fn):
+            return self._by_rule(aggregator, call, weigh)
         if self._needs_updates(fn):
-            for reports in self._received(fn, clients, down):
+            for reports in self._received(call):
                 total.add(reports, weigh(reports.clients, reports.num_examples))
         elif len(clients):
             engine, capped = self.desk.engine, self._capped(weigh)
@@ -128,33 +141,29 @@ class OpenRound(Round):
         bounds = self.desk.receiving.bounds
         return lambda clients, claimed: weigh(clients, bounds.capped(claimed))
 
-    def _by_rule(
-        self, fn: ClientFunction, clients: Tensor, down: Tree, weigh: Weight, asked: int
-    ) -> Mean:
+    def _by_rule(self, aggregator: Aggregator, call: Call, weigh: Weight) -> Mean:
         """What the rule makes of the updates, once all of them are in."""
-        aggregator, kept = self.desk.receiving.aggregator, self.aggregation
-        assert aggregator is not None
-        with closing(aggregator.gather(clients)) as gathered:
-            for reports in self._received(fn, clients, down):
-                weights = weigh(reports.clients, reports.num_examples)
-                gathered.add(reports, weights)
-            own, state = self._own_message(fn, down)
-            name = fn.__name__
-            verdict = aggregator.judge(gathered, name, self.t, asked, kept, own)
+        name, kept = call.fn.__name__, self.aggregation
+        if aggregator.settings.weights != "method":
+            call = call._replace(weigh=equally)
+        with closing(aggregator.gather(call.clients)) as gathered:
+            for reports in self._received(call):
+                gathered.add(reports, weigh(reports.clients, reports.num_examples))
+            own, state = self._own_message(call)
+            verdict = aggregator.judge(gathered, name, self.t, call.asked, kept, own)
         kept.update(state)
         kept.update(verdict.kept)
         for vector, aggregated in verdict.aggregated.items():
-            self.tally.aggregation[fn.__name__, vector] = aggregated
+            self.tally.aggregation[name, vector] = aggregated
         return verdict.mean
 
-    def _received(
-        self, fn: ClientFunction, clients: Tensor, down: Tree
-    ) -> Iterator[Reports]:
+    def _received(self, call: Call) -> Iterator[Reports]:
         """Usable updates, within the server's bounds; everything is counted."""
+        fn, clients, down, *_ = call
         if len(clients) == 0:
             return
         if self.desk.work.adversary.is_due(fn, self.t):
-            reports = self._attacked(fn, clients, down)
+            reports = self._attacked(call)
         else:
             reports = self.desk.engine.each(fn, clients, down, self.t)
         for usable, readout in read_finite(reports):
@@ -164,10 +173,9 @@ class OpenRound(Round):
             self._count(fn, down, readout)
             yield bounded.reports
 
-    def _attacked(
-        self, fn: ClientFunction, clients: Tensor, down: Tree
-    ) -> Iterator[Reports]:
+    def _attacked(self, call: Call) -> Iterator[Reports]:
         """The reports with those of malicious clients replaced, once all are in."""
+        fn, clients, down, asked, weigh = call
         arrived: list[Reports] = []
         for report in self.desk.engine.each(fn, clients, down, self.t):
             if len(report.clients):
@@ -175,26 +183,27 @@ class OpenRound(Round):
             yield failures(report)
         if not arrived:
             return
-        trial, work = None, self.desk.work
+        honest, weights, trial = joined(arrived), None, None
+        if weigh is not None:
+            claimed = self.desk.receiving.bounds.capped(honest.num_examples)
+            weights = weigh(honest.clients, claimed)
         aggregator = self.desk.receiving.aggregator
         if aggregator is not None:
-            own, _ = self._own_message(fn, down)
-            name, asked = fn.__name__, len(clients)
-            trial = aggregator.trial(name, self.t, asked, self.aggregation, own)
+            own, _ = self._own_message(call)
+            trial = aggregator.trial(fn.__name__, self.t, asked, self.aggregation, own)
+        work = self.desk.work
         replaced, kept = work.adversary.replaced(
-            joined(arrived), fn, self.t, down, self.adversary, trial, links=work.links
+            honest, fn, self.t, down, self.adversary, trial, weights, work.links
         )
         self.adversary.update(kept)
         yield replaced
 
-    def _own_message(
-        self, fn: ClientFunction, down: Tree
-    ) -> tuple[Tree, dict[str, Tensor]]:
+    def _own_message(self, call: Call) -> tuple[Tree, dict[str, Tensor]]:
         """The server's own message, and what it keeps as a client, for a rule."""
         reference = self.desk.receiving.reference
         if reference is None:
             return None, {}
-        return reference.message(fn, down, self.t, self.aggregation)
+        return reference.message(call.fn, call.down, self.t, self.aggregation)
 
     def _ask(self, fn: ClientFunction, clients: Tensor, down: Tree) -> Tensor:
         """The clients that hear the message, entered as asked."""

@@ -154,6 +154,31 @@ def test_a_round_moves_the_model_by_the_rule_of_what_clients_sent(
     loop.close()
 
 
+def test_model_replacement_knows_the_weights_of_a_mean_by_examples(
+    tmp_path: Path,
+) -> None:
+    """gamma = W / w_m: the mean is x_m and what the honest ones add."""
+    attack = {
+        "adversary__attack": "scaled",
+        "adversary__clients": list(range(0, 12, 3)),
+    }
+    sizes = {"task": "tests.methods:with_an_empty_client", "participation__cohort": 12}
+    loop = loop_of(small("fedavg", **attack, **sizes), tmp_path / "run")
+    server, cohort = loop.state.server, torch.arange(12)
+    sent, weights = [], []
+    for reports in answers(loop.engine, loop.method.train, cohort, server, 0):
+        sent.append(trees.ravel(trees.at(reports.up.delta, 0)).double())
+        weights.append(float(reports.num_examples))
+    loop.round()
+    loop.close()
+    x, w = torch.stack(sent), torch.tensor(weights, dtype=torch.float64)
+    hostile = torch.isin(cohort, torch.arange(0, 12, 3))
+    w[hostile] *= w.sum() / w[hostile].sum()
+    expected = (w @ x / sum(weights)).numpy()
+    moved = trees.ravel(trees.sub(loop.state.server.params, server.params)).numpy()
+    assert np.allclose(moved, expected, atol=1e-6)
+
+
 def test_what_a_method_takes_of_the_total_is_weight_times_the_rule(
     tmp_path: Path,
 ) -> None:

@@ -1,14 +1,16 @@
-"""`fedcore status`: the nodes of a server on this machine, and who is waited for."""
+"""`fedcore status`: the nodes of a server, who is waited for, and who gives trouble."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow as pa
 from flwr.common.constant import HEARTBEAT_PATIENCE
 from flwr.proto import control_pb2
 from flwr.supercore.control import ControlHttpClient
@@ -17,17 +19,23 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from fedcore.deploy.proxies import without_proxies
 from fedcore.errors import RunError, SettingsError
 from fedcore.escapes import escaped
+from fedcore.rounds.trouble import FAILING, Trouble, troubles
 
 from .app import SERIES, WATCH
 from .serve import FACTS
+
+NAMED = 20  # clients that are named
+LIGHT = 0.5  # of the weight of an average client
 
 
 def status(run_dir: Path) -> dict[str, Any]:
     """The state of a server that runs in a run directory.
 
     {"listen", "round", "waiting_for", "waiting_s", "late_answers", "run", "nodes":
-    [{"name", "status", "last_seen_s"}]}. Raises SettingsError when no server runs
-    there, RunError when its SuperLink does not answer.
+    [{"name", "status", "last_seen_s"}], "trouble": [{"client", "rounds", "left_out",
+    "in_a_row", "reason", "clipped", "capped", "weight"}], "num_trouble"}: rounds up to
+    the last checkpoint, the worst clients first. Raises SettingsError when no server
+    runs there, RunError when its SuperLink does not answer.
     """
     try:
         facts = json.loads((run_dir / FACTS).read_text())
@@ -41,6 +49,7 @@ def status(run_dir: Path) -> dict[str, Any]:
         waiting = json.loads((run_dir / WATCH).read_text())
     except (OSError, ValueError):
         waiting = {"round": 0, "waiting_for": [], "since": time.time()}
+    trouble = _troubles(run_dir)
     seconds = round(time.time() - waiting["since"], 1)
     return {
         "listen": facts["listen"],
@@ -50,6 +59,8 @@ def status(run_dir: Path) -> dict[str, Any]:
         "late_answers": waiting.get("late", 0),
         "run": json.loads((run_dir / SERIES).read_text())["series"],
         "nodes": [_row(node) for node in nodes],
+        "trouble": [_facts_of(client) for client in trouble[:NAMED]],
+        "num_trouble": len(trouble),
     }
 
 
@@ -73,6 +84,28 @@ def _nodes(run_dir: Path, facts: dict[str, Any]) -> list[Any]:
     finally:
         control.close()
     return sorted(infos, key=lambda info: (len(info.name), info.name))
+
+
+def _troubles(run_dir: Path) -> list[Trouble]:
+    """The clients that were left out or clipped; those that fail now come first."""
+    try:
+        found = troubles(run_dir)
+    except (OSError, pa.ArrowException):
+        return []  # a piece of the table is being joined to others
+    return sorted(found, key=lambda client: client.streak < FAILING)
+
+
+def _facts_of(trouble: Trouble) -> dict[str, Any]:
+    return {
+        "client": trouble.client,
+        "rounds": trouble.rounds,
+        "left_out": trouble.left_out,
+        "in_a_row": trouble.streak,
+        "reason": escaped(trouble.reason),
+        "clipped": trouble.clipped,
+        "capped": trouble.capped,
+        "weight": None if math.isnan(trouble.weight) else round(trouble.weight, 3),
+    }
 
 
 def _row(info: Any) -> dict[str, Any]:
@@ -108,4 +141,25 @@ def text(facts: dict[str, Any]) -> str:
         if node["last_seen_s"] is not None:
             seen = f"last seen {node['last_seen_s']:g} s ago"
         lines.append(f"{node['name']:<{width}}  {node['status']:<10}  {seen}")
+    lines += [_trouble_text(client) for client in facts["trouble"]]
+    more = facts["num_trouble"] - len(facts["trouble"])
+    if more > 0:
+        lines.append(f"and {more} more clients with trouble: see the report")
     return "\n".join(lines)
+
+
+def _trouble_text(client: dict[str, Any]) -> str:
+    """A line about a client, as far as it gave trouble."""
+    parts = []
+    if client["left_out"]:
+        parts.append(f"left out of {client['left_out']} of {client['rounds']} rounds")
+        parts[-1] += f" (the last time: {client['reason']})"
+    if client["in_a_row"] >= FAILING:
+        parts.append(f"FAILING, for {client['in_a_row']} rounds in a row")
+    if client["clipped"]:
+        parts.append(f"its message clipped in {client['clipped']}")
+    if client["capped"]:
+        parts.append(f"more examples claimed than are counted in {client['capped']}")
+    if client["weight"] is not None and client["weight"] < LIGHT:
+        parts.append(f"weighs {client['weight']:g} of an average client")
+    return f"client {client['client']}: {', '.join(parts)}"

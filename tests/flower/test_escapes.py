@@ -59,6 +59,7 @@ def test_a_reason_of_a_megabyte_is_cut_in_one_line() -> None:
 def test_the_name_of_a_key_steers_no_status() -> None:
     row = fedcore.server.status._row(NodeInfo(node_id=7, name=NASTY, status="online"))
     facts = {"run": "r", "listen": "l", "round": 1, "waiting_for": [], "nodes": [row]}
+    facts |= {"trouble": [], "num_trouble": 0}
     text = fedcore.server.status.text(facts | {"late_answers": 0, "waiting_s": 0.0})
     assert "\\x1b[31mred" in text
     assert all(line.isprintable() for line in text.split("\n"))

@@ -77,7 +77,7 @@ def failing_clients(folder: Path, up_to: int) -> dict[int, tuple[int, str]]:
 def _counted(folder: Path, up_to: int | None) -> list[Trouble]:
     """Every client that was asked in a round, by id."""
     table = read_clients(folder, up_to=up_to, columns=COLUMNS)
-    rows = _rows(table)
+    rows, kinds = _rows(table)
     if len(rows["client"]) == 0:
         return []
     ids, index = np.unique(rows["client"], return_inverse=True)
@@ -85,7 +85,7 @@ def _counted(folder: Path, up_to: int | None) -> list[Trouble]:
     base = int(rows["round"].max()) + 1
     pairs, inverse = np.unique(index * base + rows["round"], return_inverse=True)
     whose = pairs // base  # ascending; of each, the rounds ascend
-    is_fault = _any(rows["left_out"] != "", inverse, len(pairs))
+    is_fault = _any(rows["left_out"] >= 0, inverse, len(pairs))
     counts = {"rounds": np.bincount(whose, minlength=len(ids))}
     counts["left_out"] = np.bincount(whose, is_fault, len(ids)).astype(int)
     for name in ("clipped", "capped"):
@@ -93,13 +93,13 @@ def _counted(folder: Path, up_to: int | None) -> list[Trouble]:
         counts[name] = np.bincount(whose, is_so, len(ids)).astype(int)
     counts["streak"] = _streaks(whose, is_fault, len(ids))
     weights = _relative_weights(rows, index, len(ids))
-    reasons = dict(zip(*_last_reasons(rows, index), strict=True))
+    last = _last_reasons(rows, index, len(ids)).tolist()
     clients = []
     for number, client in enumerate(ids.tolist()):
         clients.append(
             Trouble(
                 client,
-                reason=reasons.get(number, ""),
+                reason=kinds[last[number]] if last[number] >= 0 else "",
                 weight=float(weights[number]),
                 **{name: int(values[number]) for name, values in counts.items()},
             )
@@ -107,21 +107,38 @@ def _counted(folder: Path, up_to: int | None) -> list[Trouble]:
     return clients
 
 
-def _rows(table: pa.Table) -> dict[str, np.ndarray]:
-    """The columns of rows that belong to a round, and whose reason is the client's."""
+def _rows(table: pa.Table) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The columns of rows that belong to a round, and whose reason is the client's.
+
+    Functions and reasons are numbers; reasons are places in the list that is second,
+    and -1 for a report.
+    """
     import pyarrow.compute as pc
 
     is_afterwards = pc.is_in(table["function"], _value_set(AFTERWARDS))
     is_excused = pc.is_in(table["left_out"], _value_set(sorted(NO_FAULT)))
     table = table.filter(pc.invert(pc.or_(is_afterwards, is_excused)))
     empty = {"clipped": False, "capped": False, "weight": math.nan}
-    rows = {}
+    rows, kinds = {}, list[str]()
     for name in COLUMNS:
-        if name in table.column_names:
+        if name in ("function", "left_out"):
+            encoded = table[name].combine_chunks().dictionary_encode()
+            rows[name] = encoded.indices.to_numpy(zero_copy_only=False)
+            if name == "left_out":
+                kinds = encoded.dictionary.to_pylist()
+        elif name in table.column_names:
             rows[name] = table[name].to_numpy()
         else:
             rows[name] = np.full(len(table), empty[name])
-    return rows
+    rows["left_out"] = np.where(
+        _is_report(rows["left_out"], kinds), -1, rows["left_out"]
+    )
+    return rows, kinds
+
+
+def _is_report(codes: np.ndarray, kinds: list[str]) -> np.ndarray:
+    """Whether a reason, by its place among all kinds, is none."""
+    return codes == kinds.index("") if "" in kinds else np.zeros(len(codes), bool)
 
 
 def _value_set(values: Sequence[str]) -> pa.Array:
@@ -156,8 +173,8 @@ def _relative_weights(
         return np.full(n, np.nan)
     weights, whose = rows["weight"][is_weighted], index[is_weighted]
     # A round may aggregate twice, by functions of two names.
-    functions = np.unique(rows["function"][is_weighted], return_inverse=True)[1]
-    key = rows["round"][is_weighted].astype(np.int64) * (functions.max() + 1)
+    functions = rows["function"][is_weighted]
+    key = rows["round"][is_weighted].astype(np.int64) * (int(functions.max()) + 1)
     groups = np.unique(key + functions, return_inverse=True)[1]
     means = np.bincount(groups, weights) / np.bincount(groups)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -165,13 +182,11 @@ def _relative_weights(
         return np.asarray(np.bincount(whose, relative, n) / np.bincount(whose, None, n))
 
 
-def _last_reasons(
-    rows: dict[str, np.ndarray], index: np.ndarray
-) -> tuple[list[int], list[str]]:
-    """(clients that were left out, why each was the last time)."""
-    is_left = rows["left_out"] != ""
+def _last_reasons(rows: dict[str, np.ndarray], index: np.ndarray, n: int) -> np.ndarray:
+    """The place of the reason why each client was left out the last time, or -1. [n]"""
+    is_left = rows["left_out"] >= 0
     order = np.argsort(rows["round"][is_left], kind="stable")
-    whose, reasons = index[is_left][order], rows["left_out"][is_left][order]
-    # The first from the end is the last.
-    clients, place = np.unique(whose[::-1], return_index=True)
-    return clients.tolist(), reasons[::-1][place].tolist()
+    last = np.full(n, -1)
+    # Of several values for one place, NumPy keeps the last.
+    last[index[is_left][order]] = rows["left_out"][is_left][order]
+    return last

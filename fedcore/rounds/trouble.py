@@ -25,7 +25,16 @@ FAILING = 8
 NO_FAULT = frozenset(("dropout", "not needed"))
 """Reasons that are none of the client's: simulated, or the round had enough reports."""
 
-COLUMNS = ("round", "function", "client", "left_out", "clipped", "capped", "weight")
+LIGHT = 0.5
+"""The weight, of the mean, below which a client gives trouble."""
+
+LONG = 3.0
+"""The norm, of the median, above which a client gives trouble. Rules by column have no
+weights: there the length tells who lies."""
+
+FLAGS = ("clipped", "capped")
+NUMBERS = ("weight", "norm_ratio")
+COLUMNS = ("round", "function", "client", "left_out", *FLAGS, *NUMBERS)
 AFTERWARDS = ("evaluate", "finetune")  # work that is not part of a round
 
 
@@ -42,27 +51,31 @@ class Trouble(NamedTuple):
     # Mean of its weight over the mean weight of a round's clients: 1 where all weigh
     # the same, 0 for one that a rule never took; NaN without a rule.
     weight: float
+    # Mean of its message's norm over the median norm of a round; NaN without a rule.
+    norm_ratio: float
 
 
 def troubles(folder: Path, up_to: int | None = None) -> list[Trouble]:
-    """The clients that were left out, clipped or capped, or weigh below half.
+    """The clients that were left out, clipped or capped, are light, or send long ones.
 
     Those come first that were left out most often, then those of the least weight,
-    then those that were clipped most often. Reads the run directory up to round
-    `up_to`. Raises OSError or pyarrow's ArrowException for a file that cannot be read.
+    then those of the longest messages, then those that were clipped most often. Reads
+    the run directory up to round `up_to`. Raises OSError or pyarrow's ArrowException
+    for a file that cannot be read.
     """
     found = []
     for trouble in _counted(folder, up_to):
-        is_light = trouble.weight < 0.5
-        if trouble.left_out or trouble.clipped or trouble.capped or is_light:
+        is_odd = trouble.weight < LIGHT or trouble.norm_ratio > LONG
+        if trouble.left_out or trouble.clipped or trouble.capped or is_odd:
             found.append(trouble)
     return sorted(found, key=_place)
 
 
 def _place(trouble: Trouble) -> tuple[float, ...]:
     weight = 1.0 if math.isnan(trouble.weight) else trouble.weight
-    often = -(trouble.clipped + trouble.capped)
-    return -trouble.left_out, round(weight, 3), often, trouble.client
+    length = trouble.norm_ratio if trouble.norm_ratio > LONG else 0.0
+    often = trouble.clipped + trouble.capped
+    return -trouble.left_out, round(weight, 3), -length, -often, trouble.client
 
 
 def failing_clients(folder: Path, up_to: int) -> dict[int, tuple[int, str]]:
@@ -88,11 +101,12 @@ def _counted(folder: Path, up_to: int | None) -> list[Trouble]:
     is_fault = _any(rows["left_out"] >= 0, inverse, len(pairs))
     counts = {"rounds": np.bincount(whose, minlength=len(ids))}
     counts["left_out"] = np.bincount(whose, is_fault, len(ids)).astype(int)
-    for name in ("clipped", "capped"):
+    for name in FLAGS:
         is_so = _any(rows[name], inverse, len(pairs))
         counts[name] = np.bincount(whose, is_so, len(ids)).astype(int)
     counts["streak"] = _streaks(whose, is_fault, len(ids))
     weights = _relative_weights(rows, index, len(ids))
+    lengths = _means(rows["norm_ratio"], index, len(ids))
     last = _last_reasons(rows, index, len(ids)).tolist()
     clients = []
     for number, client in enumerate(ids.tolist()):
@@ -101,6 +115,7 @@ def _counted(folder: Path, up_to: int | None) -> list[Trouble]:
                 client,
                 reason=kinds[last[number]] if last[number] >= 0 else "",
                 weight=float(weights[number]),
+                norm_ratio=float(lengths[number]),
                 **{name: int(values[number]) for name, values in counts.items()},
             )
         )
@@ -118,7 +133,7 @@ def _rows(table: pa.Table) -> tuple[dict[str, np.ndarray], list[str]]:
     is_afterwards = pc.is_in(table["function"], _value_set(AFTERWARDS))
     is_excused = pc.is_in(table["left_out"], _value_set(sorted(NO_FAULT)))
     table = table.filter(pc.invert(pc.or_(is_afterwards, is_excused)))
-    empty = {"clipped": False, "capped": False, "weight": math.nan}
+    empty = dict.fromkeys(FLAGS, False) | dict.fromkeys(NUMBERS, math.nan)
     rows, kinds = {}, list[str]()
     for name in COLUMNS:
         if name in ("function", "left_out"):
@@ -178,8 +193,16 @@ def _relative_weights(
     groups = np.unique(key + functions, return_inverse=True)[1]
     means = np.bincount(groups, weights) / np.bincount(groups)
     with np.errstate(invalid="ignore", divide="ignore"):
-        relative = weights / means[groups]
-        return np.asarray(np.bincount(whose, relative, n) / np.bincount(whose, None, n))
+        return _means(weights / means[groups], whose, n)
+
+
+def _means(values: np.ndarray, whose: np.ndarray, n: int) -> np.ndarray:
+    """The mean of each client's values that are numbers; NaN without one. [n]"""
+    is_number = ~np.isnan(values)
+    values, whose = values[is_number], whose[is_number]
+    with np.errstate(invalid="ignore"):
+        means = np.bincount(whose, values, n) / np.bincount(whose, minlength=n)
+    return np.asarray(means)
 
 
 def _last_reasons(rows: dict[str, np.ndarray], index: np.ndarray, n: int) -> np.ndarray:

@@ -330,6 +330,22 @@ def test_a_rule_that_remembers_goes_back_to_the_same_bits(
     assert again.params_sha256 == whole.params_sha256
 
 
+def test_a_run_with_noise_for_privacy_does_not_go_back_to_other_messages(
+    tmp_path: Path,
+) -> None:
+    """The difference of two messages with the same noise would be bare."""
+    noise = {"clip": 1.0, "noise_multiplier": 1.0}
+    e = small("fedavg", rounds=6, defence=noise)
+    whole = run(e, tmp_path / "r")
+    # The same messages with the same noise tell nothing new.
+    again = run(e, resume=tmp_path / "r", back_to=5)
+    assert again.params_sha256 == whole.params_sha256
+    other = small("fedavg", rounds=6, defence=noise, aggregation={"rule": "median"})
+    with pytest.raises(SettingsError, match=r"same noise to other messages"):
+        run(other, resume=tmp_path / "r", back_to=5)
+    assert len(lines(tmp_path / "r")) == 6
+
+
 # Run directories of an older fedcore, and damage
 
 

@@ -131,6 +131,25 @@ def test_rounds_in_which_every_client_fails_are_hopeless(tmp_path: Path) -> None
         finished(loop)
 
 
+def test_a_liar_is_told_by_its_length_where_a_rule_has_no_weights(
+    tmp_path: Path,
+) -> None:
+    e = small(
+        "fedavg",
+        rounds=4,
+        participation__cohort=12,
+        aggregation={"rule": "trimmed_mean", "byzantine": 2},
+        adversary={"attack": "sign_flip", "scale": 50.0, "clients": [5]},
+    )
+    run(e, tmp_path / "r")
+    first = troubles(tmp_path / "r")[0]
+    assert (first.client, first.norm_ratio > 10) == (5, True)
+    assert math.isnan(first.weight)
+    words = Page(write_report(tmp_path / "r")).words
+    assert "norm, of the median" in words
+    assert "weight, of the mean" not in words
+
+
 def test_a_liar_that_a_rule_never_takes_is_first_in_the_report(
     tmp_path: Path,
 ) -> None:
@@ -235,10 +254,11 @@ def test_the_table_says_how_often_each_client_gave_trouble(tmp_path: Path) -> No
     filled(tmp_path).write(3)
     found = {trouble.client: trouble for trouble in troubles(tmp_path)}
     assert list(found) == [2, 1, 3], "left out first, then the lightest"
-    assert found[2]._replace(weight=0) == Trouble(2, 3, 2, 2, "timeout", 0, 0, 0)
+    alike = {"weight": 0, "norm_ratio": 0}
+    assert found[2]._replace(**alike) == Trouble(2, 3, 2, 2, "timeout", 0, 0, 0, 0)
     assert found[2].weight == pytest.approx(4 / 3)
-    assert found[1] == Trouble(1, 3, 0, 0, "", 0, 0, 0.0)
-    assert found[3]._replace(weight=0) == Trouble(3, 3, 0, 0, "", 3, 0, 0)
+    assert found[1] == Trouble(1, 3, 0, 0, "", 0, 0, 0.0, 0.0)
+    assert found[3]._replace(**alike) == Trouble(3, 3, 0, 0, "", 3, 0, 0, 0)
     early = troubles(tmp_path, up_to=1)
     assert [trouble.client for trouble in early] == [1, 3]
 

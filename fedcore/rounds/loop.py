@@ -23,6 +23,7 @@ from fedcore.rounds.faults import evaluation_fault
 from fedcore.rounds.history import History
 from fedcore.rounds.observer import Notes, Observer, Quiet
 from fedcore.rounds.participation import answering
+from fedcore.rounds.refusals import refuse_same_noise_twice
 from fedcore.rounds.result import Result, outcome
 from fedcore.rounds.rundir import (
     changed_rule,
@@ -109,6 +110,8 @@ class Loop:
             if header is None and (folder / "metrics.jsonl").exists():
                 observer.note(f"{folder} has no checkpoint yet: its run begins anew")
         parts = prepare(experiment, folder, make_engine, observer.note)
+        if back_to is not None:
+            refuse_same_noise_twice(experiment, parts.mechanism, bool(self._changed))
         self.task, self.method, self.process = parts.task, parts.method, parts.process
         self.rates, self.mechanism = parts.rates, parts.mechanism
         self.engine, self.memory = parts.engine, parts.memory

@@ -130,3 +130,22 @@ def noise_mechanism(
             f"tell who was there; with {name} set min_reports = 0"
         )
     return own
+
+
+def refuse_same_noise_twice(
+    experiment: Experiment, mechanism: privacy.Mechanism | None, is_changed: bool
+) -> None:
+    """Raises SettingsError where a run that goes back would spoil its own privacy.
+
+    Noise has a key of function, round and client. Rounds that are run again with other
+    messages, by other settings or by devices that train anew, draw the same noise: the
+    difference of the two has none.
+    """
+    if mechanism is None or not mechanism.noise_multiplier:
+        return
+    if is_changed or experiment.engine.name == "grid":
+        raise SettingsError(
+            "--round: this run adds noise for privacy, and rounds that are run again "
+            "would add the same noise to other messages, whose difference has none: "
+            "start a new run"
+        )

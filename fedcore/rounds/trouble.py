@@ -25,7 +25,16 @@ FAILING = 8
 NO_FAULT = frozenset(("dropout", "not needed"))
 """Reasons that are none of the client's: simulated, or the round had enough reports."""
 
-COLUMNS = ("round", "function", "client", "left_out", "clipped", "capped", "weight")
+LIGHT = 0.5
+"""The weight, of the mean, below which a client gives trouble."""
+
+LONG = 3.0
+"""The norm, of the median, above which a client gives trouble. Rules by column have no
+weights: there the length tells who lies."""
+
+FLAGS = ("clipped", "capped")
+NUMBERS = ("weight", "norm_ratio")
+COLUMNS = ("round", "function", "client", "left_out", *FLAGS, *NUMBERS)
 AFTERWARDS = ("evaluate", "finetune")  # work that is not part of a round
 
 
@@ -42,27 +51,31 @@ class Trouble(NamedTuple):
     # Mean of its weight over the mean weight of a round's clients: 1 where all weigh
     # the same, 0 for one that a rule never took; NaN without a rule.
     weight: float
+    # Mean of its message's norm over the median norm of a round; NaN without a rule.
+    norm_ratio: float
 
 
 def troubles(folder: Path, up_to: int | None = None) -> list[Trouble]:
-    """The clients that were left out, clipped or capped, or weigh below half.
+    """The clients that were left out, clipped or capped, are light, or send long ones.
 
     Those come first that were left out most often, then those of the least weight,
-    then those that were clipped most often. Reads the run directory up to round
-    `up_to`. Raises OSError or pyarrow's ArrowException for a file that cannot be read.
+    then those of the longest messages, then those that were clipped most often. Reads
+    the run directory up to round `up_to`. Raises OSError or pyarrow's ArrowException
+    for a file that cannot be read.
     """
     found = []
     for trouble in _counted(folder, up_to):
-        is_light = trouble.weight < 0.5
-        if trouble.left_out or trouble.clipped or trouble.capped or is_light:
+        is_odd = trouble.weight < LIGHT or trouble.norm_ratio > LONG
+        if trouble.left_out or trouble.clipped or trouble.capped or is_odd:
             found.append(trouble)
     return sorted(found, key=_place)
 
 
 def _place(trouble: Trouble) -> tuple[float, ...]:
     weight = 1.0 if math.isnan(trouble.weight) else trouble.weight
-    often = -(trouble.clipped + trouble.capped)
-    return -trouble.left_out, round(weight, 3), often, trouble.client
+    length = trouble.norm_ratio if trouble.norm_ratio > LONG else 0.0
+    often = trouble.clipped + trouble.capped
+    return -trouble.left_out, round(weight, 3), -length, -often, trouble.client
 
 
 def failing_clients(folder: Path, up_to: int) -> dict[int, tuple[int, str]]:
@@ -77,7 +90,7 @@ def failing_clients(folder: Path, up_to: int) -> dict[int, tuple[int, str]]:
 def _counted(folder: Path, up_to: int | None) -> list[Trouble]:
     """Every client that was asked in a round, by id."""
     table = read_clients(folder, up_to=up_to, columns=COLUMNS)
-    rows = _rows(table)
+    rows, kinds = _rows(table)
     if len(rows["client"]) == 0:
         return []
     ids, index = np.unique(rows["client"], return_inverse=True)
@@ -85,43 +98,62 @@ def _counted(folder: Path, up_to: int | None) -> list[Trouble]:
     base = int(rows["round"].max()) + 1
     pairs, inverse = np.unique(index * base + rows["round"], return_inverse=True)
     whose = pairs // base  # ascending; of each, the rounds ascend
-    is_fault = _any(rows["left_out"] != "", inverse, len(pairs))
+    is_fault = _any(rows["left_out"] >= 0, inverse, len(pairs))
     counts = {"rounds": np.bincount(whose, minlength=len(ids))}
     counts["left_out"] = np.bincount(whose, is_fault, len(ids)).astype(int)
-    for name in ("clipped", "capped"):
+    for name in FLAGS:
         is_so = _any(rows[name], inverse, len(pairs))
         counts[name] = np.bincount(whose, is_so, len(ids)).astype(int)
     counts["streak"] = _streaks(whose, is_fault, len(ids))
     weights = _relative_weights(rows, index, len(ids))
-    reasons = dict(zip(*_last_reasons(rows, index), strict=True))
+    lengths = _means(rows["norm_ratio"], index, len(ids))
+    last = _last_reasons(rows, index, len(ids)).tolist()
     clients = []
     for number, client in enumerate(ids.tolist()):
         clients.append(
             Trouble(
                 client,
-                reason=reasons.get(number, ""),
+                reason=kinds[last[number]] if last[number] >= 0 else "",
                 weight=float(weights[number]),
+                norm_ratio=float(lengths[number]),
                 **{name: int(values[number]) for name, values in counts.items()},
             )
         )
     return clients
 
 
-def _rows(table: pa.Table) -> dict[str, np.ndarray]:
-    """The columns of rows that belong to a round, and whose reason is the client's."""
+def _rows(table: pa.Table) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The columns of rows that belong to a round, and whose reason is the client's.
+
+    Functions and reasons are numbers; reasons are places in the list that is second,
+    and -1 for a report.
+    """
     import pyarrow.compute as pc
 
     is_afterwards = pc.is_in(table["function"], _value_set(AFTERWARDS))
     is_excused = pc.is_in(table["left_out"], _value_set(sorted(NO_FAULT)))
     table = table.filter(pc.invert(pc.or_(is_afterwards, is_excused)))
-    empty = {"clipped": False, "capped": False, "weight": math.nan}
-    rows = {}
+    empty = dict.fromkeys(FLAGS, False) | dict.fromkeys(NUMBERS, math.nan)
+    rows, kinds = {}, list[str]()
     for name in COLUMNS:
-        if name in table.column_names:
+        if name in ("function", "left_out"):
+            encoded = table[name].combine_chunks().dictionary_encode()
+            rows[name] = encoded.indices.to_numpy(zero_copy_only=False)
+            if name == "left_out":
+                kinds = encoded.dictionary.to_pylist()
+        elif name in table.column_names:
             rows[name] = table[name].to_numpy()
         else:
             rows[name] = np.full(len(table), empty[name])
-    return rows
+    rows["left_out"] = np.where(
+        _is_report(rows["left_out"], kinds), -1, rows["left_out"]
+    )
+    return rows, kinds
+
+
+def _is_report(codes: np.ndarray, kinds: list[str]) -> np.ndarray:
+    """Whether a reason, by its place among all kinds, is none."""
+    return codes == kinds.index("") if "" in kinds else np.zeros(len(codes), bool)
 
 
 def _value_set(values: Sequence[str]) -> pa.Array:
@@ -156,22 +188,28 @@ def _relative_weights(
         return np.full(n, np.nan)
     weights, whose = rows["weight"][is_weighted], index[is_weighted]
     # A round may aggregate twice, by functions of two names.
-    functions = np.unique(rows["function"][is_weighted], return_inverse=True)[1]
-    key = rows["round"][is_weighted].astype(np.int64) * (functions.max() + 1)
+    functions = rows["function"][is_weighted]
+    key = rows["round"][is_weighted].astype(np.int64) * (int(functions.max()) + 1)
     groups = np.unique(key + functions, return_inverse=True)[1]
     means = np.bincount(groups, weights) / np.bincount(groups)
     with np.errstate(invalid="ignore", divide="ignore"):
-        relative = weights / means[groups]
-        return np.asarray(np.bincount(whose, relative, n) / np.bincount(whose, None, n))
+        return _means(weights / means[groups], whose, n)
 
 
-def _last_reasons(
-    rows: dict[str, np.ndarray], index: np.ndarray
-) -> tuple[list[int], list[str]]:
-    """(clients that were left out, why each was the last time)."""
-    is_left = rows["left_out"] != ""
+def _means(values: np.ndarray, whose: np.ndarray, n: int) -> np.ndarray:
+    """The mean of each client's values that are numbers; NaN without one. [n]"""
+    is_number = ~np.isnan(values)
+    values, whose = values[is_number], whose[is_number]
+    with np.errstate(invalid="ignore"):
+        means = np.bincount(whose, values, n) / np.bincount(whose, minlength=n)
+    return np.asarray(means)
+
+
+def _last_reasons(rows: dict[str, np.ndarray], index: np.ndarray, n: int) -> np.ndarray:
+    """The place of the reason why each client was left out the last time, or -1. [n]"""
+    is_left = rows["left_out"] >= 0
     order = np.argsort(rows["round"][is_left], kind="stable")
-    whose, reasons = index[is_left][order], rows["left_out"][is_left][order]
-    # The first from the end is the last.
-    clients, place = np.unique(whose[::-1], return_index=True)
-    return clients.tolist(), reasons[::-1][place].tolist()
+    last = np.full(n, -1)
+    # Of several values for one place, NumPy keeps the last.
+    last[index[is_left][order]] = rows["left_out"][is_left][order]
+    return last

@@ -267,11 +267,13 @@ That file holds every setting, defaults included; it is printed below.
 the same versions on the same kind of machine give the same.{% endif %}</p></div>
 {% if dropped %}<details open><summary>Requests without a usable update</summary>
 {{ table(["reason", "requests", "share of all"], dropped) }}</details>{% endif %}
-{% if troubles %}<details open><summary>Clients that were left out</summary>
+{% if troubles %}
+<details open><summary>Clients that were left out, or stand out</summary>
 {{ table(troubles[0], troubles[1:]) }}
 {% if num_troubles > troubles|length - 1 %}<p class="soft">
 The first {{ troubles|length - 1 }} of {{ num_troubles }} clients that were left out,
-clipped or weighted below half of the mean; clients.parquet has all.</p>
+clipped, weighted below half of the mean, or three times as long as the median;
+clients.parquet has all.</p>
 {% endif %}</details>{% endif %}
 {% if evaluations %}<details><summary>Every evaluation</summary>
 {{ table(evaluations[0], evaluations[1:]) }}</details>{% endif %}

@@ -187,20 +187,17 @@ def _troubles(folder: Path, rounds: int, notes: list[str]) -> list[Trouble]:
     try:
         return troubles(folder, up_to=rounds)
     except (OSError, KeyError, pa.ArrowException) as error:
-        _note_once(notes, _unreadable(error))
+        _note_unreadable(notes, error)
         return []
 
 
-def _unreadable(error: Exception) -> str:
-    return (
-        f"clients.parquet cannot be read ({_brief(error)}): "
-        "the spread over clients is not drawn."
-    )
-
-
-def _note_once(notes: list[str], note: str) -> None:
-    if note not in notes:
-        notes.append(note)
+def _note_unreadable(notes: list[str], error: Exception) -> None:
+    """Say once that the table cannot be read, whichever reader met it first."""
+    start = "clients.parquet cannot be read"
+    if not any(note.startswith(start) for note in notes):
+        notes.append(
+            f"{start} ({_brief(error)}): the spread over clients is not drawn."
+        )
 
 
 def _last_evaluation(
@@ -217,7 +214,7 @@ def _last_evaluation(
         is_last = columns["round"] == columns["round"].max()
         kept = is_last & (columns["num_examples"] > 0)
     except (OSError, KeyError, pa.ArrowException) as error:
-        _note_once(notes, _unreadable(error))
+        _note_unreadable(notes, error)
         return {}
     for name in NO_MEASURE & columns.keys():
         del columns[name]

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from fedcore import __version__
 from fedcore.errors import FedcoreError
 from fedcore.privacy import describe
-from fedcore.rounds.trouble import FAILING, Trouble
+from fedcore.rounds.trouble import FAILING, LONG, Trouble
 from fedcore.rounds.watch import clients_text
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.memory import size_text
@@ -323,7 +323,9 @@ def _troubles(troubles: list[Trouble]) -> list[list[str]]:
     has_capped = any(trouble.capped for trouble in troubles)
     has_weights = any(not math.isnan(trouble.weight) for trouble in troubles)
     head += ["clipped"] * has_clipped + ["examples capped"] * has_capped
+    has_lengths = any(trouble.norm_ratio > LONG for trouble in troubles)
     head += ["weight, of the mean"] * has_weights
+    head += ["norm, of the median"] * has_lengths
     table = [head]
     for trouble in troubles[:TROUBLES]:
         streak = f"{trouble.streak:,}"
@@ -333,11 +335,14 @@ def _troubles(troubles: list[Trouble]) -> list[list[str]]:
         row += [streak, trouble.reason or "-"]
         row += [f"{trouble.clipped:,}"] * has_clipped
         row += [f"{trouble.capped:,}"] * has_capped
-        if has_weights:
-            unknown = math.isnan(trouble.weight)
-            row.append("-" if unknown else f"{trouble.weight:.2f}")
+        row += [_times(trouble.weight)] * has_weights
+        row += [_times(trouble.norm_ratio)] * has_lengths
         table.append(row)
     return table
+
+
+def _times(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _evaluations(run: RunRecord) -> list[list[str]]:

@@ -84,8 +84,22 @@ def test_krum_scores_over_either_number_of_neighbours(
     expect(X[two].mean(0), 1.5, 2.5, 3)
 
 
-def test_krum_takes_the_papers_number_of_neighbours() -> None:
-    assert weight_rules.neighbours(5, 1) == 2
+def test_krum_takes_all_others_but_f() -> None:
+    assert weight_rules.neighbours(5, 1) == 3
+
+
+def test_optimised_alie_against_multi_krum_is_where_it_does_most_harm() -> None:
+    """The number depends on k: with the paper's it would be 1.342177."""
+    honest = X[:4]
+    mu, sigma = honest.mean(0), honest.std(0)
+
+    def harm(tau: float) -> float:
+        rows = torch.cat([honest, (mu + tau * sigma)[None]])
+        return float((outcome("multi_krum", rows).value - mu).norm())
+
+    assert harm(1.623652) > 0.65
+    assert harm(1.64) < harm(1.623652)
+    expect(mu + 1.623652256711 * sigma, 2.8045286841, 3.8045286841, 4.3257065162)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +182,8 @@ def test_norms_cut_to_a_number_and_to_that_of_a_rank() -> None:
     cut = before.clip_factors(norms, 4.0)[:, None] * X.numpy()
     expect(cut.mean(axis=0), 0.4626517835, 2.3276830120, 1.9961699745)
     expect(before.arc_factors(norms, 1), 1, 1, 1, 1, 0.4178554470)
+    # Of ten rows with f = 3, the floor(2 * 3 * 7 / 10) = 4 longest.
+    expect(before.arc_factors(np.arange(1.0, 11), 3)[5:], 1, 6 / 7, 6 / 8, 6 / 9, 0.6)
 
 
 def test_fltrust_and_its_trust() -> None:

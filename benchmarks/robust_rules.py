@@ -167,8 +167,9 @@ def measure_memory(columns: list[int], names: list[str]) -> None:
     print_head(["columns", "rule", "rows, GB", "peak, GB", "s"])
     for d in columns:
         for name in names:
-            command = [sys.executable, "-m", "benchmarks.robust_rules"]
-            subprocess.run([*command, "one", "--columns", str(d), "--rules", name])
+            command = [sys.executable, "-m", "benchmarks.robust_rules", "one"]
+            command += ["--columns", str(d), "--rules", name]
+            subprocess.run(command, check=True)
 
 
 def measure_one(d: int, name: str) -> None:

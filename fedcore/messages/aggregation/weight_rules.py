@@ -17,9 +17,9 @@ Choice: a Krum score is the sum over the m - f - 1 nearest others, where the pap
 m - f - 2. The bound 6 (1 + f / (m - 2f)) of how far rows lead Krum astray is that of
 this form (Allouah et al., AISTATS 2023), and a random search finds less than with the
 paper's (m = 7, f = 2: 3.9 against 7.0). The paper's m >= 2f + 3 is asked for all the
-same, and Bulyan keeps the paper's number. The singular vectors of dnc and caf are exact,
-so that dnc has nothing to gain from several random subsets of the coordinates, and
-takes one step.
+same, and Bulyan keeps the paper's number. The singular vectors of dnc and caf are
+exact, so that dnc has nothing to gain from several random subsets of the coordinates,
+and takes one step.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,19 @@ def test_damage_is_measured_from_absent_clients_and_cost_from_the_mean() -> None
     assert cost_table(stress, 0.2)[2] == ["trimmed_mean", "86.0%", "6.0", "43.0%"]
 
 
+def test_of_several_backdoors_the_most_successful_counts() -> None:
+    stress = made()
+    wanted = plan(attacks="sign_flip,backdoor,backdoor:auto", seeds=2)
+    cell = stress.cells[0.2, "mean", "backdoor"]
+    rows = [row(1, 0.9), row(2, 0.9, backdoor_success=0.2)]
+    weaker = [SeedRun(seed, Path("b"), History(rows)) for seed in (0, 1)]
+    cells = stress.cells | {
+        (0.2, "mean", "backdoor:auto"): CellResult(cell.cell, JUDGE, weaker)
+    }
+    both = replace(stress, plan=wanted, cells=cells)
+    assert both.backdoor(0.2, "mean") == pytest.approx(0.9)
+
+
 def test_the_table_has_references_attacks_worst_case_and_backdoor() -> None:
     assert table(made(), 0.2) == [
         [
@@ -336,7 +350,7 @@ def test_fail_below_looks_at_the_best_rule() -> None:
 
 def test_words_name_the_rules_that_a_backdoor_passes() -> None:
     text = " ".join(measured(made()))
-    assert "the backdoor works against mean; it is stopped by trimmed_mean" in text
+    assert "a backdoor passes mean; it is stopped by trimmed_mean" in text
     assert "trimmed_mean has the best worst case, 70.0% (backdoor)" in text
     assert "costs 6.0 points" in text
 

@@ -26,7 +26,7 @@ from fedcore.views.text import time_text
 __all__ = ["StressTerminal"]
 
 EVERY = 10.0  # seconds between lines where there is no terminal
-ENOUGH = 3.0  # seconds of rounds from which the rest is estimated
+ENOUGH = 30.0  # seconds from which the rest is estimated, or the end of the first run
 
 
 class StressTerminal:
@@ -79,6 +79,8 @@ class StressTerminal:
         self._bar.start()
         if self._begin is None:
             self._begin = time.monotonic()
+        else:
+            self._estimate()
 
     def client_done(self, t: int, n: int, cohort: int) -> None:
         pass
@@ -86,8 +88,9 @@ class StressTerminal:
     def round_done(self, row: dict[str, Any]) -> None:
         self._done += 1
         self._bar.update(self._task, completed=self._done)
-        self._estimate()
         now = time.monotonic()
+        if self._begin is not None and now - self._begin > ENOUGH:
+            self._estimate()
         if not self.console.is_terminal and now - self._printed > EVERY:
             self._printed = now
             self._print(
@@ -96,17 +99,13 @@ class StressTerminal:
             )
 
     def _estimate(self) -> None:
-        """Say once, after some seconds, how long the other rounds will take."""
-        if self._is_estimated or self._begin is None:
-            return
-        seconds = time.monotonic() - self._begin
-        if seconds < ENOUGH:
+        """Say once how long the other rounds will take."""
+        left = self._rounds - self._done
+        if self._is_estimated or self._begin is None or self._done == 0 or left <= 0:
             return
         self._is_estimated = True
-        left = self._rounds - self._done
-        if left > 0:
-            about = time_text(seconds / self._done * left)
-            self._print(f"about {about} for the other {left:,} rounds, by the first")
+        about = time_text((time.monotonic() - self._begin) / self._done * left)
+        self._print(f"about {about} for the other {left:,} rounds, by the first")
 
     def note(self, message: str) -> None:
         """Pass on what concerns the test, or a run without an attack, once."""

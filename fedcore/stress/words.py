@@ -167,7 +167,7 @@ def measured(stress: Stress) -> list[str]:
     for fraction in stress.plan.fractions:
         ranked = stress.ranked(fraction)
         if ranked:
-            lines += _measured_at(stress, fraction, *ranked[0])
+            lines += _measured_at(stress, fraction, ranked)
     if lines and stress.plan.seeds == 1:
         lines.append(
             "One seed: under attack another partition can differ by ten points; "
@@ -176,28 +176,44 @@ def measured(stress: Stress) -> list[str]:
     return lines
 
 
-def _measured_at(stress: Stress, fraction: float, rule: str, worst: Worst) -> list[str]:
-    judge = stress.judge
+def _measured_at(
+    stress: Stress, fraction: float, ranked: list[tuple[str, Worst]]
+) -> list[str]:
+    judge, (rule, worst) = stress.judge, ranked[0]
     line = f"At {fraction:.0%}: {rule} has the best worst case, "
-    line += f"{worst_text(judge, worst)}"
+    if len(ranked) == 1:
+        line = f"At {fraction:.0%}: the worst case of {rule} is "
+    line += worst_text(judge, worst)
     cost = stress.cost(fraction, rule)
     if cost is not None and rule != "mean":
         points = points_text(judge.measure, cost)
         unit = " points" if judge.measure == "accuracy" else ""
         line += f"; without an attacker it costs {points}{unit}"
-    lines = [f"{line}."]
-    open_doors: list[str] = []
-    shut: list[str] = []
-    for name in stress.rules():
-        success = stress.backdoor(fraction, name)
-        if success is not None:
-            (shut if success <= STOPPED else open_doors).append(name)
-    if open_doors:
-        text = f"At {fraction:.0%} the backdoor works against {', '.join(open_doors)}"
-        stopped = f"; it is stopped by {', '.join(shut)}" if shut else ""
-        lines.append(f"{text}{stopped}.")
-    if rule in open_doors:
-        lines.append(f"{rule} keeps the accuracy, and not the backdoor out.")
+    return [f"{line}.", *_of_backdoors(stress, fraction, ranked)]
+
+
+def _of_backdoors(
+    stress: Stress, fraction: float, ranked: list[tuple[str, Worst]]
+) -> list[str]:
+    """Which rules let a backdoor in, and the best of the others."""
+    opened: list[str] = []
+    shut: list[tuple[str, Worst]] = []
+    for rule, worst in ranked:
+        success = stress.backdoor(fraction, rule)
+        if success is not None and success > STOPPED:
+            opened.append(rule)
+        elif success is not None:
+            shut.append((rule, worst))
+    if not opened:
+        return []
+    text = f"At {fraction:.0%} a backdoor passes {', '.join(opened)}"
+    if not shut:
+        return [f"{text}."]
+    lines = [f"{text}; it is stopped by {', '.join(rule for rule, _ in shut)}."]
+    if ranked[0][0] in opened:
+        rule, worst = shut[0]
+        value = worst_text(stress.judge, worst)
+        lines.append(f"Of those that stop it, {rule} has the best worst case, {value}.")
     return lines
 
 

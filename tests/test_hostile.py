@@ -88,7 +88,7 @@ def test_a_cap_and_a_bound_keep_one_client_of_twenty_from_ruining_a_run(
     saved = run_among({3}, flipped, capped, tmp_path / "saved")
     # The flipped update still takes a tenth of the step back.
     assert saved.final["test_accuracy"] > honest - 0.15
-    assert rows_of(tmp_path / "saved")[0]["capped"] == [3]
+    assert 3 in rows_of(tmp_path / "saved")[0]["capped"]
 
 
 def test_a_bound_on_norms_keeps_enormous_updates_out_of_the_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.engines.readout import read
+from fedcore.errors import FedcoreError
 from fedcore.messages.adversary.poisoning import backdoor_success
 from fedcore.method import Method
 from fedcore.metrics import is_higher_better
 from fedcore.rng import rng, torch_seed
 from fedcore.rounds.doors import Desk
+from fedcore.rounds.faults import evaluation_fault
 from fedcore.rounds.rundir import PERCENTILES
 from fedcore.types import ClientFunction, Model
 
@@ -62,6 +65,17 @@ class Evaluation:
         draw = rng(seed, "evaluation")
         drawn = draw.choice(population, wanted, replace=False, shuffle=False)
         return torch.from_numpy(np.sort(drawn))
+
+    def of(self, server: Any, t: int, is_last: bool, folder: Path) -> dict[str, Any]:
+        """The row after round t of the run in `folder`; a failure says what to do."""
+        try:
+            return self.row(server, t, is_last)
+        except FedcoreError:
+            raise
+        except Exception as error:
+            params = server.params
+            fault = evaluation_fault(self._task, params, error, t + 1, folder)
+            raise fault from error
 
     def row(self, server: Any, t: int, is_last: bool) -> dict[str, Any]:
         """Measures after round t: of the global test set, and over clients."""

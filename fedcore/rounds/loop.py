@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedcore import privacy, trees
-from fedcore.errors import FedcoreError, RunError, TooFewReports
+from fedcore.errors import RunError, TooFewReports
 from fedcore.rng import torch_seed
 from fedcore.rounds.captures import Captures
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.diagnosis import causes, fruitless_text
 from fedcore.rounds.doors import Desk, OpenRound
 from fedcore.rounds.evaluation import Evaluation
-from fedcore.rounds.faults import evaluation_fault
 from fedcore.rounds.history import History
 from fedcore.rounds.observer import Notes, Observer, Quiet
 from fedcore.rounds.participation import answering
@@ -38,7 +37,7 @@ from fedcore.rounds.setup import MakeEngine, Parts, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
 from fedcore.rounds.tally import Exchange, Tally
 from fedcore.rounds.watch import Watch
-from fedcore.storage.checkpoint import Checkpoint, write_atomically
+from fedcore.storage.checkpoint import Checkpoint
 from fedcore.storage.faults import Lines, Unwritable
 from fedcore.storage.json import without_nan
 
@@ -102,8 +101,7 @@ class Loop:
         self._lock = lock(folder) if resume else None
         checkpoint = Checkpoint(folder / "checkpoint", experiment.checkpoint.keep)
         header = None
-        # Settings of a rule that change with this start, for the first row after it.
-        self._changed: dict[str, Any] = {}
+        self._changed: dict[str, Any] = {}  # settings of the rule, by this start
         if resume:
             header = read_header(checkpoint, folder, experiment.rounds, back_to)
             self._changed = changed_rule(experiment, folder)
@@ -115,19 +113,13 @@ class Loop:
         self.task, self.method, self.process = parts.task, parts.method, parts.process
         self.rates, self.mechanism = parts.rates, parts.mechanism
         self.engine, self.memory = parts.engine, parts.memory
-        self.stores = {"memory": parts.memory}
-        if parts.engine.states is not None:
-            self.stores["clients"] = parts.engine.states
+        self.stores = parts.stores
         self.clients = ClientTable(folder)
         self.captures = Captures(folder, experiment, self.method)
         self.saving = Saving(
             checkpoint, parts.engine, self.stores, self.clients, parts.start
         )
-        self.state = _first_state(parts)
-        if header is not None:
-            self.state = self.saving.restore(header, self.state, self.task.device)
-        if self._changed:  # what the rule before kept says nothing to another
-            self.state = self.state._replace(aggregation={})
+        self.state = self._first_or_restored(parts, header)
         # Lines that were logged after the checkpoint go: those rounds are run again.
         self.history = History.read(folder / "metrics.jsonl", self.state.t)
         make_run_dir(folder)
@@ -137,8 +129,7 @@ class Loop:
         if back_to is not None:
             self.saving.go_back()
         write_settings(folder, experiment)
-        lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        write_atomically(folder / "metrics.jsonl", lines.encode())
+        self.history.write(folder / "metrics.jsonl")
         self.clients.cut(self.state.t)
         self._watch = Watch(self.notes, experiment.checkpoint.jump)
         self._watch.resume(folder, self.history)
@@ -155,6 +146,13 @@ class Loop:
             parts.receiving,
         )
         self._evaluation = Evaluation(experiment, self.task, self.method, self.desk)
+
+    def _first_or_restored(self, parts: Parts, header: dict[str, Any] | None) -> State:
+        state = _first_state(parts)
+        if header is not None:
+            state = self.saving.restore(header, state, self.task.device)
+        # What another rule kept says nothing to this one.
+        return state._replace(aggregation={}) if self._changed else state
 
     def close(self, is_writable: bool = True) -> None:
         try:
@@ -325,23 +323,15 @@ class Loop:
         if t % self.experiment.evaluation.every and t != rounds:
             return {}
         begin = time.perf_counter()
-        try:
-            row = self._evaluation.row(state.server, t - 1, is_last=t == rounds)
-        except FedcoreError:
-            raise
-        except Exception as error:
-            params = state.server.params
-            fault = evaluation_fault(self.task, params, error, t, self.folder)
-            raise fault from error
+        row = self._evaluation.of(state.server, t - 1, t == rounds, self.folder)
         row |= _spent(self.experiment, self.mechanism, self.task.population, state)
         row["evaluation_s"] = round(time.perf_counter() - begin, 4)
         return row
 
     def evaluate(self) -> dict[str, Any]:
         """Measures of the current state: of the test set, and over clients."""
-        t, server = self.state.t, self.state.server
-        is_last = t == self.experiment.rounds
-        return self._evaluation.row(server, t - 1, is_last)
+        t, rounds = self.state.t, self.experiment.rounds
+        return self._evaluation.row(self.state.server, t - 1, t == rounds)
 
 
 def _first_state(parts: Parts) -> State:

@@ -46,6 +46,14 @@ class Parts(NamedTuple):
     memory: StateStore  # rows that the server keeps of single clients
     receiving: Receiving
 
+    @property
+    def stores(self) -> dict[str, StateStore]:
+        """Rows of single clients, by the name of their part of a checkpoint."""
+        stores = {"memory": self.memory}
+        if self.engine.states is not None:
+            stores["clients"] = self.engine.states
+        return stores
+
 
 def prepare(
     experiment: Experiment,
@@ -72,15 +80,7 @@ def prepare(
     if experiment.finetune.epochs:
         # Refused now, not after the last round.
         split(params, experiment.finetune.parts)
-    work = Work(
-        task,
-        method,
-        experiment.local,
-        experiment.seed,
-        experiment.links,
-        experiment.defence,
-        experiment.adversary,
-    )
+    work = _work(experiment, task, method)
     work.adversary.refuse(method, experiment.method.name)
     hostile.refuse(experiment, work, process, note)
     if statistic_names(task.model):
@@ -109,6 +109,18 @@ def prepare(
         engine=engine,
         memory=StateStore(memory_row, ram, spill, task.device),
         receiving=hostile.receiving(experiment, work, partial(_spill, folder, "rows")),
+    )
+
+
+def _work(experiment: Experiment, task: Task, method: Method[Any]) -> Work:
+    return Work(
+        task,
+        method,
+        experiment.local,
+        experiment.seed,
+        experiment.links,
+        experiment.defence,
+        experiment.adversary,
     )
 
 

@@ -137,7 +137,8 @@ class Checkpoint:
         files = {part: self._files[part] for part in unchanged or set()}
         try:
             for part, tensors in parts:
-                files[part] = self._write(f"{part}-{number:06d}.safetensors", tensors)
+                file = self.folder / f"{part}-{number:06d}.safetensors"
+                files[part] = _write(file, tensors)
             state = {"version": VERSION, "round": number, **facts}
             state |= {"score": score, "files": files}
             text = json.dumps({**state, "sha256": _digest(state)}, indent=1)
@@ -187,15 +188,6 @@ class Checkpoint:
             with writing(aside):
                 content = newest.read_bytes()
             write_atomically(aside, content)
-
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-        """Write the file of one part; its entry in `files` is returned."""
-        plain = {}
-        for path, x in tensors.items():
-            plain[path or WHOLE] = x.detach().cpu().contiguous()
-        content = save(plain)
-        write_atomically(self.folder / name, content)
-        return {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
 
     def _delete(self, names: set[str]) -> None:
         """Delete the parts of a checkpoint that did not come to its end."""
@@ -349,6 +341,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Write the file of one part; its entry in `files` is returned."""
+    plain = {}
+    for path, x in tensors.items():
+        plain[path or WHOLE] = x.detach().cpu().contiguous()
+    content = save(plain)
+    write_atomically(file, content)
+    return {"file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _digest(state: dict[str, Any]) -> str:

@@ -129,7 +129,8 @@ def test_rules_on_mixed_rows_equal_rules_on_rows_that_are_mixed_first(
     rows, f = problem
     mixed = torch.from_numpy(plain_mixing(rows.numpy(), f))
     scale = 100 * float(rows.abs().max())
-    for rule in ("median", "trimmed_mean", "meamed", "geometric_median", "caf"):
+    # No rule that selects: mixed rows are often equal but for their last bits.
+    for rule in ("median", "trimmed_mean", "geometric_median", "caf"):
         expected = value(rule, mixed, f)
         close(value(rule, rows, f, before="nnm"), expected, scale)
 

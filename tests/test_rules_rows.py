@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +167,36 @@ def test_an_error_in_a_thread_is_raised() -> None:
 
     with pytest.raises(ValueError, match="at 0"):
         over_columns(Rows.of(torch.zeros(2, 10)), fail)
+
+
+PEAK = """
+import resource, sys, torch
+from pathlib import Path
+from fedcore.messages.aggregation.rows import Rows
+from fedcore.messages.aggregation.rule import Rule
+from fedcore.messages.aggregation.settings import AggregationSettings
+
+d, n = int(sys.argv[1]), 100
+rows = Rows(torch.arange(n), d, torch.float32, 0, lambda: Path(sys.argv[2]))
+row = torch.arange(d).float()[None]
+for client in range(n):
+    rows.put(torch.tensor([client]), [row + client])
+settings = AggregationSettings(rule=sys.argv[3], before="nnm", byzantine=10)
+Rule(settings, 0).aggregate(rows, 10, None, (), torch.zeros(0), None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["trimmed_mean", "geometric_median"])
+def test_memory_of_rows_in_a_file_does_not_grow_with_their_length(
+    rule: str, tmp_path: Path
+) -> None:
+    """Beyond a few vectors of that length; the rows of it would take a hundred."""
+    peaks = []
+    for d in (500_000, 1_500_000):
+        command = [sys.executable, "-c", PEAK, str(d), str(tmp_path), rule]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) * 1024)
+    grown = (peaks[1] - peaks[0]) / (1_000_000 * 4)
+    assert grown < 12, f"{grown:.0f} rows more"

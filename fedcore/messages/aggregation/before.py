@@ -8,11 +8,33 @@ arc         the longest are cut to the longest of the others (arXiv 2405.14432)
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from fedcore.messages.aggregation.gram import squared_distances
 from fedcore.messages.aggregation.passes import Array
+
+
+class Mixing(NamedTuple):
+    """What is done to the rows, in one of three forms: Y = A X."""
+
+    matrix: Array  # A [m, n]
+    factors: Array | None = None  # [n], where A is diagonal
+    order: npt.NDArray[np.int64] | None = None  # [n], where A has means of buckets
+    size: int = 1  # of a bucket
+
+    def of(self, values: Array) -> Array:
+        """A times a piece of the rows, [n, b], without zeros where A is mostly zero."""
+        if self.factors is not None:
+            return values * self.factors[:, None]
+        if self.order is not None:
+            starts = np.arange(0, len(self.order), self.size)
+            sums = np.add.reduceat(values[self.order], starts, axis=0)
+            counts = np.diff(np.append(starts, len(self.order)))
+            return sums / counts[:, None]
+        return self.matrix @ values
 
 
 def nearest_neighbour_mixing(gram: Array, f: int) -> Array:

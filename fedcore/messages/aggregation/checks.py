@@ -8,14 +8,11 @@ from __future__ import annotations
 import math
 
 from fedcore.errors import SettingsError
-from fedcore.messages.aggregation.rule import Rule
+from fedcore.messages.aggregation.rule import MIXES, Rule
 from fedcore.messages.aggregation.settings import AggregationSettings
 
 WEIGHTED = frozenset(("mean", "median", "trimmed_mean", "geometric_median"))
 """The rules that have a form with weights."""
-
-MIXES = frozenset(("nnm", "bucketing"))
-"""Done before a rule, they make rows that belong to no one client."""
 
 LARGEST_COHORT = 10_000  # looked for where no f is given, but a fraction
 

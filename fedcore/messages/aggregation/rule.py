@@ -8,16 +8,22 @@ A G A^T, so that Y is never made, and a column rule a block of columns at a time
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedcore.messages.aggregation import before, column_rules, weight_rules
-from fedcore.messages.aggregation.gram import gram, squared_norms, star
+from fedcore.messages.aggregation.gram import (
+    gram,
+    squared_distances_to,
+    squared_norms,
+    star,
+)
 from fedcore.messages.aggregation.passes import (
     THREADS,
     Array,
@@ -41,6 +47,9 @@ WEIGHT_RULES = frozenset(
         "fltrust",
     )
 )
+MIXES = frozenset(("nnm", "bucketing"))
+"""Done before a rule, they make rows that belong to no one client."""
+
 PieceRule = Callable[[int, Piece, Array], Array]
 """(first column, piece [n, b], the same in float64) -> the result [b]."""
 
@@ -169,20 +178,22 @@ class _OneCall:
         self.gram: Array | None = None  # of the rows, and of `extra`
         self.extra: Tensor | None = None  # [1, d]
         self.norms: Array | None = None  # of the rows
-        self.mixing: Array | None = None  # A [m, n]
+        self.mixing: before.Mixing | None = None
 
     def measure(self, extra: Tensor | None) -> None:
         """Find what the rule, and what is before it, need to know of the rows."""
         rule, ahead, rows = self.settings.rule, self.settings.before, self.rows
         self.extra = extra
-        if rule == "fltrust" and ahead not in ("nnm", "bucketing"):
+        if rule == "fltrust" and ahead not in MIXES:
             assert extra is not None
             self.gram = star(rows, extra[0])
+        elif rule == "centred_clipping" and ahead not in MIXES:
+            pass  # a pass for each of a few steps takes less than n^2 products
         elif rule in WEIGHT_RULES or rule == "bulyan" or ahead == "nnm":
             self.gram = gram(rows, extra)
         if self.gram is not None:
             self.norms = np.sqrt(np.diagonal(self.gram)[: rows.n])
-        elif ahead in ("clip", "arc") or rule == "sign":
+        elif ahead in ("clip", "arc") or (rule == "sign" and self.settings.tau is None):
             self.norms = np.sqrt(squared_norms(rows))
 
     def mix(self) -> None:
@@ -190,7 +201,8 @@ class _OneCall:
         ahead, n = self.settings.before, self.rows.n
         if ahead == "nnm":
             assert self.gram is not None
-            self.mixing = before.nearest_neighbour_mixing(self.gram[:n, :n], self.f)
+            nearest = before.nearest_neighbour_mixing(self.gram[:n, :n], self.f)
+            self.mixing = before.Mixing(nearest)
         elif ahead in ("clip", "arc"):
             assert self.norms is not None
             if ahead == "clip":
@@ -198,17 +210,19 @@ class _OneCall:
                 factors = before.clip_factors(self.norms, bound)
             else:
                 factors = before.arc_factors(self.norms, self.f)
-            self.mixing = np.diag(factors)
+            self.mixing = before.Mixing(np.diag(factors), factors=factors)
 
     def mix_buckets(self, order: np.ndarray) -> None:
         """Set A for means of buckets, rows in this order."""
-        self.mixing = before.buckets(order, self.settings.bucket)
-        self.alphas = np.full(len(self.mixing), 1.0 / len(self.mixing))
+        size = self.settings.bucket
+        means = before.buckets(order, size)
+        self.mixing = before.Mixing(means, order=order, size=size)
+        self.alphas = np.full(len(means), 1.0 / len(means))
 
     @property
     def m(self) -> int:
         """The number of mixed rows, those that the rule sees."""
-        return self.rows.n if self.mixing is None else len(self.mixing)
+        return self.rows.n if self.mixing is None else len(self.mixing.matrix)
 
     def outcome(self) -> Outcome:
         """The outcome of the rule."""
@@ -226,7 +240,7 @@ class _OneCall:
         """The sum of the mixed rows with these weights, and of `extra`."""
         weights, rest = chosen[: self.m], chosen[self.m :]
         if self.mixing is not None:
-            weights = weights @ self.mixing
+            weights = weights @ self.mixing.matrix
 
         def combine(start: int, piece: Piece, values: Array) -> Array:
             result: Array = weights @ values
@@ -250,7 +264,7 @@ class _OneCall:
         weights = np.zeros(self.m)
         weights[taken] = 1.0 / len(taken)
         if self.mixing is not None:
-            weights = weights @ self.mixing
+            weights = weights @ self.mixing.matrix
 
         def of_piece(start: int, piece: Piece, values: Array) -> Array:
             columns = self._columns(piece, values)[:, taken]
@@ -285,7 +299,7 @@ class _OneCall:
     def _columns(self, piece: Piece, values: Array) -> column_rules.Columns:
         """A piece of the mixed rows, transposed; `values` are the piece in float64."""
         if self.mixing is not None:
-            piece = (self.mixing @ values).astype(piece.dtype)
+            piece = self.mixing.of(values).astype(piece.dtype)
         return np.ascontiguousarray(piece.T)
 
     def _in_one_pass(self, rule: PieceRule, weights: Array) -> Outcome:
@@ -314,7 +328,10 @@ class _OneCall:
 
     def _weights(self) -> Array:
         """The weights of the mixed rows, and of v for centred clipping."""
-        rule, f, mixed = self.settings.rule, self.f, self._mixed_gram()
+        rule, f = self.settings.rule, self.f
+        if rule == "centred_clipping":
+            return self._clipping_weights()
+        mixed = self._mixed_gram()
         if rule == "krum":
             return weight_rules.krum(mixed, f)
         if rule == "multi_krum":
@@ -325,9 +342,6 @@ class _OneCall:
             return weight_rules.caf(mixed, f)
         if rule == "fltrust":
             return weight_rules.fltrust(mixed)
-        if rule == "centred_clipping":
-            steps = self.settings.iterations or CENTRED_CLIPPING_STEPS
-            return weight_rules.centred_clipping(mixed, self.settings.tau, steps)
         assert rule == "geometric_median", f"no rule {rule}"
         steps = self.settings.iterations or GEOMETRIC_MEDIAN_STEPS
         products, square = self._start_products()
@@ -335,15 +349,40 @@ class _OneCall:
             mixed, self.alphas, products, square, steps
         )
 
+    def _clipping_weights(self) -> Array:
+        steps = self.settings.iterations or CENTRED_CLIPPING_STEPS
+        distances = self._distances_in_a_pass
+        if self.gram is not None:
+            distances = functools.partial(squared_distances_to, self._mixed_gram())
+        tau = self.settings.tau
+        return weight_rules.centred_clipping(self.m, distances, tau, steps)
+
+    def _distances_in_a_pass(self, weights: Array) -> Array:
+        """Squared distances of the mixed rows to the sum of them and of `extra`."""
+        assert self.extra is not None
+        extra = self.extra[0]
+        totals = np.zeros((THREADS, self.m))
+
+        def add(thread: int, start: int, piece: Piece) -> None:
+            values = double(piece)
+            if self.mixing is not None:
+                values = self.mixing.of(values)
+            own = extra[start : start + piece.shape[1]].double().numpy()
+            values -= weights[:-1] @ values + weights[-1] * own
+            totals[thread] += row_squares(values)
+
+        over_columns(self.rows, add)
+        return cast(Array, totals.sum(axis=0))
+
     def _mixed_gram(self) -> Array:
         """A G A^T; a row of the server's own, v or g0, is not mixed."""
         assert self.gram is not None
         if self.mixing is None:
             return self.gram
         own = len(self.gram) - self.rows.n
-        m, n = self.mixing.shape
+        m, n = self.mixing.matrix.shape
         mixing = np.zeros((m + own, n + own))
-        mixing[:m, :n] = self.mixing
+        mixing[:m, :n] = self.mixing.matrix
         mixing[m:, n:] = np.eye(own)
         product = mixing @ self.gram @ mixing.T
         return (product + product.T) / 2
@@ -365,5 +404,5 @@ class _OneCall:
         over_columns(self.rows, add)
         total: Array = products.sum(axis=0)
         if self.mixing is not None:
-            total = self.mixing @ total
+            total = self.mixing.matrix @ total
         return total, sum(squares)

@@ -24,6 +24,7 @@ and takes one step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -33,6 +34,9 @@ from fedcore.messages.aggregation.passes import Array
 
 SMOOTHING = 1e-3  # nu of the geometric median, in median distances from its start
 CAF_STEPS = 64
+
+Distances = Callable[[Array], Array]
+"""Weights of rows -> squared distances of all rows to their sum."""
 
 
 def neighbours(m: int, f: int) -> int:
@@ -125,18 +129,20 @@ def geometric_median_from(
     return geometric_median(extended, padded, start, nu, steps)[:m]
 
 
-def centred_clipping(gram: Array, tau: float | None, steps: int) -> Array:
-    """Weights of the rows and, last, of v, which is the last row of `gram`.
+def centred_clipping(
+    m: int, squared_distances: Distances, tau: float | None, steps: int
+) -> Array:
+    """Weights of the m rows and, last, of v.
 
         v <- v + (1/m) sum (x_i - v) min(1, tau / |x_i - v|)
 
     Without a tau it is the median distance to v, anew at every step.
+    `squared_distances` are those of the rows to the sum of rows and v with weights.
     """
-    m = len(gram) - 1
     weights = np.zeros(m + 1)
     weights[m] = 1.0
     for _ in range(steps):
-        distances = np.sqrt(squared_distances_to(gram, weights)[:m])
+        distances = np.sqrt(squared_distances(weights)[:m])
         radius = float(np.median(distances)) if tau is None else tau
         factors = np.ones(m)
         np.divide(radius, distances, out=factors, where=distances > radius)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import hostile
 from fedcore import Experiment, SettingsError
 from fedcore.messages.aggregation.settings import AggregationSettings
 from fedcore.rounds.history import History
@@ -287,6 +288,26 @@ def test_of_several_backdoors_the_most_successful_counts() -> None:
     }
     both = replace(stress, plan=wanted, cells=cells)
     assert both.backdoor(0.2, "mean") == pytest.approx(0.9)
+
+
+def test_a_rule_that_never_had_enough_messages_is_stuck() -> None:
+    stress = made()
+    cell = stress.cells[0.2, "trimmed_mean", ABSENT]
+    for one in cell.runs[1].history:
+        one["skipped"] = True
+    assert table(stress, 0.2)[2][2] == "stuck"
+    assert stress.damage(0.2, "trimmed_mean", "sign_flip") is None
+    assert cell.rounds_skipped == 2
+
+
+def test_the_presets_of_the_benchmark_can_be_stressed() -> None:
+    for preset, rules in (
+        (hostile.DIGITS, hostile.DIGITS_RULES),
+        (hostile.FASHION, hostile.FASHION_RULES),
+    ):
+        experiment = Experiment.load(preset)
+        wanted = plan(",".join(rules), ",".join(hostile.FASHION_ATTACKS), (0.1, 0.2))
+        assert cells_of(experiment, wanted)
 
 
 def test_the_table_has_references_attacks_worst_case_and_backdoor() -> None:

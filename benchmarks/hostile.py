@@ -204,7 +204,9 @@ def _row(done: Done, stress: Stress, fraction: float, rule: str) -> list[str]:
     for column in stress.plan.columns:
         cell = stress.cell(fraction, rule, column)
         text = "-"
-        if cell is not None:
+        if cell is not None and cell.is_stuck:
+            text = "stuck"
+        elif cell is not None:
             text = "ruined" if cell.is_ruined else percent(cell.mean)
             if cell.std is not None:
                 text += f" ± {percent(cell.std)}"

@@ -62,6 +62,9 @@ def on_tiny_data(command: str, folder: Path) -> list[str]:
         settings += [*TINY_MODEL, UNMEASURED]
     for setting in settings:
         words += ["--set", setting]
+    if words[0] == "stress":
+        few = ["--rules", "median", "--attacks", "zero"]
+        words += [*few, "--out", str(folder), "--set", "rounds=1"]
     if words[0] == "audit":
         options = ["--option", "sme.iterations=20", "--option", "ig.iterations=20"]
         words += [*options, "--out", str(folder)]

@@ -87,6 +87,22 @@ class CellResult:
         return None in self.values
 
     @property
+    def rounds_skipped(self) -> int:
+        """Rounds with too few messages for the rule, of all seeds."""
+        skipped = 0
+        for run in self.runs:
+            skipped += sum(bool(row.get("skipped")) for row in run.history)
+        return skipped
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether no round of some seed had enough messages for the rule."""
+        for run in self.runs:
+            if len(run.history) and all(row.get("skipped") for row in run.history):
+                return True
+        return False
+
+    @property
     def mean(self) -> float | None:
         """The mean over seeds; None where there is none, or a seed was ruined."""
         values = self.values
@@ -204,7 +220,7 @@ class Stress:
         """
         absent = self.cell(fraction, rule, ABSENT)
         attacked = self.cell(fraction, rule, column)
-        if absent is None or attacked is None:
+        if absent is None or attacked is None or absent.is_stuck:
             return None
         if absent.mean is None or attacked.mean is None:
             return None
@@ -285,6 +301,7 @@ class Stress:
             "values": found.values,
             "ruined": {run.seed: run.ruined for run in found.runs if run.ruined},
             "best_step": None if best is None else best._asdict(),
+            "rounds_skipped": found.rounds_skipped,
             "damage": self.damage(fraction, rule, column),
             "worst_tenth": found.last(f"client_{self.judge.measure}", "worst_tenth"),
             "backdoor_success": found.backdoor_success,

@@ -18,7 +18,7 @@ __all__ = [
     "worst_text",
 ]
 
-RUINED = "ruined"
+RUINED, STUCK = "ruined", "stuck"
 GOOD, POOR = 0.02, 0.30  # of an accuracy: lost to an attack, from green to red
 
 
@@ -26,6 +26,8 @@ def text_of(judge: Judge, cell: CellResult | None) -> str:
     """The mean over seeds at the end; "-" where the cell is not done."""
     if cell is None:
         return "-"
+    if cell.is_stuck:
+        return STUCK
     return RUINED if cell.is_ruined else value_text(judge.measure, cell.mean)
 
 

@@ -227,7 +227,8 @@ def reading(stress: Stress) -> str:
         "is the difference to this column, as their data are missing either way. "
         "worst: the worst of the attacks. backdoor success: share of stamped test "
         "examples that become the attacker's class. ruined: the run ended without a "
-        "model. The colour is the distance to the best cell of the table. A rule that "
-        "holds here held against these attacks, at this share, on this data; no rule "
-        "is the best everywhere."
+        "model. stuck: no round had enough messages for the rule, which then leaves "
+        "the model as it is. The colour is the distance to the best cell of the "
+        "table. A rule that holds here held against these attacks, at this share, on "
+        "this data; no rule is the best everywhere."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from fedcore import Experiment, SettingsError
+from fedcore import Experiment, RunError, SettingsError
 from fedcore.messages.aggregation.settings import AggregationSettings
 from fedcore.rounds.loop import Quiet
+from fedcore.stress import examine as examining
 from fedcore.stress.examine import (
     default_plan,
     examine,
@@ -169,7 +171,7 @@ class Watching(Quiet):
     def round_done(self, row: dict[str, Any]) -> None:
         self.rounds += 1
         if len(self.names) == self.stop_in:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +185,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stress, Path]:
     assert first.is_interrupted
     watching = Watching()
     stress = examine(prepared, folder, watching)
-    # The clean run was done; the other had a line, and no checkpoint yet.
+    # The clean run was done, and a round of the one that was interrupted.
     assert watching.to_do == 3
-    assert watching.rounds == 4
+    assert watching.rounds == 3
     return stress, folder
 
 
@@ -213,17 +215,34 @@ def test_another_experiment_in_the_same_directory_is_refused(
 
 
 def test_a_run_that_an_attack_ended_is_a_result_and_is_not_run_again(
-    done: tuple[Stress, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    stress, folder = done
-    cell = stress.cells[0.2, "trimmed_mean", "sign_flip:10"]
-    (run,) = cell.runs
-    note = run.folder / "ruined.txt"
-    note.write_text("no client sent a usable update")
-    prepared = prepare(tiny(), "fedavg", stress.plan, tiny().build_task())
-    again = examine(prepared, folder, Watching())
-    note.unlink()
-    assert again.worst(0.2, "trimmed_mean") == ("sign_flip:10", None)
+    # Updates of 1e38 are finite, their mean is a model that gives nothing but NaN.
+    destroyed = tiny(rounds=8, adversary__start=2)
+    wanted = plan("mean", "sign_flip:1e38")
+    prepared = prepare(destroyed, "fedavg", wanted, destroyed.build_task())
+    for to_do in (24, 0):
+        watching = Watching()
+        stress = examine(prepared, tmp_path / "s", watching)
+        assert watching.to_do == to_do
+        assert (watching.rounds == 0) == (to_do == 0)
+        assert stress.worst(0.2, "mean") == ("sign_flip:1e+38", None)
+        (run,) = stress.cells[0.2, "mean", "sign_flip:1e+38"].runs
+        assert run.ruined is not None
+        assert len(run.history) < 8
+        assert not stress.cells[0.2, "mean", ABSENT].is_ruined
+
+
+def test_a_failure_of_the_machine_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RunError("the workers are gone")
+
+    monkeypatch.setattr(examining, "finish", fail)
+    prepared = prepare(tiny(), "fedavg", plan("mean"), tiny().build_task())
+    with pytest.raises(RunError, match="workers are gone"):
+        examine(prepared, tmp_path / "s", Watching())
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from fedcore.rounds.loop import Interrupted, Observer
 from fedcore.rounds.refusals import participation_process
 from fedcore.rounds.rundir import stored
 from fedcore.storage.checkpoint import write_atomically
+from fedcore.storage.faults import Unwritable
 from fedcore.stress.odds import odds_line
 from fedcore.stress.plan import (
     CLEAN,
@@ -214,15 +215,25 @@ def run_job(
         if _is_ruined(job):
             raise RunError((folder / RUINED).read_text())
         history = finish(experiment, folder, make_observer())
+    except (Interrupted, Unwritable):
+        raise
     except RunError as error:
+        history = _history(folder)
+        if not history.fruitless:
+            raise  # of this machine, or of the task
         ruined = str(error)
-        history = History.read(folder / "metrics.jsonl")
         write_atomically(folder / RUINED, ruined.encode())
     malicious = malicious_clients(
         prepared.population, job.cell.fraction, experiment.seed
     )
     treatment = treatment_of(folder, malicious)
     return SeedRun(experiment.seed, folder, history, ruined, treatment)
+
+
+def _history(folder: Path) -> History:
+    """The rounds of a run that failed; none where it failed before the first."""
+    metrics = folder / "metrics.jsonl"
+    return History.read(metrics) if metrics.exists() else History()
 
 
 def _is_ruined(job: Job) -> bool:

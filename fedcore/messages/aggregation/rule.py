@@ -294,7 +294,7 @@ class _OneCall:
         if self.settings.tau is not None:
             return self.settings.tau
         assert self.norms is not None
-        return float(np.median(self.norms)) / math.sqrt(self.rows.d)
+        return float(np.median(self.norms)) / math.sqrt(max(self.rows.d, 1))
 
     def _columns(self, piece: Piece, values: Array) -> column_rules.Columns:
         """A piece of the mixed rows, transposed; `values` are the piece in float64."""

@@ -234,7 +234,7 @@ class _OneCall:
         if rule == "bulyan":
             return self._bulyan()
         unknown = np.full(self.rows.n, np.nan)
-        return self._in_one_pass(self._column_rule(), unknown)
+        return _in_one_pass(self.rows, self._column_rule(), unknown)
 
     def _weighted(self, chosen: Array) -> Outcome:
         """The sum of the mixed rows with these weights, and of `extra`."""
@@ -250,7 +250,7 @@ class _OneCall:
                 result += rest @ own.double().numpy()
             return result
 
-        outcome = self._in_one_pass(combine, weights)
+        outcome = _in_one_pass(self.rows, combine, weights)
         if self.settings.rule == "centred_clipping":
             outcome = outcome._replace(memory=outcome.value.clone())
         return outcome
@@ -270,7 +270,7 @@ class _OneCall:
             columns = self._columns(piece, values)[:, taken]
             return column_rules.nearest_mean(columns, len(taken) - 2 * self.f)
 
-        return self._in_one_pass(of_piece, weights)
+        return _in_one_pass(self.rows, of_piece, weights)
 
     def _column_rule(self) -> PieceRule:
         """The column rule of the settings."""
@@ -294,37 +294,13 @@ class _OneCall:
         if self.settings.tau is not None:
             return self.settings.tau
         assert self.norms is not None
-        return float(np.median(self.norms)) / math.sqrt(self.rows.d)
+        return float(np.median(self.norms)) / math.sqrt(max(self.rows.d, 1))
 
     def _columns(self, piece: Piece, values: Array) -> column_rules.Columns:
         """A piece of the mixed rows, transposed; `values` are the piece in float64."""
         if self.mixing is not None:
             piece = self.mixing.of(values).astype(piece.dtype)
         return np.ascontiguousarray(piece.T)
-
-    def _in_one_pass(self, rule: PieceRule, weights: Array) -> Outcome:
-        """The outcome of a rule that looks at a piece of the columns at a time."""
-        rows = self.rows
-        value = np.empty(rows.d)
-        norms = np.zeros((THREADS, rows.n))
-        distances = np.zeros((THREADS, rows.n))
-
-        def add(thread: int, start: int, piece: Piece) -> None:
-            values = double(piece)
-            result = rule(start, piece, values)
-            value[start : start + len(result)] = result
-            norms[thread] += row_squares(values)
-            values -= result
-            distances[thread] += row_squares(values)
-
-        over_columns(rows, add)
-        return Outcome(
-            torch.from_numpy(value).to(rows.dtype),
-            torch.from_numpy(weights),
-            torch.from_numpy(np.sqrt(norms.sum(axis=0))),
-            torch.from_numpy(np.sqrt(distances.sum(axis=0))),
-            torch.zeros(0, dtype=rows.dtype),
-        )
 
     def _weights(self) -> Array:
         """The weights of the mixed rows, and of v for centred clipping."""
@@ -406,3 +382,27 @@ class _OneCall:
         if self.mixing is not None:
             total = self.mixing.matrix @ total
         return total, sum(squares)
+
+
+def _in_one_pass(rows: Rows, rule: PieceRule, weights: Array) -> Outcome:
+    """The outcome of a rule that looks at a piece of the columns at a time."""
+    value = np.empty(rows.d)
+    norms = np.zeros((THREADS, rows.n))
+    distances = np.zeros((THREADS, rows.n))
+
+    def add(thread: int, start: int, piece: Piece) -> None:
+        values = double(piece)
+        result = rule(start, piece, values)
+        value[start : start + len(result)] = result
+        norms[thread] += row_squares(values)
+        values -= result
+        distances[thread] += row_squares(values)
+
+    over_columns(rows, add)
+    return Outcome(
+        torch.from_numpy(value).to(rows.dtype),
+        torch.from_numpy(weights),
+        torch.from_numpy(np.sqrt(norms.sum(axis=0))),
+        torch.from_numpy(np.sqrt(distances.sum(axis=0))),
+        torch.zeros(0, dtype=rows.dtype),
+    )

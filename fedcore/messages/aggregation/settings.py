@@ -97,7 +97,7 @@ class AggregationSettings(BaseModel):
         2.0,
         gt=0,
         description="messages of a round held in memory for a rule, in GB; beyond "
-        "that they are in a mapped file",
+        "that they are in a file",
     )
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ from fedcore.messages.aggregation.bounds import Bounds
 from fedcore.messages.aggregation.settings import AggregationSettings
 from fedcore.messages.vectors import norms
 from fedcore.reports import Reports
+from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.loop import run
 from fedcore.types import Model
 from tests.helpers import (
@@ -343,3 +344,16 @@ def test_fltrust_follows_the_servers_own_message(tmp_path: Path) -> None:
     first = loop_of(digits(**base), tmp_path / "first").state.server.params
     # All cosines are negative: the model stays.
     assert equal(everybody.params, first)
+
+
+def test_what_devices_say_of_themselves_is_cut_at_both_ends_where_f_is_set(
+    tmp_path: Path,
+) -> None:
+    settings = {"rounds": 1, "evaluation__every": 1, "aggregation__byzantine": 2}
+    devices = small("fedavg", **settings, engine__name="grid")
+    cut = run_among(set(), flipped, devices, tmp_path / "cut").history[-1]
+    plain = run(small("fedavg", **settings), tmp_path / "plain").history[-1]
+    losses = read_clients(tmp_path / "plain", "evaluate")["loss"].to_numpy()
+    assert plain["client_loss"]["mean"] == pytest.approx(losses.mean())
+    inner = np.sort(losses)[2:-2]
+    assert cut["client_loss"]["mean"] == pytest.approx(inner.mean())

@@ -51,6 +51,9 @@ class Evaluation:
     ) -> None:
         self._task, self._method, self._desk = task, method, desk
         self._seed, self._adversary = experiment.seed, experiment.adversary
+        # Devices may lie about their own metrics; simulated clients do not.
+        is_devices = experiment.engine.name == "grid"
+        self._f = experiment.aggregation.f if is_devices else _nobody
         self._finetunes = experiment.finetune.epochs > 0
         self._clients = self._sample(experiment.evaluation.clients, experiment.seed)
 
@@ -99,7 +102,8 @@ class Evaluation:
         for kind, metrics in measured.items():
             for name, metric in metrics.items():
                 is_higher = self._task.measures.get(name, is_higher_better(name))
-                row[f"{kind}_{name}"] = over_clients(metric, is_higher)
+                believed = without_extremes(metric, self._f(len(metric.values)))
+                row[f"{kind}_{name}"] = over_clients(believed, is_higher)
         if "client_nmsd" in row:
             nmsd = max(row["client_nmsd"]["mean"], 1e-300)
             row["nmsd_db"] = 10 * float(np.log10(nmsd))
@@ -177,6 +181,25 @@ class Evaluation:
 def _summed(states: Tensor) -> Tensor:
     """The sum over clients, [n, ...] to [...]; of floats in float64."""
     return states.sum(0, dtype=torch.float64 if states.is_floating_point() else None)
+
+
+def _nobody(asked: int) -> int:
+    return 0
+
+
+def without_extremes(metric: Measured, f: int) -> Measured:
+    """The metric without its f lowest and f highest values, which may be lies.
+
+    >>> claims = Measured(torch.tensor([0.9, 1e30, 0.8, 0.7]), torch.ones(4))
+    >>> without_extremes(claims, 1).values
+    tensor([0.9000, 0.8000])
+    """
+    values, num_examples, pooled = metric
+    n = len(values)
+    if f == 0 or n <= 2 * f:
+        return Measured(values, num_examples, pooled)
+    inner = values.argsort(stable=True)[f : n - f].sort().values
+    return Measured(values[inner], num_examples[inner], pooled)
 
 
 def over_clients(metric: Measured, is_higher_better: bool) -> dict[str, float]:

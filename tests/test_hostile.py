@@ -27,6 +27,7 @@ from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.loop import run
 from fedcore.types import Model
 from tests.helpers import (
+    EXACT,
     STRATEGIES,
     answers,
     assert_close,
@@ -153,6 +154,15 @@ def test_a_round_moves_the_model_by_the_rule_of_what_clients_sent(
     moved = trees.ravel(trees.sub(loop.state.server.params, server.params)).numpy()
     assert np.allclose(moved, np.median(sent, axis=0), atol=1e-7)
     loop.close()
+
+
+def test_equal_weights_make_fedavg_its_own_unweighted_mean(tmp_path: Path) -> None:
+    sizes = {**EXACT, "rounds": 2}
+    one = run(small("fedavg", **sizes, aggregation__weights="equal"), tmp_path / "one")
+    other = small("fedavg", **sizes, method__weighting="participating")
+    by_size = run(small("fedavg", **sizes), tmp_path / "by size")
+    assert_close(one.params, run(other, tmp_path / "b").params, 1e-6, "equally")
+    assert not equal(one.params, by_size.params)
 
 
 def test_model_replacement_knows_the_weights_of_a_mean_by_examples(

@@ -144,7 +144,7 @@ class OpenRound(Round):
     def _by_rule(self, aggregator: Aggregator, call: Call, weigh: Weight) -> Mean:
         """What the rule makes of the updates, once all of them are in."""
         name, kept = call.fn.__name__, self.aggregation
-        if aggregator.settings.weights != "method":
+        if not aggregator.uses_weights:
             call = call._replace(weigh=equally)
         with closing(aggregator.gather(call.clients)) as gathered:
             for reports in self._received(call):

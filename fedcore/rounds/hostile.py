@@ -13,7 +13,7 @@ from fedcore.engines.base import Work
 from fedcore.errors import SettingsError
 from fedcore.messages.aggregation.aggregator import Aggregator
 from fedcore.messages.aggregation.bounds import Bounds
-from fedcore.messages.aggregation.checks import odds_text, refuse_impossible
+from fedcore.messages.aggregation.checks import named, odds_text, refuse_impossible
 from fedcore.messages.aggregation.rule import Rule
 from fedcore.rounds.doors import Receiving
 from fedcore.rounds.participation import Process
@@ -63,8 +63,7 @@ def refuse(
     reason = method.refuses("rule")
     if reason is not None:
         raise SettingsError(
-            f'aggregation.rule = "{settings.rule}" cannot take the place of the mean '
-            f"of {name}: {reason}"
+            f"{named(settings)} cannot take the place of the mean of {name}: {reason}"
         )
     asked = process.largest
     refuse_impossible(settings, asked, has_proxy=task.proxy is not None)

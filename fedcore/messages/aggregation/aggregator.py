@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.errors import TooFewReports
+from fedcore.messages.aggregation.checks import uses_weights
 from fedcore.messages.aggregation.rows import Rows
 from fedcore.messages.aggregation.rule import Outcome, Rule, aggregate
 from fedcore.messages.aggregation.settings import AggregationSettings
@@ -166,6 +167,11 @@ class Aggregator:
         """Whether the rule asks for the server's own message."""
         return self.rule.needs_reference
 
+    @property
+    def uses_weights(self) -> bool:
+        """Whether the method's weights count, and not all clients alike."""
+        return uses_weights(self.settings)
+
     def gather(self, clients: Tensor) -> Gathered:
         """Room for the messages of these clients, ascending."""
         memory = int(self.settings.memory_gb * 1e9)
@@ -193,7 +199,7 @@ class Aggregator:
                 f'aggregation.rule = "{self.settings.rule}" with f = {f} needs {least} '
                 f"usable updates, found {n} of {asked} clients"
             )
-        weights = gathered.weights if self.settings.weights == "method" else None
+        weights = gathered.weights if self.uses_weights else None
         own = _own(reference)
         outcomes: dict[str, Outcome] = {}
         remembered: Kept = {}

@@ -67,7 +67,7 @@ participation.cohort = 9 or more, or aggregation.byzantine = 2 or less
         return
     advice = [_larger_cohort(settings, asked, cohort), _smaller_f(settings, asked)]
     raise SettingsError(
-        f"{_named(settings)} with f = {f} malicious clients needs "
+        f"{named(settings)} with f = {f} malicious clients needs "
         f"{_formula(settings)} = {need} messages, and a round asks {asked} "
         f"client{'s' * (asked != 1)}: set " + ", or ".join(filter(None, advice))
     )
@@ -77,16 +77,19 @@ def _refuse_weights(settings: AggregationSettings) -> None:
     if not uses_weights(settings) or takes_weights(settings):
         return
     raise SettingsError(
-        f'aggregation.weights = "method" with {_named(settings)}: it has no form with '
+        f'aggregation.weights = "method" with {named(settings)}: it has no form with '
         'weights; set aggregation.weights = "equal", or take '
         'rule = "median", "trimmed_mean" or "geometric_median" with before = "none"'
     )
 
 
-def _named(settings: AggregationSettings) -> str:
+def named(settings: AggregationSettings) -> str:
+    """The rule, in the words of the settings."""
     text = f'aggregation.rule = "{settings.rule}"'
     if settings.before != "none":
         text += f' and before = "{settings.before}"'
+    if settings.rule == "mean" and settings.weights == "equal":
+        text += ' and weights = "equal"'
     return text
 
 

@@ -119,7 +119,8 @@ class AggregationSettings(BaseModel):
     @property
     def is_mean(self) -> bool:
         """Whether sums are all that is needed."""
-        return self.rule == "mean" and self.before == "none"
+        is_method_s = self.weights != "equal"
+        return self.rule == "mean" and self.before == "none" and is_method_s
 
     def f(self, asked: int) -> int:
         """f, for a round that asks this many clients.

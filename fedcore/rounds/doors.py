@@ -187,11 +187,10 @@ class OpenRound(Round):
         if weigh is not None:
             claimed = self.desk.receiving.bounds.capped(honest.num_examples)
             weights = weigh(honest.clients, claimed)
-        aggregator = self.desk.receiving.aggregator
-        if aggregator is not None:
+        work, aggregator = self.desk.work, self.desk.receiving.aggregator
+        if aggregator is not None and work.adversary.aims_at_rule:
             own, _ = self._own_message(call)
             trial = aggregator.trial(fn.__name__, self.t, asked, self.aggregation, own)
-        work = self.desk.work
         replaced, kept = work.adversary.replaced(
             honest, fn, self.t, down, self.adversary, trial, weights, work.links
         )

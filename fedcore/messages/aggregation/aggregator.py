@@ -28,7 +28,7 @@ Kept = dict[str, Tensor]
 
 
 Trial = Callable[[Tensor, Tensor, int], Tensor]
-"""(client ids [n], rows [n, d], number of the vector in the message) -> [d]."""
+"""(rows [n, d], weights [n], number of the vector in the message) -> [d]."""
 
 
 class Aggregated(NamedTuple):
@@ -223,18 +223,22 @@ class Aggregator:
     def trial(
         self, function: str, t: int, asked: int, kept: Kept, reference: Tree = None
     ) -> Trial:
-        """The rule as one who knows it tries it out, with all clients counting alike.
+        """The rule as one who knows it tries it out.
 
-        It remembers nothing of that.
+        It remembers nothing of that. Of too few messages it makes their mean: the
+        round will be skipped, whatever they are.
         """
-        own = _own(reference)
+        own, f = _own(reference), self.settings.f(asked)
 
-        def tried(clients: Tensor, matrix: Tensor, number: int) -> Tensor:
+        def tried(matrix: Tensor, weights: Tensor, number: int) -> Tensor:
+            if len(matrix) < self.rule.least(f):
+                return matrix.mean(0)
             key = _key(function, number)
             return aggregate(
                 matrix,
                 self.settings,
-                self.settings.f(asked),
+                f,
+                weights=weights if self.uses_weights else None,
                 seed=self._seed,
                 key=(t, zlib.crc32(key.encode())),
                 memory=kept.get(key, NOTHING),

@@ -228,8 +228,8 @@ class Inbox:
 
     def _collect(self) -> None:
         if self._heads is not None and self._heads.done():
-            heads, self._heads = self._heads.result(), None
-            for head in heads:
+            heads, self._heads = self._heads, None  # those that failed are asked again
+            for head in heads.result():
                 self._begin(head)
         for message_id, future in list(self._reading.items()):
             if future.done():

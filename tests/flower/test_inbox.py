@@ -230,6 +230,25 @@ def test_a_superlink_that_has_gone_is_no_fault_of_a_node() -> None:
         until(lambda: inbox.take({"question"}), "nothing raised")
 
 
+def test_a_superlink_that_is_back_is_asked_again() -> None:
+    source: Any = Objects(answer())
+    heads, calls = source.heads, []
+
+    def gone_at_first(message_ids: Iterable[str]) -> list[Head]:
+        calls.append(message_ids)
+        if len(calls) == 1:
+            raise httpx.ConnectError("gone")
+        found: list[Head] = heads(message_ids)
+        return found
+
+    source.heads = gone_at_first
+    inbox = Inbox(source, LIMIT)
+    inbox.expect("question", 1)
+    with pytest.raises(httpx.ConnectError):
+        until(lambda: inbox.take({"question"}), "nothing raised")
+    until(lambda: inbox.take({"question"}), "no reply")
+
+
 class Grid:
     """Nodes 0, 1, ... whose messages are named after them."""
 

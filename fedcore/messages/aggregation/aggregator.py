@@ -35,7 +35,9 @@ class Aggregated(NamedTuple):
     """What a rule made of one vector of n clients, in order of `clients`."""
 
     clients: Tensor  # [n] int64
-    weights: Tensor  # [n] in the result, summing to one; NaN where a rule has none
+    # [n] in the result; they sum to one but with FLTrust, which scales messages, and
+    # centred clipping, whose rest is of the last result. NaN where a rule has none.
+    weights: Tensor
     norm_ratios: Tensor  # [n] norm of the vector over the median norm
     distances: Tensor  # [n] L2 distance to the result
 

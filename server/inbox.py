@@ -195,6 +195,7 @@ class Inbox:
         """Drop what there is about messages that nobody asks for any more."""
         for message_id in message_ids:
             self._bounds.pop(message_id, None)
+            self._reading.pop(message_id, None)
             self._read.pop(message_id, None)
 
     def take(self, message_ids: set[str]) -> list[Message]:

@@ -282,6 +282,20 @@ class Reading(Objects):
         return super().objects(list(self.contents))
 
 
+def test_nothing_is_kept_of_a_reply_that_is_read_when_nobody_asks_any_more() -> None:
+    source = Reading(answer())
+    source.gate = threading.Event()
+    inbox = Inbox(source, LIMIT)
+    inbox.expect("to 0", 1)
+    until(lambda: inbox.take({"to 0"}) or inbox._reading, "nothing was read")
+    (reading,) = inbox._reading.values()
+    inbox.forget(["to 0"])
+    source.gate.set()
+    reading.result(60)
+    assert inbox.take({"to 0"}) == []
+    assert not inbox._read
+
+
 def test_the_deadline_of_a_round_is_kept_while_a_reply_is_read() -> None:
     source = Reading(answer())
     post = Post(Grid())  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Receiving(NamedTuple):
-    """What the server does to messages before they become one."""
+    """The server's treatment of messages before they become one."""
 
     bounds: Bounds
     aggregator: Aggregator | None  # None: the mean
@@ -142,7 +142,7 @@ class OpenRound(Round):
         return lambda clients, claimed: weigh(clients, bounds.capped(claimed))
 
     def _by_rule(self, aggregator: Aggregator, call: Call, weigh: Weight) -> Mean:
-        """What the rule makes of the updates, once all of them are in."""
+        """The mean that the rule makes of the updates, once all of them are in."""
         name, kept = call.fn.__name__, self.aggregation
         if not aggregator.uses_weights:
             call = call._replace(weigh=equally)

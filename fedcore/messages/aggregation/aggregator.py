@@ -32,7 +32,7 @@ Trial = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Aggregated(NamedTuple):
-    """What a rule made of one vector of n clients, in order of `clients`."""
+    """The share of each of n clients in the result for one vector, by `clients`."""
 
     clients: Tensor  # [n] int64
     # [n] in the result; they sum to one but with FLTrust, which scales messages, and
@@ -188,7 +188,7 @@ class Aggregator:
         kept: Kept,
         reference: Tree = None,
     ) -> Verdict:
-        """What the rule makes of the messages, when all that come are in.
+        """The verdict on the messages, when all that come are in.
 
         `asked` clients were asked in round t, whether they are there or not: attackers
         are. `reference` is the server's own message. Raises TooFewReports where the

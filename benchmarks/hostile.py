@@ -2,7 +2,7 @@
 
 python -m benchmarks.hostile digits
     20 clients, Dirichlet 0.1 and 0.3 and IID, f = 4, and Dirichlet 0.3 with f = 2:
-    sixteen rules, one seed, and whether R1 to R5 of docs/hostile.md hold
+    sixteen rules, one seed, and whether the claims R1 to R5 below hold
 python -m benchmarks.hostile fashion
     Fashion-MNIST, 50 clients, Dirichlet 0.1 and 0.3, f = 10 % and 20 %, seven rules
     by seven attacks, three seeds

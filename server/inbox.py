@@ -195,6 +195,7 @@ class Inbox:
         """Drop what there is about messages that nobody asks for any more."""
         for message_id in message_ids:
             self._bounds.pop(message_id, None)
+            self._reading.pop(message_id, None)
             self._read.pop(message_id, None)
 
     def take(self, message_ids: set[str]) -> list[Message]:
@@ -228,8 +229,8 @@ class Inbox:
 
     def _collect(self) -> None:
         if self._heads is not None and self._heads.done():
-            heads, self._heads = self._heads.result(), None
-            for head in heads:
+            heads, self._heads = self._heads, None  # those that failed are asked again
+            for head in heads.result():
                 self._begin(head)
         for message_id, future in list(self._reading.items()):
             if future.done():

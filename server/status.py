@@ -19,13 +19,12 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from fedcore.deploy.proxies import without_proxies
 from fedcore.errors import RunError, SettingsError
 from fedcore.escapes import escaped
-from fedcore.rounds.trouble import FAILING, Trouble, troubles
+from fedcore.rounds.trouble import FAILING, LIGHT, LONG, Trouble, troubles
 
 from .app import SERIES, WATCH
 from .serve import FACTS
 
 NAMED = 20  # clients that are named
-LIGHT = 0.5  # of the weight of an average client
 
 
 def status(run_dir: Path) -> dict[str, Any]:
@@ -33,9 +32,10 @@ def status(run_dir: Path) -> dict[str, Any]:
 
     {"listen", "round", "waiting_for", "waiting_s", "late_answers", "run", "nodes":
     [{"name", "status", "last_seen_s"}], "trouble": [{"client", "rounds", "left_out",
-    "in_a_row", "reason", "clipped", "capped", "weight"}], "num_trouble"}: rounds up to
-    the last checkpoint, the worst clients first. Raises SettingsError when no server
-    runs there, RunError when its SuperLink does not answer.
+    "in_a_row", "reason", "clipped", "capped", "weight", "norm_ratio"}],
+    "num_trouble"}: rounds up to the last checkpoint, the worst clients first. Raises
+    SettingsError when no server runs there, RunError when its SuperLink does not
+    answer.
     """
     try:
         facts = json.loads((run_dir / FACTS).read_text())
@@ -104,8 +104,14 @@ def _facts_of(trouble: Trouble) -> dict[str, Any]:
         "reason": escaped(trouble.reason),
         "clipped": trouble.clipped,
         "capped": trouble.capped,
-        "weight": None if math.isnan(trouble.weight) else round(trouble.weight, 3),
+        "weight": _rounded(trouble.weight),
+        "norm_ratio": _rounded(trouble.norm_ratio),
     }
+
+
+def _rounded(value: float) -> float | None:
+    """A number as it is shown; None for one that is not known."""
+    return None if math.isnan(value) else round(value, 3)
 
 
 def _row(info: Any) -> dict[str, Any]:
@@ -162,4 +168,6 @@ def _trouble_text(client: dict[str, Any]) -> str:
         parts.append(f"more examples claimed than are counted in {client['capped']}")
     if client["weight"] is not None and client["weight"] < LIGHT:
         parts.append(f"weighs {client['weight']:g} of an average client")
+    if client["norm_ratio"] is not None and client["norm_ratio"] > LONG:
+        parts.append(f"its message {client['norm_ratio']:.3g} times as long as most")
     return f"client {client['client']}: {', '.join(parts)}"

@@ -27,17 +27,22 @@ class Lying(Sequential):
     """`sequential`, in which some clients lie."""
 
     def __init__(
-        self, work: Work, states: StateStore, liars: Set[int], lie: Lie
+        self,
+        work: Work,
+        states: StateStore,
+        liars: Set[int],
+        lie: Lie,
+        in_evaluation: bool = False,
     ) -> None:
         super().__init__(work, states)
-        self.liars, self.lie = liars, lie
+        self.liars, self.lie, self.in_evaluation = liars, lie, in_evaluation
 
     def each(
         self, fn: ClientFunction, clients: Tensor, down: Tree, t: int
     ) -> Iterator[Reports]:
         for reports in super().each(fn, clients, down, t):
             is_liar = len(reports.clients) and int(reports.clients[0]) in self.liars
-            if not is_liar or evaluates(fn):
+            if not is_liar or evaluates(fn) != self.in_evaluation:
                 yield reports
                 continue
             up, num_examples = self.lie(reports.up, reports.num_examples)
@@ -45,15 +50,19 @@ class Lying(Sequential):
 
 
 def run_among(
-    liars: Set[int], lie: Lie, experiment: Experiment, folder: Path
+    liars: Set[int],
+    lie: Lie,
+    experiment: Experiment,
+    folder: Path,
+    in_evaluation: bool = False,
 ) -> Result:
-    """The result of a run in which these clients lie."""
+    """The result of a run in which these clients lie: in training, or of the model."""
 
     def engine(work: Work) -> Any:
         states = StateStore(
             work.method.init_client(work.task.init_params()), 10**9, Path
         )
-        return Lying(work, states, liars, lie)
+        return Lying(work, states, liars, lie, in_evaluation)
 
     return run(experiment, folder, engine=engine)
 

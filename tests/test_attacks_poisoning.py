@@ -97,14 +97,15 @@ def test_an_optimised_attack_hurts_the_rule_in_force_more_than_fixed_ones(
 ) -> None:
     asked = []
 
-    def rule(clients: Tensor, rows: Tensor, number: int) -> Tensor:
-        asked.append((clients.tolist(), number))
+    def rule(rows: Tensor, weights: Tensor, number: int) -> Tensor:
+        asked.append((weights.tolist(), number))
         return multi_krum(rows.double(), 2)
 
     mu, sigma = attacks.mean(honest_rows()), attacks.deviation(honest_rows())
-    up = replaced(attack, rule=rule)
+    given = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    up = replaced(attack, rule=rule, weights=torch.tensor(given))
     assert {number for _, number in asked} == {0, 1}, "each vector by itself"
-    assert all(clients == CLIENTS for clients, _ in asked)
+    assert all(weights == given for weights, _ in asked)
 
     def damage(sent: Tensor) -> float:
         rows = rows_of(message(), [*range(6)])

@@ -10,8 +10,11 @@ import torch
 
 from fedcore.config import Experiment
 from fedcore.messages.adversary.settings import AttackName
+from fedcore.messages.aggregation.aggregator import Aggregator
+from fedcore.messages.aggregation.settings import AggregationSettings
 from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.loop import run
+from fedcore.rounds.reference import Reference
 from tests.helpers import assert_close, equal, loop_of, small
 
 ON_MESSAGES = sorted({*get_args(AttackName)} - {"none", "label_flip", "backdoor"})
@@ -91,6 +94,53 @@ def test_memory_of_a_skipped_round_is_that_of_the_round_before(tmp_path: Path) -
     steps, z = (loop.state.adversary[f"mimic train 0 {x}"] for x in ("steps", "z"))
     assert 0 < int(steps) <= skipped.count(False)
     assert z.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("rule", "before"), [("bulyan", "none"), ("meamed", "none"), ("median", "nnm")]
+)
+def test_a_round_of_few_is_skipped_under_an_attack_that_tries_the_rule(
+    rule: str, before: str, tmp_path: Path
+) -> None:
+    """Fewer than f of them, with which no rule can be tried."""
+    settings = {
+        "aggregation__rule": rule,
+        "aggregation__before": before,
+        "aggregation__byzantine": 2,
+        "participation__cohort": 12,
+        "participation__dropout": 0.8,
+        "adversary__fraction": 0.5,
+        "rounds": 1,
+    }
+    for attack in ("alie_optimised", "ipm_optimised"):
+        result = run(attacked(attack, **settings), tmp_path / attack)
+        first = result.history[0]
+        assert (first["reports"], first["skipped"]) == (2, True)
+
+
+def test_an_optimised_attack_tries_the_rule_with_the_weights_that_it_has() -> None:
+    """One honest client has most of the weight, and is the weighted median."""
+    settings = AggregationSettings(rule="median", weights="method")
+    aggregator = Aggregator(settings, 0, Path.cwd)
+    trial = aggregator.trial("train", 0, 3, {})
+    rows = torch.tensor([[1.0], [2.0], [9.0]])
+    assert trial(rows, torch.tensor([1.0, 1.0, 7.0]), 0).tolist() == [9.0]
+
+
+def test_the_server_trains_once_a_round_where_an_attack_does_not_try_the_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    message = Reference.message
+
+    def counted(self: Reference, fn: Any, down: Any, t: int, kept: Any) -> Any:
+        calls.append(t)
+        return message(self, fn, down, t, kept)
+
+    monkeypatch.setattr(Reference, "message", counted)
+    e = attacked("sign_flip", aggregation__rule="fltrust", proxy=20)
+    run(e, tmp_path / "run")
+    assert calls == [0, 1, 2]
 
 
 # Damage

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fedcore.strategies.scaffold import Up
+from torch import Tensor
 
 from fedcore import trees
 from fedcore.config import Experiment
@@ -25,7 +26,7 @@ from fedcore.messages.vectors import norms
 from fedcore.reports import Reports
 from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.loop import run
-from fedcore.types import Model
+from fedcore.types import Model, Tree
 from tests.helpers import (
     EXACT,
     STRATEGIES,
@@ -367,3 +368,14 @@ def test_what_devices_say_of_themselves_is_cut_at_both_ends_where_f_is_set(
     assert plain["client_loss"]["mean"] == pytest.approx(losses.mean())
     inner = np.sort(losses)[2:-2]
     assert cut["client_loss"]["mean"] == pytest.approx(inner.mean())
+
+
+def test_one_device_does_not_own_the_measure_over_all_examples(tmp_path: Path) -> None:
+    def boasting(up: Tree, num_examples: Tensor) -> tuple[Tree, Tensor]:
+        return up, torch.full_like(num_examples, 9e18)
+
+    settings = {"rounds": 1, "evaluation__every": 1, "aggregation__max_examples": 1}
+    devices = small("fedavg", **settings, engine__name="grid")
+    result = run_among({0}, boasting, devices, tmp_path / "run", in_evaluation=True)
+    row = result.history[-1]
+    assert row["client_loss"]["pooled"] == pytest.approx(row["client_loss"]["mean"])

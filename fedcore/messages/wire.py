@@ -160,7 +160,7 @@ class _Entry(NamedTuple):
     end: int
 
     def span(self) -> tuple[int, int]:
-        """Where it lies."""
+        """Its place."""
         return self.begin, self.end
 
     def nbytes(self) -> int:

@@ -70,7 +70,7 @@ class ClientTable:
         self._extend(number, [function] * n, [""] * n, numbers)
 
     def close_round(self, number: int, tally: Tally) -> None:
-        """What is known of round `number` when all reports are in.
+        """Enter what is known of round `number` when all reports are in.
 
         A row for each client that was left out; and for those that reported whether
         they were clipped or capped, and what a rule made of their messages.

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Receiving(NamedTuple):
-    """What the server does to messages before they become one."""
+    """The server's treatment of messages before they become one."""
 
     bounds: Bounds
     aggregator: Aggregator | None  # None: the mean
@@ -142,7 +142,7 @@ class OpenRound(Round):
         return lambda clients, claimed: weigh(clients, bounds.capped(claimed))
 
     def _by_rule(self, aggregator: Aggregator, call: Call, weigh: Weight) -> Mean:
-        """What the rule makes of the updates, once all of them are in."""
+        """The mean that the rule makes of the updates, once all of them are in."""
         name, kept = call.fn.__name__, self.aggregation
         if not aggregator.uses_weights:
             call = call._replace(weigh=equally)
@@ -187,11 +187,10 @@ class OpenRound(Round):
         if weigh is not None:
             claimed = self.desk.receiving.bounds.capped(honest.num_examples)
             weights = weigh(honest.clients, claimed)
-        aggregator = self.desk.receiving.aggregator
-        if aggregator is not None:
+        work, aggregator = self.desk.work, self.desk.receiving.aggregator
+        if aggregator is not None and work.adversary.aims_at_rule:
             own, _ = self._own_message(call)
             trial = aggregator.trial(fn.__name__, self.t, asked, self.aggregation, own)
-        work = self.desk.work
         replaced, kept = work.adversary.replaced(
             honest, fn, self.t, down, self.adversary, trial, weights, work.links
         )

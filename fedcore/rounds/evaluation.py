@@ -54,6 +54,7 @@ class Evaluation:
         # Devices may lie about their own metrics; simulated clients do not.
         is_devices = experiment.engine.name == "grid"
         self._f = experiment.aggregation.f if is_devices else _nobody
+        self._capped = desk.receiving.bounds.capped if is_devices else _as_claimed
         self._finetunes = experiment.finetune.epochs > 0
         self._clients = self._sample(experiment.evaluation.clients, experiment.seed)
 
@@ -129,7 +130,8 @@ class Evaluation:
             values = self._values(readout.metrics)
             for name, column in (readout.metrics | values).items():
                 pieces.setdefault(name, []).append(column[has_examples])
-            counts.append(readout.num_examples[has_examples].double())
+            num_examples = self._capped(readout.num_examples)
+            counts.append(num_examples[has_examples].double())
             self._desk.table.add(t + 1, fn.__name__, readout._replace(metrics=values))
         if sum(map(len, counts)) == 0:
             return {}
@@ -185,6 +187,10 @@ def _summed(states: Tensor) -> Tensor:
 
 def _nobody(asked: int) -> int:
     return 0
+
+
+def _as_claimed(num_examples: Tensor) -> Tensor:
+    return num_examples
 
 
 def without_extremes(metric: Measured, f: int) -> Measured:

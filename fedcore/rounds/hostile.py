@@ -28,7 +28,7 @@ def receiving(
     work: Work,
     make_folder: Callable[[], Path],
 ) -> Receiving:
-    """What the server does to messages.
+    """The server's treatment of messages.
 
     Rows of a large cohort lie in files of `make_folder()`.
     """
@@ -87,7 +87,7 @@ def refuse(
 
 
 def _odds(experiment: Experiment, work: Work, asked: int) -> str:
-    """How likely a round has more malicious clients than the rule bears."""
+    """The odds of more malicious clients in a round than the rule bears, in words."""
     settings, population = experiment.aggregation, work.task.population
     f = settings.f(asked)
     if f == 0 or asked >= population:

@@ -173,7 +173,7 @@ class Saving:
         return self._checkpoint.rounds()
 
     def _kept(self, name: str) -> dict[str, Tensor]:
-        """What a rule or an attack keeps; empty before it keeps anything."""
+        """The tensors that a rule or an attack keeps; none before it keeps any."""
         return self._checkpoint.part(name) if self._checkpoint.has(name) else {}
 
     def _block(self, name: str, number: int) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ def prepare(
     if experiment.finetune.epochs:
         # Refused now, not after the last round.
         split(params, experiment.finetune.parts)
-    work = _work(experiment, task, method)
+    work = work_of(experiment, task, method)
     work.adversary.refuse(method, experiment.method.name)
     hostile.refuse(experiment, work, process, note)
     if statistic_names(task.model):
@@ -112,7 +112,8 @@ def prepare(
     )
 
 
-def _work(experiment: Experiment, task: Task, method: Method[Any]) -> Work:
+def work_of(experiment: Experiment, task: Task, method: Method[Any]) -> Work:
+    """The work of the clients of an experiment, as its settings have it."""
     return Work(
         task,
         method,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from fedcore.config import Experiment
-from fedcore.engines.base import Work
 from fedcore.errors import RunError, SettingsError
 from fedcore.messages.adversary.adversary import Adversary
 from fedcore.messages.adversary.settings import AdversarySettings
@@ -17,6 +16,7 @@ from fedcore.rounds.history import History
 from fedcore.rounds.loop import Interrupted, Observer
 from fedcore.rounds.refusals import participation_process
 from fedcore.rounds.rundir import stored
+from fedcore.rounds.setup import work_of
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.faults import Unwritable
 from fedcore.stress.odds import odds_line
@@ -128,15 +128,7 @@ def _refuse(cell: Cell, task: Task) -> str:
     experiment = cell.experiment
     method = experiment.build_method()
     process = participation_process(experiment, task)
-    work = Work(
-        task,
-        method,
-        experiment.local,
-        experiment.seed,
-        experiment.links,
-        experiment.defence,
-        experiment.adversary,
-    )
+    work = work_of(experiment, task, method)
     work.adversary.refuse(method, experiment.method.name)
     hostile.refuse(experiment, work, process, lambda note: None)
     population, asked = task.population, process.largest

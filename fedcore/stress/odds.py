@@ -16,7 +16,7 @@ SMALL = 0.01  # probability that counts as small
 def odds_line(
     settings: AggregationSettings, population: int, asked: int, share: float
 ) -> str:
-    """How often a round has more than f malicious clients, and the f for which not.
+    """The odds, in words, of more than f malicious clients, and the f that holds.
 
     "" where that is rare, or the rule is not told f.
 

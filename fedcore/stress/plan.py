@@ -122,7 +122,7 @@ class Attack(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be tried on every seed."""
+    """The rules and attacks to try on every seed."""
 
     rules: tuple[Rule, ...]
     attacks: tuple[Attack, ...]

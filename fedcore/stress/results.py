@@ -40,7 +40,7 @@ class Judge(NamedTuple):
         return min(values) if self.is_higher_better else max(values)
 
     def loss(self, before: float, after: float) -> float:
-        """How much worse `after` is; negative where it is better."""
+        """The loss from `before` to `after`; negative where it is better."""
         return before - after if self.is_higher_better else after - before
 
 
@@ -214,7 +214,7 @@ class Stress:
         return ranked
 
     def damage(self, fraction: float, rule: str, column: str) -> float | None:
-        """How much worse the attack is than malicious clients that stay away.
+        """The loss to the attack, beside malicious clients that stay away.
 
         Not than a clean run: their data are missing either way.
         """
@@ -237,7 +237,7 @@ class Stress:
         return max(found, default=None)
 
     def cost(self, fraction: float, rule: str) -> float | None:
-        """How much worse than the mean the rule is where nobody is malicious."""
+        """The loss of the rule beside the mean, where nobody is malicious."""
         plain = self.cell(fraction, "mean", CLEAN)
         with_rule = self.cell(fraction, rule, CLEAN)
         if plain is None or with_rule is None:

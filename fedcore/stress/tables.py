@@ -90,7 +90,7 @@ def cost_table(stress: Stress, fraction: float) -> list[list[str]]:
 
 
 def damage_table(stress: Stress, fraction: float) -> list[list[str]]:
-    """How much worse each attack is than malicious clients that stay away."""
+    """The loss to each attack, beside malicious clients that stay away."""
     attacks = stress.attacks()
     rows = [["lost to the attack", *attacks]]
     for rule in stress.rules():

@@ -62,7 +62,7 @@ IDENTITY = Advice(
 
 
 def advice(stress: Stress) -> tuple[Advice, ...]:
-    """What to choose, that which fits the settings first."""
+    """The choices, those that fit the settings first."""
     rules = (WITHOUT_PROXY, WITH_PROXY)
     if stress.experiment.proxy:
         rules = (WITH_PROXY, WITHOUT_PROXY)
@@ -109,7 +109,7 @@ def _lost(stress: Stress, worst: Worst) -> float | None:
 
 
 def summary(stress: Stress) -> str:
-    """What was done, and what came out, in a few sentences."""
+    """The test and its outcome in a few sentences."""
     plan = stress.plan
     shares = " and ".join(f"{fraction:.0%}" for fraction in plan.fractions)
     rules, attacks = len(plan.rules), len(plan.attacks)
@@ -162,7 +162,7 @@ def facts(stress: Stress) -> list[Fact]:
 
 
 def measured(stress: Stress) -> list[str]:
-    """What this test says for the choice of a rule, in sentences."""
+    """Sentences on what the test says for the choice of a rule."""
     lines = []
     for fraction in stress.plan.fractions:
         ranked = stress.ranked(fraction)
@@ -195,7 +195,7 @@ def _measured_at(
 def _of_backdoors(
     stress: Stress, fraction: float, ranked: list[tuple[str, Worst]]
 ) -> list[str]:
-    """Which rules let a backdoor in, and the best of the others."""
+    """Sentences on the rules that let a backdoor in, and the best of the others."""
     opened: list[str] = []
     shut: list[tuple[str, Worst]] = []
     for rule, worst in ranked:
@@ -218,7 +218,7 @@ def _of_backdoors(
 
 
 def reading(stress: Stress) -> str:
-    """How to read the heat map."""
+    """Instructions to read the heat map."""
     measure = stress.judge.measure
     seeds = " Means over seeds." if stress.plan.seeds > 1 else ""
     return (

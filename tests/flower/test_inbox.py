@@ -230,6 +230,25 @@ def test_a_superlink_that_has_gone_is_no_fault_of_a_node() -> None:
         until(lambda: inbox.take({"question"}), "nothing raised")
 
 
+def test_a_superlink_that_is_back_is_asked_again() -> None:
+    source: Any = Objects(answer())
+    heads, calls = source.heads, []
+
+    def gone_at_first(message_ids: Iterable[str]) -> list[Head]:
+        calls.append(message_ids)
+        if len(calls) == 1:
+            raise httpx.ConnectError("gone")
+        found: list[Head] = heads(message_ids)
+        return found
+
+    source.heads = gone_at_first
+    inbox = Inbox(source, LIMIT)
+    inbox.expect("question", 1)
+    with pytest.raises(httpx.ConnectError):
+        until(lambda: inbox.take({"question"}), "nothing raised")
+    until(lambda: inbox.take({"question"}), "no reply")
+
+
 class Grid:
     """Nodes 0, 1, ... whose messages are named after them."""
 
@@ -261,6 +280,20 @@ class Reading(Objects):
         if object_ids == ["held"]:
             self.gate.wait()
         return super().objects(list(self.contents))
+
+
+def test_nothing_is_kept_of_a_reply_that_is_read_when_nobody_asks_any_more() -> None:
+    source = Reading(answer())
+    source.gate = threading.Event()
+    inbox = Inbox(source, LIMIT)
+    inbox.expect("to 0", 1)
+    until(lambda: inbox.take({"to 0"}) or inbox._reading, "nothing was read")
+    (reading,) = inbox._reading.values()
+    inbox.forget(["to 0"])
+    source.gate.set()
+    reading.result(60)
+    assert inbox.take({"to 0"}) == []
+    assert not inbox._read
 
 
 def test_the_deadline_of_a_round_is_kept_while_a_reply_is_read() -> None:

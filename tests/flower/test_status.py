@@ -51,6 +51,16 @@ def test_a_client_that_gives_trouble_is_named_with_what_it_did(tmp_path: Path) -
     ]
 
 
+def test_a_client_whose_messages_are_long_is_named_with_their_length(
+    tmp_path: Path,
+) -> None:
+    """Rules by column have no weights."""
+    usual: dict[str, Any] = {"weight": float("nan"), "norm_ratio": 1.0}
+    faults = {0: usual, 1: {**usual, "norm_ratio": 12.34567}, 2: usual, 3: usual}
+    write(tmp_path, faults)
+    assert said(tmp_path) == ["client 1: its message 12.3 times as long as most"]
+
+
 def test_nobody_is_named_where_all_is_well(tmp_path: Path) -> None:
     write(tmp_path, {})
     assert said(tmp_path) == []

@@ -36,6 +36,7 @@ __all__ = ["Adversary", "Rule"]
 ON_DATA = ("label_flip", "backdoor")
 # Made of the client's own message, as it arrived: noise of the uplink is in it.
 OWN = ("sign_flip", "scaled", "backdoor")
+OPTIMISED = ("alie_optimised", "ipm_optimised")
 # They mean something for differences to the global model alone.
 OF_DIFFERENCES = (*OWN, "gaussian", "zero", "stale", "ipm", "ipm_optimised")
 ABSENT = "absent: malicious clients stay away, as a reference for attacks"
@@ -92,6 +93,11 @@ class Adversary:
         return self._poison.apply(batches, rows, [clients[row] for row in rows], t)
 
     # Messages
+
+    @property
+    def aims_at_rule(self) -> bool:
+        """Whether the attack tries out the rule in force."""
+        return self.settings.attack in OPTIMISED
 
     def is_due(self, fn: ClientFunction, t: int) -> bool:
         """Whether messages of `fn` are replaced in round t: all are then needed."""

@@ -80,7 +80,7 @@ class Poison:
         return Batches(x, y, mask)
 
     def _chosen(self, is_real: Tensor, client: int, t: int) -> Tensor:
-        """Which examples of a client's batches are stamped, bool [K, B].
+        """The examples of a client's batches that are stamped, bool [K, B].
 
         A share of each batch, rounded up, drawn over its real examples: padding changes
         no draw.

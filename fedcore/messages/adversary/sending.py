@@ -13,7 +13,7 @@ from fedcore.messages.adversary.settings import AdversarySettings
 from fedcore.rng import seed_of
 
 Rule = Callable[[Tensor, Tensor, int], Tensor]
-"""(client ids [n], their rows [n, d], number of the vector in the message) -> [d].
+"""(rows [n, d], their weights [n], number of the vector in the message) -> [d].
 
 The rule in force, for optimised attacks. At every call its memory is as it was before
 the round; the rows are used again, and may be neither changed nor kept.
@@ -123,7 +123,7 @@ class Sender:
         mu, sigma = attacks.mean(honest), attacks.deviation(honest)
         is_alie = self.settings.attack == "alie_optimised"
         usable = torch.cat([crowd.honest, crowd.hostile]).sort().values
-        rows, clients = scene.at(usable), crowd.clients[usable]
+        rows = scene.at(usable)
         hostile = torch.searchsorted(usable, crowd.hostile).to(rows.device)
         weights = crowd.weights[usable].to(rows.device)
 
@@ -133,10 +133,10 @@ class Sender:
         def damage(sent: Tensor) -> float:
             rows[hostile] = sent.to(rows)
             if rule is not None:
-                result = rule(clients, rows, scene.number)
+                result = rule(rows, weights, scene.number)
             else:
                 result = (weights / weights.sum()).to(rows) @ rows
-            return float((result.double() - mu).norm())
+            return float((result.to(mu) - mu).norm())
 
         return attacks.optimised(vector, damage)
 

@@ -34,7 +34,7 @@ AUTOMATIC = ("scaled", "alie", "backdoor")
 
 
 class AdversarySettings(BaseModel):
-    """Who is malicious, and what they send; nobody unless something is given.
+    """Malicious clients, and what they send; none unless something is given.
 
     Simulated in every engine; `fedcore server` refuses it. Sources and formulas are in
     docs/hostile.md.

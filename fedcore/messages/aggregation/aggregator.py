@@ -28,14 +28,16 @@ Kept = dict[str, Tensor]
 
 
 Trial = Callable[[Tensor, Tensor, int], Tensor]
-"""(client ids [n], rows [n, d], number of the vector in the message) -> [d]."""
+"""(rows [n, d], weights [n], number of the vector in the message) -> [d]."""
 
 
 class Aggregated(NamedTuple):
-    """What a rule made of one vector of n clients, in order of `clients`."""
+    """The share of each of n clients in the result for one vector, by `clients`."""
 
     clients: Tensor  # [n] int64
-    weights: Tensor  # [n] in the result, summing to one; NaN where a rule has none
+    # [n] in the result; they sum to one but with FLTrust, which scales messages, and
+    # centred clipping, whose rest is of the last result. NaN where a rule has none.
+    weights: Tensor
     norm_ratios: Tensor  # [n] norm of the vector over the median norm
     distances: Tensor  # [n] L2 distance to the result
 
@@ -186,7 +188,7 @@ class Aggregator:
         kept: Kept,
         reference: Tree = None,
     ) -> Verdict:
-        """What the rule makes of the messages, when all that come are in.
+        """The verdict on the messages, when all that come are in.
 
         `asked` clients were asked in round t, whether they are there or not: attackers
         are. `reference` is the server's own message. Raises TooFewReports where the
@@ -223,18 +225,22 @@ class Aggregator:
     def trial(
         self, function: str, t: int, asked: int, kept: Kept, reference: Tree = None
     ) -> Trial:
-        """The rule as one who knows it tries it out, with all clients counting alike.
+        """The rule as one who knows it tries it out.
 
-        It remembers nothing of that.
+        It remembers nothing of that. Of too few messages it makes their mean: the
+        round will be skipped, whatever they are.
         """
-        own = _own(reference)
+        own, f = _own(reference), self.settings.f(asked)
 
-        def tried(clients: Tensor, matrix: Tensor, number: int) -> Tensor:
+        def tried(matrix: Tensor, weights: Tensor, number: int) -> Tensor:
+            if len(matrix) < self.rule.least(f):
+                return matrix.mean(0)
             key = _key(function, number)
             return aggregate(
                 matrix,
                 self.settings,
-                self.settings.f(asked),
+                f,
+                weights=weights if self.uses_weights else None,
                 seed=self._seed,
                 key=(t, zlib.crc32(key.encode())),
                 memory=kept.get(key, NOTHING),

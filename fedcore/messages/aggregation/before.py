@@ -1,4 +1,4 @@
-"""What is done to the rows before a rule: matrices A of which the rule sees Y = A X.
+"""Steps before a rule: matrices A, where the rule sees the rows of Y = A X.
 
 nnm         each row becomes the mean of its n - f nearest (Allouah et al., 2023)
 bucketing   means of random buckets of s rows (Karimireddy, He, Jaggi, ICLR 2022)
@@ -18,7 +18,7 @@ from fedcore.messages.aggregation.passes import Array
 
 
 class Mixing(NamedTuple):
-    """What is done to the rows, in one of three forms: Y = A X."""
+    """A step before a rule, in one of three forms: Y = A X."""
 
     matrix: Array  # A [m, n]
     factors: Array | None = None  # [n], where A is diagonal

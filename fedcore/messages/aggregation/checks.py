@@ -154,7 +154,9 @@ def _log_choices(n: int, k: int) -> float:
 def odds_text(
     settings: AggregationSettings, population: int, asked: int, share: float
 ) -> str:
-    """How often a round has more than f malicious clients, if a share of all is.
+    """The odds, in words, of more than f malicious clients in a round.
+
+    A share of all clients is malicious.
 
     >>> settings = AggregationSettings(rule="median", byzantine=4)
     >>> print(odds_text(settings, population=100, asked=20, share=0.1))

@@ -1,4 +1,4 @@
-"""What the server makes of a round's messages."""
+"""Settings of what the server makes of a round's messages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ this. It depends on nothing that a device says, as a multiple of the median woul
 
 
 class AggregationSettings(BaseModel):
-    """How a round's messages become one: the mean, or a rule that survives liars.
+    """The way a round's messages become one: the mean, or a rule that survives liars.
 
     Sources and formulas are in docs/hostile.md.
     """

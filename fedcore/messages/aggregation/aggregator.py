@@ -225,11 +225,14 @@ class Aggregator:
     ) -> Trial:
         """The rule as one who knows it tries it out, with all clients counting alike.
 
-        It remembers nothing of that.
+        It remembers nothing of that. Where it has too few rows to work with, the round
+        is skipped: nothing moves.
         """
-        own = _own(reference)
+        own, least = _own(reference), self.rule.least(self.settings.f(asked))
 
         def tried(clients: Tensor, matrix: Tensor, number: int) -> Tensor:
+            if len(matrix) < least:
+                return torch.zeros_like(matrix[0])
             key = _key(function, number)
             return aggregate(
                 matrix,

@@ -78,6 +78,22 @@ def test_absent_clients_are_missing_with_their_reason(tmp_path: Path) -> None:
     assert not set(hostile) & set(measured["client"])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_rule_that_has_too_few_messages_is_not_tried_out(tmp_path: Path) -> None:
+    """It would take a mean of no rows at all."""
+    e = attacked(
+        "alie_optimised",
+        aggregation__rule="trimmed_mean",
+        aggregation__byzantine=2,
+        participation__dropout=0.5,
+        rounds=6,
+    )
+    result = run(e, tmp_path / "run")
+    reports = [row["reports"] for row in result.history]
+    assert min(reports) <= 4
+    assert [row["skipped"] for row in result.history] == [n < 5 for n in reports]
+
+
 def test_memory_of_a_skipped_round_is_that_of_the_round_before(tmp_path: Path) -> None:
     settings = {"participation__dropout": 0.5, "min_reports": 6, "rounds": 12}
     loop = loop_of(attacked("mimic", **settings), tmp_path / "loop")

@@ -281,6 +281,18 @@ def test_a_round_without_a_checkpoint_is_refused_with_those_that_are_there(
         run(small("fedavg"), tmp_path / "other", back_to=2)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_refusal_to_go_back_leaves_no_lock_open(tmp_path: Path) -> None:
+    """Closed later, it would take the lock of the next run of this process with it."""
+    run(small("fedavg"), tmp_path / "r")
+    with pytest.raises(SettingsError, match="no checkpoint of that round") as caught:
+        run(small("fedavg"), resume=tmp_path / "r", back_to=99)
+    loops = [x.frame.f_locals["self"] for x in caught.traceback if x.name == "__init__"]
+    (lock,) = [loop._lock for loop in loops if hasattr(loop, "_lock")]
+    assert lock is not None
+    assert lock.closed
+
+
 def files(folder: Path) -> list[Path]:
     return sorted(
         file for file in folder.rglob("*") if file.is_file() and file.name != "lock"

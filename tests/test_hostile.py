@@ -108,6 +108,22 @@ def test_a_bound_on_norms_keeps_enormous_updates_out_of_the_model(
     assert not row["dropped"]
 
 
+@pytest.mark.parametrize("count", [float("nan"), float("inf"), -5.0])
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_a_count_that_is_none_is_left_out_and_named(
+    rule: str, count: float, tmp_path: Path
+) -> None:
+    def lie(up: Tree, num_examples: Tensor) -> tuple[Tree, Tensor]:
+        return up, torch.full_like(num_examples, count)
+
+    e = small("fedavg", aggregation__rule=rule, participation__cohort=12, rounds=1)
+    result = run_among({2}, lie, e, tmp_path / "run")
+    row = rows_of(tmp_path / "run")[0]
+    assert row["left_out"] == {"bad count": [2]}
+    assert (row["reports"], row["skipped"]) == (11, False)
+    assert np.isfinite(result.final["test_loss"])
+
+
 def test_bounds_scale_a_message_whole_and_name_those_who_exceed_them() -> None:
     up = Model(
         {"w": torch.tensor([[3.0, 0.0], [0.3, 0.0]]), "b": torch.tensor([[4.0], [0.4]])}
@@ -344,6 +360,25 @@ def test_impossible_rules_are_refused_with_the_least_cohort(
     with pytest.raises(SettingsError, match=words):
         run(small("fedavg", **settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"participation": {"name": "bernoulli", "mean": 0.3}},  # it has no cohort
+        {"participation": {"name": "uniform", "cohort": 12}},  # all there are
+    ],
+    ids=["drawn", "all"],
+)
+def test_no_larger_cohort_is_advised_where_none_can_be_set(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    e = small("fedavg", aggregation__rule="krum", aggregation__byzantine=7)
+    e = Experiment.parse(e.model_dump(mode="json") | settings)
+    with pytest.raises(SettingsError) as error:
+        run(e, tmp_path / "run")
+    assert "participation.cohort" not in str(error.value)
+    assert "set aggregation.byzantine = 4 or less" in str(error.value)
 
 
 def test_fltrust_follows_the_servers_own_message(tmp_path: Path) -> None:

@@ -54,11 +54,11 @@ def test_a_cohort_below_the_least_is_refused(rule: str, ahead: str, least: int) 
     if least == 1:
         return
     with pytest.raises(SettingsError) as caught:
-        refuse_impossible(chosen, least - 1, cohort="cohort")
+        refuse_impossible(chosen, least - 1)
     message = str(caught.value)
     assert "\n" not in message
     assert f"= {least} messages, and a round asks {least - 1} clients" in message
-    assert f"set cohort = {least} or more" in message
+    assert f"set participation.cohort = {least} or more" in message
     assert "byzantine = 2 or less" in message
 
 
@@ -68,7 +68,7 @@ def test_what_a_refusal_advises_is_accepted() -> None:
             for asked in (1, 4, 7, 13):
                 chosen = AggregationSettings(rule=rule, fraction=fraction)
                 try:
-                    refuse_impossible(chosen, asked, cohort="cohort")
+                    refuse_impossible(chosen, asked)
                 except SettingsError as error:
                     _accepts_advice(chosen, asked, str(error))
 
@@ -81,6 +81,14 @@ def _accepts_advice(chosen: AggregationSettings, asked: int, message: str) -> No
         assert chosen.rule == "bulyan", "4 f + 3 grows as fast as the cohort"
     share = float(advice.partition("fraction = ")[2].split()[0])
     refuse_impossible(chosen.model_copy(update={"fraction": share}), asked)
+
+
+def test_a_cohort_that_cannot_be_set_is_no_advice() -> None:
+    chosen = settings("krum")
+    with pytest.raises(SettingsError, match="cohort = 9 or more, or aggregation"):
+        refuse_impossible(chosen, 8, largest=9)
+    with pytest.raises(SettingsError, match="clients: set aggregation"):
+        refuse_impossible(chosen, 8, largest=8)
 
 
 def test_nothing_is_asked_of_a_round_without_malicious_clients() -> None:

@@ -417,3 +417,22 @@ def test_a_rule_keeps_nothing_between_two_calls() -> None:
     aggregate(rows * 3, settings, 1)
     assert torch.equal(outcome("centred_clipping", rows, 1).value, first.value)
     assert not rule.needs_reference
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rule", ["dnc", "caf"])
+@pytest.mark.parametrize("ahead", ["none", "nnm", "bucketing"])
+def test_the_largest_entries_of_float64_have_a_direction(rule: str, ahead: str) -> None:
+    rows = torch.linspace(-1, 1, 13, dtype=torch.float64)[:, None]
+    rows[3] = 1e300
+    assert abs(value(rule, rows, 2, before=ahead)).max() < 10
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rule", ["geometric_median", "fltrust"])
+def test_rows_that_cancel_out_in_a_mixture_have_a_norm(rule: str) -> None:
+    """Rounding can leave less than nothing of it."""
+    rows = torch.full((13, 1), 1e20)
+    rows[1::2] = -1e20
+    found = value(rule, rows, 1, before="nnm", reference=torch.ones(1))
+    assert np.isfinite(found).all()

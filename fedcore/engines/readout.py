@@ -35,9 +35,13 @@ def read(reports: Iterable[Reports]) -> Iterator[tuple[Reports, Readout]]:
 
 
 def read_finite(reports: Iterable[Reports]) -> Iterator[tuple[Reports, Readout]]:
-    """As `read`, without updates that are not finite: they are named in `failed`."""
+    """As `read`, without updates that are not finite, and counts that are none.
+
+    Those clients are named in `failed`.
+    """
     for report, readout, finite in _read(reports, is_checked=True):
-        yield (report, readout) if all(finite) else _filtered(report, readout, finite)
+        faults = _faults(readout, finite)
+        yield _filtered(report, readout, faults) if any(faults) else (report, readout)
 
 
 def added(
@@ -91,15 +95,30 @@ def _begin(
     return readout
 
 
-def _filtered(
-    report: Reports, readout: Readout, finite: list[bool]
-) -> tuple[Reports, Readout]:
-    """The reports whose update is finite; the others are in `failed`."""
-    failed = dict(report.failed)
-    for client, is_finite in zip(report.clients.tolist(), finite, strict=True):
+def _faults(readout: Readout, finite: list[bool]) -> list[str]:
+    """Why the report of each client is of no use; "" where it is."""
+    faults = []
+    counts = readout.num_examples.tolist()
+    finite = finite or [True] * len(counts)  # messages without numbers
+    for count, is_finite in zip(counts, finite, strict=True):
+        fault = ""
         if not is_finite:
-            failed[client] = "not finite: the update holds NaN or Inf"
-    good = torch.tensor(finite)
+            fault = "not finite: the update holds NaN or Inf"
+        elif not 0 <= count < math.inf:
+            fault = f"bad count: {count:g} examples, expected a number from 0 on"
+        faults.append(fault)
+    return faults
+
+
+def _filtered(
+    report: Reports, readout: Readout, faults: list[str]
+) -> tuple[Reports, Readout]:
+    """The reports without a fault; the others are in `failed`."""
+    failed = dict(report.failed)
+    for client, fault in zip(report.clients.tolist(), faults, strict=True):
+        if fault:
+            failed[client] = fault
+    good = torch.tensor([not fault for fault in faults])
     rows = good.to(report.num_examples.device)
     clients = report.clients[good]
     return (

@@ -66,7 +66,10 @@ def refuse(
             f"{named(settings)} cannot take the place of the mean of {name}: {reason}"
         )
     asked = process.largest
-    refuse_impossible(settings, asked, has_proxy=task.proxy is not None)
+    is_set = experiment.participation.name == "uniform"  # others draw its size
+    largest = task.population if is_set else asked
+    has_proxy = task.proxy is not None
+    refuse_impossible(settings, asked, largest=largest, has_proxy=has_proxy)
     least = Rule(settings, experiment.seed).least(settings.f(asked))
     goal = experiment.engine.report_goal
     if experiment.engine.name == "grid" and goal is not None and goal < least:

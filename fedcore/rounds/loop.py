@@ -99,6 +99,19 @@ class Loop:
         self.experiment, self.folder, self.observer = experiment, folder, observer
         self.notes = Notes(observer)
         self._lock = lock(folder) if resume else None
+        try:
+            self._build(make_engine, resume, back_to)
+        except BaseException:
+            # A file that is closed later would take the lock of the next run with it.
+            if self._lock is not None:
+                self._lock.close()
+            raise
+
+    def _build(
+        self, make_engine: MakeEngine | None, resume: bool, back_to: int | None
+    ) -> None:
+        """The parts, from the settings or as the checkpoint has them."""
+        experiment, folder, observer = self.experiment, self.folder, self.observer
         checkpoint = Checkpoint(folder / "checkpoint", experiment.checkpoint.keep)
         header = None
         self._changed: dict[str, Any] = {}  # settings of the rule, by this start

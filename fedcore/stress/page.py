@@ -85,7 +85,7 @@ worst tenth of the clients before you choose one.</p>
 <div class="sheet"><p style="margin-top: 8px">Test again, from seed {{ seed }}:</p>
 <pre class="command">{{ command }}</pre>
 <p class="soft" style="margin-bottom: 8px">Each cell is an ordinary run:
-its directory has a report of its own.</p></div>
+fedcore report makes the report of its directory.</p></div>
 <details><summary>The command of each cell</summary>{{ pairs(commands) }}</details>
 <details><summary>Settings of the federation</summary><pre>{{ config }}</pre></details>
 </section>

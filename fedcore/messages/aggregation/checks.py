@@ -39,12 +39,12 @@ def refuse_impossible(
     settings: AggregationSettings,
     asked: int,
     *,
-    cohort: str = "participation.cohort",
+    largest: int | None = None,
     has_proxy: bool = True,
 ) -> None:
     """SettingsError for a rule that cannot work when a round asks `asked` clients.
 
-    `cohort` is how the user's settings call that number.
+    `largest` is the largest participation.cohort that can be set, where that is known.
 
     >>> settings = AggregationSettings(rule="krum", byzantine=3)
     >>> refuse_impossible(settings, asked=9)
@@ -65,7 +65,7 @@ participation.cohort = 9 or more, or aggregation.byzantine = 2 or less
     need = Rule(settings, seed=0).least(f)
     if need <= asked:
         return
-    advice = [_larger_cohort(settings, asked, cohort), _smaller_f(settings, asked)]
+    advice = [_larger_cohort(settings, asked, largest), _smaller_f(settings, asked)]
     raise SettingsError(
         f"{named(settings)} with f = {f} malicious clients needs "
         f"{_formula(settings)} = {need} messages, and a round asks {asked} "
@@ -105,11 +105,14 @@ def _formula(settings: AggregationSettings) -> str:
     return f"{slope}f {sign} {abs(constant)}"
 
 
-def _larger_cohort(settings: AggregationSettings, asked: int, name: str) -> str:
+def _larger_cohort(
+    settings: AggregationSettings, asked: int, largest: int | None
+) -> str:
     rule = Rule(settings, seed=0)
-    for larger in range(asked + 1, LARGEST_COHORT):
+    end = LARGEST_COHORT if largest is None else largest
+    for larger in range(asked + 1, end + 1):
         if rule.least(settings.f(larger)) <= larger:
-            return f"{name} = {larger} or more"
+            return f"participation.cohort = {larger} or more"
     return ""
 
 

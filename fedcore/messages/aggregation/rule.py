@@ -361,6 +361,8 @@ class _OneCall:
         mixing[:m, :n] = self.mixing.matrix
         mixing[m:, n:] = np.eye(own)
         product = mixing @ self.gram @ mixing.T
+        # Where long rows cancel out, rounding can make a square negative.
+        np.fill_diagonal(product, np.maximum(np.diagonal(product), 0.0))
         return (product + product.T) / 2
 
     def _start_products(self) -> tuple[Array, float]:

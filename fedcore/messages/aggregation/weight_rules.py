@@ -175,7 +175,8 @@ def principal(gram: Array, masses: Array) -> Direction:
     if variance <= 0:
         return Direction(0.0, np.zeros(m))
     lengths = centred @ (roots * vectors[:, 0])
-    return Direction(variance, lengths**2 / variance)
+    # Not lengths**2 / variance: the fourth power of an entry can be too large.
+    return Direction(variance, (lengths / np.sqrt(variance)) ** 2)
 
 
 def dnc(gram: Array, f: int) -> Array:

@@ -22,7 +22,6 @@ from fedcore.errors import SettingsError
 from fedcore.messages.aggregation.aggregator import Gathered
 from fedcore.messages.aggregation.bounds import Bounds
 from fedcore.messages.aggregation.settings import AggregationSettings
-from fedcore.messages.vectors import norms
 from fedcore.reports import Reports
 from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.loop import run
@@ -124,18 +123,50 @@ def test_a_count_that_is_none_is_left_out_and_named(
     assert np.isfinite(result.final["test_loss"])
 
 
-def test_bounds_scale_a_message_whole_and_name_those_who_exceed_them() -> None:
-    up = Model(
-        {"w": torch.tensor([[3.0, 0.0], [0.3, 0.0]]), "b": torch.tensor([[4.0], [0.4]])}
+def test_bounds_scale_a_vector_whole_and_name_those_who_exceed_them() -> None:
+    weight = torch.tensor([[3.0, 0.0], [0.3, 0.0]])
+    bias = torch.tensor([[4.0], [0.4]])
+    reports = Reports(
+        torch.tensor([5, 9]),
+        Model({"w": weight, "b": bias}),
+        torch.tensor([7.0, 9e18]),
     )
-    reports = Reports(torch.tensor([5, 9]), up, torch.tensor([7.0, 9e18]))
     bounds = Bounds(AggregationSettings(clip=1.0, max_examples=10), is_devices=False)
     bounded = bounds.apply(reports)
     assert bounded.clipped == [5]
     assert bounds.over(reports.clients, reports.num_examples) == [9]
     assert bounded.reports.num_examples.tolist() == [7.0, 10.0]
-    assert norms(bounded.reports.up).tolist() == pytest.approx([1.0, 0.5])
-    assert bounded.reports.up.params["b"][0].item() == pytest.approx(0.8)
+    assert bounded.norms["params"].tolist() == pytest.approx([5.0, 0.5])
+    params = bounded.reports.up.params
+    assert params["w"][:, 0].tolist() == pytest.approx([0.6, 0.3])
+    assert params["b"][:, 0].tolist() == pytest.approx([0.8, 0.4])
+
+
+def test_a_bound_holds_for_each_vector_by_itself() -> None:
+    delta, dc = {"w": torch.tensor([[3.0]])}, {"w": torch.tensor([[0.5]])}
+    message = Up(delta, dc, torch.tensor([0.1]))
+    bounds = Bounds(AggregationSettings(clip=1.0), is_devices=False)
+    bounded = bounds.apply(Reports(torch.tensor([0]), message, torch.ones(1)))
+    assert bounded.reports.up.delta["w"].item() == pytest.approx(1.0)
+    assert bounded.reports.up.dc["w"].item() == pytest.approx(0.5)
+
+
+def test_the_row_of_a_round_has_the_norms_that_a_bound_is_chosen_by(
+    tmp_path: Path,
+) -> None:
+    run(small("fedavg", rounds=1, aggregation__clip=1e6), tmp_path / "run")
+    spread = rows_of(tmp_path / "run")[0]["update_norm"]["delta"]
+    assert 0 < spread["p10"] <= spread["median"] <= spread["p90"] < 1e6
+
+
+def test_rounds_that_are_mostly_too_small_for_a_rule_are_announced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bernoulli = {"name": "bernoulli", "mean": 0.2}
+    e = small("fedavg", aggregation__rule="median", aggregation__byzantine=2, rounds=1)
+    e = Experiment.parse(e.model_dump(mode="json") | {"participation": bernoulli})
+    run(e, tmp_path / "run")
+    assert "asks 2 clients on average" in caplog.text
 
 
 def test_devices_have_a_cap_that_nobody_has_to_set() -> None:

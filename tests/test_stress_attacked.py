@@ -54,13 +54,12 @@ def test_a_rule_holds_where_the_mean_is_lost_and_a_mean_lets_the_backdoor_in(
     absent = rules["mean"]["cells"]["absent"]["mean"]
     assert damage == pytest.approx(absent - rules["mean"]["worst"]["value"])
     (treatment,) = rules["multi_krum"]["cells"]["sign_flip:10"]["treatment"]
-    assert treatment["malicious"] == {
-        "clients": 4,
-        "weight": 0.0,
-        "norm_ratio": pytest.approx(10, rel=0.5),
-        "distance": pytest.approx(treatment["malicious"]["distance"]),
-    }
-    assert treatment["honest"]["weight"] == pytest.approx(20 / 16)
+    malicious, honest = treatment["malicious"], treatment["honest"]
+    assert malicious["clients"] == 4
+    assert malicious["weight"] == 0.0
+    assert malicious["norm_ratio"] == pytest.approx(10, rel=0.5)
+    assert malicious["distance"] > 3 * honest["distance"]
+    assert honest["weight"] == pytest.approx(20 / 16)
     status, _, err = cli(*words, "--fail-below", "99.9")
     assert status == 1
     assert "below --fail-below 99.9" in err

@@ -93,13 +93,3 @@ def with_leaves(message: Tree, leaves: list[Tensor]) -> Tree:
     """A tree like `message` that has these leaves."""
     pieces = iter(leaves)
     return trees.map(lambda _: next(pieces), message)
-
-
-def norms(message: Tree) -> Tensor:
-    """The L2 norm of each client's message over all its vectors, float64 [n]."""
-    leaves = trees.leaves(message)
-    squares: list[Tensor] = []
-    for places in layout(message).vectors:
-        for place in places:
-            squares.append(leaves[place].double().square().flatten(1).sum(1))
-    return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(0)

@@ -168,6 +168,7 @@ class OpenRound(Round):
             reports = self.desk.engine.each(fn, clients, down, self.t)
         for usable, readout in read_finite(reports):
             bounded = self.desk.receiving.bounds.apply(usable)
+            self.tally.add_norms(bounded.norms)
             self.tally.clipped.update(bounded.clipped)
             self.desk.captures.add(self.t, fn, down, bounded.reports)
             self._count(fn, down, readout)

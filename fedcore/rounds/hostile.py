@@ -84,6 +84,14 @@ def refuse(
             "noise makes all messages equally far from each other, so that what the "
             "rule leaves out is chance"
         )
+    if process.rates is not None:
+        usual = round(float(process.rates.sum()))
+        needed = Rule(settings, experiment.seed).least(settings.f(usual))
+        if usual < needed:
+            note(
+                f"a round asks {usual} clients on average, and {named(settings)} needs "
+                f"{needed} messages: most rounds will be skipped"
+            )
     odds = _odds(experiment, work, asked)
     if odds:
         note(odds)

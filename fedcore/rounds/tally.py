@@ -54,6 +54,8 @@ class Tally:
     bytes_up: int = 0
     is_skipped: bool = False
     is_broken: bool = False  # the server's state after the round was not finite
+    # By vector of a message: its norm before any bound, one number a client.
+    norms: dict[str, array[float]] = field(default_factory=dict)
     # By scalar: the values of clients with examples, one number a client.
     values: dict[str, array[float]] = field(default_factory=dict)
     # The first exchange of the round that failed, or the first at all.
@@ -84,6 +86,11 @@ class Tally:
             values = column if is_whole else column[has_examples]
             if len(values):
                 self.values.setdefault(name, array("d")).extend(values.tolist())
+
+    def add_norms(self, norms: dict[str, Tensor]) -> None:
+        """Norms of clients' vectors, [n], by name."""
+        for name, values in norms.items():
+            self.norms.setdefault(name, array("d")).extend(values.tolist())
 
     def remember(self, fn: ClientFunction, down: Tree, readout: Readout) -> None:
         """Keep the first exchange that failed, for the advice to the user."""
@@ -136,6 +143,10 @@ class Tally:
                 row[f"num_{name}"] = len(clients)
         for (function, vector), aggregated in self.aggregation.items():
             row.setdefault("weights", {})[f"{function}.{vector}"] = listed(aggregated)
+        for name, values in self.norms.items():
+            low, median, high = quantiles(values)
+            spread = {"p10": low, "median": median, "p90": high}
+            row.setdefault("update_norm", {})[name] = spread
         for name, values in self.values.items():
             low, median, high = quantiles(values)
             row[f"train_{name}"] = median

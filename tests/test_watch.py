@@ -170,6 +170,8 @@ def test_a_liar_that_a_rule_never_takes_is_first_in_the_report(
         assert weights["norm_ratio"][5] == max(weights["norm_ratio"])
     words = Page(write_report(tmp_path / "r")).words
     assert "weight, of the mean" in words
+    assert "Simulated attackers: sign_flip by client 5." in words
+    assert "The server takes multi_krum, with f = 2." in words
 
 
 # Streaks and notes

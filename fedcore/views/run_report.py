@@ -14,6 +14,7 @@ from matplotlib import rc_context
 from fedcore import __version__
 from fedcore.errors import FedcoreError
 from fedcore.privacy import describe
+from fedcore.rounds.tally import first_clients
 from fedcore.rounds.trouble import FAILING, LONG, Trouble
 from fedcore.rounds.watch import clients_text
 from fedcore.storage.checkpoint import write_atomically
@@ -114,6 +115,8 @@ def summary(run: RunRecord) -> str:
         return f"{_training_text(run)}. No round is done yet."
     sentences = [
         f"{_training_text(run)}. {_cohort_text(run)}",
+        _attack_text(run.settings.get("adversary", {})),
+        _rule_text(run.settings.get("aggregation", {})),
         _test_text(run),
         _clients_text(run),
         _tuned_text(run),
@@ -149,6 +152,34 @@ def _cohort_text(run: RunRecord) -> str:
     if run.federation.population:
         who = "of them"
     return f"{number} {who} {verb} asked in {rounds}."
+
+
+def _attack_text(adversary: dict[str, Any]) -> str:
+    """Who is malicious in a simulation."""
+    attack, clients = adversary.get("attack", "none"), adversary.get("clients")
+    if attack == "none":
+        return ""
+    who = f"{100 * adversary.get('fraction', 0):.3g} % of the clients"
+    if clients:
+        who = clients_text(first_clients(clients), len(clients))
+    start = adversary.get("start", 1)
+    since = f" from round {start} on" if start > 1 else ""
+    return f"Simulated attackers{since}: {attack} by {who}."
+
+
+def _rule_text(aggregation: dict[str, Any]) -> str:
+    """What takes the place of the mean."""
+    rule, before = aggregation.get("rule", "mean"), aggregation.get("before", "none")
+    if (rule, before) == ("mean", "none"):
+        return ""
+    text = f"The server takes {rule}"
+    if before != "none":
+        text += f" after {before}"
+    if "byzantine" in aggregation:
+        text += f", with f = {aggregation['byzantine']}"
+    elif "fraction" in aggregation:
+        text += f", with f = {100 * aggregation['fraction']:.3g} % of the clients asked"
+    return f"{text}."
 
 
 def _test_text(run: RunRecord) -> str:

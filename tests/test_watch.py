@@ -335,7 +335,7 @@ def test_a_jump_names_all_that_reported_since_the_evaluation_before() -> None:
     jump = found[2]
     assert (jump.number, jump.since, jump.before, jump.after) == (6, 4, 2.9, 8.7)
     assert (jump.clients, jump.is_all) == ([5, 6, 7], True)
-    assert jump.text(3.0) == (
+    assert jump.text() == (
         "round 6: THE TEST LOSS JUMPED from 2.9 in round 4 to 8.7, 3 times as much "
         "(checkpoint.jump = 3); reports since round 4: clients 5, 6, 7"
     )
@@ -344,17 +344,17 @@ def test_a_jump_names_all_that_reported_since_the_evaluation_before() -> None:
 def test_a_jump_after_many_reports_names_those_of_its_round_with_their_number() -> None:
     jump = jumps(1.0, 9.0, reported=set(range(50)))[1]
     assert (len(jump.clients), jump.num_clients, jump.is_all) == (LISTED, 50, False)
-    assert "reports in round 4: clients 0, 1," in jump.text(3.0)
-    assert jump.text(3.0).endswith("and 30 more")
-    advice = jump.advice(3.0, Path("runs/a"), [1, 2, 3, 4])
+    assert "reports in round 4: clients 0, 1," in jump.text()
+    assert jump.text().endswith("and 30 more")
+    advice = jump.advice(Path("runs/a"), [1, 2, 3, 4], "with a rule")
     assert "fedcore run --resume runs/a --round 2, with a rule" in advice
-    assert "no checkpoint from before" in jump.advice(3.0, Path("runs/a"), [3, 4])
+    assert "no checkpoint from before" in jump.advice(Path("runs/a"), [3, 4], "")
 
 
 def test_a_loss_that_is_not_finite_is_a_jump_and_is_told_once() -> None:
     found = jumps(1.0, None, None, 1.0, None)
     assert [jump is not None for jump in found] == [False, True, False, False, True]
-    assert "to a number that is not finite" in found[1].text(3.0)
+    assert "to a number that is not finite" in found[1].text()
 
 
 def test_small_losses_and_losses_without_a_factor_are_no_jumps() -> None:

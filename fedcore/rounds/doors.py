@@ -45,6 +45,7 @@ class Receiving(NamedTuple):
     bounds: Bounds
     aggregator: Aggregator | None  # None: the mean
     reference: Reference | None  # where the rule needs the server's own message
+    remedy: str  # advice to one whose model was ruined all the same
 
 
 @dataclass

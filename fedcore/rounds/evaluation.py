@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,21 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcore import trees
+from fedcore import privacy, trees
 from fedcore.engines.readout import read
 from fedcore.errors import FedcoreError
 from fedcore.messages.adversary.poisoning import backdoor_success
-from fedcore.method import Method
 from fedcore.metrics import is_higher_better
 from fedcore.rng import rng, torch_seed
 from fedcore.rounds.doors import Desk
 from fedcore.rounds.faults import evaluation_fault
 from fedcore.rounds.rundir import PERCENTILES
+from fedcore.rounds.saving import State
+from fedcore.rounds.setup import Parts
 from fedcore.types import ClientFunction, Model
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
-    from fedcore.task import Task
 
 
 class Measured(NamedTuple):
@@ -45,11 +46,11 @@ class Evaluation:
     def __init__(
         self,
         experiment: Experiment,
-        task: Task,
-        method: Method[Any],
+        parts: Parts,
         desk: Desk,
     ) -> None:
-        self._task, self._method, self._desk = task, method, desk
+        self._experiment, self._mechanism = experiment, parts.mechanism
+        self._task, self._method, self._desk = parts.task, parts.method, desk
         self._seed, self._adversary = experiment.seed, experiment.adversary
         # Devices may lie about their own metrics; simulated clients do not.
         is_devices = experiment.engine.name == "grid"
@@ -70,16 +71,38 @@ class Evaluation:
         drawn = draw.choice(population, wanted, replace=False, shuffle=False)
         return torch.from_numpy(np.sort(drawn))
 
-    def of(self, server: Any, t: int, is_last: bool, folder: Path) -> dict[str, Any]:
-        """The row after round t of the run in `folder`; a failure says what to do."""
+    def due(self, state: State, folder: Path) -> dict[str, Any]:
+        """The row of a state of the run in `folder`, in rounds that are evaluated.
+
+        And the guarantee of its privacy. A failure says what to do.
+        """
+        t, rounds = state.t, self._experiment.rounds
+        if t % self._experiment.evaluation.every and t != rounds:
+            return {}
+        begin = time.perf_counter()
         try:
-            return self.row(server, t, is_last)
+            row = self.row(state.server, t - 1, t == rounds)
         except FedcoreError:
             raise
         except Exception as error:
-            params = server.params
-            fault = evaluation_fault(self._task, params, error, t + 1, folder)
-            raise fault from error
+            params = state.server.params
+            raise evaluation_fault(self._task, params, error, t, folder) from error
+        row |= self._spent(state)
+        row["evaluation_s"] = round(time.perf_counter() - begin, 4)
+        return row
+
+    def _spent(self, state: State) -> dict[str, Any]:
+        """The privacy guarantee up to now; by the slower accountant after the last."""
+        if self._mechanism is None:
+            return {}
+        t, sent = state.t, state.sent
+        # The guarantee of the client that has sent most.
+        steps = int(sent.max()) if len(sent) else t
+        default = privacy.default_delta(self._task.population)
+        delta = self._experiment.defence.delta or default
+        is_last = t == self._experiment.rounds
+        guarantee = privacy.guarantee(self._mechanism, steps, delta, prv=is_last)
+        return {"privacy": guarantee.to_dict()}
 
     def row(self, server: Any, t: int, is_last: bool) -> dict[str, Any]:
         """Measures after round t: of the global test set, and over clients."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedcore.engines.base import Work
 from fedcore.errors import SettingsError
@@ -15,6 +15,8 @@ from fedcore.messages.aggregation.aggregator import Aggregator
 from fedcore.messages.aggregation.bounds import Bounds
 from fedcore.messages.aggregation.checks import named, odds_text, refuse_impossible
 from fedcore.messages.aggregation.rule import Rule
+from fedcore.messages.aggregation.settings import AggregationSettings
+from fedcore.method import Method
 from fedcore.rounds.doors import Receiving
 from fedcore.rounds.participation import Process
 from fedcore.rounds.reference import Reference
@@ -40,7 +42,18 @@ def receiving(
             reference = Reference(work)
     is_devices = experiment.engine.name == "grid"
     bounds = Bounds(settings, is_devices)
-    return Receiving(bounds, aggregator, reference)
+    return Receiving(bounds, aggregator, reference, _remedy(settings, work.method))
+
+
+def _remedy(settings: AggregationSettings, method: Method[Any]) -> str:
+    """Settings that bear more liars than these."""
+    if not settings.is_mean:
+        return "with another rule, or a larger f"
+    if method.refuses("rule") is None:
+        return "with a rule that outvotes liars: --set aggregation.rule=median"
+    if method.differences and settings.clip is None:
+        return "with a bound on messages: aggregation.clip"
+    return "without the clients that are at fault"
 
 
 def refuse(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedcore import privacy, trees
+from fedcore import trees
 from fedcore.errors import RunError, TooFewReports
 from fedcore.rng import torch_seed
 from fedcore.rounds.captures import Captures
@@ -110,7 +110,6 @@ class Loop:
     def _build(
         self, make_engine: MakeEngine | None, resume: bool, back_to: int | None
     ) -> None:
-        """The parts, from the settings or as the checkpoint has them."""
         experiment, folder, observer = self.experiment, self.folder, self.observer
         checkpoint = Checkpoint(folder / "checkpoint", experiment.checkpoint.keep)
         header = None
@@ -124,7 +123,7 @@ class Loop:
         if back_to is not None:
             refuse_same_noise_twice(experiment, parts.mechanism, bool(self._changed))
         self.task, self.method, self.process = parts.task, parts.method, parts.process
-        self.rates, self.mechanism = parts.rates, parts.mechanism
+        self.rates = parts.rates
         self.engine, self.memory = parts.engine, parts.memory
         self.stores = parts.stores
         self.clients = ClientTable(folder)
@@ -158,7 +157,7 @@ class Loop:
             self._stop,
             parts.receiving,
         )
-        self._evaluation = Evaluation(experiment, self.task, self.method, self.desk)
+        self._evaluation = Evaluation(experiment, parts, self.desk)
 
     def _first_or_restored(self, parts: Parts, header: dict[str, Any] | None) -> State:
         state = _first_state(parts)
@@ -197,10 +196,10 @@ class Loop:
     def _run(self) -> Result:
         rounds, stops = self.experiment.rounds, self.experiment.checkpoint.stop_on_jump
         seconds = self.experiment.checkpoint.seconds
-        population = self.task.population
-        self.observer.started(self.experiment, self.engine, population, self.history)
-        file = Lines(self.folder / "metrics.jsonl")
-        with closing(file) as metrics, signals(self._stop):
+        population, history = self.task.population, self.history
+        self.observer.started(self.experiment, self.engine, population, history)
+        metrics = Lines(self.folder / "metrics.jsonl")
+        with closing(metrics), signals(self._stop):
             while self.state.t < rounds:
                 try:
                     self._stop.round_done(self.state.t)
@@ -211,10 +210,10 @@ class Loop:
                         store.rollback()
                     self.saving.save(self.state, metrics, self.history.score)
                     raise
-                jump = self._watch.jump(row, self.history)
+                jump = self._watch.jump(row, history)
                 if jump is not None:
                     row["jump"] = jump.field()
-                self.history.add(row)
+                history.add(row)
                 metrics.add(json.dumps(row))
                 self.observer.round_done(row)
                 hopeless, score = self._hopeless(), row.get("test_loss")
@@ -225,13 +224,13 @@ class Loop:
                 if hopeless:
                     raise RunError(hopeless)
                 if jump is not None:
-                    factor = self.experiment.checkpoint.jump
-                    text = jump.advice(factor, self.folder, self.saving.rounds())
+                    remedy = self.desk.receiving.remedy
+                    text = jump.advice(self.folder, self.saving.rounds(), remedy)
                     if stops:
                         raise RunError(f"{text} (checkpoint.stop_on_jump)")
                     self.observer.note(text)
         params = self.state.server.params
-        return outcome(self.experiment, self.task, self.history, params, self.folder)
+        return outcome(self.experiment, self.task, history, params, self.folder)
 
     def round(self) -> dict[str, Any]:
         """One round: the row that metrics.jsonl gets. Replaces `self.state`."""
@@ -267,7 +266,7 @@ class Loop:
             row["late_answers"] = self.engine.late - late
         if t == 0:
             row["first_round_s"] = round(now - self.begin, 3)
-        row |= self._evaluated(after)
+        row |= self._evaluation.due(after, self.folder)
         # Last, so that a stop within the evaluation leaves the whole round undone. A
         # client has done its work, whatever became of the round.
         for store in self.stores.values():
@@ -330,21 +329,10 @@ class Loop:
         told = causes(work, states, self._last_exchange, self.state.t - 1)
         return "; ".join([fruitless_text(self.history), *told])
 
-    def _evaluated(self, state: State) -> dict[str, Any]:
-        """Measures of the state after a round, in rounds that are evaluated."""
-        t, rounds = state.t, self.experiment.rounds
-        if t % self.experiment.evaluation.every and t != rounds:
-            return {}
-        begin = time.perf_counter()
-        row = self._evaluation.of(state.server, t - 1, t == rounds, self.folder)
-        row |= _spent(self.experiment, self.mechanism, self.task.population, state)
-        row["evaluation_s"] = round(time.perf_counter() - begin, 4)
-        return row
-
     def evaluate(self) -> dict[str, Any]:
         """Measures of the current state: of the test set, and over clients."""
-        t, rounds = self.state.t, self.experiment.rounds
-        return self._evaluation.row(self.state.server, t - 1, t == rounds)
+        state, rounds = self.state, self.experiment.rounds
+        return self._evaluation.row(state.server, state.t - 1, state.t == rounds)
 
 
 def _first_state(parts: Parts) -> State:
@@ -355,21 +343,3 @@ def _first_state(parts: Parts) -> State:
     counts_messages = mechanism is not None and mechanism.view == "client_update"
     sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
     return State(0, trees.to(server, device), parts.process.start(), sent, {}, {})
-
-
-def _spent(
-    experiment: Experiment,
-    mechanism: privacy.Mechanism | None,
-    population: int,
-    state: State,
-) -> dict[str, Any]:
-    """The privacy guarantee up to now; by the slower accountant after the last."""
-    if mechanism is None:
-        return {}
-    t, sent = state.t, state.sent
-    # The guarantee of the client that has sent most.
-    steps = int(sent.max()) if len(sent) else t
-    delta = experiment.defence.delta or privacy.default_delta(population)
-    is_last = t == experiment.rounds
-    guarantee = privacy.guarantee(mechanism, steps, delta, prv=is_last)
-    return {"privacy": guarantee.to_dict()}

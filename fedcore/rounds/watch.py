@@ -33,6 +33,7 @@ class Jump(NamedTuple):
     clients: list[int]
     num_clients: int
     is_all: bool  # whether they are all since the evaluation before
+    factor: float  # checkpoint.jump
 
     def field(self) -> dict[str, Any]:
         """The jump as a row of metrics.jsonl has it."""
@@ -43,8 +44,8 @@ class Jump(NamedTuple):
             "num_clients": self.num_clients,
         }
 
-    def text(self, factor: float) -> str:
-        """The jump in one line; `factor` is `checkpoint.jump`."""
+    def text(self) -> str:
+        """The jump in one line."""
         rise = "a number that is not finite"
         if self.after is not None:
             rise = f"{self.after:.4g}, {self.after / self.before:.3g} times as much"
@@ -52,18 +53,20 @@ class Jump(NamedTuple):
         who = clients_text(self.clients, self.num_clients)
         return (
             f"round {self.number}: THE TEST LOSS JUMPED from {self.before:.4g} in "
-            f"round {self.since} to {rise} (checkpoint.jump = {factor:g}); reports "
-            f"{when}: {who}"
+            f"round {self.since} to {rise} (checkpoint.jump = {self.factor:g}); "
+            f"reports {when}: {who}"
         )
 
-    def advice(self, factor: float, folder: Path, rounds: list[int]) -> str:
-        """As `text`, and how to go back in `folder` to one of the `rounds` kept."""
+    def advice(self, folder: Path, rounds: list[int], remedy: str) -> str:
+        """As `text`, and how to go back in `folder` to one of the `rounds` kept.
+
+        `remedy` is what bears liars from there on.
+        """
         before = [number for number in rounds if number <= self.since]
         back = "no checkpoint from before it is there: start a new run"
         if before:
             back = f"go back: fedcore run --resume {folder} --round {before[-1]}"
-        rule = "with a rule that outvotes liars: --set aggregation.rule=median"
-        return f"{self.text(factor)}; {back}, {rule}"
+        return f"{self.text()}; {back}, {remedy}"
 
 
 class Watch:
@@ -194,6 +197,7 @@ class Watch:
             first_clients(clients),
             len(clients),
             is_all,
+            self._factor,
         )
 
 

@@ -17,7 +17,7 @@ from fedcore import Experiment, SettingsError, run
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.views import run_figures, text
-from fedcore.views.figures import thin
+from fedcore.views.figures import log_scale, new_figure, plot, thin
 from fedcore.views.run_report import write_or_note, write_report
 from tests.helpers import PATIENCE
 from tests.pages import CHROMIUM, Page, browse, titles
@@ -413,3 +413,13 @@ def test_browser_shows_the_report(
     last = rows_of(finished)[-1]
     assert f"<b>{last['test_accuracy']:.1%}</b>" in dom
     assert dom.count("<svg") == 9
+
+
+def test_numbers_of_a_logarithmic_scale_are_written_out() -> None:
+    """Within a decade and over many: text in a figure is text, and no markup."""
+    for values in ([2.0, 7.0], [1e-4, 1e5]):
+        figure, axes = new_figure(4.0, 3.0)
+        axes.plot([0, 1], values)
+        log_scale(axes)
+        drawn = plot(figure, "title", "caption")
+        assert "mathdefault" not in str(drawn)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from fedcore.audit.results import Audit, CellResult, Interval, Summary
 from fedcore.audit.tables import ACCURACY, attacks_of, mean, results_of
@@ -17,6 +17,7 @@ from fedcore.views.figures import (
     SERIES,
     SOFT,
     Plot,
+    log_scale,
     new_figure,
     plot,
     ticks,
@@ -248,10 +249,7 @@ def _along(audit: Audit, wide: bool) -> Plot | None:
     axes.set(xlabel="share of the iterations", ylabel="objective", xlim=(0, 1))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     if all((rows[np.isfinite(rows)] > 0).all() for rows in curves.values()):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
+        log_scale(axes)
     figure.legend(loc="outside upper left", ncols=3)
     caption = (
         f'Mean and range over the clients of "{cell["name"]}". A low objective is a '

@@ -8,7 +8,16 @@ from matplotlib.axes import Axes
 from fedcore.stress.plan import ABSENT, CLEAN
 from fedcore.stress.results import CellResult, Stress
 from fedcore.stress.treatment import Treatment
-from fedcore.views.figures import SERIES, SOFT, Plot, new_figure, plot, shape_axes, thin
+from fedcore.views.figures import (
+    SERIES,
+    SOFT,
+    Plot,
+    log_scale,
+    new_figure,
+    plot,
+    shape_axes,
+    thin,
+)
 
 __all__ = ["plots"]
 
@@ -117,7 +126,7 @@ def _treatment(stress: Stress, fraction: float, rule: str) -> Plot | None:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         caption = "A dot is a client: its mean weight over the rounds that it reported"
     else:
-        axes.set_yscale("log")
+        log_scale(axes)
         axes.set_ylabel("distance to the result, 1 = median")
         caption = (
             "The rule works entry by entry, and has no weights. A dot is a client: how "

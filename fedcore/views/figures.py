@@ -14,7 +14,13 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 
 from fedcore.escapes import printable
 from fedcore.views.page import THEME
@@ -154,7 +160,9 @@ def ticks(integer: bool) -> MaxNLocator:
 def log_scale(axes: Axes) -> None:
     """A logarithmic y axis whose numbers are written out."""
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def shape_axes(axes: Axes, measure: str, values: Sequence[float], right: float) -> None:

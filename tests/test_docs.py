@@ -103,6 +103,23 @@ def test_links_lead_somewhere(file: Path) -> None:
         assert (file.parent / target).exists(), f"{file}: {target}"
 
 
+def anchors(file: Path) -> set[str]:
+    """The names of the headings of a page, as GitHub makes them."""
+    names = set()
+    for heading in re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE):
+        kept = re.sub(r"[^\w\- ]", "", heading.lower())
+        names.add(kept.replace(" ", "-"))
+    return names
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=str)
+def test_links_into_a_page_lead_to_a_heading(file: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", file.read_text()):
+        if not target.startswith("http"):
+            page = file.parent / target if target else file
+            assert anchor in anchors(page), f"{file}: {target}#{anchor}"
+
+
 def test_the_example_method_works_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -315,6 +315,60 @@ def test_a_round_with_too_few_for_the_rule_is_skipped_and_not_averaged(
     assert all(row["skipped"] == (row["reports"] < 5) for row in result.history)
 
 
+def test_no_odds_are_told_where_no_round_can_have_more_than_f(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"aggregation__rule": "median", "rounds": 1, "participation__cohort": 9}
+    run(small("fedavg", **settings, aggregation__byzantine=2), tmp_path / "b")
+    assert "of the rounds" in caplog.text  # 2 of 9 asked are 3 of 12
+    caplog.clear()
+    attack = {"adversary__attack": "zero", "adversary__clients": [0, 1]}
+    run(small("fedavg", **settings, **attack, aggregation__byzantine=2), tmp_path / "a")
+    assert "of the rounds" not in caplog.text
+
+
+def test_f_is_that_of_the_clients_asked_for_attackers_do_not_drop_out(
+    tmp_path: Path,
+) -> None:
+    experiment = small(
+        "fedavg",
+        aggregation__rule="trimmed_mean",
+        aggregation__fraction=0.2,
+        participation__cohort=10,
+        participation__dropout=0.6,
+        rounds=8,
+    )
+    rows = run(experiment, tmp_path / "run").history
+    # f = 2 of the ten that are asked, so that it takes five; of four it would be 1.
+    assert any(3 <= row["reports"] < 5 for row in rows)
+    assert all(row["skipped"] == (row["reports"] < 5) for row in rows)
+
+
+def test_a_client_without_examples_is_in_no_rule(tmp_path: Path) -> None:
+    experiment = small(
+        "fedavg",
+        task="tests.methods:with_an_empty_client",
+        participation__cohort=12,
+        aggregation__rule="median",
+        rounds=1,
+    )
+    run(experiment, tmp_path / "run")
+    listed = rows_of(tmp_path / "run")[0]["weights"]["train.delta"]
+    assert listed["clients"] == list(range(11))
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+def test_a_cap_that_all_exceed_makes_all_clients_count_the_same(
+    engine: str, tmp_path: Path
+) -> None:
+    settings = {**EXACT, "rounds": 2, "engine__name": engine, "engine__chunk": 3}
+    capped = small("fedavg", **settings, aggregation__max_examples=1)
+    other = small("fedavg", **settings, method__weighting="participating")
+    one, two = run(capped, tmp_path / "one"), run(other, tmp_path / "two")
+    assert_close(one.params, two.params, 1e-6, "a cap of one example")
+    assert len(rows_of(tmp_path / "one")[0]["capped"]) == 5
+
+
 # Stop and resume
 
 

@@ -117,4 +117,6 @@ def _odds(experiment: Experiment, work: Work, asked: int) -> str:
     if f == 0 or asked >= population:
         return ""
     malicious = len(work.adversary.clients) or round(f / asked * population)
+    if malicious <= f:
+        return ""
     return odds_text(settings, population, asked, malicious / population)

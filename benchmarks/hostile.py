@@ -26,7 +26,13 @@ from typing import NamedTuple
 from benchmarks.tables import print_table
 from fedcore import Experiment
 from fedcore.stress.examine import examine, prepare
-from fedcore.stress.plan import CLEAN, Plan, parse_attack, parse_rule
+from fedcore.stress.plan import (
+    CLEAN,
+    DEFAULT_ATTACKS,
+    Plan,
+    parse_attack,
+    parse_rule,
+)
 from fedcore.stress.report import write
 from fedcore.stress.results import Stress
 from fedcore.stress.terminal import StressTerminal
@@ -34,16 +40,8 @@ from fedcore.stress.terminal import StressTerminal
 DIGITS, FASHION = "benchmarks/hostile-digits.toml", "benchmarks/hostile-fashion.toml"
 PROXY = 100  # examples of the server, for FLTrust
 
-ATTACKS = (
-    "sign_flip",
-    "sign_flip:10",
-    "alie:1.5",
-    "ipm:0.5",
-    "minmax",
-    "mimic",
-    "label_flip",
-)
-FASHION_ATTACKS = (*ATTACKS[1:], "backdoor")
+ATTACKS = DEFAULT_ATTACKS[:-1]  # without the backdoor
+FASHION_ATTACKS = DEFAULT_ATTACKS[1:]
 FASHION_RULES = (
     "mean",
     "clip+mean",

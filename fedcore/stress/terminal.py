@@ -8,19 +8,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine
 from fedcore.escapes import escaped
 from fedcore.rounds.history import History
+from fedcore.views.terminal import progress_bar
 from fedcore.views.text import time_text
 
 __all__ = ["StressTerminal"]
@@ -37,17 +30,7 @@ class StressTerminal:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self._bar = progress_bar(self.console)
         self._task = self._bar.add_task("rounds", total=None, facts="")
         self._rounds = self._done = 0
         self._name, self._is_clean = "", True

@@ -39,22 +39,27 @@ FEW = 5  # failing clients in the table at the end
 SHOWN = 3  # test measures in a line of progress, that which judges the run first
 
 
+def progress_bar(console: Console) -> Progress:
+    """A bar over rounds, with `facts` beside it; nothing where nobody looks."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 class Terminal:
     """An observer of the round loop (`fedcore.rounds.loop.Observer`)."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self._bar = progress_bar(self.console)
         self._task = self._bar.add_task("round", total=None, facts="")
         self._rounds = 0
         self._engine: Engine | None = None  # until it has been described

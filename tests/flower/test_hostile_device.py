@@ -42,7 +42,7 @@ DEFENCE = [
 ]
 SERVER = [
     f"engine.min_clients={DEVICES}",
-    "engine.round_timeout=60",
+    f"engine.round_timeout={PATIENCE}",  # every lie has an answer
     "checkpoint.seconds=0",
     "min_reports=5",
 ]

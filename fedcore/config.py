@@ -21,6 +21,7 @@ from fedcore import method as methods
 from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
 from fedcore.errors import SettingsError
+from fedcore.escapes import shortened
 from fedcore.messages.adversary.settings import AdversarySettings
 from fedcore.messages.aggregation.settings import AggregationSettings
 from fedcore.messages.defence import DefenceSettings
@@ -29,7 +30,7 @@ from fedcore.method import FinetuneSettings, Method, MethodSettings
 from fedcore.models import LowRank, Mlp, ModelSettings
 from fedcore.rounds.participation import ParticipationSettings, Uniform
 from fedcore.settings.extremes import plain, refuse_extremes
-from fedcore.settings.faults import Origin, Schema, explain, shortened, shown
+from fedcore.settings.faults import Origin, Schema, explain, shown
 from fedcore.settings.overrides import Override, merged, read_overrides, refuse_depth
 from fedcore.settings.presets import read_preset
 

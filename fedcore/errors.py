@@ -5,9 +5,12 @@ Messages say what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+import re
 import sysconfig
 import traceback
 from pathlib import Path
+
+from fedcore.escapes import shortened
 
 __all__ = ["FedcoreError", "RunError", "SettingsError", "TooFewReports"]
 
@@ -39,9 +42,16 @@ def _is_ours(file: str) -> bool:
 
 
 class SettingsError(FedcoreError):
-    """The settings, or a file they name, cannot be used as given."""
+    """The settings, or a file they name, cannot be used as given.
+
+    A message quotes what the user typed: of a word without an end the middle is left
+    out.
+    """
 
     exit_status = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(re.sub(r"\S{301,}", lambda word: shortened(word[0]), message))
 
 
 class RunError(FedcoreError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["PrintableRecords", "escaped", "printable"]
+__all__ = ["PrintableRecords", "escaped", "printable", "shortened"]
 
 
 def escaped(text: str) -> str:
@@ -39,6 +39,17 @@ def printable(text: str) -> str:
         cells = [escaped(cell) for cell in line.split("\t")]
         lines.append("\t".join(cells))
     return "\n".join(lines)
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """The text, its middle left out where it is longer than `most`.
+
+    >>> shortened("a" * 5000, most=30)
+    'aaaaaaaaaa...aaaaaaaaaaaaaaaaa'
+    """
+    if len(text) <= most:
+        return text
+    return f"{text[: most - 20]}...{text[-17:]}"
 
 
 class PrintableRecords(logging.Filter):

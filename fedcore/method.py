@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedcore.errors import SettingsError
+from fedcore.escapes import shortened
 from fedcore.local import local_sgd
 from fedcore.reports import (
     Mean,
@@ -364,7 +365,7 @@ def load(name: str) -> type[Method[Any]]:
     Raises SettingsError when there is none.
     """
     module_name, class_name = _place_of(name)
-    module = user_module(f'method.name = "{name}"', module_name)
+    module = user_module(f'method.name = "{shortened(name)}"', module_name)
     candidates = []
     for attribute, value in vars(module).items():
         is_wanted = (
@@ -376,7 +377,7 @@ def load(name: str) -> type[Method[Any]]:
             candidates.append(value)
     if len(candidates) != 1:
         raise SettingsError(
-            f'method.name = "{name}": expected one subclass of Method in '
+            f'method.name = "{shortened(name)}": expected one subclass of Method in '
             f"{module_name}, found {len(candidates)}"
         )
     return candidates[0]
@@ -388,7 +389,7 @@ def _place_of(name: str) -> tuple[str, str]:
         module_name, _, class_name = name.partition(":")
         if not class_name or not module_name or module_name.startswith("."):
             raise SettingsError(
-                f'method.name = "{name}": expected "package.module:Class"'
+                f'method.name = "{shortened(name)}": expected "package.module:Class"'
             )
         return module_name, class_name
     if name in RENAMED:
@@ -397,7 +398,7 @@ def _place_of(name: str) -> tuple[str, str]:
             shown = f'"{value}"' if isinstance(value, str) else value
             lines.append(f"method.{key} = {shown}")
         raise SettingsError(
-            f'method.name = "{name}": this is now fedopt with a server optimizer; '
+            f'method.name = "{shortened(name)}": this is now fedopt with a server optimizer; '
             f"write {', '.join(lines)} (its defaults; momentum is beta1), or start "
             f"from the preset strategies/{name}.toml"
         )
@@ -405,7 +406,9 @@ def _place_of(name: str) -> tuple[str, str]:
     if not name.isidentifier() or importlib.util.find_spec(module_name) is None:
         near = difflib.get_close_matches(name, names(), 1)
         hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(names())}"
-        raise SettingsError(f'method.name = "{name}": there is no such method; {hint}')
+        raise SettingsError(
+            f'method.name = "{shortened(name)}": there is no such method; {hint}'
+        )
     return module_name, ""
 
 

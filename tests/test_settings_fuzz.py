@@ -135,6 +135,10 @@ def check(kind: dict[str, Any], key: str, value: Any) -> None:
 @example({"method": "fedavg"}, "options.x", {"y": "\ud800"})
 @example({"method": "fedavg"}, "data_folder", "a\0b")
 @example({"method": "fedavg"}, "initial", "a" * 300)
+@example({"method": "fedavg"}, "method.name", "/" + "b/" * 3000)
+@example({"method": "fedavg"}, "method.name", "a b " * 2000)
+@example({"method": "fedavg"}, "method.name." + "x" * 4000, 1)
+@example({"method": "fedavg"}, "engine", {"a" * 5000: 1})
 def test_a_value_is_taken_as_it_is_or_refused_by_name(
     kind: dict[str, Any], key: str, value: Any
 ) -> None:

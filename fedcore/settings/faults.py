@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedcore import method as methods
 from fedcore.errors import SettingsError
+from fedcore.escapes import shortened
 from fedcore.settings.overrides import Override
 
 __all__ = ["Origin", "Schema", "explain", "near_keys", "or_text", "shown"]
@@ -166,13 +167,6 @@ def shown(value: Any) -> str:
     ("'xxx", 100)
     """
     return _Short().repr(value)
-
-
-def shortened(text: str, most: int = 200) -> str:
-    """The text, its middle left out where it is longer than `most`."""
-    if len(text) <= most:
-        return text
-    return f"{text[: most - 20]}...{text[-17:]}"
 
 
 # Hints

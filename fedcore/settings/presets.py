@@ -9,7 +9,7 @@ from typing import Any
 
 import fedcore
 from fedcore.errors import SettingsError
-from fedcore.settings.faults import shortened
+from fedcore.escapes import shortened
 from fedcore.storage.text import parse_toml, read_text
 
 __all__ = ["is_preset", "missing", "read_preset"]

@@ -20,6 +20,7 @@ from pydantic import (
 from fedcore import method as methods
 from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
+from fedcore.data.text.settings import TextSettings
 from fedcore.errors import SettingsError
 from fedcore.escapes import shortened
 from fedcore.messages.adversary.settings import AdversarySettings
@@ -27,7 +28,7 @@ from fedcore.messages.aggregation.settings import AggregationSettings
 from fedcore.messages.defence import DefenceSettings
 from fedcore.messages.links import LinksSettings
 from fedcore.method import FinetuneSettings, Method, MethodSettings
-from fedcore.models import LowRank, Mlp, ModelSettings
+from fedcore.models import LoraSettings, LowRank, Mlp, ModelSettings
 from fedcore.rounds.participation import ParticipationSettings, Uniform
 from fedcore.settings.extremes import plain, refuse_extremes
 from fedcore.settings.faults import Origin, Schema, explain, shown
@@ -211,6 +212,13 @@ class Experiment(_Section):
     options: dict[str, Any] = Field({}, description="for your own task, as it pleases")
     model: ModelSettings = Mlp()
     lowrank: LowRank = LowRank()
+    lora: LoraSettings = LoraSettings()
+    text: TextSettings = TextSettings()
+    base: Path | None = Field(
+        None,
+        description="folder that `fedcore pretrain` wrote: the weights that the model "
+        "starts with, and the tokenizer",
+    )
     initial: Path | None = Field(
         None,
         description="run directory, or .safetensors file, whose parameters the model "

@@ -22,6 +22,9 @@ from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.partition import carve
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.metrics import squared_error
+from fedcore.models.base import load_base
+from fedcore.models.image import ImageModel
+from fedcore.models.lora import with_lora
 from fedcore.models.lowrank import JacobianCorrection, lowrank
 from fedcore.rng import rng, torch_seed
 from fedcore.storage.checkpoint import Checkpoint
@@ -83,8 +86,21 @@ def images(experiment: Experiment, name: str) -> Task:
     proxy = None
     if experiment.proxy:
         proxy = Examples(train.x[proxy_rows], train.y[proxy_rows])
-    model = experiment.model.build(tuple(source.x_train.shape[1:]), source.num_classes)
+    shape = tuple(source.x_train.shape[1:])
+    model = image_model(experiment).build(shape, source.num_classes)
     return Task(model, data, proxy=proxy, pixels=source.pixels)
+
+
+def image_model(experiment: Experiment) -> ImageModel:
+    """The settings of the model. Raises SettingsError for one of text."""
+    settings = experiment.model
+    if isinstance(settings, ImageModel):
+        return settings
+    raise SettingsError(
+        f'model.name = "{settings.name}": it reads text, and the task '
+        f'"{experiment.task}" has images; use mlp, cnn, resnet or vit, or a task of '
+        "text (shakespeare, texts)"
+    )
 
 
 def _refuse_folder(experiment: Experiment, reason: str) -> None:
@@ -306,8 +322,12 @@ def build_task(experiment: Experiment) -> Task:
                 f'task = "{experiment.task}": expected the function to return a '
                 f"fedcore.Task, it returned {type(task).__name__}"
             )
+        if experiment.base is not None:
+            load_base(task.model, experiment.base)
         if experiment.lowrank.form != "dense":
             task = _with_factors(experiment, task)
+        if experiment.lora.rank:
+            task = _with_adapters(experiment, task)
     if experiment.initial is not None:
         start_from(task.model, experiment.initial)
     if experiment.proxy and task.proxy is None:
@@ -358,6 +378,22 @@ def _with_factors(experiment: Experiment, task: Task) -> Task:
         )
     penalty = JacobianCorrection(model, settings.jacobian, step)
     return task.with_model(model, penalty)
+
+
+def _with_adapters(experiment: Experiment, task: Task) -> Task:
+    """The task for the model with adapters, as `lora` says."""
+    settings = experiment.lora
+    if task.optimum is not None:
+        raise SettingsError(
+            f"lora.rank = {settings.rank}: {experiment.task} knows its optimum by the "
+            "names of a model without adapters"
+        )
+    if experiment.lowrank.form != "dense":
+        raise SettingsError(
+            f'lora.rank = {settings.rank} and lowrank.form = "'
+            f'{experiment.lowrank.form}": a layer has one or the other; leave one out'
+        )
+    return task.with_model(with_lora(task.model, settings))
 
 
 def start_from(model: nn.Module, source: Path) -> None:

@@ -52,6 +52,38 @@ class LocalSettings(BaseModel):
         "examples run out",
     )
 
+    optimizer: Literal["sgd", "adamw"] = Field(
+        "sgd", description="of the local steps; the method says the step size"
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="adamw: of the first moment")
+    beta2: float = Field(0.99, ge=0, lt=1, description="adamw: of the second moment")
+    eps: float = Field(1e-8, gt=0, description="adamw: added to the root")
+    weight_decay: float = Field(
+        0.0, ge=0, description="adamw: decoupled, times the step size"
+    )
+    moments: Literal["fresh", "kept"] = Field(
+        "fresh",
+        description="adamw: zero at the start of every round, or kept by the client",
+    )
+    clip: float | None = Field(
+        None, gt=0, description="most that a step's gradient may have as its norm"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the step size over the rounds, down to zero"
+    )
+    warmup: int = Field(
+        0, ge=0, description="local steps of a round over which the step size rises"
+    )
+    micro: int = Field(
+        1,
+        ge=1,
+        description="pieces into which a batch is cut, one after another in memory",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the forward pass; parameters and steps stay as they are",
+    )
+
     @model_validator(mode="after")
     def _has_one_length(self) -> LocalSettings:
         has_epochs = "epochs" in self.model_fields_set and self.epochs != 1

@@ -45,9 +45,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.pad = shape.pad
         self.token = nn.Embedding(shape.vocabulary, settings.embedding)
-        self.lstm = Lstm(
-            settings.embedding, settings.hidden, settings.layers, batch_first=True
-        )
+        self.lstm = Lstm(settings.embedding, settings.hidden, settings.layers)
         # Made last: the rest starts the same, whatever is read out.
         if shape.num_classes is None:
             self.head = nn.Linear(settings.hidden, shape.vocabulary)
@@ -55,7 +53,7 @@ class Recurrent(nn.Module):
             self.classifier = nn.Linear(settings.hidden, shape.num_classes)
 
     def forward(self, ids: Tensor) -> Tensor:
-        states = self.lstm.states(self.token(ids))
+        states = self.lstm(self.token(ids))
         if hasattr(self, "head"):
             logits: Tensor = self.head(states)
         else:
@@ -63,39 +61,62 @@ class Recurrent(nn.Module):
         return logits
 
 
-class Lstm(nn.LSTM):
-    """PyTorch's LSTM on a CPU, and the same in plain operations elsewhere.
+class Lstm(nn.Module):
+    """PyTorch's LSTM, with its names of parameters and its draws.
 
-    PyTorch's own is the quickest on a CPU, and is not batched over clients; plain
-    operations are.
+    On a CPU PyTorch's own operation is the quickest, and is not batched over clients;
+    elsewhere plain operations are taken, which are. nn.LSTM itself keeps a second list
+    of its weights, which follows no parameters that are put in their place.
     """
 
-    def states(self, x: Tensor) -> Tensor:
+    def __init__(self, inputs: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.layers, self.hidden = layers, hidden
+        like = nn.LSTM(inputs, hidden, layers, batch_first=True)
+        for name, parameter in like.named_parameters():
+            self.register_parameter(name, parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
         """States of the last layer [B, L, hidden] for inputs [B, L, n]."""
-        if x.device.type == "cpu":
-            outputs: Tensor = self(x)[0]
-            return outputs
-        return self.unrolled(x)
+        if x.device.type != "cpu":
+            return self.unrolled(x)
+        weights: list[Tensor] = []
+        for layer in range(self.layers):
+            weights += self._weights(layer)
+        zeros = x.new_zeros(self.layers, len(x), self.hidden)
+        outputs: Tensor = torch.lstm(
+            x,
+            (zeros, zeros),
+            weights,
+            has_biases=True,
+            num_layers=self.layers,
+            dropout=0.0,
+            train=self.training,
+            bidirectional=False,
+            batch_first=True,
+        )[0]
+        return outputs
 
     def unrolled(self, x: Tensor) -> Tensor:
-        """The same as `states`, step by step in plain operations."""
-        for layer in range(self.num_layers):
+        """The same as `forward`, step by step in plain operations."""
+        for layer in range(self.layers):
             x = self._layer(layer, x)
         return x
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
-        weights = getattr(self, f"weight_hh_l{layer}")
-        inputs = functional.linear(
-            x,
-            getattr(self, f"weight_ih_l{layer}"),
-            getattr(self, f"bias_ih_l{layer}") + getattr(self, f"bias_hh_l{layer}"),
-        )  # [B, L, 4 hidden]
-        h = c = x.new_zeros(len(x), self.hidden_size)
+        from_input, from_state, *biases = self._weights(layer)
+        inputs = functional.linear(x, from_input, biases[0] + biases[1])  # [B, L, 4 hidden]
+        h = c = x.new_zeros(len(x), self.hidden)
         states = []
         for step in inputs.unbind(1):
-            gates = step + functional.linear(h, weights)
+            gates = step + functional.linear(h, from_state)
             i, f, g, o = gates.chunk(4, dim=-1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             states.append(h)
         return torch.stack(states, 1)
+
+    def _weights(self, layer: int) -> list[Tensor]:
+        """Of one layer: weights of inputs and of states, and their biases."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return [getattr(self, f"{name}_l{layer}") for name in names]

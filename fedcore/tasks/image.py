@@ -10,7 +10,7 @@ from fedcore.data.partition import carve
 from fedcore.errors import SettingsError
 from fedcore.models.image import ImageModel
 from fedcore.task import Task
-from fedcore.tasks.options import refuse_folder
+from fedcore.tasks.options import refuse_folder, refuse_options
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -26,12 +26,7 @@ def images(experiment: Experiment, name: str) -> Task:
     Raises SettingsError for options, for a folder that has not the files, and for a
     partition or proxy set that the data does not allow.
     """
-    if experiment.options:
-        option = next(iter(experiment.options))
-        raise SettingsError(
-            f'options.{option}: "{name}" has no options; '
-            "least-squares and your own tasks have"
-        )
+    refuse_options(experiment, name)
     if name == "digits":
         refuse_folder(experiment, "the digits come with scikit-learn")
     source = sources.load(name, experiment.data_folder)

@@ -11,7 +11,7 @@ from fedcore.errors import SettingsError
 if TYPE_CHECKING:
     from fedcore.config import Experiment
 
-__all__ = ["Options", "read_options", "refuse_folder"]
+__all__ = ["Options", "read_options", "refuse_folder", "refuse_options"]
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -21,6 +21,16 @@ def refuse_folder(experiment: Experiment, reason: str) -> None:
     if experiment.data_folder is not None:
         raise SettingsError(
             f"data_folder = {experiment.data_folder}: {reason}; leave it out"
+        )
+
+
+def refuse_options(experiment: Experiment, name: str | None = None) -> None:
+    """Refuse options that would not be read."""
+    if experiment.options:
+        option = next(iter(experiment.options))
+        raise SettingsError(
+            f'options.{option}: "{name or experiment.task}" has no options; '
+            "least-squares and your own tasks have"
         )
 
 

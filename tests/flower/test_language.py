@@ -172,6 +172,21 @@ def test_a_device_with_one_byte_changed_is_refused_by_name_before_a_round(
     assert told == [reason], "the device hears it, and says it in its own log"
 
 
+def test_a_device_that_lacks_its_base_hears_what_is_missing_and_not_of_another(
+    tmp_path: Path,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(fedcore.server.nodes, "WAIT", 0.0)
+    e = settings(options={"weights": str(weights)})
+    grid = grid_of(e, tmp_path)
+    place(grid, 102, base=str(tmp_path / "nowhere"))
+    assert loop_over(e, grid, tmp_path).round()["dropped"] == {"disconnected": 1}
+    (said,) = [text for text in caplog.messages if "is left out" in text]
+    assert f"it is not ready: SettingsError: base = {tmp_path}/nowhere: " in said
+
+
 def test_a_run_on_bases_none_of_which_is_the_servers_ends_with_the_reason(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from fedcore.task import Task
 from fedcore.tasks.image import images
 from fedcore.tasks.initial import start_from
 from fedcore.tasks.regression import least_squares, weighted_least_squares
-from fedcore.tasks.text import shakespeare
+from fedcore.tasks.text import text_task
 from fedcore.users import user_function
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ TASKS: dict[str, Callable[[Experiment], Task]] = {
     "cifar10": partial(images, name="cifar10"),
     "least-squares": least_squares,
     "weighted-least-squares": weighted_least_squares,
-    "shakespeare": shakespeare,
+    "shakespeare": text_task,
 }
 
 

@@ -1,32 +1,27 @@
 """Tasks of text: next tokens, and classes of whole texts.
 
     shakespeare   plays, speech by speech; every speaker is a client
-    texts         a file or folder of the user's, or a data set of the hub
 
 For next tokens, clients in order of appearance until `text.base` of all characters are
 the base's: their text trains the base model and the vocabulary, and they take no part.
 Those after them with at least `text.least` characters are the clients, whose last
 windows are held out; the test set is all that is held out together. Smaller ones are
 "unseen".
-
-For classes, the texts of clients that are not the base's are spread by `partition`. The
-last fifth of each class, in order, is the test set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from fedcore.data.federated import Examples, FederatedData
-from fedcore.data.partition import Own
 from fedcore.data.text import shakespeare as plays
 from fedcore.data.text.texts import Division, Text, by_client, divided, joined
-from fedcore.data.text.tokens import Tokenizer
+from fedcore.data.text.tokens import Tokenizer, load_tokenizer
 from fedcore.data.text.vocabulary import encoded, new_tokenizer
 from fedcore.data.text.windows import Windows, windows_of_all
 from fedcore.errors import SettingsError
@@ -37,31 +32,59 @@ from fedcore.tasks.options import refuse_folder, refuse_options
 if TYPE_CHECKING:
     from fedcore.config import Experiment
 
-__all__ = ["shakespeare", "text_task"]
-
-DEFAULT_POPULATION = 100
+__all__ = ["TEXTS", "Material", "material_of", "text_model", "text_task"]
 
 
-def shakespeare(experiment: Experiment) -> Task:
-    """Shakespeare's speakers: the next token of their speeches, or who speaks.
+class Material(NamedTuple):
+    """The text of a run, divided, and its tokenizer."""
+
+    division: Division
+    tokenizer: Tokenizer
+
+
+def text_task(experiment: Experiment) -> Task:
+    """The task of text that `experiment.task` names.
 
     Raises SettingsError for settings that the text does not allow.
     """
     refuse_options(experiment)
+    return next_tokens(experiment)
+
+
+def material_of(experiment: Experiment) -> Material:
+    """The text of the base, of clients and of those that are too small.
+
+    And the tokenizer: that of the base folder, where there is one.
+    """
+    settings = experiment.text
+    texts = TEXTS[experiment.task](experiment)
+    division = divided(by_client(texts), settings.base, settings.least)
+    if experiment.base is not None:
+        return Material(
+            division, load_tokenizer(experiment.base, f"base = {experiment.base}")
+        )
+    usual = plays.whole_text() if experiment.task == "shakespeare" else ""
+    return Material(division, new_tokenizer(settings, joined(division.base), usual))
+
+
+def _speeches(experiment: Experiment) -> Sequence[Text]:
     refuse_folder(experiment, "the plays come with fedcore")
-    return next_tokens(experiment, plays.speeches())
+    return plays.speeches()
 
 
-def next_tokens(experiment: Experiment, texts: Sequence[Text]) -> Task:
-    """The task of the next token, for clients that the texts name."""
-    division = division_of(experiment, texts)
-    tokenizer = new_tokenizer(experiment.text, joined(division.base), plays.whole_text())
+TEXTS: dict[str, Callable[[Experiment], Sequence[Text]]] = {"shakespeare": _speeches}
+
+
+def next_tokens(experiment: Experiment) -> Task:
+    """The task of the next token."""
+    division, tokenizer = material_of(experiment)
     length = experiment.text.length
     ids = encoded(tokenizer, list(division.clients.values()))
     cut, offsets = windows_of_all(ids, length, tokenizer.pad)
     data = _held_in_order(experiment, _examples(cut), offsets)
     shape = TextShape(tokenizer.size, length, tokenizer.pad)
-    return Task(text_model(experiment, shape), data, loss=nll, metrics={"token_accuracy": token_accuracy})
+    model = text_model(experiment, shape)
+    return Task(model, data, loss=nll, metrics={"token_accuracy": token_accuracy})
 
 
 def nll(out, y):
@@ -73,12 +96,6 @@ def nll(out, y):
 def token_accuracy(out, y):
     ok = y >= 0
     return ((out.argmax(-1) == y) & ok).sum(1).to(out.dtype) / ok.sum(1).clamp(min=1)
-
-
-def division_of(experiment: Experiment, texts: Sequence[Text]) -> Division:
-    """The texts of the base, of clients and of those that are too small."""
-    settings = experiment.text
-    return divided(by_client(texts), settings.base, settings.least)
 
 
 def text_model(experiment: Experiment, shape: TextShape) -> nn.Module:

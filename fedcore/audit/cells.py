@@ -32,7 +32,7 @@ from fedcore.method import Method
 from fedcore.rounds import loop
 from fedcore.rounds.captures import captured
 from fedcore.rounds.history import History
-from fedcore.rounds.rundir import stored
+from fedcore.rounds.rundir import refuse_other_base, stored
 from fedcore.task import Task
 from fedcore.tasks import build_task
 
@@ -136,6 +136,7 @@ def prepare_captured(
     where fewer were captured.
     """
     task, method = build_task(experiment), experiment.build_method()
+    refuse_other_base(run_dir, task.base_sha256)
     subjects = _captured_subjects(experiment, task, method, run_dir, t)
     subjects = subjects[: plan.clients * together]
     if together > max(len(subjects), 1):

@@ -64,7 +64,7 @@ def load_base(model: nn.Module, folder: Path) -> None:
     has_classes = False
     for name in own:
         has_classes = has_classes or _part(name) in CLASSES
-    for name in own.keys() | values.keys():
+    for name in dict.fromkeys((*own, *values)):
         is_fresh = name not in values and _part(name) in CLASSES
         is_unused = name not in own and has_classes and _part(name) in TOKENS
         if not is_fresh and not is_unused:

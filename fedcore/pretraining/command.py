@@ -24,7 +24,7 @@ SHAKESPEARE = {
     "task": "shakespeare",
     "base": "bases/shakespeare",
     "text": {"base": 0.5, "least": 2000, "length": 64},
-    "model": {"name": "gpt", "width": 96, "layers": 3, "heads": 3},
+    "model": {"name": "gpt"},
 }
 
 Target = Annotated[

@@ -120,7 +120,7 @@ def _drawn(experiment: Experiment, material: Material) -> nn.Module:
 
 def _judged(material: Material, base: np.ndarray, length: int) -> dict[str, Windows]:
     """Windows of the base's and of the clients' text, spread evenly over each."""
-    division, tokenizer = material
+    division, tokenizer = material.division, material.tokenizer
     texts: dict[str, Sequence[np.ndarray]] = {
         "base": [base],
         "clients": encoded(tokenizer, list(division.clients.values())),

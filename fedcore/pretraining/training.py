@@ -61,7 +61,7 @@ def train(
         x, y = _drawn(ids, length, seed, step)
         loss = nll(model(x), y).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         stepped(step + 1, loss.item())

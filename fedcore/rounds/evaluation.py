@@ -112,8 +112,11 @@ class Evaluation:
         row: dict[str, Any] = {"measures": directions}
         with torch_seed(self._seed, "test", t + 1, device=self._task.device):
             measures = self._task.test(server.params)
+            extra = self._task.test_extra(server.params)
         for name, value in measures.items():
             row[f"test_{name}"] = value
+        if extra:
+            row |= {"extra_tests": list(self._task.extra_tests), **extra}
         if self._adversary.attack == "backdoor":
             success = backdoor_success(self._task, server.params, self._adversary)
             if success is not None:

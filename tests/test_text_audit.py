@@ -196,6 +196,7 @@ def test_an_audit_of_text_scores_tokens_and_members_and_refuses_attacks_on_image
         test = client["membership"]
         assert test["ok"], test
         assert test["auc"] > 0.7, "20 epochs on six windows are remembered"
+        assert test["loss_drop"]["others"] == ROWS - 6, "the client's own"
         assert test["base"]["auc"] == test["loss_drop"]["auc"], "in a first round"
         assert client["attacks"]["sme"] == {
             "ok": False,

@@ -4,9 +4,9 @@ A node hosts the logical clients i with i mod (number of nodes) = its partition 
 with as many nodes as clients, one each. A device's additions to the run's settings
 stand in its node config, for this app is the same on every kind of node:
 `partition-id`, `num-partitions` (default: one client a node), `state` (directory of the
-clients' states), `data` (a folder, all of whose data are this one client's) and `set`
-(settings of this device alone). Simulated nodes keep states where the server says, in
-its run directory.
+clients' states), `data` (a folder, all of whose data are this one client's), `base`
+(folder of the pretrained model) and `set` (settings of this device alone). Simulated
+nodes keep states where the server says, in its run directory.
 
 A node builds its task before it introduces itself: no round then waits for imports,
 data and the partition, which take a small device longer than its training.
@@ -31,6 +31,7 @@ from fedcore.engines.base import Work, device_for, failure, one_thread
 from fedcore.errors import RunError, SettingsError
 from fedcore.messages import wire
 from fedcore.method import evaluates
+from fedcore.models import HuggingFace
 from fedcore.storage.faults import Unwritable
 from fedcore.tasks import build_task
 from fedcore.types import ClientFunction
@@ -40,9 +41,9 @@ from .store import Moment, Store
 log = logging.getLogger("fedcore")
 
 # Settings in which a device may differ from the others.
-DEVICE_SETTINGS = ("data_folder", "options", "engine.device")
+DEVICE_SETTINGS = ("data_folder", "base", "model.path", "options", "engine.device")
 # Entries of a node config that a simulated node does not have.
-DEVICE_KEYS = ("state", "federation", "data", "set")
+DEVICE_KEYS = ("state", "federation", "data", "base", "set")
 
 app = ClientApp()
 
@@ -60,6 +61,7 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
         own: dict[str, Any] = {"partition": Own(client=owner), "proxy": 0}
         # `Own` is no setting that a run could have: the copy is not checked.
         experiment = BaseModel.model_copy(experiment, update=own)
+    refuse_missing_base(experiment)
     task = build_task(experiment).to(device_for(experiment.engine))
     task.check()
     return Work(
@@ -73,6 +75,20 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
     )
 
 
+def refuse_missing_base(experiment: Experiment) -> None:
+    """Raises SettingsError where this machine has no folder of the pretrained model."""
+    places = {"base": experiment.base}
+    remedies = {"base": "--base DIR", "model.path": "--set model.path=DIR"}
+    if isinstance(experiment.model, HuggingFace):
+        places["model.path"] = experiment.model.path
+    for key, folder in places.items():
+        if folder is not None and not folder.is_dir():
+            raise SettingsError(
+                f"{key} = {folder}: this device has no such folder; copy the "
+                f"server's to it, and say where it is with {remedies[key]}"
+            )
+
+
 @functools.lru_cache(maxsize=1)
 def refuse_adversary(preset: str, overrides: str) -> None:
     """Raises SettingsError where a device is told to be a malicious client."""
@@ -84,14 +100,16 @@ def refuse_adversary(preset: str, overrides: str) -> None:
         )
 
 
-def device_settings(data: str, assignments: str) -> list[str]:
-    """Overrides of a device: where its data are, and `key=value` separated by spaces.
+def device_settings(data: str, assignments: str, base: str = "") -> list[str]:
+    """Overrides of a device: where its data and base are, and `key=value` by spaces.
 
     Raises SettingsError for a setting that every client of a run has to have alike.
     """
     overrides = assignments.split()
     if data:
         overrides.insert(0, f"data_folder={data}")
+    if base:
+        overrides.insert(0, f"base={base}")
     for override in overrides:
         key = override.partition("=")[0]
         if not any(_is_within(key, setting) for setting in DEVICE_SETTINGS):
@@ -104,7 +122,9 @@ def device_settings(data: str, assignments: str) -> list[str]:
 
 def refuse_settings(overrides: list[str]) -> None:
     """Raises SettingsError for a device's settings that no run could take."""
-    experiment = Experiment.parse({"method": {"name": "fedavg"}}, overrides)
+    # The run's model is not known here, so whether it has such settings neither.
+    known = [text for text in overrides if not text.startswith("model.")]
+    experiment = Experiment.parse({"method": {"name": "fedavg"}}, known)
     device_for(experiment.engine)
 
 
@@ -117,7 +137,9 @@ def _work_for(context: Context) -> Work:
     node = context.node_config
     preset = str(context.run_config["preset"])
     overrides = str(context.run_config["set"]).split()
-    own = device_settings(str(node.get("data", "")), str(node.get("set", "")))
+    own = device_settings(
+        str(node.get("data", "")), str(node.get("set", "")), str(node.get("base", ""))
+    )
     text = "\n".join(overrides + own)
     if any(key in node for key in DEVICE_KEYS):
         refuse_adversary(preset, text)
@@ -165,6 +187,7 @@ def _say_ready(work: Work, node: dict[str, Any]) -> None:
 def whoami(message: Message, context: Context) -> Message:
     """Introduce this node: the clients it hosts, its fedcore, and whether it is ready.
 
+    And its base, by the SHA-256 of what is frozen: a server with another leaves it out.
     A node that cannot build its task says why, and is left out by the server until it
     can: in a round it would only fail.
     """
@@ -176,6 +199,7 @@ def whoami(message: Message, context: Context) -> Message:
         try:
             work = _work_for(context)
             warm_up(work)
+            introduction["base"] = work.task.base_sha256
             _say_ready(work, context.node_config)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -59,6 +59,7 @@ def serve(
     data: Path | None,
     settings: list[str],
     poll: float,
+    base: Path | None = None,
 ) -> None:
     """Serve as one client until stopped.
 
@@ -68,6 +69,10 @@ def serve(
     refuse_settings(device_settings("", " ".join(settings)))
     if data is not None:
         _refuse_data(data)
+    if base is not None and not base.is_dir():
+        raise SettingsError(
+            f"--base {base}: there is no such folder; copy the server's base to it"
+        )
     if folder is not None and (faults := certs.check_client(folder)):
         raise SettingsError("\n".join(faults))
     if folder is None:
@@ -75,7 +80,7 @@ def serve(
     else:
         federation = certs.federation_of(folder)
     device = Device(state or Path(f"client-{client}-state"), federation, client)
-    node = SuperNode(server, client, device, folder, data, settings, poll)
+    node = SuperNode(server, client, device, folder, data, settings, poll, base)
     with _stopping(node.stop):
         node.run()
 
@@ -125,9 +130,11 @@ class SuperNode:
         data: Path | None,
         settings: list[str],
         poll: float,
+        base: Path | None = None,
     ) -> None:
         """`folder` holds ca.crt and the client's key; None for no TLS.
 
+        `data` and `base` are places on this device of what the run's settings name.
         `poll` is the longest pause between looks for work, in seconds.
         """
         self.device, self.client, self.poll = device, client, poll
@@ -145,6 +152,7 @@ class SuperNode:
             "state": str(device.folder),
             "federation": device.facts["federation"],
             "data": "" if data is None else str(data.resolve()),
+            "base": "" if base is None else str(base.resolve()),
             "set": " ".join(settings),
         }
         self._context: Context | None = None

@@ -34,8 +34,8 @@ class PersonalSettings(MethodSettings):
     personal: Parts = Field(
         ("output",),
         description="v, the parameters that stay on the client: parts by name (input, "
-        "output, body, norm, adapter, attention, mlp, prefix, factors, all), or "
-        "patterns of whole parameter names; [] = nothing",
+        "output, body, norm, adapter, attention, mlp, prefix, factors, lora_A, lora_B, "
+        "all), or patterns of whole parameter names; [] = nothing",
     )
 
 

@@ -144,5 +144,7 @@ PARTS: dict[str, Callable[[Params], set[str]]] = {
     "adapter": _adapter,
     "prefix": _matching(r"(.*\.)?attn\.prefix\..+"),
     "factors": _matching(r"(.*\.)?(X2|Y2|T2)"),
+    "lora_A": _matching(r"(.*\.)?lora_A"),
+    "lora_B": _matching(r"(.*\.)?lora_B"),
 }
 """Parts of a model by name, found by the names and shapes of its parameters."""

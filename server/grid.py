@@ -78,7 +78,9 @@ class GridEngine:
         self._series, self._safe = series, safe
         self._watch, self._state = watch, state
         self._post = Post(grid, limit)
-        self._nodes = Nodes(self._post, work.task.population, min_clients)
+        self._nodes = Nodes(
+            self._post, work.task.population, min_clients, work.task.base_sha256
+        )
         self.states: StateStore | None = None
         self.choices: dict[str, Any] = {}
         self._now = (-1, -1)  # t, and how often clients were given work in it, from 0

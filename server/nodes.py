@@ -26,6 +26,7 @@ from fedcore import __version__
 from fedcore.deploy.certs import client_id
 from fedcore.errors import RunError
 from fedcore.escapes import escaped
+from fedcore.rounds.rundir import short_sha256
 
 from .post import LOOK, POLL, Post, one_line, reason_of
 
@@ -58,8 +59,12 @@ class Refusal(NamedTuple):
 class Nodes:
     """Meets the nodes of a grid, and waits for as many as a round needs."""
 
-    def __init__(self, post: Post, population: int, min_clients: int | None) -> None:
+    def __init__(
+        self, post: Post, population: int, min_clients: int | None, base: str = ""
+    ) -> None:
+        """`base` is the SHA-256 of the server's frozen parameters, "" without any."""
         self.post, self.population, self.min_clients = post, population, min_clients
+        self.base = base
         self.partitions = 0  # P, as most nodes say; 0 before one can take part
         self._says: dict[int, int] = {}  # P, by node
         self._believed = 0  # P, before a node that says so is known to be ready
@@ -232,6 +237,8 @@ class Nodes:
                 f"it says that it is client {partition} and has the key of "
                 f"client {key}: give it its own key or id"
             )
+        if reason := self._other_base(introduction):
+            return Refusal(reason)
         self._says[node] = total
         self._count_partitions()
         if self._believed != total:
@@ -246,6 +253,20 @@ class Nodes:
                 partition,
             )
         return None
+
+    def _other_base(self, introduction: Introduction) -> str | None:
+        """Why a node's frozen parameters cannot be trained with, None where they can.
+
+        Those of a node that is not ready are not known.
+        """
+        base = introduction.get("base", "")
+        if base == self.base or "not-ready" in introduction:
+            return None
+        theirs = short_sha256(_shown(base))
+        return (
+            f"its base ({theirs}) is another than the server's "
+            f"({short_sha256(self.base)}): give it a copy of the server's"
+        )
 
     def _leave_out(self, node: int, introduction: Introduction, reason: str) -> None:
         partition = introduction.get("partition-id")

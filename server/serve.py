@@ -38,6 +38,7 @@ from fedcore.rounds.rundir import (
     has_round,
     make_run_dir,
     open_run_dir,
+    refuse_other_base,
     write_settings,
 )
 from fedcore.rounds.saving import read_header
@@ -75,14 +76,14 @@ def serve(
     host_and_port(listen)
     if out is not None:
         _refuse_run_dir(experiment, out)
-    population = _refuse_settings(experiment, out)
+    population, base = _refuse_settings(experiment, out)
     if out is None:
         task = experiment.task.replace(":", "-")
         out = fresh(f"{experiment.method.name}-{task}-seed{experiment.seed}")
     make_run_dir(out)
     with _alone(out):
         wait_for_port(listen)
-        _begin(experiment, out)
+        _begin(experiment, out, base)
         return Server(experiment, listen, folder, out, population).run()
 
 
@@ -94,8 +95,10 @@ def _refuse_run_dir(experiment: Experiment, out: Path) -> None:
         open_run_dir(experiment, out, None)
 
 
-def _refuse_settings(experiment: Experiment, out: Path | None) -> int:
-    """The number of clients. Raises SettingsError for what the round loop refuses.
+def _refuse_settings(experiment: Experiment, out: Path | None) -> tuple[int, str]:
+    """The number of clients, and the SHA-256 of the frozen parameters.
+
+    Raises SettingsError for what the round loop refuses.
 
     Its parts are made as it makes them, so that a fault is found before anything
     listens, and are thrown away.
@@ -124,10 +127,13 @@ def _refuse_settings(experiment: Experiment, out: Path | None) -> int:
             "model, or raise the limit, also in the memory of the server (a copy a "
             "client) and of the clients"
         )
-    return parts.task.population
+    base = parts.task.base_sha256
+    if out is not None and has_round(out):
+        refuse_other_base(out, base)
+    return parts.task.population, base
 
 
-def _begin(experiment: Experiment, out: Path) -> None:
+def _begin(experiment: Experiment, out: Path, base: str) -> None:
     """Write the settings, and the name by which clients know the run.
 
     A run that came to no round, and had other settings, is forgotten.
@@ -137,7 +143,7 @@ def _begin(experiment: Experiment, out: Path) -> None:
     if not has_round(out) and not (config.exists() and config.read_bytes() == text):
         clear_start(out)
         series.unlink(missing_ok=True)
-    write_settings(out, experiment)
+    write_settings(out, experiment, base)
     if not series.exists():
         name = {"series": secrets.token_hex(8)}
         write_atomically(series, json.dumps(name).encode())

@@ -157,4 +157,4 @@ def test_the_commands_say_what_they_made_and_what_is_wrong(
         *words, "--server", "localhost:1", "--set", "method.local_lr=9"
     )
     assert status == 2
-    assert "a client may set data_folder, options, engine.device alone" in err
+    assert "a client may set data_folder, base, model.path, options, " in err

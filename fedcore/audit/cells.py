@@ -20,6 +20,7 @@ from fedcore.audit.observe import (
     Observation,
     Subject,
     aggregate,
+    held_out,
     observation,
     public_of,
     truth_of,
@@ -32,7 +33,7 @@ from fedcore.method import Method
 from fedcore.rounds import loop
 from fedcore.rounds.captures import captured
 from fedcore.rounds.history import History
-from fedcore.rounds.rundir import stored
+from fedcore.rounds.rundir import refuse_other_base, stored
 from fedcore.task import Task
 from fedcore.tasks import build_task
 
@@ -136,6 +137,7 @@ def prepare_captured(
     where fewer were captured.
     """
     task, method = build_task(experiment), experiment.build_method()
+    refuse_other_base(run_dir, task.base_sha256)
     subjects = _captured_subjects(experiment, task, method, run_dir, t)
     subjects = subjects[: plan.clients * together]
     if together > max(len(subjects), 1):
@@ -169,7 +171,8 @@ def _captured_subjects(
     subjects = []
     for client, (*before, last) in sorted(seen.items()):
         if last.round == t:
-            subjects.append(Subject(last, truth_of(task, client), tuple(before)))
+            truth, others = truth_of(task, client), held_out(task, client)
+            subjects.append(Subject(last, truth, tuple(before), others))
     return subjects
 
 

@@ -83,7 +83,7 @@ DeviceSet = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="options.* and engine.device of this device; repeatable",
+        help="options.*, model.path and engine.device of this device; repeatable",
     ),
 ]
 Seed = Annotated[
@@ -114,6 +114,14 @@ State = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="this device's own data, the task's data_folder"),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="this device's copy of the server's base; default: where the server has "
+        "it",
+    ),
 ]
 Poll = Annotated[
     float,
@@ -189,6 +197,7 @@ def client(
     insecure: Insecure = False,
     state: State = None,
     data: Data = None,
+    base: Base = None,
     set_: DeviceSet = None,
     poll: Poll = 0.2,
 ) -> None:
@@ -196,7 +205,7 @@ def client(
     keys = _keys(certs, insecure)
     _quieten()
     serve = importlib.import_module("fedcore.client.supernode").serve
-    serve(server, id_, keys, state, data, set_ or [], poll)
+    serve(server, id_, keys, state, data, set_ or [], poll, base)
 
 
 def doctor(

@@ -1,12 +1,12 @@
-"""The shape of a text model's inputs and outputs."""
+"""The shape of a text model's inputs and outputs, and what its parts share."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["TextModel", "TextShape"]
+__all__ = ["TextModel", "TextShape", "mean_of_tokens"]
 
 
 class TextShape(NamedTuple):
@@ -30,3 +30,13 @@ class TextModel(Protocol):
     def build_text(self, shape: TextShape) -> nn.Module:
         """The model, with weights drawn from PyTorch's generator."""
         ...
+
+
+def mean_of_tokens(states: Tensor, ids: Tensor, pad: int) -> Tensor:
+    """The mean of states [B, L, d] over the tokens that are not padding, [B, d].
+
+    Zero for a text without a token.
+    """
+    is_real = (ids != pad).to(states.dtype)[..., None]
+    total = (states * is_real).sum(1)
+    return total / is_real.sum(1).clamp(min=1)

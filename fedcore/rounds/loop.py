@@ -128,8 +128,14 @@ class Loop:
         self.stores = parts.stores
         self.clients = ClientTable(folder)
         self.captures = Captures(folder, experiment, self.method)
+        base = self.task.base_sha256
         self.saving = Saving(
-            checkpoint, parts.engine, self.stores, self.clients, parts.start
+            checkpoint,
+            parts.engine,
+            self.stores,
+            self.clients,
+            parts.start,
+            base,
         )
         self.state = self._first_or_restored(parts, header)
         # Lines that were logged after the checkpoint go: those rounds are run again.
@@ -140,7 +146,7 @@ class Loop:
             clear_start(folder)
         if back_to is not None:
             self.saving.go_back()
-        write_settings(folder, experiment)
+        write_settings(folder, experiment, base)
         self.history.write(folder / "metrics.jsonl")
         self.clients.cut(self.state.t)
         self._watch = Watch(self.notes, experiment.checkpoint.jump)

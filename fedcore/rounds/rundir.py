@@ -264,8 +264,11 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def write_settings(folder: Path, experiment: Experiment) -> None:
-    """Write config.toml, and environment.json with what else the run depends on."""
+def write_settings(folder: Path, experiment: Experiment, base: str = "") -> None:
+    """Write config.toml, and environment.json with what else the run depends on.
+
+    `base` is the SHA-256 of the task's frozen parameters, "" where none is frozen.
+    """
     write_atomically(folder / "config.toml", experiment.to_toml().encode())
     has_cuda = torch.cuda.is_available()
     environment = {
@@ -278,10 +281,45 @@ def write_settings(folder: Path, experiment: Experiment) -> None:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "cuda": torch.cuda.get_device_name() if has_cuda else None,
+        "base_sha256": base or None,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     content = json.dumps(environment, indent=1).encode()
     write_atomically(folder / "environment.json", content)
+
+
+def refuse_other_base(folder: Path, base: str, written: str | None = None) -> None:
+    """Raise SettingsError where a run was made on other frozen parameters than `base`.
+
+    `written` is what the run's checkpoint says of them; by default environment.json is
+    read. A run of an earlier fedcore says nothing, and is not refused.
+    """
+    if written is None:
+        try:
+            environment = json.loads((folder / "environment.json").read_bytes())
+        except (OSError, ValueError):
+            return
+        if not isinstance(environment, dict) or "base_sha256" not in environment:
+            return
+        written = environment["base_sha256"] or ""
+    if written == base:
+        return
+    raise SettingsError(
+        f"{folder} was made on another base ({short_sha256(str(written))}) than the "
+        f"one that is here now ({short_sha256(base)}): put that one back where base, "
+        "or model.path, says, or start a new run"
+    )
+
+
+def short_sha256(base: str) -> str:
+    """The beginning of a SHA-256 of frozen parameters, as messages have it.
+
+    >>> short_sha256("0123456789abcdef")
+    'sha256 0123456789ab'
+    >>> short_sha256("")
+    'nothing frozen'
+    """
+    return f"sha256 {base[:12]}" if base else "nothing frozen"
 
 
 def _commit() -> str | None:

@@ -17,6 +17,7 @@ from fedcore import __version__, trees
 from fedcore.engines.base import Engine
 from fedcore.errors import SettingsError
 from fedcore.rounds.client_table import ClientTable
+from fedcore.rounds.rundir import refuse_other_base
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.storage.faults import Lines, Unwritable
 from fedcore.storage.rows import StateStore
@@ -59,9 +60,12 @@ class Saving:
         stores: dict[str, StateStore],
         table: ClientTable,
         start: Start | None,
+        base: str = "",
     ) -> None:
+        """`base` is the SHA-256 of the task's frozen parameters, "" without any."""
         self._checkpoint, self._engine = checkpoint, engine
         self._stores, self._table, self._start = stores, table, start
+        self._base = base
         self._saved = self._best_saved = time.perf_counter()
         self._best: float | None = None  # the lowest score of a checkpoint
         self.rounds_kept: int | None = None  # in the checkpoint; None without one
@@ -95,6 +99,7 @@ class Saving:
             "engine": self._engine.choices,
             "fedcore": __version__,
             "initial": self._start.sha256 if self._start else None,
+            "base": self._base,
         }
         unchanged: set[str] = set()
         for name, store in self._stores.items():
@@ -151,6 +156,10 @@ class Saving:
                 f"initial = {source}: its parameters are not the ones that the run in "
                 f"{self._checkpoint.folder.parent} started from, which it still needs: "
                 "put them back there, or start the run anew without --resume"
+            )
+        if "base" in header:  # not in one of an earlier fedcore
+            refuse_other_base(
+                self._checkpoint.folder.parent, self._base, header["base"]
             )
         self.rounds_kept = t
         self._engine.choices.update(header["engine"])

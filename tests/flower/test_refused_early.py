@@ -189,6 +189,7 @@ OF_A_CLIENT = {
         ["--data", "empty"],
         "--data empty: an empty directory",
     ),
+    "a base that is not there": (["--base", "nowhere"], "--base nowhere: there is no"),
 }
 
 

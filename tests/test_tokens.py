@@ -16,25 +16,28 @@ from hypothesis import given
 from hypothesis import settings as settings_of_tests
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.func import grad_and_value
+from torch.func import grad_and_value, vmap
 
 from fedcore import (
     Examples,
     FederatedData,
     Metric,
     Task,
+    trees,
 )
 from fedcore.data.federated import LocalSettings
 from fedcore.frozen import frozen_sha256
 from fedcore.models.norms import personal_batch_norm
 from fedcore.ratio_metrics import RatioMetric
 from fedcore.rounds.loop import run
+from fedcore.speed.recording import Recorder
 from fedcore.token_metrics import (
     next_token_loss,
     num_targets,
     perplexity,
 )
-from fedcore.types import Batches
+from fedcore.types import Batches, Params
+from tests.helpers import loop_of
 from tests.measured import assert_same_measures
 from tests.tokens import (
     L,
@@ -136,6 +139,46 @@ def test_every_engine_weighs_by_tokens(engine: dict[str, Any], tmp_path: Path) -
     for name in ("test_perplexity", "unseen_perplexity"):
         assert other.final[name] == pytest.approx(one.final[name], rel=1e-5)
     assert_same_measures(one, other)
+
+
+def test_processes_change_no_bit(tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        torch.set_num_threads(processes)
+        e = settings(
+            engine__name="vectorised", engine__chunk=1, participation__cohort=5
+        )
+        loop = loop_of(e, tmp_path / f"{processes}")
+        try:
+            loop.engine.choices["processes"] = 2
+            result = loop.run()
+            assert loop.engine.processes == processes  # type: ignore[attr-defined]
+        finally:
+            loop.close()
+            torch.set_num_threads(1)
+        for row in result.history:
+            assert row["cohort"] == 5
+        found.append((result.params_sha256, result.final))
+    assert found[0] == found[1]
+
+
+def test_the_loss_is_recorded() -> None:
+    task = language()
+    params = trees.map(lambda p: p.expand(3, *p.shape), task.init_params())
+    x, y = trees.map(lambda v: v[:12].view(3, 4, -1), tuple(task.data.test))
+    ones = torch.ones(3, 4)
+
+    def step(inputs: tuple[Params, Tensor, Tensor, Tensor]) -> Any:
+        return grad_and_value(task.loss)(*inputs)
+
+    recorder = Recorder("the loss")
+    given = (params, x, y, ones)
+    for _ in range(3):
+        found = vmap(lambda *one: recorder.run(step, "tokens", one, ()))(*given)
+        torch.testing.assert_close(found, vmap(lambda *one: step(one))(*given))
+    recordings = recorder._recordings.values()
+    assert recordings
+    assert all(recording.code is not None for recording in recordings)
 
 
 # Data: an ordered holdout, batches, sizes

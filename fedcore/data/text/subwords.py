@@ -40,13 +40,8 @@ class Subwords:
     def __init__(self, content: str, pad: int | None) -> None:
         """`content` is the JSON of the package. Raises ValueError for another."""
         _require()
-        from tokenizers import Tokenizer
-
         self._content = content
-        try:
-            self._tokenizer = Tokenizer.from_str(content)
-        except Exception as error:  # the package raises Exception itself
-            raise ValueError(f"it is no tokenizer: {error}") from error
+        self._tokenizer = _parsed(content)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         own = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -117,6 +112,16 @@ class Subwords:
         return counts
 
 
+def _parsed(content: str) -> Any:
+    """A tokenizer of the package. Raises ValueError for what is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(content)
+    except Exception as error:  # the package raises Exception itself
+        raise ValueError(f"it is no tokenizer: {error}") from error
+
+
 def _characters_of(token: str, is_of_bytes: bool) -> int:
     """Characters of text that a token stands for.
 
@@ -154,7 +159,8 @@ _GOES_ON = frozenset(_signs_of_bytes()[0x80:0xC0])
 def trained(text: str, size: int) -> Subwords:
     """A byte-pair encoding with `size` entries, trained on a text; kept in the cache.
 
-    The same for the same text, twice and everywhere. Raises SettingsError where the
+    Every byte has an entry, so that no text has unknown parts: 256 of them and padding
+    leave the rest for pairs. The same for the same text, twice and everywhere. Raises SettingsError where the
     package tokenizers is not installed, and for a text that has too few pairs.
     """
     _require()
@@ -258,9 +264,7 @@ def _converted(folder: Path) -> str:
 
 def _token_of_padding(folder: Path, content: str) -> int | None:
     """The id of the folder's token for padding; None where it has none."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(content)
+    tokenizer = _parsed(content)
     for name in SPECIAL:
         file = folder / name
         if not file.is_file():

@@ -19,6 +19,7 @@ from fedcore.models.text import TextShape, mean_of_tokens
 from fedcore.models.writing import Writer
 from fedcore.rounds.loop import run
 from fedcore.token_metrics import next_token_loss
+from tests.helpers import loop_of
 from tests.texts import speakers
 
 SHAPE = TextShape(vocabulary=7, length=6, pad=6)
@@ -207,3 +208,12 @@ def test_engines_agree_on_a_model_of_text(settings: Any, tmp_path: Path) -> None
     batched = final_of(settings, "vectorised", tmp_path)
     for measure in ("test_loss", "test_token_accuracy", "test_perplexity"):
         assert batched[measure] == pytest.approx(alone[measure], rel=1e-5), measure
+
+
+def test_local_steps_of_the_gpt_run_from_recordings(tmp_path: Path) -> None:
+    loop = loop_of(speakers(tmp_path, engine__name="vectorised"), tmp_path / "run")
+    loop.run()
+    recordings = loop.engine._chunks.recorder._recordings  # type: ignore[attr-defined]
+    loop.close()
+    assert recordings
+    assert all(recording.code is not None for recording in recordings.values())

@@ -6,7 +6,6 @@ It is where users plug in their own model and data.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -227,30 +226,6 @@ class Task:
             if parameter.requires_grad or name in statistics:
                 params[name] = parameter.detach().clone()
         return params
-
-    @property
-    def base_sha256(self) -> str:
-        """SHA-256 over frozen parameters and persistent buffers; "" if none is frozen.
-
-        Over names, types, shapes and bytes, in order of names.
-        """
-        statistics = statistic_names(self.model)
-        frozen: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad and name not in statistics:
-                frozen[name] = parameter
-        if not frozen:
-            return ""
-        kept = self.model.state_dict()
-        for name, buffer in self.model.named_buffers():
-            if name in kept:
-                frozen[name] = buffer
-        digest = hashlib.sha256()
-        for name in sorted(frozen):
-            value = frozen[name].detach().cpu().contiguous()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     def predict(self, params: Params, x: Tree) -> Tensor:
         """Outputs of the model with these parameters for inputs [B, ...], [B, ...].

@@ -44,10 +44,8 @@ class Subwords:
         self._tokenizer = _parsed(content)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        own = self._tokenizer.get_vocab_size(with_added_tokens=True)
         # Ids may have holes: a table needs room for the largest.
-        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self._tokens = max(own, largest + 1)
+        self._tokens: int = max(self._tokenizer.get_vocab().values()) + 1
         self._has_pad = pad is not None
         self.pad = self._tokens if pad is None else pad
         self.characters = self._counted()
@@ -105,7 +103,7 @@ class Subwords:
             if token.get("special"):
                 special.add(token["id"])
         counts = np.zeros(self.size, dtype=np.int64)
-        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+        for token, number in self._tokenizer.get_vocab().items():
             if number in special:
                 continue
             counts[number] = _characters_of(token, is_of_bytes)
@@ -160,8 +158,9 @@ def trained(text: str, size: int) -> Subwords:
     """A byte-pair encoding with `size` entries, trained on a text; kept in the cache.
 
     Every byte has an entry, so that no text has unknown parts: 256 of them and padding
-    leave the rest for pairs. The same for the same text, twice and everywhere. Raises SettingsError where the
-    package tokenizers is not installed, and for a text that has too few pairs.
+    leave the rest for pairs. The same for the same text, twice and everywhere. Raises
+    SettingsError where the package tokenizers is not installed, and for a text that has
+    too few pairs.
     """
     _require()
     digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()

@@ -22,6 +22,7 @@ from fedcore.deploy import commands as deploy
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.escapes import printable
 from fedcore.interrupts import importing
+from fedcore.pretraining import command as pretraining
 from fedcore.stress import command as stress
 from fedcore.usage import App, call, open_streams
 from fedcore.users import find_user_modules
@@ -243,6 +244,7 @@ def report(run_dir: RunDir) -> None:
 
 audit.register(app)
 stress.register(app)
+pretraining.register(app)
 deploy.register(app)
 
 

@@ -1,8 +1,9 @@
 """Losses and metrics: values of single examples, and which way is better.
 
 A loss or a metric maps (outputs, targets) to one value an example. Those bundled here
-refuse shapes that would broadcast. A measure of a whole set (F1, AUC, R2) is a metric
-of torchmetrics, whose states are summed over clients: see `fedcore.set_metrics`.
+refuse shapes that would broadcast; those of next tokens are in `fedcore.token_metrics`.
+A measure of a whole set (F1, AUC, R2) is a metric of torchmetrics, whose states are
+summed over clients: see `fedcore.set_metrics`; or a `Ratio` of sums.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fedcore.errors import SettingsError
 __all__ = [
     "Metric",
     "PerExample",
+    "Ratio",
     "absolute_error",
     "accuracy",
     "binary_accuracy",
@@ -73,10 +75,37 @@ class Metric:
         return values
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A measure of a whole set: `of` the ratio of two sums over its examples.
+
+    `numerators` and `denominators` map (outputs, targets) to one value an example. The
+    sums are added over batches and clients, and the ratio is formed once, so that the
+    measure of all is exact: no mean of ratios. `of` = None: the ratio itself.
+
+    >>> from fedcore.ratio_metrics import RatioMetric
+    >>> def misses(outputs, y):
+    ...     return (outputs - y).square()
+    >>> def squares(outputs, y):
+    ...     return y.square()
+    >>> measure = RatioMetric("miss", Ratio(misses, squares, higher_is_better=False))
+    >>> outputs, y = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])
+    >>> measure.value(measure.states(outputs, y, mask=torch.ones(2)))
+    0.1
+    """
+
+    numerators: PerExample
+    denominators: PerExample
+    of: Callable[[float], float] | None = None
+    higher_is_better: bool = True
+
+
 def is_of_a_set(metric: Any) -> bool:
-    """Whether it is a metric of torchmetrics, which measures a set of examples."""
+    """Whether it measures a set of examples: a metric of torchmetrics, or a ratio."""
     if isinstance(metric, Metric):
         metric = metric.measure
+    if isinstance(metric, Ratio):
+        return True
     # Whoever has made one has imported the package, which takes a second.
     torchmetrics = sys.modules.get("torchmetrics")
     return torchmetrics is not None and isinstance(metric, torchmetrics.Metric)
@@ -175,12 +204,16 @@ def absolute_error(outputs: Tensor, y: Tensor) -> Tensor:
 BUNDLED_LOSSES = (cross_entropy, binary_cross_entropy, squared_error, absolute_error)
 
 
-def default_metrics(loss: PerExample) -> dict[str, PerExample]:
+def default_metrics(loss: PerExample) -> dict[str, Any]:
     """What is measured beside a loss where the user names nothing.
 
     >>> list(default_metrics(cross_entropy)), default_metrics(squared_error)
     (['accuracy'], {})
     """
+    from fedcore.token_metrics import next_token_loss, perplexity, token_accuracy
+
+    if loss is next_token_loss:
+        return {"perplexity": perplexity, "token_accuracy": token_accuracy}
     if loss is binary_cross_entropy:
         return {"accuracy": binary_accuracy}
     if loss is squared_error or loss is absolute_error:
@@ -389,7 +422,7 @@ def check_names(metrics: Mapping[str, Any], taken: Mapping[str, str]) -> None:
                 f'metrics holds the class {measure.__name__} as "{name}": make one, '
                 f"{measure.__name__}(...)"
             )
-        if not callable(measure):
+        if not callable(measure) and not isinstance(measure, Ratio):
             raise SettingsError(
                 f'metrics holds a {type(measure).__name__} as "{name}": expected a '
                 "function of (outputs, targets), or a metric of torchmetrics"

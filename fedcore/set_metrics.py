@@ -96,10 +96,13 @@ class SetMetric:
         """Move the metric to the device, in place."""
         self._metric.to(device)
 
-    def states(self, outputs: Tensor, y: Tensor, mask: Tensor) -> States:
+    def states(
+        self, outputs: Tensor, y: Tensor, mask: Tensor, losses: Tensor | None = None
+    ) -> States:
         """Sums over the examples whose mask is 1.
 
-        `outputs` [B, ...], `y` [B, ...], `mask` [B]. Runs under `vmap` too.
+        `outputs` [B, ...], `y` [B, ...], `mask` [B]. Runs under `vmap` too. `losses`
+        are for measures that follow from the loss, of which this is none.
         """
         tensors = _Update.apply(self, outputs, y, mask)  # type: ignore[no-untyped-call]
         return dict(zip(self.keys.values(), tensors, strict=True))

@@ -6,41 +6,49 @@ It is where users plug in their own model and data.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedcore import trees
+from fedcore import measuring, trees
 from fedcore.arrays import as_examples
 from fedcore.checks.task import check_task
 from fedcore.errors import SettingsError
+from fedcore.frozen import frozen_sha256
 from fedcore.inputs import model_outputs
 from fedcore.metrics import (
     Metric,
     PerExample,
+    Ratio,
     check_names,
     cross_entropy,
     default_metrics,
     is_higher_better,
     is_of_a_set,
 )
-from fedcore.set_metrics import SetMetric, added_states
+from fedcore.ratio_metrics import RatioMetric
+from fedcore.set_metrics import SetMetric
 from fedcore.statistics import check_layers, real_rows, statistic_names
 from fedcore.types import Batches, Params, Tree
 
 if TYPE_CHECKING:
-    from fedcore.data.federated import Examples, FederatedData
+    from fedcore.data.federated import Examples, FederatedData, Totals
     from fedcore.data.sources import Pixels
 
-__all__ = ["Penalty", "Task"]
+__all__ = ["Penalty", "Sample", "Size", "Task"]
 
 Penalty = Callable[[Callable[[Params], Tensor], Params], Tensor]
 """(mean loss as a function of parameters, parameters) -> what is added to it, 0-d."""
 
+Size = Callable[[Tensor], Tensor]
+"""Targets [B, ...] -> how much each example counts, 0 or more, [B]."""
+
+Sample = Callable[[Params], str]
+"""Parameters -> text that the model writes."""
 
 RESERVED = {
     "loss": "what is trained on",
@@ -64,7 +72,8 @@ class Task:
     `loss` and each of `metrics` map (outputs, targets) to one value an example; means
     over real examples are taken here. They may depend on what they are given and on
     what never changes; on nothing that changes from round to round. A metric of
-    torchmetrics measures whole sets of examples. The first metric judges a run.
+    torchmetrics and a `Ratio` measure whole sets of examples. The first metric judges a
+    run.
 
     >>> import numpy as np
     >>> from fedcore import Examples, FederatedData
@@ -88,6 +97,9 @@ class Task:
         optimum: Params | None = None,
         pixels: Pixels | None = None,
         penalty: Penalty | None = None,
+        size: Size | None = None,
+        extra_tests: Mapping[str, Examples] | None = None,
+        sample: Sample | None = None,
     ) -> None:
         """Raises SettingsError for a metric with a name that is taken.
 
@@ -98,7 +110,10 @@ class Task:
         methods that need it. `optimum` is the minimiser of the population's objective,
         where it is known. `pixels` says that inputs are images, and how they were
         scaled: an audit shows and compares pixels. `penalty` is added to the mean loss
-        of a batch, and depends on the parameters.
+        of a batch, and depends on the parameters. `size` says how much each example
+        counts in means, and in the weight of its client: with `num_targets` means are
+        over tokens; default: one each. `extra_tests` are further test sets by name,
+        measured as `name_metric`. `sample` writes text that a report shows.
         """
         if is_of_a_set(loss) or not callable(loss) or isinstance(loss, type):
             raise SettingsError(
@@ -119,13 +134,21 @@ class Task:
         self.optimum = optimum
         self.pixels = pixels
         self.penalty = penalty
+        self.size = size
+        self.sample = sample
+        self.extra_tests = measuring.checked_tests(extra_tests or {}, data)
+        self._totals: tuple[FederatedData, Totals] | None = None  # of sizes, once
+        self._base_sha256: str | None = None
         self.metrics: dict[str, PerExample] = {"loss": loss}  # means of examples
-        self.set_metrics: dict[str, SetMetric] = {}  # of whole sets
+        self.set_metrics: dict[str, SetMetric | RatioMetric] = {}  # of whole sets
         # Whether higher is better, the measure that judges a run first.
         self.measures: dict[str, bool] = {}
         for name, metric in metrics.items():
             self.measures[name] = is_higher_better(name, metric)
-            if is_of_a_set(metric):
+            measure = metric.measure if isinstance(metric, Metric) else metric
+            if isinstance(measure, Ratio):
+                self.set_metrics[name] = RatioMetric(name, metric, loss)
+            elif is_of_a_set(metric):
                 self.set_metrics[name] = SetMetric(name, metric, loss)
             else:
                 self.metrics[name] = metric
@@ -137,6 +160,7 @@ class Task:
         task = copy.copy(self)
         task.model = model
         task.penalty = penalty
+        task._base_sha256 = None
         return task
 
     def with_data(self, data: FederatedData) -> Task:
@@ -169,6 +193,7 @@ class Task:
         self.model.to(device)
         self.data.to(device)
         self.proxy = trees.to(self.proxy, device) if self.proxy is not None else None
+        self.extra_tests = trees.to(self.extra_tests, device)
         for whole in self.set_metrics.values():
             whole.to(device)
         if self.optimum is not None:
@@ -202,30 +227,6 @@ class Task:
                 params[name] = parameter.detach().clone()
         return params
 
-    @property
-    def base_sha256(self) -> str:
-        """SHA-256 over frozen parameters and persistent buffers; "" if none is frozen.
-
-        Over names, types, shapes and bytes, in order of names.
-        """
-        statistics = statistic_names(self.model)
-        frozen: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad and name not in statistics:
-                frozen[name] = parameter
-        if not frozen:
-            return ""
-        kept = self.model.state_dict()
-        for name, buffer in self.model.named_buffers():
-            if name in kept:
-                frozen[name] = buffer
-        digest = hashlib.sha256()
-        for name in sorted(frozen):
-            value = frozen[name].detach().cpu().contiguous()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
     def predict(self, params: Params, x: Tree) -> Tensor:
         """Outputs of the model with these parameters for inputs [B, ...], [B, ...].
 
@@ -245,53 +246,52 @@ class Task:
             with real_rows(mask):
                 outputs = self.predict(params, x)
             losses = self.metrics["loss"](outputs, y)
-            value: Tensor = (losses * mask).sum() / mask.sum().clamp(min=1)
-            return value
+            if self.size is None:
+                value: Tensor = (losses * mask).sum() / mask.sum().clamp(min=1)
+                return value
+            weights = self.weights(y, mask)
+            return (losses * weights).sum() / measuring.divisor(weights.sum())
 
         if self.penalty is None:
             return mean(params)
         return mean(params) + self.penalty(mean, params)
 
+    def weights(self, y: Tensor, mask: Tensor) -> Tensor:
+        """How much each example of a batch counts: its size where mask is 1, [B]."""
+        return mask if self.size is None else mask * self.size(y)
+
+    def num_examples(self, clients: np.ndarray, data: str) -> np.ndarray:
+        """The weight of each client in work on this kind of data, [n].
+
+        The examples that it works on; with a `size`, the sum of their sizes, float64.
+        """
+        if self.size is None:
+            return self.data.num_examples(clients, data)
+        if self._totals is None or self._totals[0] is not self.data:
+            sizes = measuring.sizes(self.size, self.data.y)
+            self._totals = (self.data, self.data.totals(sizes))
+        return self.data.num_examples(clients, data, self._totals[1])
+
+    @property
+    def base_sha256(self) -> str:
+        """SHA-256 of all that is frozen; "" where nothing is.
+
+        Over the model's frozen parameters and persistent buffers by sorted name: name,
+        type, shape and bytes. Computed once.
+        """
+        if self._base_sha256 is None:
+            self._base_sha256 = frozen_sha256(self.model)
+        return self._base_sha256
+
     @torch.no_grad()
     def evaluate(self, params: Params, batches: Batches) -> dict[str, Tensor]:
         """The mean of every metric over all real examples of `batches`, each 0-d.
 
-        Of a metric of torchmetrics its states, as `name/state`, from which
-        `SetMetric.value` computes it. Measured in evaluation mode. `nmsd`, the
-        normalised square deviation |w - w*|^2 / |w*|^2, comes with them where the
-        optimum w* is known.
+        Of a metric of a whole set its states, as `name/state`, from which its `value`
+        computes it. Measured in evaluation mode. `nmsd`, the normalised square
+        deviation |w - w*|^2 / |w*|^2, comes with them where the optimum w* is known.
         """
-        sums = dict.fromkeys(self.metrics, torch.zeros((), device=batches.mask.device))
-        states: dict[str, Tensor] = {}
-        if self.set_metrics and len(batches.mask) == 0:
-            # States of nobody, in the shapes that an update leaves.
-            batches = trees.map(lambda v: v.new_zeros(1, 1, *v.shape[2:]), batches)
-        with self.evaluating():
-            for x, y, mask in trees.unbind(batches):
-                outputs = self.predict(params, x)
-                for name, metric in self.metrics.items():
-                    values = metric(outputs, y)
-                    # Not a product with the mask: a value of padding may be NaN.
-                    values = torch.where(mask > 0, values, mask)
-                    sums[name] = sums[name] + values.sum()
-                for whole in self.set_metrics.values():
-                    states = added_states(states, whole.states(outputs, y, mask))
-        num_examples = batches.mask.sum().clamp(min=1)
-        means = {name: total / num_examples for name, total in sums.items()}
-        if self.optimum is not None:
-            optimum = trees.double(self.optimum)
-            means["nmsd"] = self._deviation(params) / trees.dot(optimum, optimum)
-        return means | states
-
-    def _deviation(self, params: Params) -> Tensor:
-        """Squared distance to the optimum, float64 0-d."""
-        assert self.optimum is not None
-        # A parameter that `params` lacks is personal, and as it was initialised.
-        whole = {**dict(self.model.named_parameters()), **params}
-        distances = []
-        for name, best in self.optimum.items():
-            distances.append((whole[name].double() - best.double()).square().sum())
-        return torch.stack(distances).sum()
+        return measuring.evaluate(self, params, batches)
 
     @torch.no_grad()
     def test(self, params: Params, batch_size: int = 1000) -> dict[str, float]:
@@ -299,24 +299,18 @@ class Task:
 
         And the Euclidean `distance` to the optimum, where it is known.
         """
-        x, y = self.data.test
-        ones = torch.ones(len(y), device=y.device)
-        sums: dict[str, Tensor] = {}
-        for start in range(0, len(y), batch_size):
-            rows = slice(start, start + batch_size)
-            batch = trees.map(lambda v: v[rows][None], Batches(x, y, ones))  # noqa: B023
-            measured = self.evaluate(params, batch)
-            for name in self.metrics:
-                measured[name] = measured[name] * batch.mask.sum()
-            sums = added_states(sums, measured)
-        num_examples = max(len(y), 1)
-        values = {}
-        for name in self.metrics:
-            if name in sums:
-                values[name] = (sums[name] / num_examples).item()
-        for name, whole in self.set_metrics.items():
-            if sums:
-                values[name] = whole.value(sums)
+        values = measuring.measure(self, params, self.data.test, batch_size)
         if self.optimum is not None:
-            values["distance"] = self._deviation(params).sqrt().item()
+            distance = measuring.deviation(self, params).sqrt()
+            values["distance"] = distance.item()
+        return values
+
+    @torch.no_grad()
+    def test_extra(self, params: Params, batch_size: int = 1000) -> dict[str, float]:
+        """Every metric over each of the extra test sets, as `name_metric`."""
+        values = {}
+        for name, examples in self.extra_tests.items():
+            measured = measuring.measure(self, params, examples, batch_size)
+            for metric, value in measured.items():
+                values[f"{name}_{metric}"] = value
         return values

@@ -20,6 +20,7 @@ from fedcore.audit.observe import (
     Observation,
     Subject,
     aggregate,
+    held_out,
     observation,
     public_of,
     truth_of,
@@ -170,7 +171,8 @@ def _captured_subjects(
     subjects = []
     for client, (*before, last) in sorted(seen.items()):
         if last.round == t:
-            subjects.append(Subject(last, truth_of(task, client), tuple(before)))
+            truth, others = truth_of(task, client), held_out(task, client)
+            subjects.append(Subject(last, truth, tuple(before), others))
     return subjects
 
 

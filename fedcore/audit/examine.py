@@ -22,6 +22,7 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.audit.attacks.base import Progress, Reconstruction, lacking, settings_of
 from fedcore.audit.attacks.labels import recover
+from fedcore.audit.attacks.tokens import present
 from fedcore.audit.cells import Cell, Observer, Prepared
 from fedcore.audit.inspection import inspect_model
 from fedcore.audit.observe import CPU, Observation, Subject, alignment, moved
@@ -178,7 +179,8 @@ def _left_out(findings: Findings) -> list[str]:
     lines = []
     for why in list(findings.unlabelled.values())[:1]:
         then = ", and optimised with the inputs" if findings.images else ""
-        lines.append(f"labels were not recovered{then}: {why}")
+        what = "tokens" if findings.is_text else "labels"
+        lines.append(f"{what} were not recovered{then}: {why}")
     for name, why in findings.failed.items():
         lines.append(f"{name} was not run: {why}")
     return lines
@@ -258,13 +260,17 @@ def _attack(
 
 
 def _labels(seen: Sequence[Observation], plan: Plan) -> Findings:
-    """Labels for the attacks, recovered where the plan asks for it."""
+    """Labels for the attacks, recovered where the plan asks for it; tokens of text."""
     findings = Findings([None] * len(seen), {})
-    if plan.labels == "soft":
+    findings.is_text = any(o.public.vocabulary is not None for o in seen)
+    if plan.labels == "soft" and not findings.is_text:
         return findings
     for i, observation in enumerate(seen):
         try:
-            findings.labels[i] = recover(observation, plan.seed)
+            if observation.public.vocabulary is None:
+                findings.labels[i] = recover(observation, plan.seed)
+            else:
+                findings.tokens[i] = present(observation)
         except ValueError as error:
             findings.unlabelled[i] = str(error)
     return findings

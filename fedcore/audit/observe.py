@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import grad
 
 from fedcore import trees
+from fedcore.audit.text import Vocabulary, vocabulary_of
 from fedcore.data.sources import Pixels
 from fedcore.errors import SettingsError
 from fedcore.inputs import model_outputs
@@ -58,6 +60,10 @@ class Public:
     has_classes: bool = True  # a target is one class, from 0 on
     unlike_reals: str | None = None  # as `unlike_reals` says of the inputs
     is_reached: bool = True  # a gradient reaches the inputs
+    # Of a task of next tokens.
+    vocabulary: Vocabulary | None = field(default=None, compare=False)
+    # Tokens of an example; num_examples are then tokens, too. None: they are examples.
+    length: int | None = None
     # Public inputs [n, ...] in the place of noise, which the model may not take.
     examples: Tree = field(default=None, compare=False)
 
@@ -81,7 +87,9 @@ class Public:
             return self.steps
         if self.epochs is None or self.batch_size is None:
             return None
-        return self.epochs * math.ceil(num_examples / self.batch_size)
+        # Windows of text are full, but for the last.
+        rows = math.ceil(num_examples / (self.length or 1))
+        return self.epochs * math.ceil(rows / self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -158,12 +166,23 @@ class Subject(NamedTuple):
     seen: Observation
     truth: Truth | None
     before: tuple[Observation, ...] = ()  # the client's earlier exchanges, if captured
+    others: Truth | None = None  # its examples that it did not train on, if any
 
 
 def truth_of(task: Task, client: int) -> Truth:
     """The examples that a client trained on, in a simulation."""
-    rows = torch.from_numpy(task.data.rows(client, "train"))
-    x, y = trees.at((task.data.x, task.data.y), rows)
+    return rows_of(task, task.data.rows(client, "train"))
+
+
+def held_out(task: Task, client: int) -> Truth | None:
+    """The examples of a client that are held out; None where none are."""
+    rows = task.data.rows(client, "test")
+    return rows_of(task, rows) if len(rows) else None
+
+
+def rows_of(task: Task, rows: np.ndarray) -> Truth:
+    """Rows of the clients' data, on the CPU."""
+    x, y = trees.at((task.data.x, task.data.y), torch.from_numpy(rows))
     return Truth(trees.to(x, CPU), y.cpu())
 
 
@@ -200,14 +219,14 @@ def public_of(experiment: Experiment, task: Task) -> Public:
     is_reached = strange is None and _is_reached(model, test)
     shape = tuple(data.x.shape[1:]) if isinstance(data.x, Tensor) else ()
     local, defence = experiment.local, experiment.defence
-    lr = getattr(experiment.method, "local_lr", None)  # not every method has one
+    vocabulary = vocabulary_of(model, task)
     return Public(
         model=model,
         loss=task.metrics["loss"],
         shape=shape,
         outputs=number,
         pixels=task.pixels if len(shape) == 3 else None,
-        lr=float(lr) if isinstance(lr, int | float) else None,
+        lr=_step_size(experiment),
         epochs=local.epochs if local.steps is None else None,
         batch_size=local.batch_size,
         steps=local.steps,
@@ -216,8 +235,25 @@ def public_of(experiment: Experiment, task: Task) -> Public:
         has_classes=_are_classes(data.y, outputs),
         unlike_reals=strange,
         is_reached=is_reached,
+        vocabulary=vocabulary,
+        length=shape[0] if _counts_tokens(task) else None,
         examples=None if is_reached else test,
     )
+
+
+def _counts_tokens(task: Task) -> bool:
+    """Whether an example counts as many times as it has targets."""
+    return getattr(task, "size", None) is not None
+
+
+def _step_size(experiment: Experiment) -> float | None:
+    """eta, where an update is so many times the sum of its gradients; else None."""
+    local = experiment.local
+    is_plain = local.optimizer == "sgd" and local.clip is None
+    if not is_plain or local.schedule != "constant" or local.warmup:
+        return None
+    lr = getattr(experiment.method, "local_lr", None)  # not every method has one
+    return float(lr) if isinstance(lr, int | float) else None
 
 
 def _are_classes(y: Tensor, outputs: Tensor) -> bool:
@@ -300,8 +336,15 @@ def aggregate(subjects: Sequence[Subject]) -> Subject:
     truths = [subject.truth for subject in subjects if subject.truth is not None]
     if len(truths) < len(subjects):
         return Subject(observed, None)
+    held = [subject.others for subject in subjects if subject.others is not None]
+    others = _joined(held) if held else None
+    return Subject(observed, _joined(truths), others=others)
+
+
+def _joined(truths: Sequence[Truth]) -> Truth:
+    """The examples of all."""
     x = trees.map(lambda *rows: torch.cat(rows), *(truth.x for truth in truths))
-    return Subject(observed, Truth(x, torch.cat([truth.y for truth in truths])))
+    return Truth(x, torch.cat([truth.y for truth in truths]))
 
 
 def alignment(seen: Observation, x: Tree, y: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Required, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, Required, TypedDict
 
 from fedcore import __version__
 
@@ -60,6 +60,9 @@ class LabelResult(TypedDict, total=False):
 
     ok: Required[bool]
     error: str
+    kind: Literal["tokens"]  # of next tokens: which occur at all; else counts of labels
+    source: str  # the parameter that tells the tokens
+    found: int  # tokens
     mode: Literal["recovered", "oracle"]
     counts: list[int]
     accuracy: float
@@ -74,12 +77,13 @@ class MembershipResult(TypedDict, total=False):
 
     ok: Required[bool]
     error: str
-    best: Literal["loss_drop", "gradient"]
+    best: Literal["loss_drop", "gradient", "base"]
     auc: float
     exchanges: int
     grade: str
     loss_drop: dict[str, Any]
     gradient: dict[str, Any]
+    base: dict[str, Any]  # of text
 
 
 class Best(TypedDict):
@@ -98,6 +102,7 @@ class ClientResult(TypedDict):
     round: int
     function: str
     num_examples: int
+    unit: NotRequired[Literal["token"]]  # that num_examples counts; else examples
     clients_aggregated: int
     local_steps: int | None
     delta_norm: float

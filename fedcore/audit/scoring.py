@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from fedcore import trees
 from fedcore.audit import metrics
 from fedcore.audit.attacks import membership
 from fedcore.audit.attacks.base import Reconstruction
-from fedcore.audit.observe import CPU, Subject, Truth
+from fedcore.audit.attacks.tokens import Tokens
+from fedcore.audit.observe import CPU, Observation, Subject, Truth
 from fedcore.audit.plan import Plan
 from fedcore.audit.results import (
     AttackResult,
@@ -32,6 +34,7 @@ from fedcore.audit.results import (
     Pictures,
     Summary,
 )
+from fedcore.audit.text_scores import non_members, token_result
 from fedcore.data.sources import Pixels
 from fedcore.rng import rng, seed_of
 from fedcore.task import Task
@@ -47,6 +50,8 @@ class Findings:
 
     labels: list[Tensor | None]  # by client
     unlabelled: dict[int, str]  # clients whose labels were not recovered: why
+    tokens: dict[int, Tokens] = field(default_factory=dict)  # of next tokens, by client
+    is_text: bool = False  # the task is of next tokens
     images: dict[str, list[Reconstruction]] = field(default_factory=dict)  # by attack
     failed: dict[str, str] = field(default_factory=dict)  # attacks: why
     seconds: dict[str, float] = field(default_factory=dict)  # by attack
@@ -96,7 +101,7 @@ class Scoring:
             attacks[name] = {"ok": False, "error": why}
         for name, reconstructions in self.findings.images.items():
             attacks[name] = self._told(reconstructions[i])
-        return {
+        result: ClientResult = {
             "client": seen.client,
             "round": seen.round,
             "function": seen.function,
@@ -115,6 +120,9 @@ class Scoring:
             "worst_image": None,
             "grade": None,
         }
+        if seen.public.length is not None:
+            result["unit"] = "token"
+        return result
 
     def _told(self, found: Reconstruction) -> AttackResult:
         """Everything that the attack itself tells, without the truth."""
@@ -210,10 +218,15 @@ class Scoring:
         }
 
     def _labels(self, i: int) -> LabelResult | None:
-        seen, truth, _ = self.subjects[i]
+        seen, truth = self.subjects[i].seen, self.subjects[i].truth
         found = self.findings.labels[i]
         if i in self.findings.unlabelled:
-            return {"ok": False, "error": self.findings.unlabelled[i]}
+            failed: LabelResult = {"ok": False, "error": self.findings.unlabelled[i]}
+            if self.findings.is_text:
+                failed["kind"] = "tokens"
+            return failed
+        if i in self.findings.tokens:
+            return token_result(self.findings.tokens[i], truth, self._public())
         if found is None:
             return None
         outputs = seen.public.outputs
@@ -244,19 +257,14 @@ class Scoring:
         return float(1 - 0.5 * (even - counts).abs().sum().item() / len(y))
 
     def _membership(self, i: int) -> MembershipResult | None:
-        seen, truth, before = self.subjects[i]
+        seen, truth, before, own = self.subjects[i]
         if "membership" not in self.plan.attacks or truth is None:
             return None
-        if seen.public.classes is None:
-            why = "the targets are no classes, by which non-members could be matched"
-            return {"ok": False, "error": why}
-        rows = self._others(seen.round, seen.client, truth.y, seen.public.classes)
-        if not rows:
-            why = "the test set has no example of the client's classes"
-            return {"ok": False, "error": why}
-        others = trees.at(self.public_x, torch.tensor(rows))
-        x = trees.map(lambda a, b: torch.cat([a, b]), truth.x, others)
-        y = torch.cat([truth.y, self.public_y[rows]])
+        others = self._others(seen, truth, own)
+        if isinstance(others, str):
+            return {"ok": False, "error": others}
+        x = trees.map(lambda a, b: torch.cat([a, b]), truth.x, others.x)
+        y = torch.cat([truth.y, others.y])
         n = len(truth.y)
         scores = membership.scores([*before, seen], x, y)
         strange = ~torch.stack(list(scores.values())).isfinite().all(0)
@@ -275,12 +283,32 @@ class Scoring:
         result["grade"] = metrics.letter(max(0.0, 2 * auc - 1))
         return cast(MembershipResult, result | by_score)
 
-    def _others(self, t: int, client: int, y: Tensor, classes: int) -> list[int]:
+    def _public(self) -> Truth:
+        return Truth(self.public_x, self.public_y)
+
+    def _others(
+        self, seen: Observation, truth: Truth, own: Truth | None
+    ) -> Truth | str:
+        """Examples that the client did not train on, or why there are none."""
+        draw = rng(self.plan.seed, "audit candidates", seen.round, seen.client)
+        if seen.public.vocabulary is not None:
+            return non_members(truth, own or self._public(), CANDIDATES, draw)
+        classes = seen.public.classes
+        if classes is None:
+            return "the targets are no classes, by which non-members could be matched"
+        rows = self._of_their_classes(draw, truth.y, classes)
+        if not rows:
+            return "the test set has no example of the client's classes"
+        chosen = torch.tensor(rows)
+        return Truth(*trees.at((self.public_x, self.public_y), chosen))
+
+    def _of_their_classes(
+        self, draw: np.random.Generator, y: Tensor, classes: int
+    ) -> list[int]:
         """Rows of public examples, of each class as many times its members.
 
         So that the classes alone give nothing away.
         """
-        draw = rng(self.plan.seed, "audit candidates", t, client)
         counts = torch.bincount(y, minlength=classes)
         times = max(1, min(CANDIDATES, len(self.public_y)) // len(y))
         rows: list[int] = []

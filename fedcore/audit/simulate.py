@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,14 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.audit.observe import Subject, observation, public_of, truth_of
+from fedcore.audit.observe import (
+    Subject,
+    Truth,
+    observation,
+    public_of,
+    rows_of,
+    truth_of,
+)
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.engines.base import Work
 from fedcore.engines.message_shape import message_shape
@@ -44,8 +50,8 @@ def simulate(
     classes are as skewed as the run's. Raises SettingsError where there are too few,
     or where messages cannot be inverted; RunError where a client fails.
     """
-    few = copy.copy(task)
-    few.data = _data_of_few(experiment, task, clients, examples)
+    chosen = _clients_with(experiment, task, clients, examples)
+    few = task.with_data(_data_of_few(task, chosen, examples))
     # A method may ask its clients more than once: its last question counts.
     last = {kept.client: kept for kept in _one_round(experiment, few)}
     if not last:
@@ -54,16 +60,25 @@ def simulate(
             "parameters that an attack could invert"
         )
     method, public = experiment.build_method(), public_of(experiment, task)
-    return [
-        Subject(observation(method, public, kept), truth_of(few, client))
-        for client, kept in sorted(last.items())
-    ]
+    subjects = []
+    for client, kept in sorted(last.items()):
+        seen = observation(method, public, kept)
+        others = _untouched(task, int(chosen[client]), examples)
+        subjects.append(Subject(seen, truth_of(few, client), others=others))
+    return subjects
 
 
-def _data_of_few(
+def _untouched(task: Task, client: int, examples: int) -> Truth | None:
+    """The client's rows after those that a synthetic round trains on, if any."""
+    first, end = task.data.offsets[client : client + 2]
+    rows = task.data.order[first + examples : end]
+    return rows_of(task, rows) if len(rows) else None
+
+
+def _clients_with(
     experiment: Experiment, task: Task, clients: int, examples: int
-) -> FederatedData:
-    """The first `examples` training examples of each of the clients that are drawn."""
+) -> np.ndarray:
+    """So many clients, drawn from those with so many examples, ascending."""
     data = task.data
     able = np.flatnonzero(data.sizes >= examples)
     if len(able) < clients:
@@ -73,10 +88,15 @@ def _data_of_few(
             "number of clients in the population"
         )
     draw = rng(experiment.seed, "audit clients")
-    chosen = np.sort(draw.choice(able, clients, replace=False, shuffle=False))
+    return np.sort(draw.choice(able, clients, replace=False, shuffle=False))
+
+
+def _data_of_few(task: Task, chosen: np.ndarray, examples: int) -> FederatedData:
+    """The first `examples` training examples of each of the chosen clients."""
+    data = task.data
     first = data.offsets[chosen]
     rows = [data.order[start : start + examples] for start in first]
-    offsets = np.arange(clients + 1) * examples
+    offsets = np.arange(len(chosen) + 1) * examples
     train = Examples(data.x, data.y)
     return FederatedData(train, data.test, np.concatenate(rows), offsets)
 

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fedcore.audit.attacks import labels, membership
+from fedcore.audit.attacks import labels, membership, tokens
 from fedcore.audit.plan import IMAGE_ATTACKS
-from fedcore.audit.results import Audit, ClientResult
+from fedcore.audit.results import Audit, ClientResult, LabelResult
 from fedcore.audit.tables import worst_grade
 from fedcore.views.page import Fact
 
@@ -68,6 +68,18 @@ KINDS = {
     "captured": "of a run that kept their updates",
     "defences": "of runs with and without defences",
 }
+TEXT = (
+    "Clients hold text, and no attack here rebuilds a sentence of an update: which "
+    "tokens occur is looked for, and whose windows were trained on."
+)
+UNTRIED = (
+    "Sentences: attacks that search for tokens in their order (LAMP, FILM, DAGER), and "
+    "ask a language model which of them make sense, are not among these.",
+    "Text that the model would repeat when it is asked: extraction needs many "
+    "questions to the model that was trained, and no update.",
+    "Tokens in what comes up of layers that are neither the embedding nor the output, "
+    "as the factors of adapters.",
+)
 LABELS_SEEN = {
     "recovered": "No labels: they were worked out from the update.",
     "oracle": "The true labels, granted for this audit. That makes it an upper bound.",
@@ -103,7 +115,9 @@ def summary(audit: Audit) -> str:
     clients, worst = audit.clients, audit.worst
     if not clients:
         return "No client has been attacked yet."
-    tried = {name for client in clients for name in client["attacks"]}
+    tried: set[str] = set()
+    for client in clients:
+        tried |= {name for name, found in client["attacks"].items() if found["ok"]}
     names = [name for name in audit.plan["attacks"] if name in tried]
     most = max(len(cell["clients"]) for cell in audit.cells)
     cells = len(audit.cells)
@@ -114,6 +128,8 @@ def summary(audit: Audit) -> str:
         f"{', '.join(names) or 'no attack on images'} "
         f"(budget: {audit.plan['budget']})."
     )
+    if worst is None and any(map(is_text, clients)):
+        return f"{text} {TEXT} So no grade is given to inputs."
     if worst is None:
         return (
             f"{text} What was rebuilt was not compared with the clients' data, so no "
@@ -217,6 +233,8 @@ def _left_open(audit: Audit) -> list[str]:
         "Several rounds of one client inverted together: images are sought in each "
         "round by itself.",
     ]
+    if any(map(is_text, audit.clients)):
+        points += UNTRIED
     if audit.mode == "sweep":
         points.append(
             "Later rounds: a synthetic first round starts from an untrained model, "
@@ -228,7 +246,9 @@ def _left_open(audit: Audit) -> list[str]:
 def attacks_in_words(audit: Audit) -> list[tuple[str, str]]:
     """Each attack with the first line of its file, which names the paper."""
     texts: dict[str, str | None] = {
-        "labels": labels.__doc__,
+        "labels": tokens.__doc__
+        if any(map(is_text, audit.clients))
+        else labels.__doc__,
         "membership": membership.__doc__,
     }
     for name, attack in IMAGE_ATTACKS.items():
@@ -252,7 +272,8 @@ def facts(audit: Audit) -> list[Fact]:
     if scored:
         most = max(scored, key=lambda found: found["accuracy"])
         guess = f"of the worst client; guessing comes to {most['chance']:.0%}"
-        boxes.append(Fact("labels recovered", f"{most['accuracy']:.0%}", guess))
+        what = "tokens found, F1" if "kind" in most else "labels recovered"
+        boxes.append(Fact(what, f"{most['accuracy']:.0%}", guess))
     tests = [c["membership"] for c in clients if c["membership"]]
     areas = [test["auc"] for test in tests if test["ok"]]
     if areas:
@@ -294,12 +315,14 @@ def marks(client: ClientResult) -> list[Mark]:
 
 def verdict(client: ClientResult) -> list[str]:
     """What came back of one client: a line each of inputs, labels and membership."""
-    size = _count(client["num_examples"], "example")
+    size = _count(client["num_examples"], client.get("unit", "example"))
     if client["clients_aggregated"] > 1:
         size += f" of {client['clients_aggregated']} clients together"
     if client["local_steps"] is not None:
         size += f", {_count(client['local_steps'], 'local step')}"
     inputs = _unscored(client) if client["best"] is None else _scored(client)
+    if is_text(client):
+        inputs = "text, which no attack here rebuilds."
     lines = [f"Inputs ({size}): {inputs}", _labels(client), _membership(client)]
     return [line for line in lines if line]
 
@@ -351,7 +374,10 @@ def _labels(client: ClientResult) -> str:
     if found is None:
         return ""
     if not found["ok"]:
-        return f"Labels: not recovered, {found['error']}."
+        what = "Tokens" if is_text(client) else "Labels"
+        return f"{what}: not recovered, {found['error']}."
+    if is_text(client):
+        return _tokens(found)
     if "accuracy" in found:
         told = ""
         if found["mode"] == "oracle":
@@ -363,6 +389,23 @@ def _labels(client: ClientResult) -> str:
     counts = enumerate(found["counts"])
     there = [f"{n} of class {label}" for label, n in counts if n]
     return f"Labels, as far as the update tells: {', '.join(there)}."
+
+
+def is_text(client: ClientResult) -> bool:
+    """Whether the client's examples are text, of which the next token is learned."""
+    found = client["labels"]
+    return found is not None and found.get("kind") == "tokens"
+
+
+def _tokens(found: LabelResult) -> str:
+    there = f'Tokens: {found["found"]:,} are found in "{found["source"]}"'
+    if "accuracy" not in found:
+        return f"{there}."
+    return (
+        f"{there}; {found['precision']:.0%} of them occur in the client's text, and "
+        f"{found['recall']:.0%} of its tokens are found: F1 {found['accuracy']:.2f}, "
+        f"guessing by public text comes to {found['chance']:.2f}."
+    )
 
 
 def _membership(client: ClientResult) -> str:

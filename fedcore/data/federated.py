@@ -13,10 +13,13 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.arrays import as_examples
 from fedcore.data.validation import checked_holders, checked_test
+from fedcore.measuring import rows_at_once
 from fedcore.rng import rng, streams
 from fedcore.types import Batches, Tree
 
-EVALUATION_BATCH = 64  # examples in one forward pass of one client's evaluation
+# Examples in one forward pass of one client's evaluation; fewer where each has many
+# targets.
+EVALUATION_BATCH = 64
 LARGEST_TABLE = 10**8  # entries of a table of every client's classes
 PADDING = -1  # in place of a row number
 ARRAYS = ("order", "offsets", "sizes", "held", "kept")  # of FederatedData
@@ -31,6 +34,13 @@ class Examples(NamedTuple):
 
     x: Tree  # each tensor [n, ...]
     y: Tensor  # [n, ...]
+
+
+class Totals(NamedTuple):
+    """Sums over the rows of each client, [population]."""
+
+    kept: np.ndarray
+    held: np.ndarray
 
 
 class LocalSettings(BaseModel):
@@ -96,8 +106,9 @@ class FederatedData:
     """Training rows and who holds them, and the global test set.
 
     Client i holds rows `order[offsets[i]:offsets[i+1]]`; the last `round(holdout *
-    size)` of them, after a shuffle of its own rows, are held out of training and are
-    what `evaluate` reads. Nothing here is copied per client.
+    size)` of them, after a shuffle of its own rows (none where they are `ordered`), are
+    held out of training and are what `evaluate` reads. Nothing here is copied per
+    client.
 
     >>> rows = Examples(torch.arange(6.0)[:, None], torch.zeros(6))
     >>> order, offsets = np.array([0, 2, 4, 1, 3, 5]), np.array([0, 3, 6])
@@ -116,12 +127,15 @@ class FederatedData:
         offsets: np.ndarray,
         holdout: float = 0.0,
         seed: int = 0,
+        ordered: bool = False,
     ) -> None:
         """Data of `len(offsets) - 1` clients.
 
         `order` holds int64 row numbers of `train` grouped by client, `offsets` int64
         [population + 1]; `holdout` is a fraction in [0, 1). Arrays, lists and tables
-        of numbers do as well. Without a global test set `test` is None. Raises
+        of numbers do as well. Without a global test set `test` is None. `ordered`:
+        each client's last rows, in the order given, are held out, as text and series
+        need it, where neighbours are alike; else rows are shuffled first. Raises
         SettingsError for what disagrees, with the array and its first bad row;
         `fedcore.arrays` and `fedcore.data.validation` say what may be.
         """
@@ -142,7 +156,7 @@ class FederatedData:
             "test" if self.held.any() else "train"
         )
         self.order = order
-        if holdout > 0:
+        if holdout > 0 and not ordered:
             keys = rng(seed, "holdout").random(len(self.order))
             client = np.repeat(np.arange(self.population), self.sizes)
             self.order = self.order[np.lexsort((keys, client))]
@@ -167,11 +181,32 @@ class FederatedData:
         """Whether work on this kind of data reads the held-out examples."""
         return data == self.evaluated_on == "test"
 
-    def num_examples(self, clients: np.ndarray, data: str) -> np.ndarray:
-        """Examples that a client function of this kind works on, int64 [n]."""
-        sizes = self.held if self._reads_held_out(data) else self.kept
-        counts: np.ndarray = sizes[clients]
-        return counts
+    def num_examples(
+        self, clients: np.ndarray, data: str, totals: Totals | None = None
+    ) -> np.ndarray:
+        """Examples that a client function of this kind works on, int64 [n].
+
+        Or, of these examples, the totals given, float64.
+        """
+        of_kind = totals or Totals(self.kept, self.held)
+        counts = of_kind.held if self._reads_held_out(data) else of_kind.kept
+        asked: np.ndarray = counts[clients]
+        return asked
+
+    def totals(self, values: np.ndarray) -> Totals:
+        """Sums over each client's rows of one value a row of train, float64.
+
+        >>> rows = Examples(torch.zeros(4, 1), torch.zeros(4))
+        >>> holders = np.arange(4), np.array([0, 3, 4])
+        >>> data = FederatedData(rows, None, *holders, holdout=0.3, ordered=True)
+        >>> data.totals(np.array([1, 2, 3, 4]))
+        Totals(kept=array([3., 4.]), held=array([3., 0.]))
+        """
+        sums = np.zeros(len(self.order) + 1)
+        np.cumsum(values[self.order], out=sums[1:])
+        begin, end = self.offsets[:-1], self.offsets[1:]
+        cut = end - self.held
+        return Totals(sums[cut] - sums[begin], sums[end] - sums[cut])
 
     def rows(self, client: int, data: str) -> np.ndarray:
         """Row numbers of one client, int64."""
@@ -204,7 +239,7 @@ class FederatedData:
 
     def steps(self, clients: np.ndarray, data: str, local: LocalSettings) -> np.ndarray:
         """Local steps of each client, int64 [n]; 0 for a client without examples."""
-        return np.asarray(_steps(self.num_examples(clients, data), data, local))
+        return np.asarray(self._steps(self.num_examples(clients, data), data, local))
 
     def batches(
         self,
@@ -224,13 +259,14 @@ class FederatedData:
         each the same work. `even`: B is one of batch, batch / 2, batch / 4 ..., so that
         few shapes occur.
         """
-        batch = local.batch_size if data == "train" else EVALUATION_BATCH
+        is_training = data == "train"
+        batch = local.batch_size if is_training else self._evaluation_batch()
         held = [self.rows(client, data) for client in clients.tolist()]
         longest = max(map(len, held), default=0)
-        steps = _steps(longest, data, local)
+        steps = self._steps(longest, data, local)
         width = _width(longest, batch) if even else min(batch, max(longest, 1))
         rows = np.full((len(clients), steps, width), PADDING, dtype=np.int64)
-        if data == "train":
+        if is_training:
             keys = [np.full(len(clients), t), clients]
             if plan > 0:
                 keys.append(np.full(len(clients), plan))
@@ -242,6 +278,17 @@ class FederatedData:
             for batched, mine in zip(rows, held, strict=True):
                 fill(batched, mine, 0, batch)
         return self._taken(rows)
+
+    def _evaluation_batch(self) -> int:
+        return rows_at_once(self.y, EVALUATION_BATCH)
+
+    def _steps(self, n: Any, data: str, local: LocalSettings) -> Any:
+        """Steps for n examples; an int, or an array of them."""
+        if data != "train":
+            return -(-n // self._evaluation_batch())
+        if local.steps is None:
+            return -(-n // local.batch_size) * local.epochs
+        return (n > 0) * local.steps
 
     def _taken(self, rows: np.ndarray) -> Batches:
         """The examples of these row numbers, [n, K, B], on the device.
@@ -280,15 +327,6 @@ class FederatedData:
             setattr(self, name, state[name])
         self.x, self.y = trees.map(shared_tensor, state["train"])
         self.test = Examples(*trees.map(shared_tensor, state["test"]))
-
-
-def _steps(n: Any, data: str, local: LocalSettings) -> Any:
-    """Steps for n examples; an int, or an array of them."""
-    if data != "train":
-        return -(-n // EVALUATION_BATCH)
-    if local.steps is None:
-        return -(-n // local.batch_size) * local.epochs
-    return (n > 0) * local.steps
 
 
 def _width(longest: int, batch: int) -> int:

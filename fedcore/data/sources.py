@@ -354,9 +354,9 @@ def _from_hub(name: str, image: str, label: str, otherwise: str) -> Arrays:
     cached = cache.load(key)
     if cached is not None:
         return cached
-    unreachable = _unreachable()
-    if unreachable is not None:
-        raise SettingsError(f"{name} is not here, and {unreachable}: {otherwise}")
+    reason = unreachable()
+    if reason is not None:
+        raise SettingsError(f"{name} is not here, and {reason}: {otherwise}")
     import datasets
 
     arrays: Arrays = {}
@@ -375,7 +375,7 @@ def _from_hub(name: str, image: str, label: str, otherwise: str) -> Arrays:
     return arrays
 
 
-def _unreachable() -> str | None:
+def unreachable() -> str | None:
     """Why the hub cannot be asked, found in HUB_SECONDS; None where it can.
 
     Its own client tries again and again for most of a minute. With HF_HUB_OFFLINE set

@@ -171,10 +171,10 @@ class Work:
         return self.local.model_copy(update={"epochs": epochs, "steps": None})
 
     def num_examples(self, fn: ClientFunction, clients: list[int]) -> Tensor:
-        """float32 [n]; for a fine-tuning, the examples that it is measured on."""
+        """float32 [n], sums of sizes; of a fine-tuning, what it is measured on."""
         kind = "test" if data_of(fn) == "tune" else data_of(fn)
         ids = np.asarray(clients, dtype=np.int64)
-        counts = self.task.data.num_examples(ids, kind).astype(np.float32)
+        counts = self.task.num_examples(ids, kind).astype(np.float32)
         moved: Tensor = trees.to(torch.from_numpy(counts), self.task.device)
         return moved
 

@@ -124,7 +124,7 @@ class Block(nn.Module):
         return z
 
     def attention(self, z: Tensor) -> Tensor:
-        """softmax(q k' / sqrt(d / heads)) v over the positions up to each, [B, L, d]."""
+        """softmax(q k' / sqrt(d / heads)) v over positions up to each, [B, L, d]."""
         length = z.shape[1]
         qkv = self.qkv(z).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, H, d / H]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, L, d / H] each

@@ -105,7 +105,9 @@ class Lstm(nn.Module):
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
         from_input, from_state, *biases = self._weights(layer)
-        inputs = functional.linear(x, from_input, biases[0] + biases[1])  # [B, L, 4 hidden]
+        inputs = functional.linear(
+            x, from_input, biases[0] + biases[1]
+        )  # [B, L, 4 hidden]
         h = c = x.new_zeros(len(x), self.hidden)
         states = []
         for step in inputs.unbind(1):

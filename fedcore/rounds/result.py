@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedcore.config import Experiment
     from fedcore.task import Task
 
+WHOLE = ("measures", "extra_tests", "sample")
 LAST = ("test_", "client_", "finetuned_", "nmsd_", "privacy")
 
 
@@ -88,14 +89,16 @@ def params_sha256(params: Params) -> str:
 
 
 def final_measures(history: History, evaluated_on: str) -> dict[str, Any]:
-    """The last evaluation: test set, clients, fine-tuning, privacy."""
+    """The last evaluation: test sets, clients, fine-tuning, privacy."""
     final: dict[str, Any] = {
         "test_loss": None,
         "test_accuracy": None,
         "client_accuracy": None,
     }
-    for key, value in history.evaluated.items():
-        if key == "measures" or key.startswith(LAST):
+    evaluated = history.evaluated
+    extra = [f"{name}_" for name in evaluated.get("extra_tests", ())]
+    for key, value in evaluated.items():
+        if key in WHOLE or key.startswith((*LAST, *extra)):
             final[key] = value
     final["clients_evaluated_on"] = evaluated_on
     return final

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,14 @@ from fedcore.errors import FedcoreError, SettingsError
 from fedcore.models.base import load_base
 from fedcore.models.lora import with_lora
 from fedcore.models.lowrank import JacobianCorrection, lowrank
+from fedcore.models.writing import Writer
 from fedcore.rng import torch_seed
 from fedcore.task import Task
+from fedcore.tasks.classes import classes_of_texts
 from fedcore.tasks.image import images
 from fedcore.tasks.initial import start_from
 from fedcore.tasks.regression import least_squares, weighted_least_squares
-from fedcore.tasks.text import shakespeare
+from fedcore.tasks.tokens import next_tokens
 from fedcore.users import user_function
 
 if TYPE_CHECKING:
@@ -26,13 +29,22 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "build_task"]
 
+
+def text_task(experiment: Experiment) -> Task:
+    """The task of text that `experiment.task` names: next tokens, or classes."""
+    if experiment.text.target == "label":
+        return classes_of_texts(experiment)
+    return next_tokens(experiment)
+
+
 TASKS: dict[str, Callable[[Experiment], Task]] = {
     "digits": partial(images, name="digits"),
     "fashion-mnist": partial(images, name="fashion-mnist"),
     "cifar10": partial(images, name="cifar10"),
     "least-squares": least_squares,
     "weighted-least-squares": weighted_least_squares,
-    "shakespeare": shakespeare,
+    "shakespeare": text_task,
+    "texts": text_task,
 }
 
 
@@ -63,6 +75,9 @@ def build_task(experiment: Experiment) -> Task:
             task = _with_factors(experiment, task)
         if experiment.lora.rank:
             task = _with_adapters(experiment, task)
+        if isinstance(task.sample, Writer):
+            # It writes with the model that is trained, which may be another by now.
+            task.sample = replace(task.sample, model=task.model)
     if experiment.initial is not None:
         start_from(task.model, experiment.initial)
     if experiment.proxy and task.proxy is None:

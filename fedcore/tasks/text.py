@@ -1,84 +1,204 @@
-"""Tasks of text: next tokens, and classes of whole texts.
+"""Tasks of text: which texts there are, who has them, and the model that reads them.
 
     shakespeare   plays, speech by speech; every speaker is a client
     texts         a file or folder of the user's, or a data set of the hub
 
-For next tokens, clients in order of appearance until `text.base` of all characters are
-the base's: their text trains the base model and the vocabulary, and they take no part.
-Those after them with at least `text.least` characters are the clients, whose last
-windows are held out; the test set is all that is held out together. Smaller ones are
-"unseen".
-
-For classes, the texts of clients that are not the base's are spread by `partition`. The
-last fifth of each class, in order, is the test set.
+Clients in order of appearance until `text.base` of all characters are the base's: their
+text trains the base model and the vocabulary, and they take no part. What is predicted
+is the next token (`fedcore.tasks.tokens`), or a class of each text
+(`fedcore.tasks.classes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from fedcore.data.federated import Examples, FederatedData
 from fedcore.data.partition import Own
 from fedcore.data.text import shakespeare as plays
-from fedcore.data.text.texts import Division, Text, by_client, divided, joined
-from fedcore.data.text.tokens import Tokenizer
-from fedcore.data.text.vocabulary import encoded, new_tokenizer
-from fedcore.data.text.windows import Windows, windows_of_all
+from fedcore.data.text.files import Columns, read_texts
+from fedcore.data.text.texts import (
+    Division,
+    Text,
+    by_client,
+    divided,
+    fingerprints,
+    joined,
+)
+from fedcore.data.text.tokens import Tokenizer, load_tokenizer
+from fedcore.data.text.vocabulary import kind_of, new_tokenizer
 from fedcore.errors import SettingsError
+from fedcore.models.base import read_facts
 from fedcore.models.text import TextModel, TextShape
-from fedcore.task import Task
-from fedcore.tasks.options import refuse_folder, refuse_options
+from fedcore.tasks.options import read_options, refuse_folder, refuse_options
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
 
-__all__ = ["shakespeare", "text_task"]
+__all__ = [
+    "TEXTS",
+    "Material",
+    "TextsOptions",
+    "material_of",
+    "text_model",
+    "texts_of",
+]
 
-DEFAULT_POPULATION = 100
+
+class TextsOptions(BaseModel):
+    """Options of `texts`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str | None = Field(
+        None, min_length=1, description="a data set on the hub, in data_folder's place"
+    )
+    split: str = Field("train", min_length=1, description="the part of `dataset`")
+    text: str = Field("text", min_length=1, description="the column of texts")
+    client: str = Field("client", min_length=1, description="the column of clients")
+    label: str = Field("label", min_length=1, description="the column of classes")
 
 
-def shakespeare(experiment: Experiment) -> Task:
-    """Shakespeare's speakers: the next token of their speeches, or who speaks.
+class Material(NamedTuple):
+    """The text of a run, divided, and its tokenizer."""
 
-    Raises SettingsError for settings that the text does not allow.
+    texts: list[Text]  # of those who are not the base's
+    division: Division  # the text of every client
+    tokenizer: Tokenizer
+
+
+def material_of(experiment: Experiment) -> Material:
+    """The text of the base, of clients and of those that are too small.
+
+    And the tokenizer: that of the base folder where there is one, else one that is made
+    of the base text. Where texts name no clients, each is one by itself. Raises
+    SettingsError for settings that the text does not allow.
     """
+    settings = experiment.text
+    texts = texts_of(experiment)
+    share, least = settings.base, settings.least
+    if isinstance(experiment.partition, Own):
+        _refuse_own_vocabulary(experiment)
+        share, least = 0.0, 0
+    division = divided(by_client(_with_clients(texts)), share, least)
+    left = [text for text in _with_clients(texts) if text.client not in division.base]
+    if texts[0].client is None:
+        left = [text._replace(client=None) for text in left]
+    if experiment.base is None:
+        usual = plays.whole_text() if experiment.task == "shakespeare" else ""
+        tokenizer = new_tokenizer(settings, joined(division.base), usual)
+    else:
+        tokenizer = _tokenizer_of_base(experiment, experiment.base)
+        _refuse_seen(experiment, experiment.base, division)
+    return Material(left, division, tokenizer)
+
+
+def texts_of(experiment: Experiment) -> list[Text]:
+    """The texts of `experiment.task`, in order; with a client and label, all or none.
+
+    On a device that has data of its own, all are its client's.
+    """
+    texts = TEXTS[experiment.task](experiment)
+    if isinstance(experiment.partition, Own):
+        return [text._replace(client=OWNER) for text in texts]
+    return texts
+
+
+def _refuse_own_vocabulary(experiment: Experiment) -> None:
+    """Raise SettingsError on a device that cannot know the run's vocabulary."""
+    if experiment.text.base and experiment.base is None:
+        raise SettingsError(
+            f"text.base = {experiment.text.base}: the vocabulary is that of a base "
+            "text, which this device has not; pretrain a base, set base = DIR, and "
+            "give the device a copy of the folder"
+        )
+
+
+OWNER = "own"  # the name of the client whose device this is
+
+
+def _with_clients(texts: list[Text]) -> list[Text]:
+    """The texts, each by itself a client where they name none."""
+    if texts[0].client is not None:
+        return texts
+    return [text._replace(client=str(i)) for i, text in enumerate(texts)]
+
+
+def _speeches(experiment: Experiment) -> list[Text]:
     refuse_options(experiment)
     refuse_folder(experiment, "the plays come with fedcore")
-    return next_tokens(experiment, plays.speeches())
+    return plays.speeches()
 
 
-def next_tokens(experiment: Experiment, texts: Sequence[Text]) -> Task:
-    """The task of the next token, for clients that the texts name."""
-    division = division_of(experiment, texts)
-    tokenizer = new_tokenizer(experiment.text, joined(division.base), plays.whole_text())
-    length = experiment.text.length
-    ids = encoded(tokenizer, list(division.clients.values()))
-    cut, offsets = windows_of_all(ids, length, tokenizer.pad)
-    data = _held_in_order(experiment, _examples(cut), offsets)
-    shape = TextShape(tokenizer.size, length, tokenizer.pad)
-    return Task(text_model(experiment, shape), data, loss=nll, metrics={"token_accuracy": token_accuracy})
+def _own_texts(experiment: Experiment) -> list[Text]:
+    options = read_options(experiment, TextsOptions)
+    columns = Columns(options.text, options.client, options.label)
+    folder = experiment.data_folder
+    if (folder is None) == (options.dataset is None):
+        raise SettingsError(
+            f'task = "{experiment.task}": expected data_folder = FILE (.jsonl, .csv, '
+            ".parquet, or a folder), or options.dataset = NAME of the hub, and not both"
+        )
+    if folder is not None:
+        return read_texts(folder, columns)
+    from fedcore.data.text.hub import texts_of_hub
+
+    return texts_of_hub(str(options.dataset), options.split, columns)
 
 
-def nll(out, y):
-    ok = (y >= 0).to(out.dtype)
-    logp = out.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
-    return -(logp * ok).sum(1) / ok.sum(1).clamp(min=1)
+TEXTS: dict[str, Callable[[Experiment], list[Text]]] = {
+    "shakespeare": _speeches,
+    "texts": _own_texts,
+}
 
 
-def token_accuracy(out, y):
-    ok = y >= 0
-    return ((out.argmax(-1) == y) & ok).sum(1).to(out.dtype) / ok.sum(1).clamp(min=1)
+def _tokenizer_of_base(experiment: Experiment, folder: Path) -> Tokenizer:
+    """The tokenizer of a base. Raises SettingsError for a base of other settings."""
+    facts = read_facts(folder)
+    tokenizer = load_tokenizer(folder, f"base = {folder}")
+    asked = experiment.text.tokens
+    if tokenizer.kind != kind_of(asked):
+        raise SettingsError(
+            f'text.tokens = "{asked}": base = {folder} has {tokenizer.kind}; set '
+            "text.tokens to what it was pretrained with"
+        )
+    _refuse_other_model(experiment, folder, facts)
+    return tokenizer
 
 
-def division_of(experiment: Experiment, texts: Sequence[Text]) -> Division:
-    """The texts of the base, of clients and of those that are too small."""
-    settings = experiment.text
-    return divided(by_client(texts), settings.base, settings.least)
+def _refuse_other_model(
+    experiment: Experiment, folder: Path, facts: Mapping[str, Any]
+) -> None:
+    """Raise SettingsError where model settings are not those of the base.
+
+    Some, such as the number of heads, show in no shape.
+    """
+    trained = facts.get("settings", {}).get("model", {})
+    for key, value in experiment.model.model_dump(mode="json").items():
+        if key in trained and trained[key] != value:
+            raise SettingsError(
+                f"model.{key} = {value}: base = {folder} was pretrained with "
+                f"model.{key} = {trained[key]}; set that, or pretrain another"
+            )
+
+
+def _refuse_seen(experiment: Experiment, folder: Path, division: Division) -> None:
+    """Raise SettingsError where the base has seen a client's text."""
+    facts = read_facts(folder)
+    seen = set(facts.get("texts", []))
+    share = facts.get("settings", {}).get("text", {}).get("base")
+    for texts in (division.clients, division.unseen):
+        for name, digest in zip(texts, fingerprints(texts), strict=True):
+            if digest in seen:
+                raise SettingsError(
+                    f"text.base = {experiment.text.base}: base = {folder} was "
+                    f"pretrained with text.base = {share}, and has seen the text of "
+                    f'client "{name}"; set that, or pretrain another'
+                )
 
 
 def text_model(experiment: Experiment, shape: TextShape) -> nn.Module:
@@ -90,20 +210,3 @@ def text_model(experiment: Experiment, shape: TextShape) -> nn.Module:
         f'model.name = "{settings.name}": it takes images, and the task '
         f'"{experiment.task}" has text; use gpt, char-lstm or hf'
     )
-
-
-def _examples(cut: Windows) -> Examples:
-    return Examples(torch.from_numpy(cut.x), torch.from_numpy(cut.y))
-
-
-def _held_in_order(
-    experiment: Experiment, examples: Examples, offsets: np.ndarray
-) -> FederatedData:
-    """Clients' data, whose last rows are held out; those are the test set together."""
-    order = np.arange(offsets[-1])
-    holdout, seed = experiment.holdout, experiment.seed
-    data = FederatedData(examples, None, order, offsets, holdout, seed)
-    held = [data.rows(client, "test") for client in range(data.population)]
-    rows = torch.from_numpy(np.concatenate(held))
-    test = Examples(examples.x[rows], examples.y[rows])
-    return FederatedData(examples, test, order, offsets, holdout, seed)

@@ -86,10 +86,10 @@ def test_the_base_is_what_is_frozen_and_nothing_else() -> None:
     with torch.no_grad():
         task.model.head.weight += 1
         task.model.get_buffer("passing").add_(1)
-    assert task.base_sha256 == base
+    assert task.with_model(task.model).base_sha256 == base
     with torch.no_grad():
         task.model.get_buffer("scale")[0] += 2**-20
-    assert task.base_sha256 != base
+    assert task.with_model(task.model).base_sha256 != base
     assert task.with_model(nn.Linear(5, 2)).base_sha256 == ""
 
 

@@ -5,6 +5,9 @@ w_t  the start of the client in a captured round   w_t'  its end   l  loss of on
     loss drop   mean over rounds of l(w_t) - l(w_t'): training lowers the loss of the
                 examples that it saw (after Yeom et al., IEEE CSF 2018)
     gradient    mean over rounds of the cosine of w_t - w_t' and of l's gradient at w_t
+    base        of text: mean over rounds of l(w) - l(w_t'), w the parameters as they
+                were published, a model that never saw the client (after Carlini et al.,
+                USENIX Security 2021, who compare with another model's perplexity)
 Higher: rather a member. The candidates come without a mark which of them are members.
 """
 
@@ -36,10 +39,16 @@ def scores(seen: Sequence[Observation], x: Tree, y: Tensor) -> dict[str, Tensor]
         after = losses(exchange, exchange.wT, x, y)
         drops.append(before - after)
         cosines.append(gradient_cosines(exchange, x, y))
-    return {
+    found = {
         "loss_drop": torch.stack(drops).mean(0),
         "gradient": torch.stack(cosines).mean(0),
     }
+    if seen[-1].public.vocabulary is not None:
+        # In the first round they are the client's start, and say what loss_drop says.
+        published = losses(seen[-1], {}, x, y)
+        ends = [losses(exchange, exchange.wT, x, y) for exchange in seen]
+        found["base"] = published - torch.stack(ends).mean(0)
+    return found
 
 
 @torch.no_grad()

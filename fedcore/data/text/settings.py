@@ -22,8 +22,8 @@ class TextSettings(BaseModel):
     tokens: str = Field(
         "characters",
         min_length=1,
-        description="characters, bytes, bpe (trained on the base text), or the folder "
-        "of a tokenizer of Hugging Face",
+        description="characters or bpe (of the base text), bytes, or the folder of a "
+        "tokenizer of Hugging Face; with a base, the one that it has",
     )
     vocabulary: int = Field(
         512, ge=257, le=2**20, description="bpe: entries of the vocabulary"
@@ -35,8 +35,8 @@ class TextSettings(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="share of the characters, by clients in order of appearance, that "
-        "the base model is pretrained on; those clients take no part",
+        description="share of all characters, by clients in order of appearance, that "
+        "a base model is pretrained on; these clients take no part",
     )
     least: int = Field(
         0,
@@ -44,9 +44,9 @@ class TextSettings(BaseModel):
         description="characters that a client has at least; smaller ones take no "
         "part, and are tested on as unseen clients",
     )
-    classes: int = Field(
-        10,
+    classes: int | None = Field(
+        None,
         ge=2,
-        description='shakespeare with target = "label": largest roles that are told '
-        "apart",
+        description='target = "label": classes; shakespeare: the largest roles, '
+        "default 10; texts: default those of the data, needed on a device",
     )

@@ -25,7 +25,7 @@ PIECE = 10_000  # characters in one piece of text that a tokenizer is trained on
 SPECIAL = ("special_tokens_map.json", "tokenizer_config.json")
 MISSING = (
     "it needs the package tokenizers, which is not installed: "
-    "pip install 'fedcore[hf]', or use text.tokens = \"characters\" or \"bytes\""
+    'pip install \'fedcore[hf]\', or use text.tokens = "characters" or "bytes"'
 )
 
 
@@ -232,8 +232,7 @@ def from_folder(folder: Path) -> Subwords:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise SettingsError(
-            f'text.tokens = "{folder}": {reason}; expected a folder with '
-            "tokenizer.json"
+            f'text.tokens = "{folder}": {reason}; expected a folder with tokenizer.json'
         ) from error
 
 

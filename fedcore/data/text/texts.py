@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 from fedcore.errors import SettingsError
 
-__all__ = ["Division", "Text", "by_client", "divided", "joined"]
+__all__ = ["Division", "Text", "by_client", "divided", "fingerprints", "joined"]
 
 
 class Text(NamedTuple):
@@ -87,3 +88,18 @@ def _nobody(
 def joined(texts: dict[str, str]) -> str:
     """The text of several clients as one, a newline between two of them."""
     return "\n".join(texts.values())
+
+
+def fingerprints(texts: dict[str, str]) -> list[str]:
+    """The sha256 of each client's text, its first 64 bits in hex, in order.
+
+    They tell whether a base has seen a text, without telling the text.
+
+    >>> fingerprints({"a": "abc"})
+    ['ba7816bf8f01cfea']
+    """
+    digests = []
+    for text in texts.values():
+        content = text.encode("utf-8", errors="surrogatepass")
+        digests.append(hashlib.sha256(content).hexdigest()[:16])
+    return digests

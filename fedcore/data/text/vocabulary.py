@@ -11,7 +11,7 @@ from fedcore.data.text.settings import TextSettings
 from fedcore.data.text.tokens import Bytes, Characters, Tokenizer, printable
 from fedcore.errors import SettingsError
 
-__all__ = ["encoded", "new_tokenizer"]
+__all__ = ["encoded", "kind_of", "new_tokenizer"]
 
 
 def new_tokenizer(settings: TextSettings, base: str, usual: str = "") -> Tokenizer:
@@ -34,6 +34,15 @@ def new_tokenizer(settings: TextSettings, base: str, usual: str = "") -> Tokeniz
             "set text.base, or base to the folder of a model that has a tokenizer"
         )
     return subwords.trained(base, settings.vocabulary)
+
+
+def kind_of(tokens: str) -> str:
+    """The kind of tokenizer that `text.tokens` asks for.
+
+    >>> kind_of("bytes"), kind_of("bpe")
+    ('bytes', 'subwords')
+    """
+    return tokens if tokens in (Characters.kind, Bytes.kind) else "subwords"
 
 
 def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:

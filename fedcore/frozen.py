@@ -36,7 +36,7 @@ def frozen_sha256(model: nn.Module) -> str:
         tensor = frozen[name].detach().cpu().contiguous()
         kind = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name} {kind} {list(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -164,11 +164,11 @@ def checked_tests(
         )
     checked = {}
     for name, examples in tests.items():
-        word = name if isinstance(name, str) else ""
-        if not word.isidentifier() or word.partition("_")[0] in TAKEN:
+        is_word = isinstance(name, str) and name.isascii() and name.isalnum()
+        if not is_word or name[0].isdigit() or name in TAKEN:
             raise SettingsError(
-                f"extra_tests holds {name!r}: expected a name of letters, digits and "
-                f"underscores that is not taken ({', '.join(sorted(TAKEN))}), e.g. "
+                f"extra_tests holds {name!r}: expected a name of letters and digits "
+                f"other than {', '.join(sorted(TAKEN))}, e.g. "
                 '{"unseen": Examples(x, y)}'
             )
         x, y = as_examples(f'extra_tests["{name}"]', examples)

@@ -79,7 +79,7 @@ def test_sums_are_over_rounds() -> None:
     assert rows.total("reports") == 6
     assert rows.total("late_answers") == 2
     assert rows.dropped() == {"dropout": 2, "NaN": 2}
-    assert rows.sent().tolist() == [70, 140]
+    assert rows.sent().tolist() == [0, 70, 140]
 
 
 def test_a_round_is_fruitless_where_all_fail_but_not_where_all_drop_out() -> None:

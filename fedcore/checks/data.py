@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedcore import trees
 from fedcore.arrays import leaves
 from fedcore.checks.gradient import in_short
+from fedcore.checks.sizes import check_sizes, check_tokens
 from fedcore.errors import SettingsError
 from fedcore.types import Params, Tree
 
@@ -51,9 +52,13 @@ def check_data(task: Task) -> None:
     sets = [_Set("train", task.data.x, task.data.y), _Set("test", *task.data.test)]
     if task.proxy is not None:
         sets.append(_Set("proxy", *task.proxy))
+    for name, examples in task.extra_tests.items():
+        sets.append(_Set(f'extra_tests["{name}"]', *examples))
+    for name, _, y in sets:
+        check_sizes(task, name, y)
     with task.evaluating(), torch.random.fork_rng(devices=[]):
-        for examples in sets:
-            if len(examples.y) and not _fits(task, params, examples):
+        for tried in sets:
+            if len(tried.y) and not _fits(task, params, tried):
                 return  # the task's own trial tells, and what follows may fail as well
 
 
@@ -91,7 +96,10 @@ def _fits(task: Task, params: Params, examples: _Set) -> bool:
     outputs = _outputs(task, params, examples, rows)
     if not isinstance(outputs, Tensor):
         return False
-    check_labels(examples.name, examples.y, task.metrics["loss"], outputs)
+    counts = None if task.size is None else task.size(examples.y) > 0
+    loss = task.metrics["loss"]
+    check_labels(examples.name, examples.y, loss, outputs, counts)
+    check_tokens(task, examples.name, examples.y, outputs)
     for name, metric in task.metrics.items():
         if not _takes(name, metric, examples, outputs, rows):
             return False
@@ -189,12 +197,17 @@ def _type_name(x: Tensor) -> str:
 
 
 def check_labels(
-    name: str, y: Tensor, loss: Callable[..., Any], outputs: Tensor
+    name: str,
+    y: Tensor,
+    loss: Callable[..., Any],
+    outputs: Tensor,
+    counts: Tensor | None = None,
 ) -> None:
     """Raises SettingsError for labels y of the set `name` that are no class.
 
     `y` [n, ...], `outputs` [B, classes, ...] of any B; only losses that are known to be
-    over classes are looked at.
+    over classes are looked at. `counts` [n] says which examples count, by default all:
+    others need no label.
     """
     ignored = ignored_label(loss)
     if ignored is None or outputs.ndim < 2 or y.ndim != outputs.ndim - 1:
@@ -214,7 +227,10 @@ def check_labels(
     if y.ndim > 1:
         # A position may be ignored, beside others of its example that count.
         is_ignored = (y == ignored).reshape(len(y), -1)
-        is_bad &= ~is_ignored | is_ignored.all(1, keepdim=True)
+        has_none = is_ignored.all(1, keepdim=True)
+        if counts is not None:
+            has_none &= counts[:, None]
+        is_bad &= ~is_ignored | has_none
     if not bool(is_bad.any()):
         return
     row = int(is_bad.any(1).nonzero()[0])

@@ -32,6 +32,8 @@ def check_task(task: Task) -> None:
         _try(task, "examples", task.data.x, task.data.y)
         if task.proxy is not None:
             _try(task, "proxy examples", task.proxy.x, task.proxy.y)
+        for name, examples in task.extra_tests.items():
+            _try(task, f'examples of extra_tests["{name}"]', examples.x, examples.y)
     examine(task)
 
 

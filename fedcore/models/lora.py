@@ -33,7 +33,7 @@ from torch.nn import functional
 from fedcore.errors import SettingsError
 from fedcore.split import Parts, split
 
-__all__ = ["Form", "LoraLinear", "LoraSettings", "scale_of", "with_lora"]
+__all__ = ["Form", "LoraLinear", "LoraSettings", "scale_of", "scales", "with_lora"]
 
 Form = Literal["lora", "rslora", "dora"]
 
@@ -152,6 +152,25 @@ class LoraLinear(nn.Linear):
     def extra_repr(self) -> str:
         rank = self.lora_A.shape[0]
         return f"{super().extra_repr()}, rank={rank}, scale={self.scale:g}"
+
+
+def scales(model: nn.Module) -> dict[str, float]:
+    """s of each layer with an adapter, by its name.
+
+    A model that makes its adapters itself has them as `lora_scales`.
+
+    >>> model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    >>> scales(with_lora(model, LoraSettings(rank=2, alpha=8)))
+    {'0': 4.0}
+    """
+    own: dict[str, float] | None = getattr(model, "lora_scales", None)
+    if own is not None:
+        return own
+    by_layer = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLinear):
+            by_layer[name] = layer.scale
+    return by_layer
 
 
 def with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:

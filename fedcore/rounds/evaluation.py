@@ -91,6 +91,19 @@ class Evaluation:
         row["evaluation_s"] = round(time.perf_counter() - begin, 4)
         return row
 
+    def before(self, state: State, folder: Path) -> dict[str, Any]:
+        """The measures of the model that a run starts with, before its first round."""
+        begin = time.perf_counter()
+        try:
+            row = self.row(state.server, -1, False)
+        except FedcoreError:
+            raise
+        except Exception as error:
+            params = state.server.params
+            raise evaluation_fault(self._task, params, error, 0, folder) from error
+        row["evaluation_s"] = round(time.perf_counter() - begin, 4)
+        return row
+
     def _spent(self, state: State) -> dict[str, Any]:
         """The privacy guarantee up to now; by the slower accountant after the last."""
         if self._mechanism is None:
@@ -105,7 +118,10 @@ class Evaluation:
         return {"privacy": guarantee.to_dict()}
 
     def row(self, server: Any, t: int, is_last: bool) -> dict[str, Any]:
-        """Measures after round t: of the global test set, and over clients."""
+        """Measures after round t: of the global test set, and over clients.
+
+        t = -1: before the first round.
+        """
         directions = {}
         for name, is_higher in self._task.measures.items():
             directions[name] = "higher" if is_higher else "lower"
@@ -117,6 +133,9 @@ class Evaluation:
             row[f"test_{name}"] = value
         if extra:
             row |= {"extra_tests": list(self._task.extra_tests), **extra}
+        if self._task.sample is not None and (is_last or t < 0):
+            with torch_seed(self._seed, "sample", device=self._task.device):
+                row["sample"] = self._task.sample(server.params)
         if self._adversary.attack == "backdoor":
             success = backdoor_success(self._task, server.params, self._adversary)
             if success is not None:
@@ -146,9 +165,9 @@ class Evaluation:
         values: dict[str, Tensor] = {}
         counts: list[Tensor] = []
         down = Model(server.params)
-        reports = self._desk.engine.each(fn, self._clients, down, t)
+        reports = self._desk.engine.each(fn, self._clients, down, max(t, 0))
         for report, readout in read(reports):
-            self._desk.heard(t, report.failed)
+            self._desk.heard(max(t, 0), report.failed)
             failed.update(report.failed)
             if len(report.clients) == 0:
                 continue
@@ -158,7 +177,9 @@ class Evaluation:
                 pieces.setdefault(name, []).append(column[has_examples])
             num_examples = self._capped(readout.num_examples)
             counts.append(num_examples[has_examples].double())
-            self._desk.table.add(t + 1, fn.__name__, readout._replace(metrics=values))
+            if t >= 0:  # the table's rows are those of rounds
+                own = readout._replace(metrics=values)
+                self._desk.table.add(t + 1, fn.__name__, own)
         if sum(map(len, counts)) == 0:
             return {}
         columns = {name: torch.cat(parts) for name, parts in pieces.items()}

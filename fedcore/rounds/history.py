@@ -94,14 +94,32 @@ class History:
         return total
 
     def sent(self) -> np.ndarray:
-        """Bytes sent up to each round, down and up together. [rounds]"""
-        return np.cumsum([row["bytes_down"] + row["bytes_up"] for row in self.rows])
+        """Bytes sent up to each round, down and up together. [rounds + 1]
+
+        Before the first, none.
+        """
+        sent = [row["bytes_down"] + row["bytes_up"] for row in self.rows]
+        return np.cumsum([0, *sent])
+
+    @property
+    def baseline(self) -> Row:
+        """The evaluation before the first round, as of round 0.
+
+        Empty for a run that began with a model that nobody had trained.
+        """
+        before = self.rows[0].get("baseline") if self.rows else None
+        return {"round": 0, **before} if before else {}
+
+    @property
+    def evaluations(self) -> list[Row]:
+        """The rows of rounds, after the baseline where there is one."""
+        before = self.baseline
+        return [before, *self.rows] if before else self.rows
 
     def points(self, key: str) -> list[tuple[int, Any]]:
-        """(round, value) of every round that has a value."""
-        return [
-            (row["round"], row[key]) for row in self.rows if row.get(key) is not None
-        ]
+        """(round, value) of every round that has a value, 0 for the baseline."""
+        rows = self.evaluations
+        return [(row["round"], row[key]) for row in rows if row.get(key) is not None]
 
     def last_row(self, key: str) -> Row:
         """The last row that has a value of `key`; empty where none has."""
@@ -125,6 +143,11 @@ class History:
             if "test_loss" in row or "evaluation_s" in row:
                 return row
         return {}
+
+    @property
+    def extra_tests(self) -> list[str]:
+        """Names of the test sets beside the test set."""
+        return list(self.last("extra_tests") or ())
 
     @property
     def score(self) -> float | None:

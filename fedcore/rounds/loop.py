@@ -33,7 +33,7 @@ from fedcore.rounds.rundir import (
     write_settings,
 )
 from fedcore.rounds.saving import Saving, State, read_header
-from fedcore.rounds.setup import MakeEngine, Parts, prepare
+from fedcore.rounds.setup import MakeEngine, Parts, prepare, starts_trained
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
 from fedcore.rounds.tally import Exchange, Tally
 from fedcore.rounds.watch import Watch
@@ -239,7 +239,13 @@ class Loop:
         return outcome(self.experiment, self.task, history, params, self.folder)
 
     def round(self) -> dict[str, Any]:
-        """One round: the row that metrics.jsonl gets. Replaces `self.state`."""
+        """One round: the row that metrics.jsonl gets. Replaces `self.state`.
+
+        The first row holds the measures before it, of a model that was not begun anew.
+        """
+        before = {}
+        if self.state.t == 0 and starts_trained(self.experiment):
+            before["baseline"] = self._evaluation.before(self.state, self.folder)
         begin, late, t = time.perf_counter(), self.engine.late, self.state.t
         cohort, participation = self.process.sample(t, self.state.participation)
         self.captures.begin(t, cohort)
@@ -263,7 +269,7 @@ class Loop:
             kept = (self.state.aggregation, self.state.adversary)
         after = State(t + 1, server, participation, sent, *kept)
         now = time.perf_counter()
-        row: dict[str, Any] = {"round": t + 1, **tally.row(), **watched}
+        row: dict[str, Any] = {"round": t + 1, **before, **tally.row(), **watched}
         if self._changed:
             row["changed"], self._changed = self._changed, {}
         row["seconds"] = round(now - begin, 4)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedcore.config import Experiment
     from fedcore.task import Task
 
-WHOLE = ("measures", "extra_tests")
+WHOLE = ("measures", "extra_tests", "sample")
 LAST = ("test_", "client_", "finetuned_", "nmsd_", "privacy")
 
 

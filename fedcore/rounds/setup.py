@@ -143,6 +143,12 @@ def _arrival_rates(experiment: Experiment, process: Process) -> Tensor | None:
     return torch.from_numpy(process.rates * (1 - experiment.participation.dropout))
 
 
+def starts_trained(experiment: Experiment) -> bool:
+    """Whether the model's first weights are those of an earlier training."""
+    path = getattr(experiment.model, "path", None)
+    return any(file is not None for file in (experiment.base, experiment.initial, path))
+
+
 def _start(experiment: Experiment, params: Params) -> Start | None:
     if experiment.initial is None:
         return None

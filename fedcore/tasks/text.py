@@ -188,19 +188,17 @@ def _refuse_other_model(
 
 def _refuse_seen(experiment: Experiment, folder: Path, division: Division) -> None:
     """Raise SettingsError where the base has seen a client's text."""
-    seen = set(read_facts(folder).get("texts", []))
+    facts = read_facts(folder)
+    seen = set(facts.get("texts", []))
+    share = facts.get("settings", {}).get("text", {}).get("base")
     for texts in (division.clients, division.unseen):
         for name, digest in zip(texts, fingerprints(texts), strict=True):
             if digest in seen:
                 raise SettingsError(
-                    f'base = {folder}: it was pretrained on the text of client "{name}"'
-                    f"; set text.base = {experiment.text.base} as it was, "
-                    f"{_share(folder)}, or pretrain another"
+                    f"text.base = {experiment.text.base}: base = {folder} was "
+                    f"pretrained with text.base = {share}, and has seen the text of "
+                    f'client "{name}"; set that, or pretrain another'
                 )
-
-
-def _share(folder: Path) -> Any:
-    return read_facts(folder).get("settings", {}).get("text", {}).get("base")
 
 
 def text_model(experiment: Experiment, shape: TextShape) -> nn.Module:

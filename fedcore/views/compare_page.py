@@ -26,7 +26,7 @@ from fedcore.views.figures import (
     thin,
 )
 from fedcore.views.page import THEME, render
-from fedcore.views.text import direction_text, rate_text
+from fedcore.views.text import PERCENT, direction_text, rate_text
 
 __all__ = ["explanation", "stat_text", "table", "write"]
 
@@ -79,7 +79,8 @@ def stat_text(measure: str, stat: Stat | None, judge: str = "accuracy") -> str:
     if measure == "seconds":
         return f"{stat.mean:,.0f}" if stat.mean >= 100 else f"{stat.mean:.3g}"
     is_of_clients = measure.startswith(("client_", "finetuned_"))
-    if measure == "test_accuracy" or (is_of_clients and judge == "accuracy"):
+    name = judge if is_of_clients else measure.partition("_")[2]
+    if name in PERCENT:
         mean, std = f"{stat.mean:.2%}", f"{stat.std or 0:.2%}"
     else:
         mean, std = f"{stat.mean:.4g}", f"{stat.std or 0:.2g}"

@@ -55,8 +55,9 @@ class Run(NamedTuple):
             "seconds": round(self.history.total("seconds"), 4),
             "clients_per_second": round(self.history.clients_per_second, 2),
         }
+        tests = ("test_", *(f"{name}_" for name in self.history.extra_tests))
         for key, value in last.items():
-            if key.startswith("test_") or key in OPTIMUM:
+            if key.startswith(tests) or key in OPTIMUM:
                 values[key] = value
         for part in CLIENT_PARTS:
             values[f"client_{part}"] = clients.get(part)
@@ -125,7 +126,14 @@ class Comparison:
     @property
     def columns(self) -> dict[str, str]:
         """Every measure, and its name in the table; "" = in compare.json only."""
-        tests = {f"test_{name}": f"test {name}" for name in self.measures}
+        kinds = ["test"]
+        for runs in self.runs.values():
+            for run in runs:
+                kinds += run.history.extra_tests
+        tests = {}
+        for kind in dict.fromkeys(kinds):
+            for name in self.measures:
+                tests[f"{kind}_{name}"] = f"{kind} {name}"
         return tests | REST
 
     @property
@@ -178,6 +186,6 @@ def curve(runs: Sequence[Run], key: str) -> Curve:
         sent.append(run.history.sent())
         rounds = values.keys() & (values.keys() if rounds is None else rounds)
     points = sorted(rounds or ())
-    mean_sent = [np.mean([totals[number - 1] for totals in sent]) for number in points]
+    mean_sent = [np.mean([totals[number] for totals in sent]) for number in points]
     measured = [[values[number] for number in points] for values in seeds]
     return Curve(np.array(points), np.array(mean_sent), np.array(measured))

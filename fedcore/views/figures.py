@@ -24,6 +24,7 @@ from matplotlib.ticker import (
 
 from fedcore.escapes import printable
 from fedcore.views.page import THEME
+from fedcore.views.text import PERCENT
 
 __all__ = [
     "INK",
@@ -172,7 +173,7 @@ def shape_axes(axes: Axes, measure: str, values: Sequence[float], right: float) 
     logarithmic scale.
     """
     low, high = min(values), max(values)
-    if measure == "accuracy":
+    if measure in PERCENT:
         room = max(0.06 * (high - low), 0.01)
         axes.set_ylim(max(low - room, -0.02), min(high + 1.5 * room, 1.02))
         decimals = 0 if high - low > 0.04 else 1

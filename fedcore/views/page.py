@@ -275,6 +275,9 @@ The first {{ troubles|length - 1 }} of {{ num_troubles }} clients that were left
 clipped, weighted below half of the mean, or three times as long as the median;
 clients.parquet has all.</p>
 {% endif %}</details>{% endif %}
+{% for when, text in samples %}<details open>
+<summary>Text that the model writes, {{ when }}</summary><pre>{{ text }}</pre></details>
+{% endfor %}
 {% if evaluations %}<details><summary>Every evaluation</summary>
 {{ table(evaluations[0], evaluations[1:]) }}</details>{% endif %}
 <details><summary>Settings (config.toml)</summary><pre>{{ config }}</pre></details>

@@ -27,7 +27,7 @@ from fedcore.views.figures import (
     ticks,
 )
 from fedcore.views.run_record import Measured, RunRecord
-from fedcore.views.text import shortened, time_text, value_text
+from fedcore.views.text import PERCENT, shortened, time_text, value_text
 
 __all__ = ["partition_text", "sections"]
 
@@ -116,11 +116,11 @@ def _by_round(measure: str, test: Points, train: Points) -> Plot:
 def _by_bytes(history: History, measure: str, test: Points) -> Plot:
     sent = history.sent()
     size, unit = byte_unit(sent[-1])
-    points = [(sent[number - 1] / size, value) for number, value in test]
+    points = [(sent[number] / size, value) for number, value in test]
     figure, axes = new_figure()
     axes.set(xlabel=f"{unit} sent", ylabel=measure)
     # Multiplied before it is divided: the last digit of the axis' limit depends on it.
-    right = LABEL_ROOM * sent[test[-1][0] - 1] / size
+    right = LABEL_ROOM * sent[test[-1][0]] / size
     shape_axes(axes, measure, [value for _, value in test], right)
     _line(axes, points, measure)
     caption = (
@@ -196,7 +196,7 @@ def _client_spread(
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return None
-    is_percent = measure == "accuracy"
+    is_percent = measure in PERCENT
     figure, axes = new_figure()
     bins = np.linspace(0, 1, 21).tolist() if is_percent else 30
     axes.hist(values, bins=bins, color=SERIES[0], alpha=0.85, rwidth=0.92)

@@ -14,6 +14,7 @@ from matplotlib import rc_context
 from fedcore import __version__
 from fedcore.errors import FedcoreError
 from fedcore.privacy import describe
+from fedcore.rounds.history import History
 from fedcore.rounds.tally import first_clients
 from fedcore.rounds.trouble import FAILING, LONG, Trouble
 from fedcore.rounds.watch import clients_text
@@ -99,6 +100,7 @@ def _page(run: RunRecord) -> str:
         troubles=_troubles(run.troubles),
         num_troubles=len(run.troubles),
         evaluations=_evaluations(run),
+        samples=_samples(run.history),
         config=(run.folder / "config.toml").read_text(),
         environment=environment,
         version=__version__,
@@ -195,6 +197,9 @@ def _test_text(run: RunRecord) -> str:
     text = f"{model} reaches {value_text(measure, reached)} test {named}"
     if measure != "loss" and loss is not None:
         text += f" (loss {loss:.4g})"
+    before = history.baseline.get(f"test_{measure}")
+    if before is not None:
+        text += f", from {value_text(measure, before)} before the first round"
     return f"{text}."
 
 
@@ -291,6 +296,9 @@ def _test_fact(run: RunRecord) -> Fact:
     detail = f"after round {row['round']}"
     if run.measure != "loss" and row.get("test_loss") is not None:
         detail += f", loss {row['test_loss']:.4g}"
+    before = run.history.baseline.get(key)
+    if before is not None:
+        detail += f"; {value_text(run.measure, before)} before"
     if run.federation.is_personal:
         return Fact("unseen client", value, f"on the test set {detail}")
     return Fact(f"test {run.measure}", value, detail)
@@ -376,12 +384,24 @@ def _times(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
+def _samples(history: History) -> list[tuple[str, str]]:
+    """(when, text) of what the model wrote before and after the run."""
+    samples = []
+    for row in history.evaluations:
+        if isinstance(row.get("sample"), str):
+            number = row["round"]
+            when = f"after round {number}" if number else "before the first round"
+            samples.append((when, row["sample"]))
+    return samples
+
+
 def _evaluations(run: RunRecord) -> list[list[str]]:
     """A row for each evaluation, the head first; empty without one."""
     tests, clients = set(), set()
+    prefixes = ("test_", *(f"{name}_" for name in run.history.extra_tests))
     for row in run.history:
         for key, value in row.items():
-            if key.startswith("test_"):
+            if key.startswith(prefixes):
                 tests.add(key)
             elif key.startswith("client_") and isinstance(value, dict):
                 clients.add(key)
@@ -398,12 +418,13 @@ def _evaluations(run: RunRecord) -> list[list[str]]:
         name = key.replace("_", " ")
         head += [f"{name} {part}" for part in CLIENT_PARTS]
     sent = run.history.sent()
-    evaluated = [row for row in run.history if row.keys() & (tests | clients)]
+    rows = run.history.evaluations
+    evaluated = [row for row in rows if row.keys() & (tests | clients)]
     body = []
     for row in thin(evaluated):
-        line = [str(row["round"]), size_text(float(sent[row["round"] - 1]))]
+        line = [str(row["round"]), size_text(float(sent[row["round"]]))]
         for key in sorted(tests, key=place):
-            line.append(value_text(key.removeprefix("test_"), row.get(key), 2))
+            line.append(value_text(key.partition("_")[2], row.get(key), 2))
         for key in sorted(clients, key=place):
             measure, spread = key.removeprefix("client_"), row.get(key) or {}
             line += [value_text(measure, spread.get(part), 2) for part in CLIENT_PARTS]

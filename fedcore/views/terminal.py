@@ -28,7 +28,7 @@ from fedcore.escapes import escaped
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.storage.memory import size_text
-from fedcore.views.text import rate_text, time_text, value_text
+from fedcore.views.text import PERCENT, rate_text, time_text, value_text
 
 __all__ = ["AuditTerminal", "Terminal", "show_result"]
 
@@ -267,8 +267,14 @@ def show_result(result: Result, report: Path | None) -> None:
     final = result.final
     lines = {"method": f"{result.method}, {result.engine} engine, seed {result.seed}"}
     judge, *others = result.measures
-    for name in (judge, *others):
-        lines[f"test {name}"] = _number(name, final.get(f"test_{name}"))
+    history = History(result.history)
+    for kind in ("test", *history.extra_tests):
+        for name in (judge, *others):
+            text = _number(name, final.get(f"{kind}_{name}"))
+            before = history.baseline.get(f"{kind}_{name}")
+            if before is not None:
+                text += f", {_number(name, before)} before the first round"
+            lines[f"{kind} {name}"] = text
     clients, tuned = (final.get(f"{of}_{judge}") for of in ("client", "finetuned"))
     if clients:
         lines[f"{judge} per client"] = _spread_text(judge, clients)
@@ -317,6 +323,6 @@ def _spread_text(measure: str, clients: dict[str, float | None]) -> str:
 
 def _number(measure: str, value: float | None, decimals: int = 2) -> str:
     """An accuracy in percent, any other measure with four decimals if it has them."""
-    if value is not None and measure != "accuracy" and 1e-3 <= abs(value) < 1e4:
+    if value is not None and measure not in PERCENT and 1e-3 <= abs(value) < 1e4:
         return f"{value:.4f}"
     return value_text(measure, value, decimals)

@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from fedcore.escapes import escaped
 
 __all__ = [
+    "PERCENT",
     "count_text",
     "direction_text",
     "rate_text",
@@ -17,6 +18,9 @@ __all__ = [
     "time_text",
     "value_text",
 ]
+
+
+PERCENT = ("accuracy", "token_accuracy")  # measures that are shown in percent
 
 
 def table_text(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -52,7 +56,7 @@ def value_text(measure: str, value: float | None, digits: int = 1) -> str:
     """
     if value is None:
         return "-"
-    if measure == "accuracy":
+    if measure in PERCENT:
         return f"{value:.{digits}%}"
     significant = 3 if digits == 0 else 4
     return f"{value:.{significant}g}"

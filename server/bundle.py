@@ -23,7 +23,7 @@ version = "{__version__}"
 
 [tool.flwr.app]
 publisher = "fedcore"
-fab-include = ["**/*.py", "**/*.toml", "**/*.json"]
+fab-include = ["**/*.py", "**/*.toml"MORE]
 
 [tool.flwr.app.components]
 serverapp = "fedcore.server.app:app"
@@ -41,9 +41,10 @@ def bundle_of(experiment: Experiment) -> Fab:
     With the data that fedcore carries where the task needs them: every node gets it.
     """
     data = {shakespeare.FILE} if experiment.task == "shakespeare" else set()
+    more = ', "**/*.json"' if data else ""  # Flower refuses a pattern without a file
     root = Path(fedcore.__file__).parent.parent
     files: dict[str, bytes | Path] = {
-        "pyproject.toml": PYPROJECT.encode(),
+        "pyproject.toml": PYPROJECT.replace("MORE", more).encode(),
         PRESET: experiment.to_toml().encode(),
     }
     for folder in _folders():

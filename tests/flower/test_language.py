@@ -244,6 +244,7 @@ def test_a_device_without_the_pretrained_model_says_which_setting_names_it(
     assert "--set model.path=DIR" in said["not-ready"]
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's
 def test_a_node_gets_the_plays_with_the_app_where_the_task_needs_them() -> None:
     text = "fedcore/data/text/shakespeare.json"
     for task, expected in (("shakespeare", True), ("digits", False)):

@@ -72,6 +72,7 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
         experiment.links,
         experiment.defence,
         experiment.adversary,
+        rounds=experiment.rounds,
     )
 
 
@@ -272,7 +273,7 @@ class Assignment:
         down, _ = wire.schemas(self.fn)
         arrived = wire.decode(_arrays(message.content, "down"), down)
         self.down = trees.to(arrived, self.work.task.device)
-        self.initial = self.work.method.init_client(self.work.task.init_params())
+        self.initial = self.work.first_state(self.work.task.init_params())
         keeps_state = bool(trees.leaves(self.initial))
         self.store = _store(context, ask) if keeps_state else None
 

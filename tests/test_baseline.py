@@ -92,7 +92,7 @@ def test_report_comparison_and_terminal_show_the_baseline_and_other_tests(
     assert f"from {value} before the first round" in page
     assert f"; {value} before" in page
     assert "unseen perplexity" in page
-    assert 'Other test sets: &#34;unseen&#34;.' in page
+    assert "Other test sets: &#34;unseen&#34;." in page
     for params in (start.params, result.params):
         assert html.escape(written(params)) in page
     show_result(result, None)

@@ -74,7 +74,9 @@ def _factors(layer: LoraLinear) -> tuple[Tensor, Tensor]:
 def test_only_what_the_settings_say_is_trained() -> None:
     linear = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
     everywhere = [f"blocks.{i}.{name}" for i in range(2) for name in linear]
-    both = [f"{name}.{factor}" for name in everywhere for factor in ("lora_A", "lora_B")]
+    both = [
+        f"{name}.{factor}" for name in everywhere for factor in ("lora_A", "lora_B")
+    ]
     assert trained(vit(rank=2)) == both
     some = trained(vit(rank=2, targets=["qkv", r".*\.0\..*fc1"], freeze="A"))
     assert some == [
@@ -148,7 +150,10 @@ def test_dora_scales_the_rows_of_the_whole_weight() -> None:
     layer = nn.Linear(5, 3).double()
     adapted = LoraLinear(layer, LoraSettings(rank=2, form="dora"))
     given = {"lora_A": (2, 5), "lora_B": (3, 2), "lora_magnitude_vector": (3,)}
-    p = {name: torch.rand(shape, generator=draw).double() for name, shape in given.items()}
+    p = {
+        name: torch.rand(shape, generator=draw).double()
+        for name, shape in given.items()
+    }
     x = torch.rand(4, 5, generator=draw).double()
     W = layer.weight + 2 * p["lora_B"] @ p["lora_A"]
     unit = W / W.square().sum(1, keepdim=True).sqrt()

@@ -191,7 +191,9 @@ def test_fedex_moves_the_weight_by_exactly_the_mean_of_the_products(
         sent = [Pair(left + t, right) for left, right in pairs]
         server.round(sent, examples)
         share = torch.tensor(examples) / sum(examples)
-        mean = sum(w * pair.product for w, pair in zip(share.tolist(), sent, strict=True))
+        mean = sum(
+            w * pair.product for w, pair in zip(share.tolist(), sent, strict=True)
+        )
         # W0 + s B A moves by s P - s B_old A_old, besides the change that is kept.
         assert close(server.update, before + mean, 1e-5)
         lost = mean - server.product

@@ -138,7 +138,7 @@ def test_a_preset_on_adapters_learns(preset: str, tmp_path: Path) -> None:
 def works(form: str, rank: int = RANK) -> tuple[Work, Any]:
     """The work of the clients of exactlora, and its method."""
     preset = {"fedex": "fedexlora"}.get(form, form)
-    e = digits(preset, **{"lora__rank": rank, "lora__alpha": rank})
+    e = digits(preset, lora__rank=rank, lora__alpha=rank)
     task = build_task(e)
     method = load("exactlora")(e.method)
     return Work(task, method, e.local, 0), method

@@ -203,7 +203,8 @@ def clipped(slope: Params, most: float) -> Params:
     {'w': tensor([0.6000, 0.8000])}
     """
     norm = trees.dot(slope, slope).sqrt()
-    return trees.map(lambda g: g * _share_kept(norm, most), slope)
+    short: Params = trees.map(lambda g: g * _share_kept(norm, most), slope)
+    return short
 
 
 def _share_kept(norm: Tensor, most: float) -> Tensor:

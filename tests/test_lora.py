@@ -164,7 +164,7 @@ def test_dora_scales_the_rows_of_the_whole_weight() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_clients_as_one_batch_have_the_gradients_of_single_ones(form: Any) -> None:
     model, x = two_layers(form=form), torch.rand(4, 5).double()
-    names = {name for name in trained(model)}
+    names = set(trained(model))
     own = {n: p.detach() for n, p in model.named_parameters() if n in names}
     clients = {n: torch.rand(6, *p.shape).double() + 0.1 for n, p in own.items()}
     change = {"0.lora_change": torch.rand(3, 5).double()}

@@ -117,6 +117,7 @@ class HuggingFace(BaseModel):
                 'decoder ("llama", "gpt2") or an encoder ("bert")'
             )
         _still(config)
+        config.use_cache = False  # of keys and values, which nothing here asks for
         return config
 
     def _refuse_unknown(self, config: Any) -> None:

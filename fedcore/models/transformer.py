@@ -63,7 +63,6 @@ class PretrainedText(nn.Module):
         outputs: Any = self.inner(
             input_ids=ids,
             attention_mask=self.mask(ids),
-            use_cache=False,
             return_dict=True,
             **more,
         )

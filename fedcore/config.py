@@ -183,7 +183,8 @@ class Experiment(_Section):
     task: str = Field(
         "digits",
         description="digits, fashion-mnist, cifar10, shakespeare, texts, "
-        'least-squares, or your own "package.module:make_task"; from Python also the function',
+        'least-squares, or your own "package.module:make_task"; from Python also the '
+        "function",
     )
     rounds: int = Field(30, ge=1, description="T, rounds")
     seed: int = Field(0, ge=0, description="of everything that is drawn")

@@ -72,6 +72,7 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
         experiment.links,
         experiment.defence,
         experiment.adversary,
+        rounds=experiment.rounds,
     )
 
 
@@ -272,7 +273,7 @@ class Assignment:
         down, _ = wire.schemas(self.fn)
         arrived = wire.decode(_arrays(message.content, "down"), down)
         self.down = trees.to(arrived, self.work.task.device)
-        self.initial = self.work.method.init_client(self.work.task.init_params())
+        self.initial = self.work.first_state(self.work.task.init_params())
         keeps_state = bool(trees.leaves(self.initial))
         self.store = _store(context, ask) if keeps_state else None
 
@@ -287,7 +288,13 @@ class Assignment:
         record = wire.encode(up)
         if self.store is not None and not evaluates(self.fn):
             self.store.save(client, self.moment, state, self.safe)
-        return record, int(self.work.num_examples(self.fn, [client]))
+        count = float(self.work.num_examples(self.fn, [client]))
+        if not count.is_integer():
+            raise RunError(
+                f"the sizes of its examples add up to {count:g}: devices count in "
+                "whole numbers; give the task a size of whole numbers"
+            )
+        return record, int(count)
 
 
 def _client_function(work: Work, name: str) -> ClientFunction:

@@ -18,11 +18,11 @@ from pydantic import (
 )
 
 from fedcore import method as methods
-from fedcore.data.federated import LocalSettings
 from fedcore.data.partition import Dirichlet, PartitionSettings
 from fedcore.data.text.settings import TextSettings
 from fedcore.errors import SettingsError
 from fedcore.escapes import shortened
+from fedcore.local_settings import LocalSettings
 from fedcore.messages.adversary.settings import AdversarySettings
 from fedcore.messages.aggregation.settings import AggregationSettings
 from fedcore.messages.defence import DefenceSettings

@@ -1,5 +1,7 @@
 """A client's work: local SGD with hooks, and the full gradient.
 
+Steps are those of SGD unless the run's `[local]` settings make them others
+(`fedcore.optimizers`).
 Both are pure, and batch over clients. Whoever runs clients may give local steps to a
 runner of its own (`steps_run_by`), which computes the same faster; without one, as in
 the sequential engine and on devices, a step runs as it is written.
@@ -18,7 +20,17 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from fedcore import trees
+from fedcore import optimizers, trees
+from fedcore.optimizers import (
+    PLAIN,
+    Moments,
+    Recipe,
+    Session,
+    adamw,
+    clipped,
+    rounded,
+    wide,
+)
 from fedcore.statistics import statistics_moved
 from fedcore.task import Task
 from fedcore.types import Batches, Params, Tree
@@ -36,6 +48,9 @@ __all__ = [
 
 Loss = Callable[[Params, Tree, Tensor, Tensor], Tensor]
 """(params, x [B, ...], y [B, ...], mask [B]) -> mean loss over real examples, 0-d."""
+
+Weigh = Callable[[Tensor, Tensor], Tensor]
+"""(y [B, ...], mask [B]) -> how much each example counts, [B]."""
 
 Step = Callable[[Any], Tree]
 """A pure function of one tree of tensors."""
@@ -95,22 +110,34 @@ def local_sgd(
     are parameters of the model that stay. A batch that is all padding moves nothing,
     whatever the hooks: ragged clients train side by side. Statistics that are among
     params take no such step, but become what the forward makes of them.
+
+    With `[local]` settings of the run g passes clipping before the momentum, or the
+    optimizer in its place, and `lr` follows the schedule.
     """
-    hooks = _Hooks(None if isinstance(lr, Tensor) else lr, prox, momentum, weight_decay)
-    step = functools.partial(_step, loss, hooks)
+    session = optimizers.now()
+    recipe = PLAIN if session is None else session.recipe
+    number = None if isinstance(lr, Tensor) else lr
+    hooks = _Hooks(number, prox, momentum, weight_decay, recipe)
+    weigh = None if session is None else session.task.weights
+    step = functools.partial(_step, loss, weigh, hooks)
     names = tuple(params), tuple(fixed or ()), bool(correction)
     kind = _kind_of(loss, hooks, names)
     runner = _runner.get() if kind is not None else None
 
-    y, v = params, trees.zeros_like(params) if momentum else {}
+    y, v = params, _first_memory(params, hooks, session)
     center = (params if center is None else center) if prox else {}
+    share = () if session is None or session.share is None else session.share
     constants = _Constants(
-        fixed or {}, correction or {}, center, lr if isinstance(lr, Tensor) else ()
+        fixed or {},
+        correction or {},
+        center,
+        lr if isinstance(lr, Tensor) else (),
+        share,
     )
     steps = total = torch.zeros((), dtype=wide(params), device=batches.mask.device)
     own: Params = {}  # of the last step, which the next one may overwrite
     for batch in trees.unbind(batches):
-        inputs = _Inputs(y, v, constants, *batch)
+        inputs = _Inputs(y, v, constants, *batch, steps if recipe.warmup else ())
         if runner is None:
             y, v, real, value = step(inputs)
         else:
@@ -119,6 +146,8 @@ def local_sgd(
         steps, total = steps + real, total + real * value
     if not len(batches.mask):
         y = trees.map(torch.clone, y)  # the caller's own, as after any step
+    if session is not None:
+        session.end(v if isinstance(v, Moments) else None)
     return LocalWork(y, steps, total / steps.clamp(min=1))
 
 
@@ -129,6 +158,15 @@ class _Hooks(NamedTuple):
     prox: float
     momentum: float
     weight_decay: float
+    recipe: Recipe
+
+
+def _first_memory(params: Params, hooks: _Hooks, session: Session | None) -> Tree:
+    """What the optimizer remembers before the first step."""
+    moments = None if session is None else session.begin(params)
+    if moments is not None:
+        return moments
+    return trees.zeros_like(params) if hooks.momentum else {}
 
 
 class _Constants(NamedTuple):
@@ -138,24 +176,26 @@ class _Constants(NamedTuple):
     correction: Params
     center: Params
     lr: Tree  # a 0-d tensor, where it is not a number
+    share: Tree  # of the step size, 0-d, where it has a schedule
 
 
 class _Inputs(NamedTuple):
     """All tensors that a step reads."""
 
     y: Params
-    v: Params
+    v: Tree  # what the optimizer remembers: momentum, or Moments
     constants: _Constants
     x: Tree
     target: Tensor
     mask: Tensor
+    done: Tree  # real steps before this one, 0-d, where the step size rises
 
 
 class _Outputs(NamedTuple):
     """The result of a step."""
 
     y: Params
-    v: Params
+    v: Tree
     real: Tensor  # 0-d, 1 where the batch had an example
     value: Tensor  # 0-d, the loss before the update
 
@@ -172,16 +212,10 @@ def _kind_of(loss: Loss, hooks: _Hooks, names: Hashable) -> Hashable:
     return hooks._replace(lr=None), lr, task.model.training, names
 
 
-def _step(loss: Loss, hooks: _Hooks, inputs: _Inputs) -> _Outputs:
-    def at(y: Params) -> tuple[Tensor, Params]:
-        params = {**inputs.constants.fixed, **y}
-        with statistics_moved() as moves:
-            value = loss(params, inputs.x, inputs.target, inputs.mask)
-        return value, moves.of(y)
-
-    y, constants = inputs.y, inputs.constants
+def _step(loss: Loss, weigh: Weigh | None, hooks: _Hooks, inputs: _Inputs) -> _Outputs:
+    y, constants, recipe = inputs.y, inputs.constants, hooks.recipe
     real = (inputs.mask.sum() > 0).to(wide(y))
-    slope, (value, statistics) = grad_and_value(at, has_aux=True)(y)
+    slope, value, statistics = _gradient(loss, weigh, recipe, inputs)
     if constants.correction:
         slope = trees.add(slope, constants.correction)
     if hooks.prox:
@@ -193,47 +227,106 @@ def _step(loss: Loss, hooks: _Hooks, inputs: _Inputs) -> _Outputs:
         )
     if hooks.weight_decay:
         slope = trees.axpy(hooks.weight_decay, y, slope)
+    if recipe.clip is not None:
+        slope = clipped(slope, recipe.clip)
+    share = _share(recipe, inputs, real)
     v = inputs.v
+    if recipe.adamw is not None:
+        lr = constants.lr if hooks.lr is None else hooks.lr
+        moved, v = adamw(recipe.adamw, y, slope, v, lr, share, real)
+        return _Outputs(moved | statistics, v, real, value)
     if hooks.momentum:
         kept = trees.scale(v, 1 - real * (1 - hooks.momentum))
         slope = v = trees.axpy(real, slope, kept)
-    moved = _moved(y, slope, hooks, constants, real) | statistics
+    moved = _moved(y, slope, hooks, constants, share) | statistics
     return _Outputs(moved, v, real, value)
 
 
+def _gradient(
+    loss: Loss, weigh: Weigh | None, recipe: Recipe, inputs: _Inputs
+) -> tuple[Params, Tensor, Params]:
+    """(gradient, loss, new values of statistics) at y."""
+
+    def of(x: Tree, target: Tensor, mask: Tensor) -> tuple[Params, Tensor, Params]:
+        def at(y: Params) -> tuple[Tensor, Params]:
+            params = {**inputs.constants.fixed, **y}
+            with statistics_moved() as moves:
+                if recipe.is_rounded:
+                    with rounded(mask.device):
+                        value = loss(params, x, target, mask)
+                else:
+                    value = loss(params, x, target, mask)
+            return value, moves.of(y)
+
+        slope, (value, statistics) = grad_and_value(at, has_aux=True)(inputs.y)
+        return slope, value, statistics
+
+    if recipe.micro == 1 or weigh is None:
+        return of(inputs.x, inputs.target, inputs.mask)
+    # The sum over pieces, each as much as its examples weigh.
+    whole = weigh(inputs.target, inputs.mask).sum()
+    examples = torch.where(whole > 0, whole, torch.ones_like(whole))
+    slope, value = trees.zeros_like(inputs.y), torch.zeros_like(examples)
+    width = -(-len(inputs.mask) // recipe.micro)
+    for start in range(0, len(inputs.mask), width):
+        rows = slice(start, start + width)
+        x, target, mask = trees.at((inputs.x, inputs.target, inputs.mask), rows)
+        share = weigh(target, mask).sum() / examples
+        part, mean, _ = of(x, target, mask)
+        slope, value = trees.axpy(share, part, slope), value + share * mean
+    return slope, value, {}
+
+
+def _share(recipe: Recipe, inputs: _Inputs, real: Tensor) -> Tensor:
+    """The share of the step size that this step takes, 0-d; 0 where it is padding."""
+    share = real
+    if isinstance(inputs.constants.share, Tensor):
+        share = share * inputs.constants.share
+    if recipe.warmup:
+        share = share * ((inputs.done + real) / recipe.warmup).clamp(max=1)
+    return share
+
+
 def _moved(
-    y: Params, slope: Params, hooks: _Hooks, constants: _Constants, real: Tensor
+    y: Params, slope: Params, hooks: _Hooks, constants: _Constants, share: Tensor
 ) -> Params:
-    """y - lr slope, where the batch was real."""
+    """y - lr slope, as much of it as `share` says."""
     if isinstance(hooks.lr, dict):
         return {
-            name: torch.addcmul(value, slope[name], -hooks.lr[name] * real)
+            name: torch.addcmul(value, slope[name], -hooks.lr[name] * share)
             for name, value in y.items()
         }
     lr = constants.lr if hooks.lr is None else hooks.lr
-    moved: Params = trees.axpy(-lr * real, slope, y)
+    moved: Params = trees.axpy(-lr * share, slope, y)
     return moved
 
 
 def full_gradient(
-    loss: Loss, params: Params, batches: Batches
+    loss: Loss,
+    params: Params,
+    batches: Batches,
+    weights: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Params, Tensor]:
-    """Gradient and value of the mean loss over all real examples of `batches`."""
+    """Gradient and value of the mean loss over all real examples of `batches`.
+
+    `weights` (y, mask) -> [B] says how much each example counts in `loss`, as
+    `Task.weights` does; by default all the same.
+    """
     dtype = wide(params)
-    examples = batches.mask.sum().clamp(min=1).to(dtype)
+    weights = _mask if weights is None else weights
+    total = torch.zeros_like(batches.mask[:1].sum())
+    for _, y, mask in trees.unbind(batches):
+        total = total + weights(y, mask).sum()
+    examples = torch.where(total > 0, total, 1).to(dtype)
     gradient = trees.zeros_like(params)
     value = torch.zeros((), dtype=dtype, device=batches.mask.device)
     for x, y, mask in trees.unbind(batches):
-        share = mask.sum() / examples
+        share = weights(y, mask).sum() / examples
         slope, mean = grad_and_value(loss)(params, x, y, mask)
         gradient = trees.axpy(share, slope, gradient)
         value = value + share * mean
     return gradient, value
 
 
-def wide(params: Params) -> torch.dtype:
-    """The type of step sizes and counters, float32 at least.
-
-    float32 would round a float64 model, and bfloat16 counts to 256.
-    """
-    return torch.promote_types(next(iter(params.values())).dtype, torch.float32)
+def _mask(y: Tensor, mask: Tensor) -> Tensor:
+    return mask

@@ -402,7 +402,7 @@ def _place_of(name: str) -> tuple[str, str]:
             shown = f'"{value}"' if isinstance(value, str) else value
             lines.append(f"method.{key} = {shown}")
         raise SettingsError(
-            f'method.name = "{shortened(name)}": this is now fedopt with a server optimizer; '
+            f'method.name = "{name}": this is now fedopt with a server optimizer; '
             f"write {', '.join(lines)} (its defaults; momentum is beta1), or start "
             f"from the preset strategies/{name}.toml"
         )

@@ -112,8 +112,9 @@ def _one_round(experiment: Experiment, task: Task) -> list[Exchange]:
         experiment.seed,
         experiment.links,
         experiment.defence,
+        rounds=experiment.rounds,
     )
-    states = StateStore(method.init_client(params), IN_MEMORY, Path)
+    states = StateStore(work.first_state(params), IN_MEMORY, Path)
     n = task.population
     rates = UniformProcess(n, experiment.seed, n).rates
     r = SyntheticRound(

@@ -7,12 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fedcore import trees
 from fedcore.arrays import as_examples
 from fedcore.data.validation import checked_holders, checked_test
+from fedcore.local_settings import LocalSettings as LocalSettings
 from fedcore.measuring import rows_at_once
 from fedcore.rng import rng, streams
 from fedcore.types import Batches, Tree
@@ -41,65 +41,6 @@ class Totals(NamedTuple):
 
     kept: np.ndarray
     held: np.ndarray
-
-
-class LocalSettings(BaseModel):
-    """How much a client trains in a round it takes part in."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    batch_size: int = Field(20, ge=1, description="B, examples in a local step")
-    epochs: int = Field(
-        1,
-        ge=1,
-        description="E, passes over the client's training examples; the last batch of "
-        "each may be smaller",
-    )
-    steps: int | None = Field(
-        None,
-        ge=1,
-        description="K, local steps instead of epochs, reshuffling whenever the "
-        "examples run out",
-    )
-
-    optimizer: Literal["sgd", "adamw"] = Field(
-        "sgd", description="of the local steps; the method says the step size"
-    )
-    beta1: float = Field(0.9, ge=0, lt=1, description="adamw: of the first moment")
-    beta2: float = Field(0.99, ge=0, lt=1, description="adamw: of the second moment")
-    eps: float = Field(1e-8, gt=0, description="adamw: added to the root")
-    weight_decay: float = Field(
-        0.0, ge=0, description="adamw: decoupled, times the step size"
-    )
-    moments: Literal["fresh", "kept"] = Field(
-        "fresh",
-        description="adamw: zero at the start of every round, or kept by the client",
-    )
-    clip: float | None = Field(
-        None, gt=0, description="most that a step's gradient may have as its norm"
-    )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="of the step size over the rounds, down to zero"
-    )
-    warmup: int = Field(
-        0, ge=0, description="local steps of a round over which the step size rises"
-    )
-    micro: int = Field(
-        1,
-        ge=1,
-        description="pieces into which a batch is cut, one after another in memory",
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="of the forward pass; parameters and steps stay as they are",
-    )
-
-    @model_validator(mode="after")
-    def _has_one_length(self) -> LocalSettings:
-        has_epochs = "epochs" in self.model_fields_set and self.epochs != 1
-        if self.steps is not None and has_epochs:
-            raise ValueError("give epochs or steps, not both")
-        return self
 
 
 class FederatedData:

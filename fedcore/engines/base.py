@@ -20,13 +20,14 @@ from fedcore.messages.adversary.settings import AdversarySettings
 from fedcore.messages.defence import Defence, DefenceSettings
 from fedcore.messages.links import Links, LinksSettings
 from fedcore.method import Data, Method, data_of, evaluates
+from fedcore.optimizers import Training
 from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.rng import torch_seed
-from fedcore.types import Batches, ClientFunction, Tree, Tuning
+from fedcore.types import Batches, ClientFunction, Params, Tree, Tuning
 
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings
-    from fedcore.data.federated import LocalSettings
+    from fedcore.local_settings import LocalSettings
     from fedcore.storage.rows import StateStore
     from fedcore.task import Task
 
@@ -100,11 +101,13 @@ class Work:
         defence: DefenceSettings | None = None,
         adversary: AdversarySettings | None = None,
         *,
+        rounds: int = 1,
         few_widths: bool = False,
     ) -> None:
         """`defence` protects messages of clients, `links` disturb all messages.
 
-        By default neither does, and nobody is malicious. With `few_widths` batches are
+        By default neither does, and nobody is malicious. `rounds` of the run are those
+        over which local step sizes follow their schedule. With `few_widths` batches are
         padded to few widths, for engines that record steps by shape. Raises
         SettingsError for an adversary that does not fit the task.
         """
@@ -117,7 +120,8 @@ class Work:
         self.adversary = Adversary(
             self._adversary_settings, task.population, seed, task
         )
-        self.few_widths = few_widths
+        self.rounds, self.few_widths = rounds, few_widths
+        self.training = Training.of(local, rounds)
         self._now = (-1, torch.empty(0))
 
     def with_few_widths(self) -> Work:
@@ -130,8 +134,14 @@ class Work:
             self._link_settings,
             self._defence_settings,
             self._adversary_settings,
+            rounds=self.rounds,
             few_widths=True,
         )
+
+    def first_state(self, params: Params) -> Tree:
+        """A client's state before its first round, from the initial global model."""
+        own = self.method.init_client(params)
+        return self.training.first_state(own, params) if self.training else own
 
     def batches(
         self, fn: ClientFunction, clients: list[int], t: int
@@ -194,7 +204,9 @@ class Work:
         batches = trees.at(self.batches(fn, [client], t), 0)
         down = self.links.carry(down, "downlink", fn, t, client)
         with self.model_noise(fn, t, client):
-            up, new = run_client(fn, self.task, self.now(t), down, state, batches)
+            up, new = run_client(
+                fn, self.task, self.now(t), down, state, batches, self.training
+            )
         return self.send(up, fn, t, client), new
 
     def send(self, up: Tree, fn: ClientFunction, t: int, client: int) -> Tree:

@@ -171,7 +171,8 @@ class Calibration:
                     task, now = self.work.task, self.work.now(t)
                     for i in range(len(ids)):
                         batch = trees.at(batches, i)
-                        run_client(fn, task, now, down, row(states, i), batch)
+                        state, training = row(states, i), self.work.training
+                        run_client(fn, task, now, down, state, batch, training)
             if not is_cpu:
                 torch.cuda.synchronize()
             times.append((clock() - begin) / len(ids))

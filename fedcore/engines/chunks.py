@@ -232,7 +232,7 @@ class Chunks:
         down_dim = 0 if has_own_down else None
         in_dims = (None, down_dim, 0 if trees.leaves(states) else None, 0)
 
-        client = partial(run_checked, fn, work.task)
+        client = partial(run_checked, fn, work.task, training=work.training)
         clients = vmap(client, in_dims=in_dims, randomness="different")
         inputs = (work.now(t), down, states, batches)
         with warnings.catch_warnings():

@@ -22,7 +22,7 @@ def message_shape(work: Work, fn: ClientFunction, down: Tree, t: int) -> Tree:
     x, y = trees.map(lambda v: v[:1][None], (task.data.x, task.data.y))
     example = Batches(x, y, torch.ones(1, 1, device=task.device))
     batches = Tuning(example, example) if data_of(fn) == "tune" else example
-    state = work.method.init_client(task.init_params())
+    state, now = work.first_state(task.init_params()), torch.tensor(float(t))
     with one_thread():
-        up, _ = run_client(fn, task, torch.tensor(float(t)), down, state, batches)
+        up, _ = run_client(fn, task, now, down, state, batches, work.training)
     return up

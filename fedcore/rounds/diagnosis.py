@@ -74,7 +74,7 @@ def _cause(work: Work, exchange: Exchange, state: Tree, t: int) -> str:
         if fault:
             return f"client {client}: {fault}"
         now = work.now(t)
-        up, _ = run_client(fn, task, now, exchange.down, state, batches)
+        up, _ = run_client(fn, task, now, exchange.down, state, batches, work.training)
     if bool(trees.finite(up)):
         return _fault_after_work(work, exchange, up, t)
     # Noise may have made of the model what training cannot start from.

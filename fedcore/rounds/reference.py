@@ -26,13 +26,13 @@ class Reference:
         rows = np.arange(len(proxy.y))
         own = FederatedData(Examples(*proxy), None, rows, np.array([0, len(rows)]))
         task = work.task.with_data(own)
-        self._work = Work(task, work.method, work.local, work.seed)
+        self._work = Work(task, work.method, work.local, work.seed, rounds=work.rounds)
 
     def message(
         self, fn: ClientFunction, down: Tree, t: int, kept: dict[str, Tensor]
     ) -> tuple[Tree, dict[str, Tensor]]:
         """(the server's own message in round t, what it keeps as a client)."""
-        first = self._work.method.init_client(self._work.task.init_params())
+        first = self._work.first_state(self._work.task.init_params())
         prefix = f"{STATE}{trees.SEPARATOR}"
         flat = {}
         for path, value in trees.flatten(first).items():

@@ -86,7 +86,7 @@ def prepare(
     if statistic_names(task.model):
         server = method.init_server(params, task.population)
         refuse_shared(task.model, server.params)
-    client_row, memory_row = method.init_client(params), method.init_memory(params)
+    client_row, memory_row = work.first_state(params), method.init_memory(params)
     ram = _ram_of_a_store(experiment, [client_row, memory_row])
     clients = StateStore(client_row, ram, partial(_spill, folder, "clients"))
     if make_engine is None:
@@ -122,6 +122,7 @@ def work_of(experiment: Experiment, task: Task, method: Method[Any]) -> Work:
         experiment.links,
         experiment.defence,
         experiment.adversary,
+        rounds=experiment.rounds,
     )
 
 

@@ -289,6 +289,13 @@ def test_a_device_trains_on_its_own_text_with_its_copy_of_the_base(
     said = introduction("preset.toml", **node)
     assert "not-ready" not in said
     assert len(said["base"]) == 64
+    tokenizer = Path("copy/tokenizer.json")
+    whole = tokenizer.read_bytes()
+    tokenizer.write_bytes(whole.replace(b"b", b"x", 1))
+    fedcore.client.app.work_of.cache_clear()
+    reason = introduction("preset.toml", **node)["not-ready"]
+    assert "base = copy: tokenizer.json: its sha256 is" in reason
+    tokenizer.write_bytes(whole)
     context = Context(
         1,
         100,

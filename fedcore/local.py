@@ -126,7 +126,9 @@ def local_sgd(
 
     y, v = params, _first_memory(params, hooks, session)
     center = (params if center is None else center) if prox else {}
-    share = () if session is None or session.share is None else session.share
+    share: Tree = ()
+    if session is not None and session.share is not None:
+        share = session.share.to(wide(params))
     constants = _Constants(
         fixed or {},
         correction or {},

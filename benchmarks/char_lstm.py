@@ -26,6 +26,8 @@ from fedcore import Experiment, Task, run
 COHORT, BATCH, STEP = 10, 10, 0.8
 SETTINGS = {
     "task": "shakespeare",
+    "population": 50,
+    "holdout": 0.2,
     "model.name": "char-lstm",
     "text.length": 80,
     "text.base": 0.5,

@@ -288,7 +288,13 @@ class Assignment:
         record = wire.encode(up)
         if self.store is not None and not evaluates(self.fn):
             self.store.save(client, self.moment, state, self.safe)
-        return record, int(self.work.num_examples(self.fn, [client]))
+        count = float(self.work.num_examples(self.fn, [client]))
+        if not count.is_integer():
+            raise RunError(
+                f"the sizes of its examples add up to {count:g}: devices count in "
+                "whole numbers; give the task a size of whole numbers"
+            )
+        return record, int(count)
 
 
 def _client_function(work: Work, name: str) -> ClientFunction:

@@ -249,19 +249,29 @@ def spectrum(matrix: Tensor | Pair, rank: int) -> Spectrum:
     """The `rank` largest singular values, and their vectors.
 
     The largest entry of each column of U is positive, for signs are free. Of factors
-    it takes no more than their columns need.
+    it takes no more than their columns need. All are NaN where an entry is not finite.
     """
     if isinstance(matrix, Pair):
         Q, R = torch.linalg.qr(matrix.left.double())
         Z, T = torch.linalg.qr(matrix.right.double().mT)
-        U, S, V = torch.linalg.svd(R @ T.mT, full_matrices=False)
+        U, S, V = _svd(R @ T.mT)
         U, V = Q @ U, V @ Z.mT
     else:
-        U, S, V = torch.linalg.svd(matrix.double(), full_matrices=False)
+        U, S, V = _svd(matrix.double())
     U, S, V = U[:, :rank], S[:rank], V[:rank]
     largest = U.gather(0, U.abs().argmax(0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(U)
     return Spectrum(U * signs, S, V * signs.mT)
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if bool(matrix.isfinite().all()):
+        U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+        return U, S, V
+    m, n = matrix.shape
+    shapes = (m, min(m, n)), (min(m, n),), (min(m, n), n)
+    U, S, V = (matrix.new_full(shape, torch.nan) for shape in shapes)
+    return U, S, V
 
 
 def best_pair(found: Spectrum, fresh: Tensor, *, is_balanced: bool) -> Pair:

@@ -305,16 +305,31 @@ def _moved(
 
 
 def full_gradient(
-    loss: Loss, params: Params, batches: Batches
+    loss: Loss,
+    params: Params,
+    batches: Batches,
+    weights: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Params, Tensor]:
-    """Gradient and value of the mean loss over all real examples of `batches`."""
+    """Gradient and value of the mean loss over all real examples of `batches`.
+
+    `weights` (y, mask) -> [B] says how much each example counts in `loss`, as
+    `Task.weights` does; by default all the same.
+    """
     dtype = wide(params)
-    examples = batches.mask.sum().clamp(min=1).to(dtype)
+    weights = _mask if weights is None else weights
+    total = torch.zeros_like(batches.mask[:1].sum())
+    for _, y, mask in trees.unbind(batches):
+        total = total + weights(y, mask).sum()
+    examples = torch.where(total > 0, total, 1).to(dtype)
     gradient = trees.zeros_like(params)
     value = torch.zeros((), dtype=dtype, device=batches.mask.device)
     for x, y, mask in trees.unbind(batches):
-        share = mask.sum() / examples
+        share = weights(y, mask).sum() / examples
         slope, mean = grad_and_value(loss)(params, x, y, mask)
         gradient = trees.axpy(share, slope, gradient)
         value = value + share * mean
     return gradient, value
+
+
+def _mask(y: Tensor, mask: Tensor) -> Tensor:
+    return mask

@@ -25,6 +25,7 @@ __all__ = [
     "divisor",
     "evaluate",
     "measure",
+    "measure_extra",
     "rows_at_once",
     "sizes",
 ]
@@ -150,6 +151,16 @@ def measure(
     for name, whole in task.set_metrics.items():
         if sums:
             values[name] = whole.value(sums)
+    return values
+
+
+def measure_extra(task: Task, params: Params, batch_size: int) -> dict[str, float]:
+    """What `Task.test_extra` says."""
+    values = {}
+    for name, examples in task.extra_tests.items():
+        measured = measure(task, params, examples, batch_size)
+        for metric, value in measured.items():
+            values[f"{name}_{metric}"] = value
     return values
 
 

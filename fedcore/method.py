@@ -352,6 +352,10 @@ class Method(Generic[S]):
         names = [name for name, _ in task.model.named_parameters() if name in params]
         ordered = {name: params[name] for name in names}
         fixed, start = split(ordered, settings.parts)
+        # What is no parameter, such as a change of a frozen weight, stays.
+        for name, value in params.items():
+            if name not in ordered:
+                fixed[name] = value
         start, fixed = with_statistics(task.model, start, fixed)
         tuned = local_sgd(
             task.loss,
@@ -416,7 +420,7 @@ def _place_of(name: str) -> tuple[str, str]:
             shown = f'"{value}"' if isinstance(value, str) else value
             lines.append(f"method.{key} = {shown}")
         raise SettingsError(
-            f'method.name = "{shortened(name)}": this is now fedopt with a server optimizer; '
+            f'method.name = "{name}": this is now fedopt with a server optimizer; '
             f"write {', '.join(lines)} (its defaults; momentum is beta1), or start "
             f"from the preset strategies/{name}.toml"
         )

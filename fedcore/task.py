@@ -143,6 +143,12 @@ class Task:
         self.set_metrics: dict[str, SetMetric | RatioMetric] = {}  # of whole sets
         # Whether higher is better, the measure that judges a run first.
         self.measures: dict[str, bool] = {}
+        self._sort(metrics)
+        self.measures["loss"] = False
+
+    def _sort(self, metrics: Mapping[str, PerExample | Metric | Any]) -> None:
+        """Tell measures of whole sets from means of examples."""
+        loss = self.metrics["loss"]
         for name, metric in metrics.items():
             self.measures[name] = is_higher_better(name, metric)
             measure = metric.measure if isinstance(metric, Metric) else metric
@@ -152,7 +158,6 @@ class Task:
                 self.set_metrics[name] = SetMetric(name, metric, loss)
             else:
                 self.metrics[name] = metric
-        self.measures["loss"] = False
 
     def with_model(self, model: nn.Module, penalty: Penalty | None = None) -> Task:
         """The same task for another model, with that model's penalty."""
@@ -308,9 +313,4 @@ class Task:
     @torch.no_grad()
     def test_extra(self, params: Params, batch_size: int = 1000) -> dict[str, float]:
         """Every metric over each of the extra test sets, as `name_metric`."""
-        values = {}
-        for name, examples in self.extra_tests.items():
-            measured = measuring.measure(self, params, examples, batch_size)
-            for metric, value in measured.items():
-                values[f"{name}_{metric}"] = value
-        return values
+        return measuring.measure_extra(self, params, batch_size)

@@ -12,6 +12,7 @@ from flwr.supercore.fab import Fab
 import fedcore
 from fedcore import __version__
 from fedcore.config import Experiment
+from fedcore.data.text import shakespeare
 
 PRESET = "fedcore-run.toml"  # the run's settings in the bundle
 
@@ -22,7 +23,7 @@ version = "{__version__}"
 
 [tool.flwr.app]
 publisher = "fedcore"
-fab-include = ["**/*.py", "**/*.toml"]
+fab-include = ["**/*.py", "**/*.toml"MORE]
 
 [tool.flwr.app.components]
 serverapp = "fedcore.server.app:app"
@@ -35,15 +36,20 @@ set = ""
 
 
 def bundle_of(experiment: Experiment) -> Fab:
-    """Flower's bundle of an experiment."""
+    """Flower's bundle of an experiment.
+
+    With the data that fedcore carries where the task needs them: every node gets it.
+    """
+    data = {shakespeare.FILE} if experiment.task == "shakespeare" else set()
+    more = ', "**/*.json"' if data else ""  # Flower refuses a pattern without a file
     root = Path(fedcore.__file__).parent.parent
     files: dict[str, bytes | Path] = {
-        "pyproject.toml": PYPROJECT.encode(),
+        "pyproject.toml": PYPROJECT.replace("MORE", more).encode(),
         PRESET: experiment.to_toml().encode(),
     }
     for folder in _folders():
         for file in sorted(folder.rglob("*")):
-            if file.suffix in (".py", ".toml"):
+            if file.suffix in (".py", ".toml") or file.name in data:
                 files[file.relative_to(root).as_posix()] = file
     content, *_ = build_fab_from_files(files)
     return Fab(hashlib.sha256(content).hexdigest(), content, {})

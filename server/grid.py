@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ class GridEngine:
         self.states: StateStore | None = None
         self.choices: dict[str, Any] = {}
         self._now = (-1, -1)  # t, and how often clients were given work in it, from 0
-        self._shapes: dict[str, Tree] = {}  # of messages, by client function
+        # Of messages, by client function and the shapes of what it was sent.
+        self._shapes: dict[Hashable, Tree] = {}
 
     @property
     def late(self) -> int:
@@ -150,12 +151,13 @@ class GridEngine:
 
     def _reader(self, fn: ClientFunction, down: Tree, t: int) -> Reader:
         _, schema = wire.schemas(fn)
-        name = fn.__name__
-        if name not in self._shapes:
-            self._shapes[name] = message_shape(self.work, fn, down, t)
+        sent = tuple((path, x.shape) for path, x in trees.flatten(down).items())
+        key = fn.__name__, sent
+        if key not in self._shapes:
+            self._shapes[key] = message_shape(self.work, fn, down, t)
         module = type(self.work.method).__module__
         source = module.replace(".", "/") + ".py"
-        return Reader(schema, self._shapes[name], t, self.timeout, source)
+        return Reader(schema, self._shapes[key], t, self.timeout, source)
 
     def _hosts(self, clients: list[int]) -> tuple[dict[int, list[int]], dict[int, Any]]:
         """Clients by the node that hosts them, and answers for those without one."""

@@ -1,4 +1,5 @@
-"""Exact means of LoRA, and ranks by client: FedEx-LoRA, FLoRA, FlexLoRA, HetLoRA.
+"""FedEx-LoRA - an exact mean of adapters (Singhal et al., ACL 2025); and FLoRA,
+FlexLoRA and HetLoRA, for clients of several ranks.
 
 W   [m, n] weight of a layer         A_i [r_i, n], B_i [m, r_i]  factors of client i
 s   scale of the layer's adapter     w_i  n_i / sum of n_j, its share of the examples
@@ -91,12 +92,16 @@ class Settings(MethodSettings):
                 'ranks are of the forms "flora", "flexlora" and "hetlora": the means '
                 'of "fedex" need factors of one rank; leave them out'
             )
-        for name, form in (("weights", "hetlora"), ("balanced", "flexlora")):
-            if name in self.model_fields_set and self.form != form:
-                raise ValueError(
-                    f'{name} is of the form "{form}", not of "{self.form}"; '
-                    "leave it out"
-                )
+        if self.weights != "norm" and self.form != "hetlora":
+            raise ValueError(
+                f'weights = "{self.weights}" is of the form "hetlora", not of '
+                f'"{self.form}"; leave it out'
+            )
+        if self.balanced and self.form != "flexlora":
+            raise ValueError(
+                f'balanced is of the form "flexlora", not of "{self.form}"; '
+                "leave it out"
+            )
         return self
 
 

@@ -119,7 +119,8 @@ class FedAMD(Method[Settings]):
     def anchor(
         self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
     ) -> tuple[Gradient, Stateless]:
-        return Gradient(*full_gradient(task.loss, down.params, batches)), state
+        whole = full_gradient(task.loss, down.params, batches, task.weights)
+        return Gradient(*whole), state
 
     @on_client
     def mine(

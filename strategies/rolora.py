@@ -5,7 +5,7 @@ A   [r, n], drawn at the start    B  [m, r], zero at the start
 t   round, from 0 on              n_i  examples of client i
 
     t even   clients move B, with A fixed;  B <- mean of the B_i
-    t odd    clients move A, with B fixed;  A <- mean of the A_i
+    t odd    clients move A, with B fixed;  A <- mean of the A_i   (first = "B")
 
 The mean is exact in every round: with one factor fixed, the mean of the products is the
 product of the means, and half the floats come up. Both factors go down, for a client
@@ -18,7 +18,7 @@ Reduces: to FFA-LoRA where rounds of A are left out.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 from torch import Tensor
@@ -37,6 +37,9 @@ class Settings(MethodSettings):
     local_lr: float = Field(0.1, gt=0, description="eta, step size of a local step")
     server_lr: float = Field(
         1.0, gt=0, description="step size of the server; 1 is the mean of the factors"
+    )
+    first: Literal["A", "B"] = Field(
+        "B", description="the factor that moves in the first round"
     )
 
 
@@ -83,7 +86,8 @@ class RoLoRA(Method[Settings]):
             )
 
     def round(self, server: Model, r: Round) -> Model:
-        train = self.train_B if r.t % 2 == 0 else self.train_A
+        is_B = (r.t % 2 == 0) == (self.s.first == "B")
+        train = self.train_B if is_B else self.train_A
         mean = r.mean(train, r.cohort, server).value.delta  # weights n_i
         start = {name: server.params[name] for name in mean}
         moved = trees.axpy(self.s.server_lr, mean, start)

@@ -40,6 +40,10 @@ EXACT: dict[str, Any] = {
     "options": {"examples": [9, 13], "features": 5, "noise": 0.5},
 }
 LAYERED: dict[str, Any] = {"task": "tests.methods:layered"}
+ADAPTED: dict[str, Any] = {
+    **LAYERED,
+    "lora": {"rank": 2, "alpha": 2, "targets": ["0", "1"]},
+}
 # What a method needs beside its own settings.
 NEEDS: dict[str, dict[str, Any]] = {
     "fedlaw": {"proxy": 24},
@@ -48,6 +52,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     },  # any participation; clipped, in every round
     "fedsim": LAYERED,
     "fedalt": LAYERED,
+    "rolora": ADAPTED,
+    "exactlora": ADAPTED,
     # With its default of 0.1 a step overshoots where lambda plus curvature exceeds 20,
     # and the difference of two engines grows.
     "pfedme": {"method": {"name": "pfedme", "local_lr": 0.05, "personal_lr": 0.02}},
@@ -58,6 +64,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "admm exact": ("admm", {"solver": "exact"}, EXACT),
     "rerce exact": ("rerce", {"solver": "exact", "start": "paper"}, EXACT),
     "clu exact": ("clu", {"solver": "exact"}, EXACT),
+    "rolora A": ("rolora", {"first": "A"}, {}),
+    "flora": ("exactlora", {"form": "flora", "ranks": [1, 2]}, {}),
+    "flexlora": (
+        "exactlora",
+        {"form": "flexlora", "ranks": [1, 2]},
+        # Singular vectors of small values magnify what is rounded.
+        {"task": "tests.lora:layered_in_float64"},
+    ),
+    "hetlora": ("exactlora", {"form": "hetlora", "ranks": [1, 2]}, {}),
 }
 
 

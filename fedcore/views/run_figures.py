@@ -77,14 +77,20 @@ def _learning(run: RunRecord) -> list[Plot]:
     for measure in [name for name in order if name in measures]:
         test = thin(run.history.points(f"test_{measure}"))
         train = thin(run.history.points(f"train_{measure}"))
+        others = {}
+        for name in run.history.extra_tests:
+            others[name] = thin(run.history.points(f"{name}_{measure}"))
         if test or train:
-            plots.append(_by_round(measure, test, train))
+            plots.append(_by_round(measure, test, train, others))
         if test and has_sent:
             plots.append(_by_bytes(run.history, measure, test))
     return plots
 
 
-def _by_round(measure: str, test: Points, train: Points) -> Plot:
+def _by_round(
+    measure: str, test: Points, train: Points, others: dict[str, Points]
+) -> Plot:
+    """The test set, the clients while they train, and other test sets by name."""
     figure, axes = new_figure()
     axes.set(xlabel="round", ylabel=measure)
     if train:
@@ -95,7 +101,13 @@ def _by_round(measure: str, test: Points, train: Points) -> Plot:
             marker="o" if len(train) == 1 else "",
             label="training, median over the cohort",
         )
-    points = test + train
+    drawn = {name: curve for name, curve in others.items() if curve}
+    for number, (name, curve) in enumerate(drawn.items()):
+        color = SERIES[1 + number % 8]
+        axes.plot(
+            *zip(*curve, strict=True), color=color, marker=mark_of(curve), label=name
+        )
+    points = sum(drawn.values(), test + train)
     last = max(number for number, _ in points)
     shape_axes(axes, measure, [value for _, value in points], LABEL_ROOM * last)
     sentences = []
@@ -107,7 +119,10 @@ def _by_round(measure: str, test: Points, train: Points) -> Plot:
         sentences.append(
             "Training: the median of the cohort's clients while they train."
         )
-    if train and test:
+    if drawn:
+        names = ", ".join(f'"{name}"' for name in drawn)
+        sentences.append(f"Other test sets: {names}.")
+    if test and (train or drawn):
         figure.legend(loc="outside upper left", ncols=2)
     kind = "Test" if test else "Training"
     return plot(figure, f"{kind} {measure} by round", " ".join(sentences))

@@ -33,7 +33,7 @@ JUMPS = 5  # jumps of the test loss that have a note each
 NO_MEASURE = {"function", "left_out", "clipped", "capped", "weight", "norm_ratio"}
 PARTITION_LIMIT = 20_000  # clients; a larger partition is not drawn
 EXPECTED = {"task": str, "rounds": int, "seed": int, "method": dict}  # in config.toml
-WITHOUT_DATA = ("digits", "least-squares", "weighted-least-squares")
+WITHOUT_DATA = ("digits", "least-squares", "weighted-least-squares", "shakespeare")
 WITH_IMAGES = ("fashion-mnist", "cifar10")
 SHARED_DATA = Path("/usr/share/datasets")
 

@@ -38,6 +38,7 @@ log = logging.getLogger("fedcore")
 
 TROUBLES = 20  # clients in the table of those that gave trouble
 IMAGE_TASKS = ("digits", "fashion-mnist", "cifar10")
+BUNDLED_TASKS = (*IMAGE_TASKS, "shakespeare", "texts")  # their model is a setting
 CLIENT_PARTS = ("mean", "p10", "p90")  # of a spread over clients, in tables
 
 
@@ -131,9 +132,13 @@ def _training_text(run: RunRecord) -> str:
     settings = run.settings
     has_images = settings["task"] in IMAGE_TASKS
     model = ""
-    if has_images and "name" in settings.get("model", {}):
+    if settings["task"] in BUNDLED_TASKS and "name" in settings.get("model", {}):
         model = f" ({settings['model']['name']})"
-    text = f"{settings['method']['name']} trained a model{model} on {settings['task']}"
+    trained = f"a model{model}"
+    rank = settings.get("lora", {}).get("rank")
+    if rank:
+        trained = f"adapters of rank {rank} on a frozen model{model}"
+    text = f"{settings['method']['name']} trained {trained} on {settings['task']}"
     population = run.federation.population
     if population:
         text += f", whose examples are spread over {population:,} clients"

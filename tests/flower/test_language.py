@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import fedcore.server.nodes
 import numpy as np
 import pytest
 import torch
+from fedcore.server.bundle import bundle_of
 from fedcore.server.grid import GridEngine
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from safetensors.torch import load_file, save_file
@@ -239,3 +242,13 @@ def test_a_device_without_the_pretrained_model_says_which_setting_names_it(
     said = introduction(str(preset))
     assert "model.path = models/none: this device has no" in said["not-ready"]
     assert "--set model.path=DIR" in said["not-ready"]
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's
+def test_a_node_gets_the_plays_with_the_app_where_the_task_needs_them() -> None:
+    text = "fedcore/data/text/shakespeare.json"
+    for task, expected in (("shakespeare", True), ("digits", False)):
+        bundle = bundle_of(small("fedavg", task=task, options={}))
+        with zipfile.ZipFile(io.BytesIO(bundle.content)) as files:
+            assert (text in files.namelist()) is expected
+        assert len(bundle.content) < 10e6, "Flower's limit"

@@ -40,19 +40,12 @@ class Subwords:
     def __init__(self, content: str, pad: int | None) -> None:
         """`content` is the JSON of the package. Raises ValueError for another."""
         _require()
-        from tokenizers import Tokenizer
-
         self._content = content
-        try:
-            self._tokenizer = Tokenizer.from_str(content)
-        except Exception as error:  # the package raises Exception itself
-            raise ValueError(f"it is no tokenizer: {error}") from error
+        self._tokenizer = _parsed(content)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        own = self._tokenizer.get_vocab_size(with_added_tokens=True)
         # Ids may have holes: a table needs room for the largest.
-        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self._tokens = max(own, largest + 1)
+        self._tokens: int = max(self._tokenizer.get_vocab().values()) + 1
         self._has_pad = pad is not None
         self.pad = self._tokens if pad is None else pad
         self.characters = self._counted()
@@ -110,11 +103,21 @@ class Subwords:
             if token.get("special"):
                 special.add(token["id"])
         counts = np.zeros(self.size, dtype=np.int64)
-        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+        for token, number in self._tokenizer.get_vocab().items():
             if number in special:
                 continue
             counts[number] = _characters_of(token, is_of_bytes)
         return counts
+
+
+def _parsed(content: str) -> Any:
+    """A tokenizer of the package. Raises ValueError for what is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(content)
+    except Exception as error:  # the package raises Exception itself
+        raise ValueError(f"it is no tokenizer: {error}") from error
 
 
 def _characters_of(token: str, is_of_bytes: bool) -> int:
@@ -154,8 +157,10 @@ _GOES_ON = frozenset(_signs_of_bytes()[0x80:0xC0])
 def trained(text: str, size: int) -> Subwords:
     """A byte-pair encoding with `size` entries, trained on a text; kept in the cache.
 
-    The same for the same text, twice and everywhere. Raises SettingsError where the
-    package tokenizers is not installed, and for a text that has too few pairs.
+    Every byte has an entry, so that no text has unknown parts: 256 of them and padding
+    leave the rest for pairs. The same for the same text, twice and everywhere. Raises
+    SettingsError where the package tokenizers is not installed, and for a text that has
+    too few pairs.
     """
     _require()
     digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
@@ -258,9 +263,7 @@ def _converted(folder: Path) -> str:
 
 def _token_of_padding(folder: Path, content: str) -> int | None:
     """The id of the folder's token for padding; None where it has none."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(content)
+    tokenizer = _parsed(content)
     for name in SPECIAL:
         file = folder / name
         if not file.is_file():

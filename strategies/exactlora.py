@@ -322,6 +322,11 @@ class ExactLoRA(Method[Settings]):
                 "it takes the product of every client's factors, and a robust mean of "
                 "factors depends on how a client writes its product"
             )
+        if setting == "moments" and self.s.form != "fedex":
+            return (
+                "its clients begin each round with other factors than those that the "
+                'moments are of (method.form = "fedex" alone keeps them)'
+            )
         return super().refuses(setting)
 
     def check(self, task: Task, cohort: int) -> None:

@@ -142,6 +142,12 @@ def test_a_table_of_characters_must_fit_the_vocabulary() -> None:
         short.check()
 
 
+def test_a_model_may_have_more_outputs_than_its_tokenizer_has_tokens() -> None:
+    measure = nats_a_character(torch.ones(3))
+    y = torch.tensor([[0, 2, -100]])
+    assert measure.denominators(torch.zeros(1, 3, 8), y).tolist() == [2.0]
+
+
 def test_a_ratio_with_a_negative_denominator_is_refused() -> None:
     ratio = Ratio(total_nll, lambda outputs, y: num_targets(y) - 100.0)
     task = Task(Tokens(), language().data, next_token_loss, {"r": ratio})

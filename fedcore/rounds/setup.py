@@ -74,6 +74,7 @@ def prepare(
         task.to(engines.task_device(experiment.engine))
     task.check()
     method = experiment.build_method()
+    refusals.refuse_training(experiment, task, method)
     process = refusals.participation_process(experiment, task)
     refusals.refuse_unknown_rates(experiment, method, process)
     mechanism = refusals.noise_mechanism(experiment, method, process)

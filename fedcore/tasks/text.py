@@ -32,7 +32,7 @@ from fedcore.data.text.texts import (
 from fedcore.data.text.tokens import Tokenizer, load_tokenizer
 from fedcore.data.text.vocabulary import kind_of, new_tokenizer
 from fedcore.errors import SettingsError
-from fedcore.models.base import read_facts
+from fedcore.models.base import check_tokenizer, read_facts
 from fedcore.models.text import TextModel, TextShape
 from fedcore.tasks.options import read_options, refuse_folder, refuse_options
 
@@ -161,6 +161,7 @@ TEXTS: dict[str, Callable[[Experiment], list[Text]]] = {
 def _tokenizer_of_base(experiment: Experiment, folder: Path) -> Tokenizer:
     """The tokenizer of a base. Raises SettingsError for a base of other settings."""
     facts = read_facts(folder)
+    check_tokenizer(folder, facts)
     tokenizer = load_tokenizer(folder, f"base = {folder}")
     asked = experiment.text.tokens
     if tokenizer.kind != kind_of(asked):

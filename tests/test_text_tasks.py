@@ -203,6 +203,13 @@ def test_roles_of_the_base_are_not_told_apart() -> None:
     assert experiment.build_task().population == 20
 
 
+def test_small_clients_have_classes_as_well(tmp_path: Path) -> None:
+    settings = {"text__target": "label", "population": 2}
+    whole = speakers(tmp_path, **settings).build_task()
+    least = speakers(tmp_path, text__least=10**6, **settings).build_task()
+    assert torch.equal(least.data.x, whole.data.x)
+
+
 def test_labels_of_texts_are_classes(tmp_path: Path) -> None:
     task = speakers(tmp_path, text__target="label", population=2).build_task()
     assert task.data.num_classes() == 2

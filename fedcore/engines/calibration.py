@@ -63,6 +63,8 @@ class Calibration:
         self, fn: ClientFunction, clients: np.ndarray, down: Tree, t: int
     ) -> int:
         """Clients in a chunk of this function, as measured now or remembered."""
+        if self._is_fused():
+            return 1
         key = self._key(fn, clients, down)
         remembered = cache.load(key)
         if remembered is None:
@@ -118,8 +120,6 @@ class Calibration:
                 drawing,
             )
             return Choice(1, is_measured=True)
-        if self._is_fused():
-            return Choice(1, is_measured=False)
         longest_first = np.argsort(-self.work.steps(fn, clients), kind="stable")
         ids: list[int] = clients[longest_first].tolist()
         try:

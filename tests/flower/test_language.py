@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedcore import Examples, Experiment, FederatedData, Task, __version__
+from fedcore.audit.cells import prepare_captured
+from fedcore.audit.plan import Plan
 from fedcore.errors import RunError, SettingsError
 from fedcore.rounds.loop import Loop, Quiet, run
 from tests.flower.fake import FakeGrid
@@ -108,6 +110,8 @@ def test_a_run_says_its_base_and_does_not_go_on_with_another(
     longer = settings(options=options, rounds=3)
     with pytest.raises(SettingsError, match=r"another base \(sha256 \w{12}\) than"):
         run(longer, resume=tmp_path / "run")
+    with pytest.raises(SettingsError, match="was made on another base"):
+        prepare_captured(longer, tmp_path / "run", Plan(), 1)
     after = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert after == said, "a refused start writes nothing"
     weights.write_bytes(before)

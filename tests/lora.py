@@ -16,11 +16,14 @@ from fedcore.data.federated import Examples, FederatedData
 from fedcore.factors import Pair, pair_of
 from fedcore.method import Method
 from fedcore.metrics import squared_error
+from fedcore.models.gpt import Gpt
 from fedcore.models.lora import LoraSettings, with_lora
+from fedcore.models.text import TextShape
 from fedcore.reports import Reports
 from fedcore.storage.rows import StateStore
 from fedcore.task import Task
 from fedcore.tasks import TASKS
+from fedcore.token_metrics import next_token_loss, num_targets
 from fedcore.types import ClientFunction, Params, Tree
 from tests.helpers import round_of
 
@@ -60,6 +63,20 @@ def equal_clients(e: Experiment) -> Task:
     data = FederatedData(rows, rows, np.arange(6), np.arange(0, 7, 2))
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
     return Task(model, data, loss=squared_error, metrics={})
+
+
+def tokens(e: Experiment) -> Task:
+    """Next tokens of random rows, some of them padded, by a small transformer."""
+    draw = np.random.default_rng(0)
+    ids = torch.from_numpy(draw.integers(0, 16, (24, 13)))
+    x, y = ids[:, :-1].clone(), ids[:, 1:].clone()
+    x[::3, 7:] = 16
+    y[::3, 7:] = -100
+    rows = Examples(x, y)
+    data = FederatedData(rows, rows, np.arange(24), np.arange(0, 25, 4))
+    shape = TextShape(17, length=12, pad=16)
+    model = Gpt(width=16, layers=1, heads=2).build_text(shape)
+    return Task(model, data, loss=next_token_loss, size=num_targets)
 
 
 def one_layer(rank: int, m: int = 3, n: int = 2, **settings: Any) -> Task:

@@ -136,3 +136,13 @@ def test_the_report_of_personal_models_begins_with_the_clients_and_draws_both_sp
             f"percentiles {', '.join(percentiles)}."
         )
         assert expected in page, kind
+
+
+def test_a_model_with_adapters_is_shown_as_frozen_layers_and_what_is_trained() -> None:
+    settings = {"lora.rank": 2, "lora.targets": ["3"], "model.hidden": [5]}
+    parts = anatomy(Experiment.load("fedavg", settings))
+    assert [(layer.dense, layer.size, layer.rank) for layer in parts.layers] == [
+        (65 * 5, 0, None),
+        (6 * 10, 2 * (5 + 10), 2),
+    ]
+    assert size(parts.shared) == 30

@@ -84,7 +84,7 @@ def validation_task(experiment: Experiment) -> Task:
     The last windows of what clients train on take their place: a step size is chosen on
     text that the table does not judge by.
     """
-    task = TASKS["shakespeare"](experiment)
+    task = TASKS["shakespeare"](experiment.model_copy(update={"task": "shakespeare"}))
     data = task.data
     clients = range(data.population)
     rows = [data.rows(client, "train") for client in clients]
@@ -127,17 +127,18 @@ def final(preset: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]
         kept: dict[str, Any] = json.loads(file.read_text())
         return kept
     print(f"{folder.name}", file=sys.stderr)
-    experiment = Experiment.load(preset, settings)
+    every = Experiment.load(preset).rounds  # only the last round is measured
+    experiment = Experiment.load(preset, {"evaluation.every": every, **settings})
     is_begun = (folder / "checkpoint").is_dir()
     if is_begun:
         result = run(experiment, resume=folder, progress=False)
     else:
         result = run(experiment, folder, progress=False)
-    seconds = sum(row["round_s"] for row in result.history if "round_s" in row)
-    first = result.history[0]
+    seconds = sum(row["seconds"] for row in result.history)
+    start = result.history[0].get("baseline", {})
     values = {
         "final": result.final,
-        "start": first if first.get("round") == 0 else {},
+        "start": start,
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
         "seconds": seconds,
@@ -175,7 +176,7 @@ def row_of(contender: Contender, step: float, runs: list[dict[str, Any]]) -> lis
         ("test_token_accuracy", ".2f", 100.0),
         ("test_accuracy", ".1f", 100.0),
     ):
-        if all(key in last for last in finals):
+        if all(last.get(key) is not None for last in finals):
             row.append(mean_and_std([factor * last[key] for last in finals], form))
         else:
             row.append("-")

@@ -38,12 +38,18 @@ _HOME = {
     "FederatedData": "data.federated",
     "pad_sequences": "inputs",
     "Metric": "metrics",
+    "Ratio": "metrics",
     "absolute_error": "metrics",
     "accuracy": "metrics",
     "binary_accuracy": "metrics",
     "binary_cross_entropy": "metrics",
     "cross_entropy": "metrics",
     "squared_error": "metrics",
+    "nats_a_character": "token_metrics",
+    "next_token_loss": "token_metrics",
+    "num_targets": "token_metrics",
+    "perplexity": "token_metrics",
+    "token_accuracy": "token_metrics",
 }
 __all__ = list(_HOME)
 

@@ -182,8 +182,9 @@ class Experiment(_Section):
     )
     task: str = Field(
         "digits",
-        description="digits, fashion-mnist, cifar10, least-squares, "
-        'or your own "package.module:make_task"; from Python also the function',
+        description="digits, fashion-mnist, cifar10, shakespeare, texts, "
+        'least-squares, or your own "package.module:make_task"; from Python also the '
+        "function",
     )
     rounds: int = Field(30, ge=1, description="T, rounds")
     seed: int = Field(0, ge=0, description="of everything that is drawn")
@@ -194,7 +195,8 @@ class Experiment(_Section):
     )
     data_folder: Path | None = Field(
         None,
-        description="folder of the data set's files, where it is not in a usual place",
+        description="folder of the data set's files, where it is not in a usual place; "
+        "of texts also a file",
     )
     holdout: float = Field(
         0.2,

@@ -126,7 +126,9 @@ def local_sgd(
 
     y, v = params, _first_memory(params, hooks, session)
     center = (params if center is None else center) if prox else {}
-    share = () if session is None or session.share is None else session.share
+    share: Tree = ()
+    if session is not None and session.share is not None:
+        share = session.share.to(wide(params))
     constants = _Constants(
         fixed or {},
         correction or {},
@@ -264,14 +266,15 @@ def _gradient(
     if recipe.micro == 1 or weigh is None:
         return of(inputs.x, inputs.target, inputs.mask)
     # The sum over pieces, each as much as its examples weigh.
-    whole = weigh(inputs.target, inputs.mask).sum()
+    dtype = wide(inputs.y)
+    whole = weigh(inputs.target, inputs.mask).sum().to(dtype)
     examples = torch.where(whole > 0, whole, torch.ones_like(whole))
     slope, value = trees.zeros_like(inputs.y), torch.zeros_like(examples)
     width = -(-len(inputs.mask) // recipe.micro)
     for start in range(0, len(inputs.mask), width):
         rows = slice(start, start + width)
         x, target, mask = trees.at((inputs.x, inputs.target, inputs.mask), rows)
-        share = weigh(target, mask).sum() / examples
+        share = weigh(target, mask).sum().to(dtype) / examples
         part, mean, _ = of(x, target, mask)
         slope, value = trees.axpy(share, part, slope), value + share * mean
     return slope, value, {}

@@ -68,8 +68,27 @@ The round's shuffled minibatches, every training example once, the held-out exam
 a `Tuning`: minibatches to fine-tune on, and the held-out examples.
 """
 
-Setting = Literal["rule"]
-"""Settings of a run that a method may have a reason to refuse."""
+Setting = Literal[
+    "rule",
+    "optimizer",
+    "clip",
+    "schedule",
+    "warmup",
+    "moments",
+    "micro",
+    "precision",
+]
+"""Settings of a run that a method may have a reason to refuse.
+
+"rule" is a robust rule in the place of the mean; the others are those of `[local]`.
+"""
+
+STEP_SIZES: tuple[Setting, ...] = ("schedule", "warmup")
+STEPS: tuple[Setting, ...] = ("optimizer", "clip", *STEP_SIZES)
+"""Settings by which K local steps move by something else than K times lr gradients."""
+
+TRAINING: tuple[Setting, ...] = (*STEPS, "moments", "micro", "precision")
+"""All settings of local steps."""
 
 RENAMED: dict[str, dict[str, str | float]] = {
     "fedavgm": {"optimizer": "momentum", "server_lr": 1.0, "beta1": 0.9},
@@ -290,11 +309,10 @@ class Method(Generic[S]):
         return None
 
     def refuses(self, setting: Setting) -> str | None:
-        """Why a run of this method cannot have a setting; None where it can.
-
-        "rule": a robust rule in the place of the mean.
-        """
-        if self.needs_updates:
+        """Why a run of this method cannot have a setting; None where it can."""
+        if setting == "moments" and self.passes() > 1:
+            return "it trains more than once a round"
+        if setting == "rule" and self.needs_updates:
             return (
                 "its step is a sum of messages that it remembers, so that a poisoned "
                 "one acts in every later round"

@@ -177,7 +177,7 @@ class Training(NamedTuple):
         """The schedule's share of the step size in round t, 0-d; None: all of it."""
         if self.local.schedule == "constant":
             return None
-        gone = t / self.rounds
+        gone = t.double() / self.rounds
         if self.local.schedule == "linear":
             return (1 - gone).clamp(min=0)
         return 0.5 * (1 + torch.cos(math.pi * gone.clamp(max=1)))
@@ -203,12 +203,9 @@ def clipped(slope: Params, most: float) -> Params:
     {'w': tensor([0.6000, 0.8000])}
     """
     norm = trees.dot(slope, slope).sqrt()
-    short: Params = trees.map(lambda g: g * _share_kept(norm, most), slope)
-    return short
-
-
-def _share_kept(norm: Tensor, most: float) -> Tensor:
-    return (most / (norm + TINY)).clamp(max=1)
+    share = (most / (norm + TINY)).clamp(max=1)
+    shortened: Params = trees.scale(slope, share)
+    return shortened
 
 
 def adamw(

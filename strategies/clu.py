@@ -34,7 +34,14 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import (
+    TRAINING,
+    Method,
+    MethodSettings,
+    Round,
+    Setting,
+    on_client,
+)
 from fedcore.proximal import Quadratic, hessian_memory, quadratic, unknown
 from fedcore.storage import memory
 from fedcore.task import Task
@@ -109,6 +116,11 @@ class CLU(Method[Settings]):
 
     def asks_everybody_first(self) -> bool:
         return self.s.solver == "exact"
+
+    def refuses(self, setting: Setting) -> str | None:
+        if setting in TRAINING and self.s.solver == "exact":
+            return 'method.solver = "exact" takes no local steps'
+        return super().refuses(setting)
 
     def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
         return (down.s, trees.sub(up.t, down.s)) if isinstance(up, Up) else None

@@ -95,6 +95,8 @@ class DPFedAvg(Method[Settings]):
         return Model(trees.axpy(step, trees.map(noisy, total), server.params))
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting != "rule":
+            return super().refuses(setting)
         return (
             "its accountant assumes a sum of clipped messages; set aggregation.clip to "
             "method.clip, so that the server clips too"

@@ -156,15 +156,14 @@ class ExactLoRA(Method[Settings]):
     def train(
         self, task: Task, t: Tensor, down: Down, state: Stateless, batches: Batches
     ) -> tuple[Up, Stateless]:
-        change: Params = {}
-        for layer, whole in down.whole.items():
-            change[name_of(layer, CHANGE)] = whole
-        for layer, left in down.left.items():
-            change[name_of(layer, CHANGE)] = left @ down.right[layer]
+        change = _change(down)
         y, _, loss = local_sgd(
             task.loss, down.params, batches, self.s.local_lr, fixed=change
         )
         return Up(trees.sub_(y, down.params), loss), state
+
+    def exchanged(self, down: Down, up: Up) -> tuple[Params, Params]:
+        return {**down.params, **_change(down)}, up.delta
 
     # The server
 
@@ -323,6 +322,11 @@ class ExactLoRA(Method[Settings]):
                 "it takes the product of every client's factors, and a robust mean of "
                 "factors depends on how a client writes its product"
             )
+        if setting == "moments" and self.s.form != "fedex":
+            return (
+                "its clients begin each round with other factors than those that the "
+                'moments are of (method.form = "fedex" alone keeps them)'
+            )
         return super().refuses(setting)
 
     def check(self, task: Task, cohort: int) -> None:
@@ -359,6 +363,16 @@ class ExactLoRA(Method[Settings]):
                     f'method.form = "{self.s.form}": the layer "{layer}" takes no '
                     "change of its weight (lora_change); use adapters of [lora]"
                 )
+
+
+def _change(down: Down) -> Params:
+    """The change of W that a client is sent, [m, n] by its name in the model."""
+    change: Params = {}
+    for layer, whole in down.whole.items():
+        change[name_of(layer, CHANGE)] = whole
+    for layer, left in down.left.items():
+        change[name_of(layer, CHANGE)] = left @ down.right[layer]
+    return change
 
 
 def _refuse_products(params: Params, layers: list[str]) -> None:

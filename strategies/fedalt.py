@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Round, on_client
+from fedcore.method import Round, Setting, on_client
 from fedcore.personal import Partial, Personal, PersonalSettings, Update, initial
 from fedcore.statistics import with_statistics
 from fedcore.task import Task
@@ -67,6 +67,11 @@ class Settings(PersonalSettings):
 
 
 class FedAlt(Partial[Settings]):
+    def refuses(self, setting: Setting) -> str | None:
+        if setting == "moments":
+            return "it trains u and v one after the other"
+        return super().refuses(setting)
+
     def passes(self) -> int:
         return self.s.shared_passes + self.s.personal_passes
 

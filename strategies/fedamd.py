@@ -35,7 +35,14 @@ from torch.func import grad_and_value
 
 from fedcore import trees
 from fedcore.local import full_gradient, wide
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import (
+    TRAINING,
+    Method,
+    MethodSettings,
+    Round,
+    Setting,
+    on_client,
+)
 from fedcore.reports import equally
 from fedcore.rng import rng
 from fedcore.task import Task
@@ -87,6 +94,11 @@ class FedAMD(Method[Settings]):
 
     def asks_everybody_first(self) -> bool:
         return True
+
+    def refuses(self, setting: Setting) -> str | None:
+        if setting in TRAINING:
+            return "its steps are a recursion of gradients of its own"
+        return super().refuses(setting)
 
     def init_server(self, params: Params, population: int) -> Server:
         return Server(

@@ -231,6 +231,10 @@ class FedLAW(Method[Settings]):
         )
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "optimizer" and self.s.momentum:
+            return "method.momentum is SGD's; set it to 0"
+        if setting != "rule":
+            return super().refuses(setting)
         return (
             "it learns the weights of single updates from proxy data, which is a weak "
             "fltrust itself; aggregation.clip bounds what one update can do"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import STEP_SIZES, Method, MethodSettings, Round, Setting, on_client
 from fedcore.personal import Own, Update, used
 from fedcore.reports import equally
 from fedcore.task import Task
@@ -47,6 +47,13 @@ class PFedMe(Method[Settings]):
 
     def model_for(self, server: Any, state: Own) -> Params:
         return used(state, server.params)
+
+    def refuses(self, setting: Setting) -> str | None:
+        if setting in STEP_SIZES:
+            return "only its steps of theta would follow, and those of w_i would not"
+        if setting == "moments":
+            return "it trains once for every batch"
+        return super().refuses(setting)
 
     @on_client
     def train(

@@ -44,7 +44,14 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.errors import TooFewReports
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, Setting, on_client
+from fedcore.method import (
+    TRAINING,
+    Method,
+    MethodSettings,
+    Round,
+    Setting,
+    on_client,
+)
 from fedcore.proximal import Quadratic, hessian_memory, quadratic, unknown
 from fedcore.reports import equally
 from fedcore.storage import memory
@@ -122,6 +129,9 @@ class RERCE(Method[Settings]):
         )
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting != "rule":
+            is_exact = setting in TRAINING and self.s.solver == "exact"
+            return 'method.solver = "exact" takes no local steps' if is_exact else None
         return (
             "its clients' models build on each other through what the server remembers "
             "of all of them, so that one poisoned message acts in every later round"

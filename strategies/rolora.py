@@ -27,7 +27,7 @@ from fedcore import trees
 from fedcore.errors import SettingsError
 from fedcore.factors import layers_of
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import Method, MethodSettings, Round, Setting, on_client
 from fedcore.split import PARTS
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless
@@ -72,6 +72,11 @@ class RoLoRA(Method[Settings]):
         lr = self.s.local_lr
         y, _, loss = local_sgd(task.loss, start, batches, lr, fixed=fixed)
         return Up(trees.sub_(y, start), loss)
+
+    def refuses(self, setting: Setting) -> str | None:
+        if setting == "moments":
+            return "it trains other parameters in every second round"
+        return super().refuses(setting)
 
     def check(self, task: Task, cohort: int) -> None:
         if not layers_of(task.init_params()):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import STEPS, Method, MethodSettings, Round, Setting, on_client
 from fedcore.reports import equally
 from fedcore.task import Task
 from fedcore.types import Batches, Params
@@ -50,6 +50,11 @@ class Scaffold(Method[Settings]):
 
     def init_client(self, params: Params) -> Params:
         return trees.zeros_like(params)  # c_i
+
+    def refuses(self, setting: Setting) -> str | None:
+        if setting in STEPS:
+            return "its control variates are differences divided by K eta_l"
+        return super().refuses(setting)
 
     @on_client
     def train(

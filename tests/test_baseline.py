@@ -91,7 +91,9 @@ def test_report_comparison_and_terminal_show_the_baseline_and_other_tests(
     value = f"{before['test_perplexity']:.4g}"
     assert f"from {value} before the first round" in page
     assert f"; {value} before" in page
-    assert "unseen perplexity" in page
+    found = re.findall(r">((?:test|unseen) [a-z ]+)</th>", page)
+    kinds, names = ("test", "unseen"), ("perplexity", "token accuracy")
+    assert found[:4] == [f"{kind} {name}" for name in names for kind in kinds]
     assert "Other test sets: &#34;unseen&#34;." in page
     for params in (start.params, result.params):
         assert html.escape(written(params)) in page

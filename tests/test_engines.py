@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedcore import trees
 from fedcore.engines.base import failure
@@ -19,6 +20,7 @@ from fedcore.engines.chunks import Chunks
 from fedcore.engines.ray import _pieces
 from fedcore.engines.vectorised import Call, Vectorised
 from fedcore.errors import RunError
+from fedcore.models.lstm import Lstm
 from fedcore.rounds.loop import Interrupted, run
 from fedcore.storage import cache
 from fedcore.storage.checkpoint import Checkpoint
@@ -459,3 +461,17 @@ def test_every_engine_learns_fashion_mnist_the_same(tmp_path: Path) -> None:
         sequential.final["test_loss"], abs=1e-4
     )
     assert vectorised.final["test_accuracy"] > 0.75
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(3, 4), Lstm(3, 4, 1)])
+def test_a_recurrent_kernel_is_not_tried_in_batches(
+    layer: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a CPU: PyTorch's way around it takes gigabytes, and several times as long."""
+    loop = loop_of(small("fedavg", engine={"name": "vectorised"}), tmp_path)
+    loop.task.model.add_module("recurrent", layer)
+    monkeypatch.setattr(Calibration, "_measure", None)
+    monkeypatch.setattr(Calibration, "_trial", None)
+    calibration = Calibration(Chunks(loop.engine.work), lambda clients: ())
+    method = loop.method
+    assert calibration.chunk_size(method.train, np.arange(8), loop.state.server, 0) == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import zipfile
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -88,6 +90,16 @@ def test_a_damaged_copy_of_the_plays_is_refused(
     monkeypatch.setattr(plays.resources, "files", lambda _: tmp_path)
     with pytest.raises(SettingsError, match="its sha256 is another"):
         plays.whole_text.__wrapped__()
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatch:DeprecationWarning")  # Flower's
+def test_an_app_of_flower_carries_the_plays() -> None:
+    from flwr.cli.build import build_fab_from_disk
+
+    content = build_fab_from_disk(Path(__file__).parent.parent)
+    names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+    assert f"fedcore/data/text/{plays.FILE}" in names
+    assert len(content) < 10e6  # Flower's limit
 
 
 # Divisions

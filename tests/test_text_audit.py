@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fedcore import Examples, Experiment, FederatedData, Task
-from fedcore.audit.attacks.tokens import present
+from fedcore.audit.attacks.membership import losses
+from fedcore.audit.attacks.tokens import Tokens, present
+from fedcore.audit.cells import prepare_captured
 from fedcore.audit.observe import Subject, Truth, public_of
+from fedcore.audit.plan import Plan
 from fedcore.audit.simulate import simulate
 from fedcore.audit.text_scores import non_members, token_result
+from fedcore.rounds.loop import run
 from fedcore.tasks import build_task
 from fedcore.token_metrics import next_token_loss, num_targets
 
@@ -123,8 +127,6 @@ def test_tokens_are_scored_by_precision_recall_and_a_guess_by_public_text() -> N
     y = torch.zeros(1, 3, dtype=torch.int64)
     truth = Truth(torch.tensor([[0, 0, 1]]), y)
     public = Truth(torch.zeros(5, 3, dtype=torch.int64), y.expand(5, 3))
-    from fedcore.audit.attacks.tokens import Tokens
-
     result = token_result(Tokens(found, True, "w"), truth, public)
     assert result["precision"] == result["recall"] == result["accuracy"] == 0.5
     assert result["chance"] == pytest.approx(2 / 3)  # 1 of 1 right, 1 of 2 found
@@ -173,6 +175,29 @@ def test_updates_that_are_no_sum_of_gradients_have_no_known_scale(
     task = build_task(plain)
     assert public_of(plain, task).lr == 0.5
     assert public_of(other, task).lr is None
+
+
+def test_a_change_of_frozen_weights_is_part_of_what_a_client_starts_from(
+    tmp_path: Path,
+) -> None:
+    e = settings(
+        "frozen",
+        method={"name": "exactlora", "form": "fedex", "local_lr": 0.5},
+        lora={"rank": 2, "targets": ["middle"]},
+        audit={"capture": 2},
+        rounds=2,
+    )
+    run(e, tmp_path / "run")
+    for t in (1, 2):
+        prepared = prepare_captured(e, tmp_path / "run", Plan(), t)
+        for subject in prepared.subjects:
+            change = subject.seen.w0["middle.lora_change"]
+            assert change.any() == (t == 2), "what the first round lost"
+            assert list(subject.seen.w0)[-1] == "head.weight"
+            assert set(subject.seen.delta) == {"middle.lora_A", "middle.lora_B"}
+    with_change = losses(subject.seen, subject.seen.w0, *truth_of(subject))
+    w0 = {k: v for k, v in subject.seen.w0.items() if k != "middle.lora_change"}
+    assert not torch.equal(losses(subject.seen, w0, *truth_of(subject)), with_change)
 
 
 def audit(cli: Any, tmp_path: Path, kind: str, *more: object) -> dict[str, Any]:

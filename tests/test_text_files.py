@@ -147,3 +147,22 @@ def test_texts_of_the_hub_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.texts_of_hub("tests/kept", "train", Columns()) == found
     monkeypatch.setattr(hub, "_downloaded", lambda *_: pytest.fail("asked again"))
     assert hub.texts_of_hub("tests/kept", "train", Columns()) == found
+
+
+def test_rows_of_the_hub_are_told_by_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": "one", "label": 1}, {"text": None}])
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    with pytest.raises(SettingsError, match="= a/b, row 1: found nothing as"):
+        hub.texts_of_hub("a/b", "test", Columns())
+    kept = rows.select([0])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: kept)
+    assert hub.texts_of_hub("a/c", "test", Columns()) == [Text("one", None, 1)]
+    with pytest.raises(
+        SettingsError, match=r'expected one "body"; name it with option'
+    ):
+        hub.texts_of_hub("a/c", "test", Columns("body"))

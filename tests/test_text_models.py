@@ -192,6 +192,12 @@ def test_a_writer_draws_the_same_twice_and_never_padding() -> None:
     assert another(params) != text
 
 
+def test_a_writer_takes_a_model_with_more_outputs_than_there_are_tokens() -> None:
+    params = {"certainty": torch.tensor(0.0)}  # 7 outputs, each as likely
+    writer = Writer(Successor(), Characters("abc"), 3, tokens=60)
+    assert set(writer(params)) <= {*"abc", "\N{REPLACEMENT CHARACTER}"}
+
+
 # In a run
 
 

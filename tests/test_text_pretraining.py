@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from fedcore import Experiment
 from fedcore.data.text.texts import by_client, divided
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.models import base as bases
 from fedcore.pretraining import training
 from fedcore.pretraining.command import SHAKESPEARE
 from fedcore.pretraining.pretrain import Budget, pretrain
-from fedcore.settings.presets import read_preset
 from fedcore.tasks.text import texts_of
 from tests.texts import speakers
 
@@ -169,13 +171,27 @@ def test_the_command_says_what_it_made(
     assert status == 2
 
 
-def test_the_bundled_base_is_that_of_the_presets() -> None:
-    """`fedcore pretrain shakespeare` and `fedcore run fedit` are for each other."""
-    from fedcore import Experiment
+def presets_with_a_base() -> list[str]:
+    folder = Path(__file__).parent.parent / "strategies"
+    files = sorted(folder.glob("*.toml"))
+    return [file.stem for file in files if "\nbase = " in file.read_text()]
 
-    bundled = Experiment.parse(SHAKESPEARE)
-    for name in ("fedit", "ffalora", "fedsalora"):
-        preset = Experiment.parse(read_preset(name))
-        assert preset.base == bundled.base
-        assert (preset.model, preset.text) == (bundled.model, bundled.text)
-        assert preset.task == bundled.task
+
+@pytest.mark.parametrize("name", presets_with_a_base())
+def test_the_bundled_base_is_that_of_the_presets(name: str) -> None:
+    """`fedcore pretrain shakespeare` and `fedcore run fedit` are for each other."""
+    bundled, preset = Experiment.parse(SHAKESPEARE), Experiment.load(name)
+    assert preset.base == bundled.base
+    assert (preset.model, preset.text) == (bundled.model, bundled.text)
+    assert preset.task == bundled.task
+
+
+def test_the_seed_decides_where_windows_begin() -> None:
+    drawn = []
+    for seed, step in [(0, 0), (0, 1), (1, 0), (0, 0)]:
+        x, y = training._drawn(np.arange(1000), 4, seed, step)
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        drawn.append(x)
+    assert torch.equal(drawn[0], drawn[3])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,29 @@ def test_nats_a_character_compare_tokenizers(tmp_path: Path) -> None:
     assert 0.6 < measured["nats_a_character"] / math.log(270) < 0.98
 
 
+def test_the_vocabulary_is_none_of_the_clients(tmp_path: Path) -> None:
+    marked = rows()
+    marked[-1]["text"] += "\N{SECTION SIGN}"
+    experiment = speakers(tmp_path, text__base=0.4)
+    plain = material_of(experiment).tokenizer
+    lines_in(tmp_path, marked)
+    tokenizer = material_of(experiment).tokenizer
+    assert tokenizer.to_json() == plain.to_json()
+    assert "\N{SECTION SIGN}" not in tokenizer.decode(range(tokenizer.size))
+
+
+@pytest.mark.parametrize("tokens", ["characters", "bytes", "bpe"])
+def test_a_task_goes_to_other_processes(tokens: str, tmp_path: Path) -> None:
+    if tokens == "bpe":
+        pytest.importorskip("tokenizers")
+    settings = {"text__tokens": tokens, "text__base": 0.4, "text__vocabulary": 270}
+    task = speakers(tmp_path, **settings).build_task()
+    params = task.init_params()
+    other = pickle.loads(pickle.dumps(task))
+    assert other.test(params) == task.test(params)
+    assert other.sample(params) == task.sample(params)
+
+
 def test_small_clients_are_unseen(tmp_path: Path) -> None:
     task = speakers(tmp_path, text__least=330).build_task()
     assert task.population == 3  # of 242, 282, 322, 362, 402, 442 characters
@@ -124,6 +148,8 @@ def test_without_a_holdout_there_is_no_test_set(tmp_path: Path) -> None:
     task = speakers(tmp_path, holdout=0).build_task()
     assert len(task.data.test.y) == 0
     assert task.data.evaluated_on == "train"
+    final = run(speakers(tmp_path, holdout=0), tmp_path / "run").final
+    assert math.isfinite(final["client_perplexity"]["mean"])
 
 
 def test_texts_without_clients_are_spread(tmp_path: Path) -> None:
@@ -175,6 +201,13 @@ def test_roles_of_the_base_are_not_told_apart() -> None:
     material = material_of(experiment)
     assert {text.client for text in material.texts}.isdisjoint(material.division.base)
     assert experiment.build_task().population == 20
+
+
+def test_small_clients_have_classes_as_well(tmp_path: Path) -> None:
+    settings = {"text__target": "label", "population": 2}
+    whole = speakers(tmp_path, **settings).build_task()
+    least = speakers(tmp_path, text__least=10**6, **settings).build_task()
+    assert torch.equal(least.data.x, whole.data.x)
 
 
 def test_labels_of_texts_are_classes(tmp_path: Path) -> None:

@@ -142,6 +142,12 @@ def test_a_table_of_characters_must_fit_the_vocabulary() -> None:
         short.check()
 
 
+def test_a_model_may_have_more_outputs_than_its_tokenizer_has_tokens() -> None:
+    measure = nats_a_character(torch.ones(3))
+    y = torch.tensor([[0, 2, -100]])
+    assert measure.denominators(torch.zeros(1, 3, 8), y).tolist() == [2.0]
+
+
 def test_a_ratio_with_a_negative_denominator_is_refused() -> None:
     ratio = Ratio(total_nll, lambda outputs, y: num_targets(y) - 100.0)
     task = Task(Tokens(), language().data, next_token_loss, {"r": ratio})
@@ -154,3 +160,9 @@ def test_a_ratio_with_a_negative_denominator_is_refused() -> None:
 def test_next_tokens_are_measured_by_perplexity_where_nothing_is_named() -> None:
     task = Task(Tokens(), language().data, next_token_loss)
     assert task.measures == {"perplexity": False, "token_accuracy": True, "loss": False}
+
+
+def test_a_token_that_is_no_target_is_never_right() -> None:
+    outputs = torch.zeros(1, 3, 2)  # of which token 0 is the first of the largest
+    y = torch.tensor([[0, -100, -100]])
+    assert token_accuracy(outputs, y).tolist() == [1.0]

@@ -27,6 +27,7 @@ from fedcore import (
 )
 from fedcore.data.federated import LocalSettings
 from fedcore.frozen import frozen_sha256
+from fedcore.local import full_gradient
 from fedcore.models.norms import personal_batch_norm
 from fedcore.ratio_metrics import RatioMetric
 from fedcore.rounds.loop import run
@@ -42,6 +43,7 @@ from tests.measured import assert_same_measures
 from tests.tokens import (
     L,
     Tokens,
+    accuracy_by_hand,
     held_rows,
     language,
     nll_by_hand,
@@ -113,6 +115,7 @@ def test_a_run_measures_tokens_of_all_clients_of_the_test_set_and_of_others(
             "loss": np.mean(nats),
             "perplexity": math.exp(np.mean(nats)),
             "nats_a_character": np.sum(nats) / characters,
+            "token_accuracy": accuracy_by_hand(task, result.params, rows),
         }
         for name, value in expected.items():
             found = final[f"{kind}_{name}"]
@@ -265,6 +268,19 @@ def test_the_loss_of_a_batch_is_that_of_a_loop_over_its_examples(seed: int) -> N
     batches = Batches(rows.x[None], rows.y[None], mask[None])
     measured = task.evaluate(params, batches)
     assert measured["loss"].item() == pytest.approx(found, rel=1e-5)
+
+
+def test_a_full_gradient_is_that_of_all_tokens_in_one_batch() -> None:
+    task = language()
+    (x, y), params = task.data.test, task.init_params()
+    mask = torch.ones(20)
+    mask[-1] = 0
+    whole, loss = grad_and_value(task.loss)(params, x[:20], y[:20], mask)
+    five = trees.map(lambda v: v[:20].view(5, 4, *v.shape[1:]), (x, y, mask))
+    found, value = full_gradient(task.loss, params, Batches(*five), task.weights)
+    assert torch.isclose(value, loss)
+    for name, slope in whole.items():
+        assert torch.allclose(found[name], slope, atol=1e-7)
 
 
 def test_padding_changes_neither_loss_nor_gradient() -> None:

@@ -84,6 +84,17 @@ def nll_by_hand(task: Task, params: dict[str, Tensor], rows: Examples) -> list[f
     return nats
 
 
+def accuracy_by_hand(task: Task, params: dict[str, Tensor], rows: Examples) -> float:
+    """Share of all targets that are the likeliest token."""
+    right, targets = 0, 0
+    for ids, wanted in zip(rows.x, rows.y, strict=True):
+        likeliest = task.predict(params, ids[None])[0].argmax(1)
+        for found, target in zip(likeliest.tolist(), wanted.tolist(), strict=True):
+            targets += target >= 0
+            right += target >= 0 and found == target
+    return right / targets
+
+
 def settings(**changed: Any) -> Experiment:
     values = {
         "task": "tests.tokens:language",

@@ -289,7 +289,9 @@ def observation(method: Method[Any], public: Public, exchange: Exchange) -> Obse
     Parameters that never left the clients are as they were published.
     """
     w0 = {name: p.detach() for name, p in public.model.named_parameters()}
-    w0 |= exchange.w0
+    # First what is no parameter (a change of frozen ones): the last is the output's.
+    beside = {name: x for name, x in exchange.w0.items() if name not in w0}
+    w0 = {**beside, **w0, **exchange.w0}
     if data_of(getattr(method, exchange.function)) == "all":
         # A full gradient is sent as a step of size 1 on all examples at once.
         public = replace(

@@ -110,7 +110,7 @@ class Scoring:
             "local_steps": seen.public.local_steps(seen.num_examples),
             "delta_norm": math.sqrt(sum(squares)),
             "entries_seen": sum(x.numel() for x in seen.delta.values()),
-            "entries_of_model": sum(x.numel() for x in seen.w0.values()),
+            "entries_of_model": sum(x.numel() for x in seen.public.model.parameters()),
             "attacks": attacks,
             "labels": self._labels(i),
             "membership": self._membership(i),

@@ -43,7 +43,7 @@ def check_tokens(task: Task, name: str, y: Tensor, outputs: Tensor) -> None:
     if bool(is_empty.any()):
         raise SettingsError(
             f"{name}.y[{int(is_empty.nonzero()[0])}] has no target, and every example "
-            "counts the same: give Task size=fedcore.token_metrics.num_targets, or "
+            "counts the same: give Task size=fedcore.num_targets, or "
             f"leave such rows out of {name}"
         )
 

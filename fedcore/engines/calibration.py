@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedcore import __version__, trees
 from fedcore.engines.chunks import Chunks, row
 from fedcore.engines.run_client import run_client
 from fedcore.local import steps_run_by
+from fedcore.models.lstm import Lstm
 from fedcore.storage import cache
 from fedcore.types import ClientFunction, Tree
 
@@ -62,6 +63,8 @@ class Calibration:
         self, fn: ClientFunction, clients: np.ndarray, down: Tree, t: int
     ) -> int:
         """Clients in a chunk of this function, as measured now or remembered."""
+        if self._is_fused():
+            return 1
         key = self._key(fn, clients, down)
         remembered = cache.load(key)
         if remembered is None:
@@ -124,6 +127,17 @@ class Calibration:
         except Exception:
             return Choice(1, is_measured=False)
         return self._best(fn, ids, down, t, alone)
+
+    def _is_fused(self) -> bool:
+        """Whether a recurrent layer runs in a kernel that takes one client.
+
+        On a CPU. Batched, PyTorch has a way around it that takes three to seven times
+        as long, and gigabytes: a trial of it would be longer than the round.
+        """
+        if self.work.task.device.type != "cpu":
+            return False
+        modules = self.work.task.model.modules()
+        return any(isinstance(module, nn.RNNBase | Lstm) for module in modules)
 
     def _best(
         self, fn: ClientFunction, ids: list[int], down: Tree, t: int, alone: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.errors import SettingsError
 from fedcore.method import data_of
 from fedcore.optimizers import Kept, Training
 from fedcore.task import Task
@@ -74,6 +75,13 @@ def _trained(
     used = moments if is_in_round else None
     with training.inside(task, t if is_in_round else None, used) as session:
         up, new = fn(task, t, down, own, batches)
+    if is_in_round and session.trainings == 0:
+        name = getattr(fn, "__qualname__", fn)
+        raise SettingsError(
+            f"{name} trains without fedcore.local.local_sgd, which alone knows the "
+            "steps that [local] asks for: leave them out (optimizer, clip, schedule, "
+            "warmup, micro, precision)"
+        )
     if moments is None:
         return up, new
     return up, Kept(new, moments if session.moments is None else session.moments)

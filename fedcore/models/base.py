@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedcore.errors import SettingsError
 from fedcore.storage.faults import writing
 
-__all__ = ["load_base", "read_facts", "refuse_used", "save_base"]
+__all__ = ["check_tokenizer", "load_base", "read_facts", "refuse_used", "save_base"]
 
 WEIGHTS, FACTS = "base.safetensors", "base.json"
 # First parts of names: layers that read out classes, and those that read out tokens.
@@ -75,6 +75,19 @@ def load_base(model: nn.Module, folder: Path) -> None:
                 tensor.copy_(values[name])
 
 
+def check_tokenizer(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raise SettingsError for a tokenizer that the base was not written with."""
+    file = folder / "tokenizer.json"
+    if "tokenizer_sha256" not in facts or not file.is_file():
+        return
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != facts["tokenizer_sha256"]:
+        raise SettingsError(
+            f"base = {folder}: {file.name}: its sha256 is {found[:16]}, and {FACTS} "
+            f"says {str(facts['tokenizer_sha256'])[:16]}; {HOW}"
+        )
+
+
 def _weights(folder: Path, sha256: str) -> dict[str, Tensor]:
     """The tensors of a base, which must be those that it was written with."""
     file = folder / WEIGHTS
@@ -119,7 +132,9 @@ def save_base(
         made.mkdir()
     try:
         content = save(_saved(model))
-        whole = {"sha256": hashlib.sha256(content).hexdigest(), **facts}
+        whole = {"sha256": hashlib.sha256(content).hexdigest()}
+        whole["tokenizer_sha256"] = hashlib.sha256(tokenizer.encode()).hexdigest()
+        whole |= facts
         with writing(folder / WEIGHTS, len(content)):
             (made / WEIGHTS).write_bytes(content)
         with writing(folder / FACTS):

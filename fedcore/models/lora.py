@@ -23,19 +23,47 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedcore.errors import SettingsError
 from fedcore.split import Parts, split
 
-__all__ = ["Form", "LoraLinear", "LoraSettings", "scale_of", "scales", "with_lora"]
+__all__ = [
+    "Form",
+    "LoraLinear",
+    "LoraSettings",
+    "chosen_layers",
+    "scale_of",
+    "scales",
+    "with_lora",
+]
 
-Form = Literal["lora", "rslora", "dora"]
+Form = Literal["lora", "rslora", "dora", "ia3", "hra"]
+OWN = ("lora", "rslora", "dora")  # the others are peft's alone
+
+# Forms of peft that do not work here, and why.
+WRITES, OPAQUE = "it writes into a tensor in place", "its gradient is written by hand"
+MOVES = "it changes the frozen weights by a decomposition, which machines differ in"
+SHARES = "its frozen matrices belong to no layer"
+REFUSED = {
+    "loha": OPAQUE,
+    "randlora": OPAQUE,
+    "oft": WRITES,
+    "fourierft": WRITES,
+    "pissa": MOVES,
+    "olora": MOVES,
+    "vera": SHARES,
+    "lokr": "it draws in every step",
+    "boft": "it compiles code of its own when it is loaded",
+    "adalora": "it moves ranks between layers by the steps that one machine has done",
+}
 
 SHOWN = 12  # names of layers that a message lists whole
 
@@ -59,7 +87,11 @@ class LoraSettings(BaseModel):
         description="layers by the last part of their names, or patterns for whole "
         "names; default: every linear layer but the output",
     )
-    form: Form = Field("lora", description="lora; rslora: alpha / sqrt(rank); dora")
+    form: Form = Field(
+        "lora",
+        description="lora; rslora: alpha / sqrt(rank); dora; for models of Hugging "
+        "Face also ia3, which has no rank, and hra",
+    )
     freeze: Literal["A", "B"] | None = Field(
         None, description="the factor that stays as it was drawn (FFA-LoRA: A)"
     )
@@ -68,6 +100,25 @@ class LoraSettings(BaseModel):
         description="parts of the model that are trained beside the adapters, by name "
         "(output, ...) or patterns of parameter names",
     )
+
+    @field_validator("form", mode="before")
+    @classmethod
+    def _refuse_form(cls, form: Any) -> Any:
+        if form in REFUSED:
+            raise ValueError(
+                f'"{form}" cannot be batched over clients: {REFUSED[form]}; expected '
+                f"one of {', '.join(get_args(Form))}"
+            )
+        return form
+
+    @model_validator(mode="after")
+    def _has_factors_to_freeze(self) -> LoraSettings:
+        if self.freeze is not None and self.form not in OWN:
+            raise ValueError(
+                f'freeze = "{self.freeze}": the form "{self.form}" has no A and B; '
+                f"leave it out, or use {', '.join(OWN)}"
+            )
+        return self
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -194,6 +245,11 @@ def with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     if make is not None:
         adapted: nn.Module = make(settings)
         return adapted
+    if settings.form not in OWN:
+        raise SettingsError(
+            f'lora.form = "{settings.form}": only models of Hugging Face have it; '
+            f"expected one of {', '.join(OWN)}"
+        )
     names = _targets(model, settings.targets)
     trained = split(dict(model.named_parameters()), settings.train)[1]
     for name, parameter in model.named_parameters():
@@ -212,12 +268,35 @@ def with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
 def _targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     """Names of the layers that get adapters, in the model's order."""
     linear = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    unmeant = set(linear[-1:])
+    for name in linear:
+        if uses[id(model.get_submodule(name).weight)] > 1:
+            unmeant.add(name)
+    return chosen_layers(linear, targets, partial(_reader, model), unmeant)
+
+
+def chosen_layers(
+    linear: Sequence[str],
+    targets: Sequence[str],
+    reader: Callable[[str], str | None],
+    unmeant: Collection[str],
+) -> list[str]:
+    """The linear layers, by name, that `targets` mean, in the model's order.
+
+    Without targets all but those that are `unmeant` or whose weight something else
+    reads: `reader` names it. Raises SettingsError where a target means no layer, or one
+    whose adapter would not act.
+    """
     if not targets:
-        names = _all_but_the_output(model, linear)
+        names = []
+        for name in linear:
+            if name not in unmeant and reader(name) is None:
+                names.append(name)
         if not names:
             raise SettingsError(
                 "lora.targets = []: the model has no linear layer but its output "
-                f"({_listed(linear)}); name the layers that get adapters"
+                f"({_listed(list(linear))}); name the layers that get adapters"
             )
         return names
     chosen: set[str] = set()
@@ -227,13 +306,13 @@ def _targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
             raise SettingsError(
                 f'lora.targets: no linear layer is called "{target}"; expected the '
                 "last part of a name, or a pattern for whole names, of "
-                f"{_listed(linear)}"
+                f"{_listed(list(linear))}"
             )
         for name in members:
-            reader = _reader(model, name)
-            if reader is not None:
+            what = reader(name)
+            if what is not None:
                 raise SettingsError(
-                    f'lora.targets: "{target}" means "{name}", whose weight {reader} '
+                    f'lora.targets: "{target}" means "{name}", whose weight {what} '
                     "reads by itself, so that an adapter would not act; name others"
                 )
         chosen.update(members)
@@ -244,17 +323,6 @@ def _is_meant(name: str, target: str) -> bool:
     """Whether `target` is the last part of the name, or a pattern for all of it."""
     is_last_part = name.rpartition(".")[2] == target
     return is_last_part or re.fullmatch(target, name) is not None
-
-
-def _all_but_the_output(model: nn.Module, linear: list[str]) -> list[str]:
-    """The linear layers whose adapters act, without the last and without tied ones."""
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    names = []
-    for name in linear[:-1]:
-        is_tied = uses[id(model.get_submodule(name).weight)] > 1
-        if not is_tied and _reader(model, name) is None:
-            names.append(name)
-    return names
 
 
 def _reader(model: nn.Module, name: str) -> str | None:

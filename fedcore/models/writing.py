@@ -57,6 +57,8 @@ class Writer:
         outputs: Tensor = functional_call(self.model, params, (x.to(device),))
         logits = outputs[0, len(seen) - 1].double().cpu()
         logits[self.tokenizer.pad] = -math.inf
+        # A pretrained model may have more outputs than its tokenizer has tokens.
+        logits[self.tokenizer.size :] = -math.inf
         if self.temperature == 0:
             return int(logits.argmax())
         shares = (logits / self.temperature).softmax(-1).numpy()

@@ -43,7 +43,7 @@ Minutes = Annotated[
     typer.Option(
         metavar="M",
         min=0.01,
-        help="as many steps as fit into them here; base.json says how many it were",
+        help="as many steps as fit into them here; base.json says how many",
     ),
 ]
 Out = Annotated[

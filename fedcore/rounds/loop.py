@@ -128,15 +128,7 @@ class Loop:
         self.stores = parts.stores
         self.clients = ClientTable(folder)
         self.captures = Captures(folder, experiment, self.method)
-        base = self.task.base_sha256
-        self.saving = Saving(
-            checkpoint,
-            parts.engine,
-            self.stores,
-            self.clients,
-            parts.start,
-            base,
-        )
+        self.saving = Saving(checkpoint, parts, self.clients)
         self.state = self._first_or_restored(parts, header)
         # Lines that were logged after the checkpoint go: those rounds are run again.
         self.history = History.read(folder / "metrics.jsonl", self.state.t)
@@ -146,7 +138,7 @@ class Loop:
             clear_start(folder)
         if back_to is not None:
             self.saving.go_back()
-        write_settings(folder, experiment, base)
+        write_settings(folder, experiment, self.task.base_sha256)
         self.history.write(folder / "metrics.jsonl")
         self.clients.cut(self.state.t)
         self._watch = Watch(self.notes, experiment.checkpoint.jump)
@@ -239,10 +231,7 @@ class Loop:
         return outcome(self.experiment, self.task, history, params, self.folder)
 
     def round(self) -> dict[str, Any]:
-        """One round: the row that metrics.jsonl gets. Replaces `self.state`.
-
-        The first row holds the measures before it, of a model that was not begun anew.
-        """
+        """One round: the row that metrics.jsonl gets. Replaces `self.state`."""
         before = self._evaluation.before(self.state, self.folder)
         begin, late, t = time.perf_counter(), self.engine.late, self.state.t
         cohort, participation = self.process.sample(t, self.state.participation)

@@ -5,15 +5,20 @@ They are refused before anything is written.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedcore import privacy
 from fedcore.errors import SettingsError
+from fedcore.local_settings import LocalSettings
 from fedcore.messages.links import LinkSettings
+from fedcore.method import TRAINING
 from fedcore.rounds.participation import Process, Uniform, UniformProcess
+from fedcore.statistics import statistic_names
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -130,6 +135,51 @@ def noise_mechanism(
             f"tell who was there; with {name} set min_reports = 0"
         )
     return own
+
+
+def refuse_training(experiment: Experiment, task: Task, method: Method[Any]) -> None:
+    """Raises SettingsError where local steps of this kind do not fit the run."""
+    local, usual = experiment.local, LocalSettings()
+    name = experiment.method.name
+    for setting in TRAINING:
+        value = getattr(local, setting)
+        if value == getattr(usual, setting):
+            continue
+        reason = method.refuses(setting)
+        if reason is not None:
+            raise SettingsError(
+                f"local.{setting} = {json.dumps(value)} does not fit {name}: {reason}; "
+                "leave it out, or choose another method, e.g. fedavg"
+            )
+    if local.micro > 1:
+        _refuse_pieces(local.micro, task)
+    if local.is_rounded:
+        _refuse_rounding(task)
+
+
+def _refuse_pieces(micro: int, task: Task) -> None:
+    """Refuse a loss that is no sum over the pieces of a batch."""
+    reason = None
+    if task.penalty is not None:
+        reason = "the model has a penalty of its own, which need not be a sum over them"
+    elif statistic_names(task.model):
+        reason = "the model's statistics are those of whole batches"
+    if reason is not None:
+        raise SettingsError(
+            f"local.micro = {micro} cuts batches into pieces, but {reason}: set "
+            "local.micro = 1, and lower local.batch_size or engine.chunk"
+        )
+
+
+def _refuse_rounding(task: Task) -> None:
+    """Refuse parameters that stay as they are, or that are rounded already."""
+    for name, parameter in task.model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise SettingsError(
+                'local.precision = "bfloat16" rounds the products of float32 '
+                f'parameters, and the model\'s "{name}" is {dtype}: leave it out'
+            )
 
 
 def refuse_same_noise_twice(

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from fedcore import __version__, trees
-from fedcore.engines.base import Engine
 from fedcore.errors import SettingsError
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.rundir import refuse_other_base
+from fedcore.rounds.setup import Parts
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.storage.faults import Lines, Unwritable
-from fedcore.storage.rows import StateStore
 from fedcore.types import Tree
 
 log = logging.getLogger("fedcore")
@@ -43,29 +42,15 @@ class State(NamedTuple):
     adversary: dict[str, Tensor]
 
 
-class Start(NamedTuple):
-    """The parameters that a run was given to start from, where it was given some."""
-
-    source: Path
-    sha256: str
-
-
 class Saving:
     """Writes and reads the checkpoints of one run."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        engine: Engine,
-        stores: dict[str, StateStore],
-        table: ClientTable,
-        start: Start | None,
-        base: str = "",
+        self, checkpoint: Checkpoint, parts: Parts, table: ClientTable
     ) -> None:
-        """`base` is the SHA-256 of the task's frozen parameters, "" without any."""
-        self._checkpoint, self._engine = checkpoint, engine
-        self._stores, self._table, self._start = stores, table, start
-        self._base = base
+        self._checkpoint, self._engine = checkpoint, parts.engine
+        self._stores, self._table, self._start = parts.stores, table, parts.start
+        self._base = parts.task.base_sha256
         self._saved = self._best_saved = time.perf_counter()
         self._best: float | None = None  # the lowest score of a checkpoint
         self.rounds_kept: int | None = None  # in the checkpoint; None without one

@@ -17,7 +17,6 @@ from fedcore.rounds import hostile, refusals
 from fedcore.rounds.doors import Receiving
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
-from fedcore.rounds.saving import Start
 from fedcore.split import split
 from fedcore.statistics import refuse_shared, statistic_names
 from fedcore.storage.faults import writing
@@ -29,6 +28,13 @@ if TYPE_CHECKING:
     from fedcore.task import Task
 
 MakeEngine = Callable[[Work], Engine]
+
+
+class Start(NamedTuple):
+    """The parameters that a run was given to start from, where it was given some."""
+
+    source: Path
+    sha256: str
 
 
 class Parts(NamedTuple):
@@ -74,6 +80,7 @@ def prepare(
         task.to(engines.task_device(experiment.engine))
     task.check()
     method = experiment.build_method()
+    refusals.refuse_training(experiment, task, method)
     process = refusals.participation_process(experiment, task)
     refusals.refuse_unknown_rates(experiment, method, process)
     mechanism = refusals.noise_mechanism(experiment, method, process)

@@ -32,7 +32,7 @@ from fedcore.data.text.texts import (
 from fedcore.data.text.tokens import Tokenizer, load_tokenizer
 from fedcore.data.text.vocabulary import kind_of, new_tokenizer
 from fedcore.errors import SettingsError
-from fedcore.models.base import read_facts
+from fedcore.models.base import check_tokenizer, read_facts
 from fedcore.models.text import TextModel, TextShape
 from fedcore.tasks.options import read_options, refuse_folder, refuse_options
 
@@ -83,7 +83,9 @@ def material_of(experiment: Experiment) -> Material:
     share, least = settings.base, settings.least
     if isinstance(experiment.partition, Own):
         _refuse_own_vocabulary(experiment)
-        share, least = 0.0, 0
+        share = 0.0
+    if isinstance(experiment.partition, Own) or settings.target == "label":
+        least = 0  # those with text are not the clients of the run
     division = divided(by_client(_with_clients(texts)), share, least)
     left = [text for text in _with_clients(texts) if text.client not in division.base]
     if texts[0].client is None:
@@ -159,6 +161,7 @@ TEXTS: dict[str, Callable[[Experiment], list[Text]]] = {
 def _tokenizer_of_base(experiment: Experiment, folder: Path) -> Tokenizer:
     """The tokenizer of a base. Raises SettingsError for a base of other settings."""
     facts = read_facts(folder)
+    check_tokenizer(folder, facts)
     tokenizer = load_tokenizer(folder, f"base = {folder}")
     asked = experiment.text.tokens
     if tokenizer.kind != kind_of(asked):
@@ -175,11 +178,12 @@ def _refuse_other_model(
 ) -> None:
     """Raise SettingsError where model settings are not those of the base.
 
-    Some, such as the number of heads, show in no shape.
+    Some, such as the number of heads, show in no shape. The folder of a model may be
+    another on each machine.
     """
     trained = facts.get("settings", {}).get("model", {})
     for key, value in experiment.model.model_dump(mode="json").items():
-        if key in trained and trained[key] != value:
+        if key in trained and trained[key] != value and key != "path":
             raise SettingsError(
                 f"model.{key} = {value}: base = {folder} was pretrained with "
                 f"model.{key} = {trained[key]}; set that, or pretrain another"

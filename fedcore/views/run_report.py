@@ -412,9 +412,10 @@ def _evaluations(run: RunRecord) -> list[list[str]]:
                 clients.add(key)
     order = list(run.history.measures)
 
-    def place(key: str) -> tuple[int, str]:
-        name = key.partition("_")[2]
-        return order.index(name) if name in order else len(order), name
+    def place(key: str) -> tuple[int, str, bool, str]:
+        kind, _, name = key.partition("_")
+        number = order.index(name) if name in order else len(order)
+        return number, name, kind != "test", kind
 
     head = ["round", "sent"]
     for key in sorted(tests, key=place):

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedcore import Examples, Experiment, FederatedData, Task, __version__
+from fedcore.audit.cells import prepare_captured
+from fedcore.audit.plan import Plan
 from fedcore.errors import RunError, SettingsError
 from fedcore.rounds.loop import Loop, Quiet, run
 from tests.flower.fake import FakeGrid
@@ -108,6 +110,8 @@ def test_a_run_says_its_base_and_does_not_go_on_with_another(
     longer = settings(options=options, rounds=3)
     with pytest.raises(SettingsError, match=r"another base \(sha256 \w{12}\) than"):
         run(longer, resume=tmp_path / "run")
+    with pytest.raises(SettingsError, match="was made on another base"):
+        prepare_captured(longer, tmp_path / "run", Plan(), 1)
     after = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert after == said, "a refused start writes nothing"
     weights.write_bytes(before)
@@ -252,3 +256,59 @@ def test_a_node_gets_the_plays_with_the_app_where_the_task_needs_them() -> None:
         with zipfile.ZipFile(io.BytesIO(bundle.content)) as files:
             assert (text in files.namelist()) is expected
         assert len(bundle.content) < 10e6, "Flower's limit"
+
+
+TEXTS = """
+method.name = "fedavg"
+task = "texts"
+data_folder = "all.jsonl"
+base = "base-of-server"
+population = 2
+holdout = 0.25
+text.length = 8
+text.base = 0.5
+model = {name = "gpt", width = 8, layers = 1, heads = 2}
+lora.rank = 2
+local = {steps = 2, batch_size = 2}
+"""
+
+
+def test_a_device_trains_on_its_own_text_with_its_copy_of_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    for client in "abcd":
+        text = f"to be or not to be, said {client}; " * 9
+        lines.append(json.dumps({"client": client, "text": text}))
+    Path("all.jsonl").write_text("\n".join(lines))
+    Path("preset.toml").write_text(TEXTS)
+    status, _, err = cli("pretrain", "preset.toml", "--steps", "1")
+    assert status == 0, err
+    Path("base-of-server").rename("copy")
+    Path("all.jsonl").rename("elsewhere.jsonl")
+    Path("own").mkdir()
+    Path("own/letter.txt").write_text("that is the question of 41 characters\n\n\n\n")
+    node = {"data": "own", "base": "copy", "state": "state"}
+    said = introduction("preset.toml", **node)
+    assert "not-ready" not in said
+    assert len(said["base"]) == 64
+    tokenizer = Path("copy/tokenizer.json")
+    whole = tokenizer.read_bytes()
+    tokenizer.write_bytes(whole.replace(b"b", b"x", 1))
+    fedcore.client.app.work_of.cache_clear()
+    reason = introduction("preset.toml", **node)["not-ready"]
+    assert "base = copy: tokenizer.json: its sha256 is" in reason
+    tokenizer.write_bytes(whole)
+    context = Context(
+        1,
+        100,
+        {"partition-id": 1, **node},
+        RecordDict(),
+        {"preset": "preset.toml", "set": f"population={CLIENTS}"},
+    )
+    task = fedcore.client.app._work_for(context).task
+    assert task.base_sha256 == said["base"]
+    rows = task.data.rows(1, "train")
+    assert len(rows) == 4, "of six windows, in order"
+    assert task.num_examples(np.array([1]), "train").tolist() == [4 * 8]

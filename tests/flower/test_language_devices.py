@@ -29,7 +29,8 @@ RANK, WIDTH, LAYERS = 4, 16, 1
 # Floats of the factors of qkv, proj, fc1 and fc2 in each block: r (m + n).
 FACTORS = LAYERS * RANK * WIDTH * (4 + 2 + 5 + 5)
 PRESET = f"""
-method.name = "fedavg"
+method.name = "exactlora"
+method.form = "fedex"
 method.local_lr = 0.05
 task = "shakespeare"
 base = "base-of-server"
@@ -48,6 +49,35 @@ local.steps = 2
 local.batch_size = 4
 participation.cohort = 2
 evaluation.every = 100
+"""
+
+
+LLAMA = """
+method.name = "fedavg"
+method.local_lr = 0.05
+task = "shakespeare"
+population = 2
+rounds = 2
+holdout = 0.2
+text.length = 16
+text.base = 0.8
+text.least = 15000
+model = {name = "hf", path = "llama-of-server"}
+lora.rank = 2
+lora.targets = ["q_proj", "v_proj"]
+local.steps = 2
+local.batch_size = 4
+participation.cohort = 2
+evaluation.every = 100
+"""
+SAVE_LLAMA = """
+import torch, transformers
+torch.manual_seed(0)
+config = transformers.LlamaConfig(
+    vocab_size=80, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
+)
+transformers.LlamaForCausalLM(config).save_pretrained("llama-of-server")
 """
 
 
@@ -81,7 +111,8 @@ def sequential(preset: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(preset.parent)
     experiment = Experiment.load(str(preset), ["engine.name=sequential"])
     result = run(experiment, preset.parent / "sequential")
-    return {**result.final, "bytes_up": result.history[0]["bytes_up"]}
+    sent = [(row["bytes_down"], row["bytes_up"]) for row in result.history]
+    return {**result.final, "sent": sent}
 
 
 def test_devices_train_factors_on_their_copies_of_the_base_and_no_other_takes_part(
@@ -106,8 +137,44 @@ def test_devices_train_factors_on_their_copies_of_the_base_and_no_other_takes_pa
     for name, value in expected.items():
         if name.endswith("loss") and isinstance(value, float):
             assert result["final"][name] == pytest.approx(value, abs=1e-4), name
-    for row in f.rows():
-        assert row["bytes_down"] == 2 * 4 * FACTORS, "the factors alone"
-        assert row["bytes_up"] == expected["bytes_up"] < 2 * 4 * (FACTORS + 10)
+    sent = [(row["bytes_down"], row["bytes_up"]) for row in f.rows()]
+    assert sent == expected["sent"]
+    factors, loss = 2 * 4 * FACTORS, 2 * 4
+    # Down comes what the means of the round before lost: R by its factors, of rank r.
+    assert sent == [(factors, factors + loss), (2 * factors, factors + loss)]
     said = json.loads((f.run / "environment.json").read_text())
     assert len(said["base_sha256"]) == 64
+
+
+def test_a_llama_that_each_device_has_in_a_folder_trains_on_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    words = [sys.executable, "-c", SAVE_LLAMA]
+    subprocess.run(words, cwd=tmp_path, env=environment(), check=True)
+    folders = [tmp_path / f"llama-of-{i}" for i in range(2)]
+    for folder in (*folders, tmp_path / "other"):
+        shutil.copytree(tmp_path / "llama-of-server", folder)
+    weights = tmp_path / "other" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    preset = tmp_path / "llama.toml"
+    preset.write_text(LLAMA)
+    expected = sequential(preset, monkeypatch)
+    with federation(tmp_path, 2) as f:
+        f.server(preset.name, "engine.min_clients=2")
+        f.client(0, "--set", f"model.path={folders[0]}")
+        refused = f.client(1, "--set", "model.path=other")
+        f.said(
+            "server", r"\(client 1\) is left out: its base \(sha256 \w+\) is another"
+        )
+        assert refused.wait(PATIENCE) != 0
+        f.client(1, "--set", f"model.path={folders[1]}")
+        result = f.finished()
+    assert result["dropped"] == {}, f.everything()
+    for name in ("test_loss", "unseen_loss"):
+        assert result["final"][name] == pytest.approx(expected[name], abs=1e-4), name
+    factors = 2 * 4 * 2 * 2 * (16 + 16)  # clients, bytes, layers, r, m + n
+    for row in f.rows():
+        assert (row["bytes_down"], row["bytes_up"]) == (factors, factors + 2 * 4)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from fedcore.data.text.texts import Text
 from fedcore.errors import SettingsError
 
-__all__ = ["Columns", "complete", "read_texts"]
+__all__ = ["Columns", "Row", "complete", "read_texts", "text_of"]
 
 EXPECTED = (
     "expected a .jsonl, .csv or .parquet file with a column text, or a folder with "
@@ -111,10 +111,10 @@ def _file(file: Path, columns: Columns, client: list[str]) -> list[Text]:
         return [Text(_plain(file), client[0])]
     if file.suffix not in TABLES:
         raise SettingsError(f"{file}: {EXPECTED}")
-    return [_text_of(row, columns) for row in TABLES[file.suffix](file, columns)]
+    return [text_of(row, columns) for row in TABLES[file.suffix](file, columns)]
 
 
-def _text_of(row: Row, columns: Columns) -> Text:
+def text_of(row: Row, columns: Columns) -> Text:
     """The text of a row. Raises SettingsError for another."""
     content = row.values.get(columns.text)
     if not isinstance(content, str):

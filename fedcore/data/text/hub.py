@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedcore.data.sources import unreachable
-from fedcore.data.text.files import Columns, complete
+from fedcore.data.text.files import Columns, Row, complete, text_of
 from fedcore.data.text.texts import Text
 from fedcore.errors import SettingsError
 from fedcore.storage import cache
@@ -60,9 +60,7 @@ def _downloaded(name: str, split: str, columns: Columns) -> list[Text]:
             f'one "{columns.text}"; name it with options.text'
         )
     texts = []
-    for row in rows:
-        client, label = row.get(columns.client), row.get(columns.label)
-        texts.append(
-            Text(str(row[columns.text]), None if client is None else str(client), label)
-        )
+    for number, row in enumerate(rows):
+        place = f"options.dataset = {name}, row {number}"
+        texts.append(text_of(Row(place, row), columns))
     return texts

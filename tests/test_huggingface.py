@@ -14,7 +14,9 @@ from torch.func import functional_call, grad, vmap
 
 from fedcore.checks.trials import drawing
 from fedcore.errors import SettingsError
+from fedcore.frozen import frozen_sha256
 from fedcore.local import local_sgd, steps_run_by
+from fedcore.models.base import load_base, save_base
 from fedcore.models.huggingface import HuggingFace
 from fedcore.models.lora import LoraSettings, scales, with_lora
 from fedcore.models.text import TextShape
@@ -366,6 +368,22 @@ def test_a_folder_gives_the_model_that_was_saved(tmp_path: Path) -> None:
     assert padded(ids).shape == (1, LENGTH, VOCABULARY + 1)
     with pytest.raises(SettingsError, match=r"there is no config\.json"):
         HuggingFace(path=tmp_path).build_text(SHAPE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_base_is_kept_and_found_again(kind: str, tmp_path: Path) -> None:
+    """Under the names of the model, tied weights once; one byte changed is another."""
+    one, other = built(kind), built(kind)
+    save_base(tmp_path / "base", one, "{}", {})
+    load_base(other, tmp_path / "base")
+    for name, value in one.named_parameters():
+        assert torch.equal(value, other.get_parameter(name)), name
+    first, second = with_lora(one, ADAPTED), with_lora(other, ADAPTED)
+    assert frozen_sha256(first) == frozen_sha256(second) != ""
+    frozen = next(p for p in second.parameters() if not p.requires_grad)
+    with torch.no_grad():
+        frozen.view(-1).view(torch.uint8)[0] ^= 1
+    assert frozen_sha256(first) != frozen_sha256(second)
 
 
 def test_a_classifier_of_a_folder_has_a_new_head(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def test_every_preset_opens_with_its_command_and_results_and_builds(
     assert "seeds 0 to" in " ".join(opening), (
         "expected its results, and over which seeds"
     )
-    parts = anatomy(Experiment.load(file, {"rounds": 1}))
+    # A base is made by `fedcore pretrain`; the model has its layers without it.
+    parts = anatomy(Experiment.load(file, {"rounds": 1, "base": None}))
     assert size(parts.shared) + size(parts.personal) > 0
 
 
@@ -136,3 +137,13 @@ def test_the_report_of_personal_models_begins_with_the_clients_and_draws_both_sp
             f"percentiles {', '.join(percentiles)}."
         )
         assert expected in page, kind
+
+
+def test_a_model_with_adapters_is_shown_as_frozen_layers_and_what_is_trained() -> None:
+    settings = {"lora.rank": 2, "lora.targets": ["3"], "model.hidden": [5]}
+    parts = anatomy(Experiment.load("fedavg", settings))
+    assert [(layer.dense, layer.size, layer.rank) for layer in parts.layers] == [
+        (65 * 5, 0, None),
+        (6 * 10, 2 * (5 + 10), 2),
+    ]
+    assert size(parts.shared) == 30

@@ -230,3 +230,26 @@ def test_every_command_in_results_names_a_preset_that_loads() -> None:
         for word in words:
             if word.endswith(".toml"):
                 Experiment.load(word, overrides)
+
+
+@pytest.mark.slow
+def test_the_tutorial_of_language_works_as_printed(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path("docs/language-tutorial.md").resolve()
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks(page, "python")[0], "make_texts.py", "exec"), {})
+    (tmp_path / "docstrings.toml").write_text(blocks(page, "toml")[0])
+    status, out, err = cli("pretrain", "docstrings.toml", "--steps", "1")
+    assert status == 0, err
+    assert "nats a character, clients" in out
+    quick = ["rounds=1", "local.steps=1", "evaluation.clients=2", UNMEASURED]
+    words = ["run", "docstrings.toml", "--out", "runs/rank-8"]
+    for setting in quick:
+        words += ["--set", setting]
+    status, out, err = cli(*words)
+    assert status == 0, err
+    assert "unseen nats_a_character" in out
+    status, out, err = cli("model", "docstrings.toml")
+    assert status == 0, err
+    assert "36,864" in out

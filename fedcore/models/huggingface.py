@@ -178,6 +178,7 @@ class HuggingFace(BaseModel):
             config=config,
             attn_implementation="eager",
             local_files_only=True,
+            use_safetensors=True,  # a pickle may run code
         )
 
     def _fit_vocabulary(self, inner: Any, shape: TextShape) -> None:

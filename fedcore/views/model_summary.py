@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from fedcore import trees
 from fedcore.config import Experiment
@@ -21,7 +24,7 @@ __all__ = ["Anatomy", "anatomy", "sensitivity", "show", "size"]
 
 
 class Anatomy(NamedTuple):
-    """The model of an experiment."""
+    """The model of an experiment; of one with adapters a layer's size is trained."""
 
     layers: list[Layer]
     shared: Params
@@ -59,12 +62,34 @@ def anatomy(experiment: Experiment) -> Anatomy:
     there.
     """
     task = build_task(experiment)
-    without_factors = {"lowrank": LowRank(), "initial": None}
-    dense = build_task(experiment.model_copy(update=without_factors)).model
     # Only methods with personal parts have the setting.
     personal_parts = getattr(experiment.method, "personal", ())
     shared, personal = split(task.init_params(), personal_parts)
+    if experiment.lora.rank:
+        return Anatomy(_adapted(task.model), shared, personal)
+    without_factors = {"lowrank": LowRank(), "initial": None}
+    dense = build_task(experiment.model_copy(update=without_factors)).model
     return Anatomy(layers(dense, task.model), shared, personal)
+
+
+def _adapted(model: nn.Module) -> list[Layer]:
+    """The layers of a model with adapters: frozen, with what is trained of each."""
+    dense: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    ranks: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        layer, _, own = name.rpartition(".")
+        if own == "lora_A":
+            ranks[layer] = len(parameter)
+        if not own.startswith("lora_"):
+            dense[layer] += parameter.numel()
+        if parameter.requires_grad:
+            trained[layer] += parameter.numel()
+    found = []
+    for layer in dense | trained:
+        name = layer or "(the model itself)"
+        found.append(Layer(name, dense[layer], trained[layer], ranks.get(layer)))
+    return found
 
 
 def show(parts: Anatomy) -> None:
@@ -72,7 +97,8 @@ def show(parts: Anatomy) -> None:
     is_factored = any(layer.rank for layer in parts.layers)
     shared, personal = size(parts.shared), size(parts.personal)
     total, dense = shared + personal, parts.dense_size
-    rows = [["layer", "parameters", "dense", "rank"]]
+    is_frozen = any(layer.size == 0 for layer in parts.layers)
+    rows = [["layer", "trained" if is_frozen else "parameters", "dense", "rank"]]
     for layer in parts.layers:
         rank = str(layer.rank or "-")
         rows.append([layer.name, f"{layer.size:,}", f"{layer.dense:,}", rank])

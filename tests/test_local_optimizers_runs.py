@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedcore import trees
 from fedcore.config import Experiment
+from fedcore.engines.run_client import run_client
 from fedcore.errors import SettingsError
 from fedcore.local_settings import LocalSettings
 from fedcore.method import Method, MethodSettings, Round, on_client
@@ -18,7 +20,7 @@ from fedcore.rounds.loop import run
 from fedcore.rounds.refusals import refuse_training
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Stateless
-from tests.helpers import assert_close, loop_of, slow, small
+from tests.helpers import assert_close, equal, loop_of, slow, small
 from tests.test_local_optimizers import task_of
 
 ALL: dict[str, Any] = {
@@ -117,6 +119,24 @@ def test_evaluation_and_fine_tuning_leave_moments_alone(tmp_path: Path) -> None:
     one, other = run(often, tmp_path / "often"), run(rarely, tmp_path / "rarely")
     assert one.params_sha256 == other.params_sha256
     assert "finetuned_loss" in one.final
+
+
+def test_fine_tuning_has_no_schedule(tmp_path: Path) -> None:
+    loop = loop_of(small("fedavg", **KEPT, finetune__epochs=2), tmp_path)
+    work, method, server = loop.desk.work, loop.method, loop.state.server
+    state = work.first_state(loop.task.init_params())
+    fn, ends = method.finetune, []
+    batches = trees.at(work.batches(fn, [1], 0), 0)
+    for t in (0.0, float(loop.experiment.rounds)):
+        now = torch.tensor(t)
+        up, after = run_client(
+            fn, loop.task, now, server, state, batches, work.training
+        )
+        assert equal(after, state)
+        ends.append(float(up.metrics["loss"]))
+    before, _ = work.one(method.evaluate, 1, server, state, 0)
+    assert ends[0] == ends[1] < float(before.metrics["loss"])
+    loop.close()
 
 
 @pytest.mark.slow

@@ -70,8 +70,9 @@ def quadratic(
 ) -> Quadratic:
     """J, the sum of the losses of all real examples of `batches`, expanded at zero.
 
-    Each as often as `weights` says, which is how it counts in the mean `loss`. Exact where the loss is quadratic in the parameters, as least squares with a linear
-    model is.
+    Each as often as `weights` says, which is how it counts in the mean `loss`. Exact
+    where the loss is quadratic in the parameters, as least squares with a linear model
+    is.
     """
     x, y, mask = trees.map(lambda b: b.flatten(0, 1), batches)
     zero = torch.zeros_like(trees.ravel(params))

@@ -117,7 +117,7 @@ def test_a_run_with_a_schedule_keeps_its_number_of_rounds(tmp_path: Path) -> Non
     """After two of two rounds the step size is at its end, and not after two of 5."""
     cosine = {"local__schedule": "cosine"}
     run(small("fedavg", rounds=2, **cosine), tmp_path / "run")
-    expected = "rounds was 2 and is now 5.*schedule"
+    expected = r"rounds was 2 and is now 5.*schedule"
     with pytest.raises(SettingsError, match=expected):
         run(small("fedavg", rounds=5, **cosine), resume=tmp_path / "run")
 

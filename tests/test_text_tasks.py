@@ -66,7 +66,7 @@ def test_shakespeares_speakers_take_part_with_all_their_text() -> None:
 def test_speakers_are_not_spread_over_other_clients(tmp_path: Path) -> None:
     even = {"partition": {"name": "iid"}}
     for experiment in (Experiment.parse({**PLAYS, **even}), speakers(tmp_path, **even)):
-        with pytest.raises(SettingsError, match='"iid": the texts of .* name'):
+        with pytest.raises(SettingsError, match=r'"iid": the texts of .* name'):
             experiment.build_task()
     natural = {**PLAYS, "partition": {"name": "natural"}}
     assert Experiment.parse(natural).build_task().population == 50

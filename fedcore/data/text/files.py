@@ -11,6 +11,7 @@ Texts of blanks alone are left out. Every fault is a SettingsError with file and
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -180,7 +181,8 @@ def _csv(file: Path, columns: Columns) -> Iterator[Row]:
 
 
 def _csv_rows(file: Path, columns: Columns) -> Iterator[Row]:
-    reader = csv.reader(_decoded(file).splitlines(keepends=True), strict=True)
+    # Lines end with \n alone; splitlines would end them at other characters, too.
+    reader = csv.reader(io.StringIO(_decoded(file), newline="\n"), strict=True)
     header: list[str] = []
     line = 1
     try:

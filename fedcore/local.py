@@ -40,6 +40,7 @@ __all__ = [
     "Loss",
     "Step",
     "StepRunner",
+    "Weigh",
     "full_gradient",
     "local_sgd",
     "steps_run_by",
@@ -126,16 +127,9 @@ def local_sgd(
 
     y, v = params, _first_memory(params, hooks, session)
     center = (params if center is None else center) if prox else {}
-    share: Tree = ()
-    if session is not None and session.share is not None:
-        share = session.share.to(wide(params))
-    constants = _Constants(
-        fixed or {},
-        correction or {},
-        center,
-        lr if isinstance(lr, Tensor) else (),
-        share,
-    )
+    rate = lr if isinstance(lr, Tensor) else ()
+    share = _scheduled(session, wide(params))
+    constants = _Constants(fixed or {}, correction or {}, center, rate, share)
     steps = total = torch.zeros((), dtype=wide(params), device=batches.mask.device)
     own: Params = {}  # of the last step, which the next one may overwrite
     for batch in trees.unbind(batches):
@@ -169,6 +163,13 @@ def _first_memory(params: Params, hooks: _Hooks, session: Session | None) -> Tre
     if moments is not None:
         return moments
     return trees.zeros_like(params) if hooks.momentum else {}
+
+
+def _scheduled(session: Session | None, dtype: torch.dtype) -> Tree:
+    """The schedule's share of the step size, 0-d; () where there is no schedule."""
+    if session is None or session.share is None:
+        return ()
+    return session.share.to(dtype)
 
 
 class _Constants(NamedTuple):
@@ -308,7 +309,7 @@ def full_gradient(
     loss: Loss,
     params: Params,
     batches: Batches,
-    weights: Callable[[Tensor, Tensor], Tensor] | None = None,
+    weights: Weigh | None = None,
 ) -> tuple[Params, Tensor]:
     """Gradient and value of the mean loss over all real examples of `batches`.
 

@@ -390,11 +390,8 @@ def load(name: str) -> type[Method[Any]]:
     module = user_module(f'method.name = "{shortened(name)}"', module_name)
     candidates = []
     for attribute, value in vars(module).items():
-        is_wanted = (
-            attribute == class_name
-            if class_name
-            else getattr(value, "__module__", None) == module_name
-        )
+        home = getattr(value, "__module__", None)
+        is_wanted = attribute == class_name if class_name else home == module_name
         if is_wanted and inspect.isclass(value) and issubclass(value, Method):
             candidates.append(value)
     if len(candidates) != 1:

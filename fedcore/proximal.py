@@ -14,7 +14,7 @@ from torch.func import grad, jacrev
 
 from fedcore import trees
 from fedcore.errors import SettingsError
-from fedcore.local import Loss
+from fedcore.local import Loss, Weigh
 from fedcore.task import Task
 from fedcore.types import Batches, Params
 
@@ -65,18 +65,21 @@ class Quadratic(NamedTuple):
         return valid * (self.Q @ (by * (v @ self.Q)))
 
 
-def quadratic(loss: Loss, params: Params, batches: Batches) -> Quadratic:
+def quadratic(
+    loss: Loss, params: Params, batches: Batches, weights: Weigh
+) -> Quadratic:
     """J, the sum of the losses of all real examples of `batches`, expanded at zero.
 
-    Exact where the loss is quadratic in the parameters, as least squares with a linear
-    model is.
+    Each as often as `weights` says, which is how it counts in the mean `loss`. Exact
+    where the loss is quadratic in the parameters, as least squares with a linear model
+    is.
     """
     x, y, mask = trees.map(lambda b: b.flatten(0, 1), batches)
     zero = torch.zeros_like(trees.ravel(params))
 
     def total(w: Tensor) -> Tensor:
-        value: Tensor = loss(trees.unravel(w, params), x, y, mask) * mask.sum()
-        return value
+        value: Tensor = loss(trees.unravel(w, params), x, y, mask)
+        return value * weights(y, mask).sum()
 
     h, Q = torch.linalg.eigh(jacrev(grad(total))(zero))
     return Quadratic(Q, h.clamp(min=0), -grad(total)(zero))

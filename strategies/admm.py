@@ -124,7 +124,7 @@ class ADMM(Method[Settings]):
     def start(
         self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches
     ) -> tuple[Params, Client]:
-        J = quadratic(task.loss, state.w, batches)
+        J = quadratic(task.loss, state.w, batches, task.weights)
         w = J.ridge(self.s.rho, state.w)
         return w, state._replace(w=w, z=trees.zeros_like(w), J=J)
 

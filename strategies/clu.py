@@ -129,7 +129,7 @@ class CLU(Method[Settings]):
     def start(
         self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches
     ) -> tuple[Params, Client]:
-        J = quadratic(task.loss, state.w, batches)
+        J = quadratic(task.loss, state.w, batches, task.weights)
         w = J.ridge(self.s.rho, state.w)
         return trees.scale(w, 2), state._replace(w=w, s=trees.zeros_like(w), J=J)
 

@@ -157,7 +157,7 @@ class RERCE(Method[Settings]):
     def start(
         self, task: Task, t: Tensor, down: Stateless, state: Client, batches: Batches
     ) -> tuple[Stateless, Client]:
-        J = quadratic(task.loss, state.w, batches)
+        J = quadratic(task.loss, state.w, batches, task.weights)
         if self.s.start == "ls":
             w = J.least_squares(state.w)
         else:

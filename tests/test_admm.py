@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedcore import trees
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.messages import wire
+from fedcore.metrics import squared_error
 from fedcore.proximal import quadratic
 from fedcore.rounds.loop import run
 from fedcore.task import Task
@@ -178,7 +179,7 @@ def test_a_local_step_keeps_what_the_data_determine_and_copies_the_rest() -> Non
         data = FederatedData(rows, rows, np.arange(3), np.array([0, 3]))
         task = Task(model, data, loss=loss, metrics={})
         batches = Batches(rows.x[None], rows.y[None], torch.ones(1, 3))
-        J = quadratic(task.loss, task.init_params(), batches)
+        J = quadratic(task.loss, task.init_params(), batches, task.weights)
         units = [{"weight": torch.from_numpy(e[None])} for e in np.eye(5)]
         N, H = np.array([vector(J.solve(rho, e)) for e in units]), 2 * weight * x.T @ x
         near(np.eye(5) - rho * N, N @ H, 1e-12 + 1e-14 * weight, "I - rho N, and N H")
@@ -187,6 +188,25 @@ def test_a_local_step_keeps_what_the_data_determine_and_copies_the_rest() -> Non
         assert -1e-7 < kept.min() < kept.max() < 1
         near(rho * N, null, away, f"rho N at weights of {weight:g}, and the projector")
         assert (np.abs(rho * N - null).max() > 0.01) == (weight == 1.0)
+
+
+def test_an_example_of_size_c_is_in_the_local_problem_c_times() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, generator=draw, dtype=torch.float64)
+    y = torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64)
+    rows = Examples(x, y)
+    data = FederatedData(rows, rows, np.arange(3), np.array([0, 3]))
+    model = nn.Linear(2, 1, bias=False).double()
+    task = Task(model, data, squared_error, metrics={}, size=lambda y: y[:, 0])
+    batches = Batches(x[None], y[None], torch.ones(1, 3))
+    J = quadratic(task.loss, task.init_params(), batches, task.weights)
+    # J = sum_i c_i (x_i w - y_i)^2 / 2, with c_i = y_i
+    root = y.sqrt()
+    best = torch.linalg.lstsq(root * x, root * y).solution.T
+    found = J.least_squares(task.init_params())["weight"]
+    near(found.numpy(), best.numpy(), 1e-9, "the minimiser, and least squares")
+    hessian = J.Q @ torch.diag(J.h) @ J.Q.T
+    near(hessian.numpy(), (x.T @ (y * x)).numpy(), 1e-9, "H, and sum c_i x_i x_i'")
 
 
 @exact

@@ -113,6 +113,15 @@ def test_a_resumed_run_goes_on_with_its_moments(engine: str, tmp_path: Path) -> 
     assert fresh.params_sha256 != whole.params_sha256
 
 
+def test_a_run_with_a_schedule_keeps_its_number_of_rounds(tmp_path: Path) -> None:
+    """After two of two rounds the step size is at its end, and not after two of 5."""
+    cosine = {"local__schedule": "cosine"}
+    run(small("fedavg", rounds=2, **cosine), tmp_path / "run")
+    expected = r"rounds was 2 and is now 5.*schedule"
+    with pytest.raises(SettingsError, match=expected):
+        run(small("fedavg", rounds=5, **cosine), resume=tmp_path / "run")
+
+
 def test_evaluation_and_fine_tuning_leave_moments_alone(tmp_path: Path) -> None:
     often = small("fedavg", **KEPT, evaluation__every=1, finetune__epochs=2)
     rarely = small("fedavg", **KEPT)

@@ -66,6 +66,15 @@ def test_shakespeares_speakers_take_part_with_all_their_text() -> None:
     assert [*task.extra_tests] == ["unseen"]
 
 
+def test_speakers_are_not_spread_over_other_clients(tmp_path: Path) -> None:
+    even = {"partition": {"name": "iid"}}
+    for experiment in (Experiment.parse({**PLAYS, **even}), speakers(tmp_path, **even)):
+        with pytest.raises(SettingsError, match=r'"iid": the texts of .* name'):
+            experiment.build_task()
+    natural = {**PLAYS, "partition": {"name": "natural"}}
+    assert Experiment.parse(natural).build_task().population == 50
+
+
 def test_the_last_windows_are_held_out_and_are_the_test_set() -> None:
     task = Experiment.parse({**PLAYS, "holdout": 0.2}).build_task()
     data, begin = task.data, 0

@@ -242,8 +242,16 @@ def changed_rule(experiment: Experiment, folder: Path) -> dict[str, list[Any]]:
 def _refuse_changes(
     experiment: Experiment, folder: Path, may_change: tuple[str, ...]
 ) -> None:
-    changes = []
-    for key, (old, new) in _changed_settings(experiment, folder).items():
+    changes, changed = [], _changed_settings(experiment, folder)
+    schedule = experiment.local.schedule
+    if "rounds" in changed and schedule != "constant":
+        old, new = changed["rounds"]
+        raise SettingsError(
+            f"{folder} cannot be resumed: rounds was {old} and is now {new}, and the "
+            f'step sizes of local.schedule = "{schedule}" follow from the number of '
+            f"rounds; set rounds = {old}, or start a new run"
+        )
+    for key, (old, new) in changed.items():
         if key.split(".")[0] not in may_change:
             changes.append(f"{key} was {old!r} and is now {new!r}")
     if changes:

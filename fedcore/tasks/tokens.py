@@ -81,7 +81,24 @@ def _texts_of_clients(experiment: Experiment, material: Material) -> dict[str, s
         return whole
     if material.texts[0].client is None:
         return _spread(experiment, list(division.clients.values()))
+    _refuse_partition(experiment)
     return division.clients
+
+
+def _refuse_partition(experiment: Experiment) -> None:
+    """Raise SettingsError for a partition of texts that say whose they are.
+
+    The default, which is of classes, says nothing.
+    """
+    partition = experiment.partition
+    usual = type(experiment).model_fields["partition"].default
+    if partition.name == "natural" or partition == usual:
+        return
+    raise SettingsError(
+        f'partition.name = "{partition.name}": the texts of {experiment.task} name '
+        'their clients, and each keeps its own; set partition.name = "natural", or '
+        "leave partition out"
+    )
 
 
 def _spread(experiment: Experiment, texts: list[str]) -> dict[str, str]:

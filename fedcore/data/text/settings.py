@@ -41,8 +41,8 @@ class TextSettings(BaseModel):
     least: int = Field(
         0,
         ge=0,
-        description="characters that a client has at least; smaller ones take no "
-        "part, and are tested on as unseen clients",
+        description="next: characters that a client has at least; smaller ones take "
+        "no part, and are tested on as unseen clients",
     )
     classes: int | None = Field(
         None,

@@ -197,8 +197,8 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., m] of x [..., n]."""
-        weight: Tensor = self.weight
-        bias, inputs = self.bias, x
+        weight, inputs = self.weight, x
+        bias: Tensor | None = self.bias
         if self.lora_change.ndim:
             # Not in a narrower type of the weight's, where a small change is lost.
             weight = weight + self.lora_change

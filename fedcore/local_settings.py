@@ -96,6 +96,15 @@ class LocalSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _has_pieces(self) -> LocalSettings:
+        if self.micro > self.batch_size:
+            raise ValueError(
+                f"micro = {self.micro}: a batch has batch_size = {self.batch_size} "
+                "examples; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_moments(self) -> LocalSettings:
         if self.optimizer == "adamw":
             return self

@@ -201,6 +201,7 @@ def test_momentum_of_the_method_and_adamw_exclude_each_other(tmp_path: Path) -> 
         ({"weight_decay": 0.1}, "weight_decay = 0.1 is adamw's"),
         ({"clip": 0.0}, "clip"),
         ({"beta1": 1.0}, "beta1"),
+        ({"batch_size": 4, "micro": 5}, "micro = 5: a batch has batch_size = 4"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(

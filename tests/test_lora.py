@@ -267,6 +267,20 @@ def test_targets_on_which_no_adapter_would_act_are_refused(
         with_lora(Reads(), LoraSettings(rank=1, targets=targets))
 
 
+def test_a_rank_that_a_layer_has_not_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    with pytest.raises(SettingsError, match=r'rank = 5: the layer "0" is \[4, 6\], of'):
+        with_lora(model, LoraSettings(rank=5))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with_lora(model, LoraSettings(rank=4))
+
+
+@pytest.mark.parametrize("setting", [{"freeze": "A"}, {"train": ["output"]}])
+def test_without_adapters_nothing_is_frozen(setting: Any) -> None:
+    with pytest.raises(ValidationError, match="with rank = 0 there are no adapters"):
+        LoraSettings(**setting)
+
+
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValidationError, match="no regular expression"):
         LoraSettings(rank=1, targets=("(",))

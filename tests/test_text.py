@@ -311,6 +311,9 @@ def test_a_folder_of_hugging_face_gives_its_tokenizer(
     with_pad = new_tokenizer(asked, base="")
     assert (with_pad.size, with_pad.pad) == (300, bpe.pad)
     assert with_pad.encode("To be").tolist() == bpe.encode("To be").tolist()
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(SettingsError, match=r"tokenizer_config\.json: found a list"):
+        new_tokenizer(asked, base="")
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

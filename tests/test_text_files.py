@@ -116,6 +116,10 @@ REFUSED = {
     "no parquet": ("a.parquet", b"text", r"a\.parquet: .*expected parquet"),
     "blank": ("a.txt", b" \n", r"it holds no text"),
     "empty": ("a.csv", b"", r"it holds no text"),
+    "depth": ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, r"line 2: no JSON"),
+    "half": ("a.jsonl", b'{"text": "x\\ud800"}', r"line 1: found .ud800, half of a ch"),
+    "half a name": ("a.jsonl", b'{"text": "x", "client": "\\udc00"}', r"found .udc00"),
+    "twice": ("a.csv", b"text,client,text\nx,a,y\n", r'found 2 columns "text"'),
     "a picture": ("a.png", b"", r"expected a \.jsonl, \.csv or \.parquet file"),
 }
 
@@ -127,6 +131,35 @@ def test_a_fault_is_told_with_file_and_line(fault: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=expected) as error:
         read_texts(tmp_path / name)
     assert name in str(error.value)
+
+
+def test_lines_of_a_csv_end_at_newlines_alone(tmp_path: Path) -> None:
+    content = "one\x0ctwo\x85three\u2028four"
+    (tmp_path / "a.csv").write_text(f"text,client\r\n{content},a\r\n", "utf-8")
+    assert read_texts(tmp_path / "a.csv") == [Text(content, "a")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_an_empty_name_is_none(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path / name, [{"text": "x", "client": "", "label": ""}])
+    assert read_texts(file) == [Text("x")]
+
+
+def test_names_of_files_may_end_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.TXT").write_text("one")
+    (tmp_path / "b" / "c.Txt").write_text("two")
+    assert read_texts(tmp_path) == [Text("one", "a"), Text("two", "b")]
+
+
+@pytest.mark.parametrize("name", ["more.jsonl", "deeper/d.txt"])
+def test_no_text_is_left_out_without_a_word(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "a" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("x")
+    (tmp_path / "a" / "b.txt").write_text("one")
+    with pytest.raises(SettingsError, match=r"plain text alone, \*\.txt, in the fold"):
+        read_texts(tmp_path)
 
 
 def test_what_holds_no_text_is_refused(tmp_path: Path) -> None:

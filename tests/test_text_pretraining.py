@@ -14,7 +14,7 @@ from fedcore import Experiment
 from fedcore.data.text.texts import by_client, divided
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.models import base as bases
-from fedcore.pretraining import training
+from fedcore.pretraining import command, training
 from fedcore.pretraining.command import SHAKESPEARE
 from fedcore.pretraining.pretrain import Budget, pretrain
 from fedcore.tasks.text import texts_of
@@ -110,6 +110,18 @@ def test_what_is_no_text_is_refused(fault: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=expected):
         made(tmp_path, "base", **settings)
     assert not (tmp_path / "base").exists()
+
+
+def test_a_folder_in_a_file_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SettingsError, match="file is a file; give a folder"):
+        made(tmp_path, "file/deep/base")
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf"])
+def test_minutes_are_a_number(minutes: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"--minutes {minutes}: expected a number"):
+        command.pretrain("shakespeare", minutes=float(minutes), out=tmp_path / "base")
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fedcore.data.text.texts import by_client, divided
 from fedcore.data.text.windows import NO_TARGET
 from fedcore.errors import SettingsError
 from fedcore.models.base import load_base, save_base
+from fedcore.models.huggingface import HuggingFace
 from fedcore.models.writing import Writer
 from fedcore.pretraining.pretrain import Budget, pretrain
 from fedcore.rounds.loop import run
@@ -268,6 +271,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "option": ({"options.sequence": 3}, r"options\.sequence"),
     "proxy": ({"proxy": 5}, "makes no proxy set"),
     "population": ({"population": 9}, "the task has 6 clients"),
+    "classes": ({"text.classes": 3}, r'classes = 3: target = "next" has none'),
 }
 
 
@@ -324,6 +328,44 @@ def test_a_base_of_other_settings_is_refused(
     settings, expected = OTHERS[fault]
     with pytest.raises(SettingsError, match=expected):
         with_base(tmp_path, base).model_copy(update=settings).build_task()
+
+
+def test_subwords_of_another_kind_are_refused(tmp_path: Path) -> None:
+    tokens = {"text__tokens": "bpe", "text__vocabulary": 257}
+    made = speakers(tmp_path, text__base=0.4, **tokens)
+    pretrain(made, tmp_path / "bpe", Budget(1), Silent())
+    of_base = with_base(tmp_path, tmp_path / "bpe", **tokens)
+    of_base.build_task()
+    with pytest.raises(SettingsError, match=r'with text\.tokens = "bpe"; set'):
+        of_base.model_copy(update={"text.tokens": "some/folder"}).build_task()
+
+
+DAMAGES: dict[str, dict[str, Any]] = {
+    "settings": {"settings": [1]},
+    "model": {"settings": {"model": "gpt"}},
+    "texts": {"texts": 5},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_facts_of_another_kind_are_refused(
+    damage: str, tmp_path: Path, base: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    facts = json.loads((other / "base.json").read_text())
+    (other / "base.json").write_text(json.dumps({**facts, **DAMAGES[damage]}))
+    with pytest.raises(SettingsError, match=rf'cannot be read .*its "{damage}" is'):
+        with_base(tmp_path, other).build_task()
+
+
+def test_a_pretrained_model_reads_the_tokens_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    model = HuggingFace(path=tmp_path / "model")
+    experiment = speakers(tmp_path).model_copy(update={"model": model})
+    with pytest.raises(SettingsError, match="has a tokenizer of its own"):
+        experiment.build_task()
 
 
 def test_one_byte_of_a_base_changed_is_noticed(tmp_path: Path, base: Path) -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from fedcore.errors import SettingsError
 from fedcore.models.huggingface import installed
-from fedcore.models.lora import LoraSettings, chosen_layers, scale_of
+from fedcore.models.lora import LoraSettings, chosen_layers, refuse_rank, scale_of
 from fedcore.models.transformer import PretrainedText, place
 from fedcore.split import split
 
@@ -43,6 +43,10 @@ def with_peft(model: PretrainedText, settings: LoraSettings) -> PretrainedText:
     peft = installed("peft", f'lora.rank = {settings.rank} of model.name = "hf"')
     inner, config = model.inner, getattr(model.inner, "config", None)
     targets = _targets(inner, settings)
+    if settings.form in LOW_RANK:
+        for target in targets:
+            weight: Any = inner.get_submodule(target).weight
+            refuse_rank(settings.rank, target, list(weight.shape))
     own: dict[str, Tensor] = dict(model.named_parameters())
     trained = split(own, settings.train)[1]
     is_trained = {id(own[name]): own[name].requires_grad for name in trained}

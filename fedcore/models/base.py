@@ -46,11 +46,23 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
             raise ValueError("it holds no sha256")
+        _refuse_facts(facts)
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"base = {folder}: {FACTS} cannot be read ({error}); {HOW}"
         ) from error
     return facts
+
+
+def _refuse_facts(facts: Mapping[str, Any]) -> None:
+    """Raise ValueError where facts are of another kind than they are written."""
+    settings = facts.get("settings", {})
+    whole = settings if isinstance(settings, dict) else {"settings": settings}
+    for name in ("settings", "text", "model"):
+        if not isinstance(whole.get(name, {}), dict):
+            raise ValueError(f'its "{name}" is no object')
+    if not isinstance(facts.get("texts", []), list):
+        raise ValueError('its "texts" is no list')
 
 
 def load_base(model: nn.Module, folder: Path) -> None:
@@ -159,6 +171,13 @@ def refuse_used(folder: Path) -> None:
     """Raise SettingsError for a folder that a base cannot be written to."""
     if folder.is_dir() and not any(folder.iterdir()):
         return
+    for parent in folder.absolute().parents:
+        if parent.is_dir():
+            break
+        if os.path.lexists(parent):
+            raise SettingsError(
+                f"{folder}: {parent.name} is a file; give a folder with --out DIR"
+            )
     if os.path.lexists(folder):
         raise SettingsError(
             f"{folder} is there already: delete it, or give another with --out DIR"

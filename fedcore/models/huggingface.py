@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from fedcore.models.text import TextShape
 
 __all__ = ["HuggingFace", "installed"]
 
+REASON = 300  # characters at most of what transformers says, which may be many lines
 SOURCE = 'model.name = "hf"'
 
 
@@ -85,7 +87,7 @@ class HuggingFace(BaseModel):
         except SettingsError:
             raise
         except Exception as error:  # it may raise anything
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = shorten(str(error), REASON) or type(error).__name__
             raise SettingsError(
                 f"{self.source}: transformers cannot make it: {reason}"
             ) from error

@@ -20,6 +20,7 @@ Choice:  s is a constant of the layer, whatever the rank of the factors that it 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -40,6 +41,7 @@ __all__ = [
     "LoraLinear",
     "LoraSettings",
     "chosen_layers",
+    "refuse_rank",
     "scale_of",
     "scales",
     "with_lora",
@@ -118,6 +120,20 @@ class LoraSettings(BaseModel):
                 f'freeze = "{self.freeze}": the form "{self.form}" has no A and B; '
                 f"leave it out, or use {', '.join(OWN)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_adapters(self) -> LoraSettings:
+        if self.rank:
+            return self
+        for name in ("freeze", "train"):
+            value = getattr(self, name)
+            if value:
+                shown = json.dumps(value)
+                raise ValueError(
+                    f"{name} = {shown}: with rank = 0 there are no adapters, and "
+                    "everything is trained; raise rank, or leave it out"
+                )
         return self
 
     @field_validator("targets", mode="before")
@@ -256,6 +272,10 @@ def with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
             f"expected one of {', '.join(OWN)}"
         )
     names = _targets(model, settings.targets)
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        refuse_rank(settings.rank, name, (layer.out_features, layer.in_features))
     trained = split(dict(model.named_parameters()), settings.train)[1]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained and parameter.requires_grad)
@@ -322,6 +342,19 @@ def chosen_layers(
                 )
         chosen.update(members)
     return [name for name in linear if name in chosen]
+
+
+def refuse_rank(rank: int, name: str, shape: Sequence[int]) -> None:
+    """Raise SettingsError for more rank than a layer [m, n] has.
+
+    >>> refuse_rank(4, "head", (4, 6))
+    """
+    if rank > min(shape):
+        m, n = shape
+        raise SettingsError(
+            f'lora.rank = {rank}: the layer "{name}" is [{m}, {n}], of rank '
+            f"{min(shape)} at most; lower it, or name other layers in lora.targets"
+        )
 
 
 def _is_meant(name: str, target: str) -> bool:

@@ -6,6 +6,7 @@ Imports of PyTorch wait until the options are known to make sense.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,6 +89,8 @@ def pretrain(
         raise SettingsError(
             f"--steps {steps} and --minutes {minutes:g}: give one of the two"
         )
+    if minutes is not None and not math.isfinite(minutes):
+        raise SettingsError(f"--minutes {minutes:g}: expected a number of minutes")
     with importing():
         from fedcore.pretraining.pretrain import STEPS, Budget
         from fedcore.pretraining.pretrain import pretrain as make

@@ -90,6 +90,7 @@ def material_of(experiment: Experiment) -> Material:
     left = [text for text in _with_clients(texts) if text.client not in division.base]
     if texts[0].client is None:
         left = [text._replace(client=None) for text in left]
+    _refuse_tokens_of_others(experiment)
     if experiment.base is None:
         usual = plays.whole_text() if experiment.task == "shakespeare" else ""
         tokenizer = new_tokenizer(settings, joined(division.base), usual)
@@ -108,6 +109,18 @@ def texts_of(experiment: Experiment) -> list[Text]:
     if isinstance(experiment.partition, Own):
         return [text._replace(client=OWNER) for text in texts]
     return texts
+
+
+def _refuse_tokens_of_others(experiment: Experiment) -> None:
+    """Raise SettingsError where a pretrained model would read ids that it never saw."""
+    folder, tokens = getattr(experiment.model, "path", None), experiment.text.tokens
+    if folder is None or tokens not in ("characters", "bytes", "bpe"):
+        return
+    if (folder / "tokenizer.json").is_file():
+        raise SettingsError(
+            f'text.tokens = "{tokens}": model.path = {folder} has a tokenizer of its '
+            "own, and other ids mean nothing to it; set text.tokens to that folder"
+        )
 
 
 def _refuse_own_vocabulary(experiment: Experiment) -> None:
@@ -169,8 +182,25 @@ def _tokenizer_of_base(experiment: Experiment, folder: Path) -> Tokenizer:
             f'text.tokens = "{asked}": base = {folder} has {tokenizer.kind}; set '
             "text.tokens to what it was pretrained with"
         )
+    _refuse_other_tokens(experiment, folder, facts)
     _refuse_other_model(experiment, folder, facts)
     return tokenizer
+
+
+def _refuse_other_tokens(
+    experiment: Experiment, folder: Path, facts: Mapping[str, Any]
+) -> None:
+    """Raise SettingsError where subwords are of another kind than the base's.
+
+    The folder of a tokenizer may be another on each machine.
+    """
+    asked = experiment.text.tokens
+    trained = facts.get("settings", {}).get("text", {}).get("tokens", asked)
+    if (asked == "bpe") != (trained == "bpe"):
+        raise SettingsError(
+            f'text.tokens = "{asked}": base = {folder} was pretrained with '
+            f'text.tokens = "{trained}"; set that, or pretrain another'
+        )
 
 
 def _refuse_other_model(

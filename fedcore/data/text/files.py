@@ -85,11 +85,11 @@ def _folder(folder: Path, columns: Columns) -> list[Text]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            for file in sorted(entry.glob("*.txt")):
+            for file in _of_client(entry):
                 plain.append((entry.name, file))
-        elif entry.suffix == ".txt":
+        elif _kind(entry) == ".txt":
             plain.append((entry.stem, entry))
-        elif entry.suffix in TABLES:
+        elif _kind(entry) in TABLES:
             tables.append(entry)
     if tables and plain:
         raise SettingsError(
@@ -106,13 +106,38 @@ def _folder(folder: Path, columns: Columns) -> list[Text]:
     return texts
 
 
+def _of_client(folder: Path) -> list[Path]:
+    """The files of plain text in a client's folder, by name.
+
+    Raises SettingsError for texts in it that would be left out without a word.
+    """
+    files = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() or _kind(entry) in TABLES:
+            raise SettingsError(
+                f"{entry}: expected files of plain text alone, *.txt, in the folder of "
+                "a client; move it"
+            )
+        if _kind(entry) == ".txt":
+            files.append(entry)
+    return files
+
+
+def _kind(file: Path) -> str:
+    """The end of a file's name, in small letters."""
+    return file.suffix.lower()
+
+
 def _file(file: Path, columns: Columns, client: list[str]) -> list[Text]:
     """The texts of one file; of plain text, that of the client given."""
-    if file.suffix == ".txt" and client:
+    kind = _kind(file)
+    if kind == ".txt" and client:
         return [Text(_plain(file), client[0])]
-    if file.suffix not in TABLES:
+    if kind not in TABLES:
         raise SettingsError(f"{file}: {EXPECTED}")
-    return [text_of(row, columns) for row in TABLES[file.suffix](file, columns)]
+    return [text_of(row, columns) for row in TABLES[kind](file, columns)]
 
 
 def text_of(row: Row, columns: Columns) -> Text:
@@ -130,7 +155,25 @@ def text_of(row: Row, columns: Columns) -> Text:
                 "whole number"
             )
     client, label = row.values.get(columns.client), row.values.get(columns.label)
+    # An empty name is none, in every kind of table.
+    client, label = (None if value == "" else value for value in (client, label))
+    for value in (content, client, label):
+        _refuse_halves(row.place, value)
     return Text(content, None if client is None else str(client), label)
+
+
+def _refuse_halves(place: str, value: str | int | None) -> None:
+    """Raise SettingsError for half of a pair of surrogates, which is no character."""
+    if not isinstance(value, str):
+        return
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])[1:-1]
+        raise SettingsError(
+            f"{place}: found {half}, half of a character, expected text that can be "
+            "saved as UTF-8"
+        ) from error
 
 
 def _shown(value: Any) -> str:
@@ -165,7 +208,7 @@ def _json_lines(file: Path, columns: Columns) -> Iterator[Row]:
         place = f"{file}, line {number}"
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SettingsError(f"{place}: no JSON ({error})") from error
         if not isinstance(values, dict):
             raise SettingsError(
@@ -181,8 +224,14 @@ def _csv(file: Path, columns: Columns) -> Iterator[Row]:
 
 
 def _csv_rows(file: Path, columns: Columns) -> Iterator[Row]:
+<<<<<<< HEAD
     # Lines end with \n alone; splitlines would end them at other characters, too.
     reader = csv.reader(io.StringIO(_decoded(file), newline="\n"), strict=True)
+=======
+    # Not splitlines, which ends a line at a form feed or a paragraph mark, too.
+    lines = io.StringIO(_decoded(file), newline="\n")
+    reader = csv.reader(lines, strict=True)
+>>>>>>> h-user
     header: list[str] = []
     line = 1
     try:
@@ -198,17 +247,9 @@ def _csv_rows(file: Path, columns: Columns) -> Iterator[Row]:
                     f"({', '.join(header)}); a text with a comma stands in quotes"
                 )
             elif cells:
-                yield Row(place, _named(header, cells, columns))
+                yield Row(place, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise SettingsError(f"{file}, line {line}: {error}") from error
-
-
-def _named(header: list[str], cells: list[str], columns: Columns) -> dict[str, Any]:
-    """The fields by column; an empty client or label is none."""
-    values: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for name in (columns.client, columns.label):
-        values[name] = values.get(name) or None
-    return values
 
 
 @contextmanager
@@ -243,6 +284,11 @@ def _refuse_columns(file: Path, names: list[str], columns: Columns) -> None:
         raise SettingsError(
             f'{file}: found columns {", ".join(names)}, expected one "{columns.text}"'
         )
+    for name in columns:
+        if names.count(name) > 1:
+            raise SettingsError(
+                f'{file}: found {names.count(name)} columns "{name}", expected one'
+            )
 
 
 TABLES: dict[str, Callable[[Path, Columns], Iterator[Row]]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["TextSettings"]
 
@@ -50,3 +50,12 @@ class TextSettings(BaseModel):
         description='target = "label": classes; shakespeare: the largest roles, '
         "default 10; texts: default those of the data, needed on a device",
     )
+
+    @model_validator(mode="after")
+    def _has_classes(self) -> TextSettings:
+        if self.classes is not None and self.target != "label":
+            raise ValueError(
+                f'classes = {self.classes}: target = "{self.target}" has none; set '
+                'target = "label", or leave classes out'
+            )
+        return self

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedcore.storage import cache
 __all__ = ["Subwords", "from_folder", "trained"]
 
 PAD = "<pad>"
+REASON = 300  # characters at most of what a package says, which may be many lines
 PIECE = 10_000  # characters in one piece of text that a tokenizer is trained on
 # Files of a folder that may say which token is padding.
 SPECIAL = ("special_tokens_map.json", "tokenizer_config.json")
@@ -235,7 +237,7 @@ def from_folder(folder: Path) -> Subwords:
         pad = _token_of_padding(folder, content)
         return Subwords(content, pad)
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = shorten(str(error), REASON)
         raise SettingsError(
             f'text.tokens = "{folder}": {reason}; expected a folder with tokenizer.json'
         ) from error
@@ -268,7 +270,10 @@ def _token_of_padding(folder: Path, content: str) -> int | None:
         file = folder / name
         if not file.is_file():
             continue
-        token = json.loads(file.read_text("utf-8")).get("pad_token")
+        stored = json.loads(file.read_text("utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError(f"{name}: found a {type(stored).__name__}")
+        token = stored.get("pad_token")
         if isinstance(token, dict):
             token = token.get("content")
         number = None if token is None else tokenizer.token_to_id(token)

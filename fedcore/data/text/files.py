@@ -224,14 +224,9 @@ def _csv(file: Path, columns: Columns) -> Iterator[Row]:
 
 
 def _csv_rows(file: Path, columns: Columns) -> Iterator[Row]:
-<<<<<<< HEAD
-    # Lines end with \n alone; splitlines would end them at other characters, too.
-    reader = csv.reader(io.StringIO(_decoded(file), newline="\n"), strict=True)
-=======
     # Not splitlines, which ends a line at a form feed or a paragraph mark, too.
     lines = io.StringIO(_decoded(file), newline="\n")
     reader = csv.reader(lines, strict=True)
->>>>>>> h-user
     header: list[str] = []
     line = 1
     try:

@@ -272,8 +272,8 @@ def show_result(result: Result, report: Path | None) -> None:
     start = history.baseline.get(f"client_{judge}")
     if clients and start:
         # First: where clients have models of their own, the test set is not theirs.
-        now, before = (_number(judge, of["pooled"]) for of in (clients, start))
-        lines[f"clients' {judge}"] = f"{now}, {before} before the first round"
+        now, then = (_number(judge, of["pooled"]) for of in (clients, start))
+        lines[f"clients' {judge}"] = f"{now}, {then} before the first round"
     for kind in ("test", *history.extra_tests):
         for name in (judge, *others):
             text = _number(name, final.get(f"{kind}_{name}"))

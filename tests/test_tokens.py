@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import functools
+import hashlib
 import math
 import pickle
 from pathlib import Path

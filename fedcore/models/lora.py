@@ -198,7 +198,8 @@ class LoraLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., m] of x [..., n]."""
         weight: Tensor = self.weight
-        bias, inputs = self.bias, x
+        bias: Tensor | None = self.bias
+        inputs = x
         if self.lora_change.ndim:
             # Not in a narrower type of the weight's, where a small change is lost.
             weight = weight + self.lora_change

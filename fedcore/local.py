@@ -208,11 +208,17 @@ def _kind_of(loss: Loss, hooks: _Hooks, names: Hashable) -> Hashable:
 
     A loss that is not the task's own may hold tensors that change.
     """
-    task = loss.__self__ if inspect.ismethod(loss) else None
-    if not isinstance(task, Task):
+    task = _task_of(loss)
+    if task is None:
         return None
     lr = tuple(hooks.lr.items()) if isinstance(hooks.lr, dict) else hooks.lr
     return hooks._replace(lr=None), lr, task.model.training, names
+
+
+def _task_of(loss: Loss) -> Task | None:
+    """The task whose own loss this is."""
+    task = loss.__self__ if inspect.ismethod(loss) else None
+    return task if isinstance(task, Task) else None
 
 
 def _step(loss: Loss, weigh: Weigh | None, hooks: _Hooks, inputs: _Inputs) -> _Outputs:
@@ -313,11 +319,13 @@ def full_gradient(
 ) -> tuple[Params, Tensor]:
     """Gradient and value of the mean loss over all real examples of `batches`.
 
-    `weights` (y, mask) -> [B] says how much each example counts in `loss`, as
-    `Task.weights` does; by default all the same.
+    `weights` (y, mask) -> [B] says how much each example counts in `loss`; by default
+    as it does in a task's own loss, and all the same in others.
     """
     dtype = wide(params)
-    weights = _mask if weights is None else weights
+    if weights is None:
+        task = _task_of(loss)
+        weights = _mask if task is None else task.weights
     total = torch.zeros_like(batches.mask[:1].sum())
     for _, y, mask in trees.unbind(batches):
         total = total + weights(y, mask).sum()

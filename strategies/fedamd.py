@@ -119,8 +119,7 @@ class FedAMD(Method[Settings]):
     def anchor(
         self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
     ) -> tuple[Gradient, Stateless]:
-        whole = full_gradient(task.loss, down.params, batches, task.weights)
-        return Gradient(*whole), state
+        return Gradient(*full_gradient(task.loss, down.params, batches)), state
 
     @on_client
     def mine(

@@ -269,8 +269,8 @@ def test_targets_on_which_no_adapter_would_act_are_refused(
 
 def test_a_rank_that_a_layer_has_not_is_refused() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
-    with pytest.raises(SettingsError, match=r'rank = 5: the layer "0" is \[4, 6\], of'):
-        with_lora(model, LoraSettings(rank=5))
+    with pytest.raises(SettingsError, match=r'rank = 7: the layer "0" is \[4, 6\], an'):
+        with_lora(model, LoraSettings(rank=7))
     assert all(parameter.requires_grad for parameter in model.parameters())
     with_lora(model, LoraSettings(rank=4))
 

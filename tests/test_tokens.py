@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import math
 import pickle
@@ -277,10 +278,14 @@ def test_a_full_gradient_is_that_of_all_tokens_in_one_batch() -> None:
     mask[-1] = 0
     whole, loss = grad_and_value(task.loss)(params, x[:20], y[:20], mask)
     five = trees.map(lambda v: v[:20].view(5, 4, *v.shape[1:]), (x, y, mask))
-    found, value = full_gradient(task.loss, params, Batches(*five), task.weights)
+    found, value = full_gradient(task.loss, params, Batches(*five))
     assert torch.isclose(value, loss)
     for name, slope in whole.items():
         assert torch.allclose(found[name], slope, atol=1e-7)
+    # A loss of one's own says how much examples count in it.
+    own, batches = functools.partial(task.loss), Batches(*five)
+    assert full_gradient(own, params, batches, task.weights)[1] == value
+    assert not torch.isclose(full_gradient(own, params, batches)[1], loss)
 
 
 def test_padding_changes_neither_loss_nor_gradient() -> None:

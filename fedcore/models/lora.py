@@ -197,8 +197,9 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., m] of x [..., n]."""
-        weight, inputs = self.weight, x
+        weight: Tensor = self.weight
         bias: Tensor | None = self.bias
+        inputs = x
         if self.lora_change.ndim:
             # Not in a narrower type of the weight's, where a small change is lost.
             weight = weight + self.lora_change
@@ -346,15 +347,17 @@ def chosen_layers(
 
 
 def refuse_rank(rank: int, name: str, shape: Sequence[int]) -> None:
-    """Raise SettingsError for more rank than a layer [m, n] has.
+    """Raise SettingsError for more rank than a layer [m, n] has inputs and outputs.
 
-    >>> refuse_rank(4, "head", (4, 6))
+    More than the smaller of the two is of use where A stays as it was drawn.
+
+    >>> refuse_rank(6, "head", (4, 6))
     """
-    if rank > min(shape):
+    if rank > max(shape):
         m, n = shape
         raise SettingsError(
-            f'lora.rank = {rank}: the layer "{name}" is [{m}, {n}], of rank '
-            f"{min(shape)} at most; lower it, or name other layers in lora.targets"
+            f'lora.rank = {rank}: the layer "{name}" is [{m}, {n}], and factors wider '
+            "than that add nothing; lower it, or name other layers in lora.targets"
         )
 
 

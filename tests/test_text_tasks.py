@@ -422,3 +422,12 @@ def test_a_run_on_text_goes_on_bit_for_bit(tmp_path: Path) -> None:
     run(speakers(tmp_path, rounds=2), tmp_path / "part")
     rest = run(speakers(tmp_path, rounds=4), None, tmp_path / "part")
     assert rest.params_sha256 == whole.params_sha256
+
+
+def test_the_layer_of_classes_is_trained_beside_adapters(tmp_path: Path) -> None:
+    """No base has it: frozen it would stay as it was drawn."""
+    settings = {"text__target": "label", "population": 2, "lora__rank": 2}
+    trained = speakers(tmp_path, **settings).build_task().init_params()
+    assert {"classifier.weight", "classifier.bias"} <= trained.keys()
+    others = [n for n in trained if "lora_" not in n and "classifier" not in n]
+    assert others == []

@@ -100,7 +100,8 @@ class LoraSettings(BaseModel):
     train: Parts = Field(
         (),
         description="parts of the model that are trained beside the adapters, by name "
-        "(output, ...) or patterns of parameter names",
+        "(output, ...) or patterns of parameter names; default: nothing, and the "
+        'layer of classes where text.target = "label"',
     )
 
     @field_validator("form", mode="before")

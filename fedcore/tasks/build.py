@@ -21,6 +21,7 @@ from fedcore.tasks.classes import classes_of_texts
 from fedcore.tasks.image import images
 from fedcore.tasks.initial import start_from
 from fedcore.tasks.regression import least_squares, weighted_least_squares
+from fedcore.tasks.text import TEXTS
 from fedcore.tasks.tokens import next_tokens
 from fedcore.users import user_function
 
@@ -36,6 +37,9 @@ def text_task(experiment: Experiment) -> Task:
         return classes_of_texts(experiment)
     return next_tokens(experiment)
 
+
+HEAD = (r"(.*\.)?(pre_classifier|classifier|score)\..+",)
+"""The layer that tells classes apart: no base has it, so that frozen it is noise."""
 
 TASKS: dict[str, Callable[[Experiment], Task]] = {
     "digits": partial(images, name="digits"),
@@ -143,6 +147,9 @@ def _with_adapters(experiment: Experiment, task: Task) -> Task:
             f'lora.rank = {settings.rank} and lowrank.form = "'
             f'{experiment.lowrank.form}": a layer has one or the other; leave one out'
         )
+    is_of_classes = experiment.text.target == "label" and experiment.task in TEXTS
+    if is_of_classes and not settings.train:
+        settings = settings.model_copy(update={"train": HEAD})
     return task.with_model(with_lora(task.model, settings))
 
 

@@ -33,21 +33,30 @@ __all__ = [
 TARGETS_AT_ONCE = 8192  # targets in one forward pass of an evaluation
 ROWS_AT_ONCE = 2**16  # whose sizes are asked for at once
 TAKEN = frozenset(
-    (
-        *("test", "client", "finetuned", "server", "evaluation", "backdoor", "first"),
-        *(
-            "late",
-            "changed",
-            "round",
-            "extra",
-            "bytes",
-            "nmsd",
-            "measures",
-            "privacy",
-            "jump",
-        ),
-        *("cohort", "reports", "seconds", "dropped", "skipped"),
-    )
+    [
+        "test",
+        "train",
+        "client",
+        "finetuned",
+        "server",
+        "evaluation",
+        "backdoor",
+        "first",
+        "late",
+        "changed",
+        "round",
+        "extra",
+        "bytes",
+        "nmsd",
+        "measures",
+        "privacy",
+        "jump",
+        "cohort",
+        "reports",
+        "seconds",
+        "dropped",
+        "skipped",
+    ]
 )  # names of a row's own columns, or their first words
 
 

@@ -20,6 +20,9 @@ from fedcore.errors import SettingsError
 
 __all__ = ["App", "call", "open_streams"]
 
+MEANT = {"train": "run"}
+"""Commands of other tools, and ours that does the like."""
+
 
 class _Command(TyperCommand):
     """A command whose help describes its arguments."""
@@ -193,6 +196,8 @@ def _no_command(word: str, context: click.Context | None) -> str:
     group = context.command if context is not None else None
     commands = group.commands if isinstance(group, click.Group) else {}
     near = difflib.get_close_matches(word, commands, 1)
+    if word.lower() in MEANT:
+        near = [MEANT[word.lower()]]
     if not near:
         stem = re.escape(word[:4].lower())
         for name, command in commands.items():

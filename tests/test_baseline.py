@@ -101,6 +101,10 @@ def test_report_comparison_and_terminal_show_the_baseline_and_other_tests(
     shown = capsys.readouterr().out
     assert re.search(r"unseen perplexity +\d+\.\d+, \d+\.\d+ before the first", shown)
     assert re.search(r"test token_accuracy +\d+\.\d+%, \d+\.\d+% before", shown)
+    ours = result.final["client_perplexity"]["pooled"]
+    start_of_ours = before["client_perplexity"]["pooled"]
+    first = f"{ours:.4f}, {start_of_ours:.4f} before the first round"
+    assert re.fullmatch(f"clients' perplexity +{first}", shown.splitlines()[1])
     compared = compare([("one", experiment)], 1, tmp_path / "compared")
     text = json.loads((compared.folder / "compare.json").read_text())
     (entry,) = text["methods"].values()

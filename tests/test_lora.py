@@ -193,6 +193,11 @@ def test_a_frozen_weight_in_half_precision_takes_small_changes_in_float32() -> N
     moved = functional_call(layer, {"lora_change": change}, (x,))
     assert moved.item() == pytest.approx(2 + 16 * 2**-9, abs=2**-7)
     assert moved.item() > 2
+    # One of them, where the inputs let the weight's own products cancel.
+    x, change = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0**-9, -(2.0**-9)]])
+    moved = functional_call(layer, {"lora_change": change}, (x.bfloat16(),))
+    assert moved.item() == 2**-8
+    assert moved.dtype == torch.bfloat16
 
 
 def test_changes_of_weights_are_in_no_state_dict() -> None:

@@ -55,6 +55,17 @@ def test_a_client_may_be_a_number(tmp_path: Path) -> None:
     assert read_texts(file) == [Text("x", "7", 1)]
 
 
+def test_rows_of_a_csv_end_where_lines_end(tmp_path: Path) -> None:
+    """Not at the other characters that Python splits lines at."""
+    texts = ["one\u2028two", "three\x0cfour", "five\x85six"]
+    file = tmp_path / "a.csv"
+    file.write_text("text\n" + "\n".join(texts) + "\n", "utf-8", newline="")
+    assert [text.content for text in read_texts(file)] == texts
+    file.write_text("text,client\na\u2028b,c\nd\n", "utf-8", newline="")
+    with pytest.raises(SettingsError, match="line 3: found 1 fields"):
+        read_texts(file)
+
+
 def test_a_field_of_a_csv_may_be_a_book(tmp_path: Path) -> None:
     long = "word " * 100_000
     before = csv.field_size_limit()

@@ -115,7 +115,7 @@ def test_shapes_that_would_broadcast_are_refused(
         fn(outputs, y)
 
 
-@pytest.mark.parametrize("name", ["test", "client", "a_b", "3", "", "a/b", 7])
+@pytest.mark.parametrize("name", ["test", "train", "client", "a_b", "3", "", "a/b", 7])
 def test_names_of_extra_tests_that_are_taken_are_refused(name: Any) -> None:
     with pytest.raises(SettingsError, match=r"extra_tests holds .*expected a name"):
         Task(Tokens(), language().data, next_token_loss, extra_tests={name: windows(2)})

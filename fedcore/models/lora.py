@@ -197,18 +197,24 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., m] of x [..., n]."""
-        weight = self.weight
+        weight, inputs = self.weight, x
+        bias: Tensor | None = self.bias
         if self.lora_change.ndim:
-            weight = (weight + self.lora_change).to(weight.dtype)
+            # Not in a narrower type of the weight's, where a small change is lost.
+            weight = weight + self.lora_change
+            inputs = x.to(weight.dtype)
+            bias = None if bias is None else bias.to(weight.dtype)
         reduced = functional.linear(x.to(self.lora_A.dtype), self.lora_A) * self.scale
         update = functional.linear(reduced, self.lora_B)
         if self.lora_magnitude_vector is None:
-            outputs = functional.linear(x, weight, self.bias)
-            return outputs + update.to(outputs.dtype)
-        outputs = functional.linear(x, weight)
-        ratio = self.lora_magnitude_vector / self._lengths(weight)
-        outputs = ((outputs + update) * ratio).to(outputs.dtype)
-        return outputs if self.bias is None else outputs + self.bias
+            outputs = functional.linear(inputs, weight, bias)
+            outputs = outputs + update.to(outputs.dtype)
+        else:
+            outputs = functional.linear(inputs, weight)
+            ratio = self.lora_magnitude_vector / self._lengths(weight)
+            outputs = ((outputs + update) * ratio).to(outputs.dtype)
+            outputs = outputs if bias is None else outputs + bias
+        return outputs.to(x.dtype) if self.lora_change.ndim else outputs
 
     def _lengths(self, weight: Tensor) -> Tensor:
         """The lengths of the rows of the whole weight, [m], without a gradient."""

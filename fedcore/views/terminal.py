@@ -268,6 +268,12 @@ def show_result(result: Result, report: Path | None) -> None:
     lines = {"method": f"{result.method}, {result.engine} engine, seed {result.seed}"}
     judge, *others = result.measures
     history = History(result.history)
+    clients, tuned = (final.get(f"{of}_{judge}") for of in ("client", "finetuned"))
+    start = history.baseline.get(f"client_{judge}")
+    if clients and start:
+        # First: where clients have models of their own, the test set is not theirs.
+        now, then = (_number(judge, of["pooled"]) for of in (clients, start))
+        lines[f"clients' {judge}"] = f"{now}, {then} before the first round"
     for kind in ("test", *history.extra_tests):
         for name in (judge, *others):
             text = _number(name, final.get(f"{kind}_{name}"))
@@ -275,7 +281,6 @@ def show_result(result: Result, report: Path | None) -> None:
             if before is not None:
                 text += f", {_number(name, before)} before the first round"
             lines[f"{kind} {name}"] = text
-    clients, tuned = (final.get(f"{of}_{judge}") for of in ("client", "finetuned"))
     if clients:
         lines[f"{judge} per client"] = _spread_text(judge, clients)
     if tuned:

@@ -92,6 +92,7 @@ def _input(params: Params) -> set[str]:
     And a normalisation right behind that, in the same module: the norm of a
     transformer's first block belongs to that block.
     """
+    params = _without_adapters(params)
     modules = list(dict.fromkeys(filter(None, map(_module, params))))
     first = {"", *modules[:1]}
     if len(modules) > 1:
@@ -101,7 +102,17 @@ def _input(params: Params) -> set[str]:
     return {name for name in params if _module(name) in first}
 
 
+def _without_adapters(params: Params) -> Params:
+    """The layers' own parameters.
+
+    Beside adapters most layers are frozen, and not among them: the last adapter is not
+    the output.
+    """
+    return {name: x for name, x in params.items() if ".lora_" not in f".{name}"}
+
+
 def _output(params: Params) -> set[str]:
+    params = _without_adapters(params)
     last = _module(list(params)[-1]) if params else ""
     return {name for name in params if _module(name) == last}
 

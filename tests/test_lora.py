@@ -15,7 +15,9 @@ from fedcore.config import Experiment
 from fedcore.errors import SettingsError
 from fedcore.models.lora import LoraLinear, LoraSettings, scales, with_lora
 from fedcore.models.vit import Vit
+from fedcore.split import split
 from fedcore.tasks import build_task
+from fedcore.types import Params
 
 FORMS = ["lora", "rslora", "dora"]
 
@@ -30,6 +32,10 @@ def two_layers(**settings: Any) -> nn.Module:
 
 def trained(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def trained_params(model: nn.Module) -> Params:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def vit(**lora: Any) -> nn.Module:
@@ -269,10 +275,14 @@ def test_targets_on_which_no_adapter_would_act_are_refused(
 
 def test_a_rank_that_a_layer_has_not_is_refused() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
-    with pytest.raises(SettingsError, match=r'rank = 7: the layer "0" is \[4, 6\], an'):
-        with_lora(model, LoraSettings(rank=7))
+    with pytest.raises(
+        SettingsError, match=r'rank = 5: the layer "0" is \[4, 6\], and'
+    ):
+        with_lora(model, LoraSettings(rank=5))
     assert all(parameter.requires_grad for parameter in model.parameters())
-    with_lora(model, LoraSettings(rank=4))
+    with_lora(copy.deepcopy(model), LoraSettings(rank=6, targets=["0"], freeze="A"))
+    with pytest.raises(SettingsError, match="can use 2 at most"):
+        with_lora(model, LoraSettings(rank=3, targets=["1"]))
 
 
 @pytest.mark.parametrize("setting", [{"freeze": "A"}, {"train": ["output"]}])
@@ -292,3 +302,12 @@ def test_settings_that_cannot_be_are_refused() -> None:
                 {"method": "fedavg", "task": "least-squares", "lora": {"rank": 2}}
             )
         )
+
+
+def test_the_last_adapter_is_not_the_output_of_the_model() -> None:
+    params = trained_params(vit(rank=1))
+    for part in ("output", "input"):
+        with pytest.raises(SettingsError, match=f'the part "{part}": no parameter'):
+            split(params, [part])
+    trained = trained_params(vit(rank=1, train=["output"]))
+    assert not any("lora_" in name for name in split(trained, ["output"])[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,13 @@ def test_a_writer_takes_a_model_with_more_outputs_than_there_are_tokens() -> Non
     params = {"certainty": torch.tensor(0.0)}  # 7 outputs, each as likely
     writer = Writer(Successor(), Characters("abc"), 3, tokens=60)
     assert set(writer(params)) <= {*"abc", "\N{REPLACEMENT CHARACTER}"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_that_has_diverged_writes_no_further(temperature: float) -> None:
+    writer = Writer(Successor(), Characters("abc"), 3, temperature=temperature)
+    for certainty in (math.nan, math.inf):
+        assert writer({"certainty": torch.tensor(certainty)}).endswith("no numbers)")
 
 
 # In a run

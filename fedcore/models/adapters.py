@@ -45,8 +45,11 @@ def with_peft(model: PretrainedText, settings: LoraSettings) -> PretrainedText:
     targets = _targets(inner, settings)
     if settings.form in LOW_RANK:
         for target in targets:
-            weight: Any = inner.get_submodule(target).weight
-            refuse_rank(settings.rank, target, list(weight.shape))
+            layer: Any = inner.get_submodule(target)
+            m, n = layer.weight.shape
+            if not isinstance(layer, nn.Linear):  # Conv1D has it the other way round
+                m, n = n, m
+            refuse_rank(settings, target, m, n)
     own: dict[str, Tensor] = dict(model.named_parameters())
     trained = split(own, settings.train)[1]
     is_trained = {id(own[name]): own[name].requires_grad for name in trained}

@@ -278,7 +278,7 @@ def with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        refuse_rank(settings.rank, name, (layer.out_features, layer.in_features))
+        refuse_rank(settings, name, layer.out_features, layer.in_features)
     trained = split(dict(model.named_parameters()), settings.train)[1]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained and parameter.requires_grad)
@@ -347,18 +347,19 @@ def chosen_layers(
     return [name for name in linear if name in chosen]
 
 
-def refuse_rank(rank: int, name: str, shape: Sequence[int]) -> None:
-    """Raise SettingsError for more rank than a layer [m, n] has inputs and outputs.
+def refuse_rank(settings: LoraSettings, name: str, m: int, n: int) -> None:
+    """Raise SettingsError for more rank than a layer [m, n] can use.
 
-    More than the smaller of the two is of use where A stays as it was drawn.
+    Beside a frozen A, B can use n of them, also where m is less.
 
-    >>> refuse_rank(6, "head", (4, 6))
+    >>> refuse_rank(LoraSettings(rank=4), "head", 4, 6)
+    >>> refuse_rank(LoraSettings(rank=6, freeze="A"), "head", 4, 6)
     """
-    if rank > max(shape):
-        m, n = shape
+    most = {"A": n, "B": m}.get(settings.freeze or "", min(m, n))
+    if settings.rank > most:
         raise SettingsError(
-            f'lora.rank = {rank}: the layer "{name}" is [{m}, {n}], and factors wider '
-            "than that add nothing; lower it, or name other layers in lora.targets"
+            f'lora.rank = {settings.rank}: the layer "{name}" is [{m}, {n}], and can '
+            f"use {most} at most; lower it, or name other layers in lora.targets"
         )
 
 

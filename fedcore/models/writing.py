@@ -16,6 +16,8 @@ from fedcore.types import Params
 
 __all__ = ["Writer"]
 
+BROKEN = "(here the model's outputs are no numbers)"
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -35,7 +37,10 @@ class Writer:
 
     @torch.no_grad()
     def __call__(self, params: Params) -> str:
-        """The text that follows the prompt."""
+        """The text that follows the prompt.
+
+        Of a model that has diverged, up to where its outputs are no numbers.
+        """
         ids = self.tokenizer.encode(self.prompt).tolist() or [0]
         begin = len(ids)
         draw = rng(self.seed, "writing")
@@ -43,13 +48,18 @@ class Writer:
         self.model.eval()
         try:
             for _ in range(self.tokens):
-                ids.append(self._next(params, ids[-self.length :], draw))
+                token = self._next(params, ids[-self.length :], draw)
+                if token is None:
+                    return self.tokenizer.decode(ids[begin:]) + BROKEN
+                ids.append(token)
         finally:
             self.model.train(was_training)
         return self.tokenizer.decode(ids[begin:])
 
-    def _next(self, params: Params, seen: list[int], draw: np.random.Generator) -> int:
-        """The token after those seen."""
+    def _next(
+        self, params: Params, seen: list[int], draw: np.random.Generator
+    ) -> int | None:
+        """The token after those seen; None where the outputs are no numbers."""
         # Always of one length, as the model is recorded and tested with.
         x = torch.full((1, self.length), self.tokenizer.pad)
         x[0, : len(seen)] = torch.tensor(seen)
@@ -60,6 +70,8 @@ class Writer:
         # A pretrained model may have more outputs than its tokenizer has tokens.
         logits[self.tokenizer.size :] = -math.inf
         if self.temperature == 0:
-            return int(logits.argmax())
+            return None if logits.isnan().any() else int(logits.argmax())
         shares = (logits / self.temperature).softmax(-1).numpy()
+        if not np.isfinite(shares).all():
+            return None
         return int(draw.choice(len(shares), p=shares))

@@ -348,18 +348,17 @@ def chosen_layers(
 
 
 def refuse_rank(settings: LoraSettings, name: str, m: int, n: int) -> None:
-    """Raise SettingsError for more rank than a layer [m, n] can use.
+    """Raise SettingsError for more rank than a layer [m, n] has inputs and outputs.
 
-    Beside a frozen A, B can use n of them, also where m is less.
+    Between the smaller and the larger of the two it is of use beside a frozen factor,
+    and does no harm elsewhere: one rank serves layers of many sizes.
 
-    >>> refuse_rank(LoraSettings(rank=4), "head", 4, 6)
-    >>> refuse_rank(LoraSettings(rank=6, freeze="A"), "head", 4, 6)
+    >>> refuse_rank(LoraSettings(rank=6), "head", 4, 6)
     """
-    most = {"A": n, "B": m}.get(settings.freeze or "", min(m, n))
-    if settings.rank > most:
+    if settings.rank > max(m, n):
         raise SettingsError(
             f'lora.rank = {settings.rank}: the layer "{name}" is [{m}, {n}], and can '
-            f"use {most} at most; lower it, or name other layers in lora.targets"
+            f"use {max(m, n)} at most; lower it, or name other layers in lora.targets"
         )
 
 

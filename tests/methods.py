@@ -126,7 +126,7 @@ def crashing(e: Experiment) -> Task:
 
     It does so when training examples are read the $FEDCORE_TEST_CRASH-th time.
     """
-    task = TASKS["least-squares"](e)
+    task = layered(e) if e.lora.rank else TASKS["least-squares"](e)
     left = int(os.environ.get("FEDCORE_TEST_CRASH", "0"))
     rows = task.data.rows
 

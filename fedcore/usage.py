@@ -33,6 +33,11 @@ class _Command(TyperCommand):
         # Typer escapes brackets for a markup that is switched off.
         return super().get_help(ctx).replace("\\[", "[")
 
+    def format_arguments(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        """Write nothing: Click 8.5 has a section for what Typer's own says already."""
+
 
 class _Group(TyperGroup):
     def get_help(self, ctx: click.Context) -> str:

@@ -37,7 +37,7 @@ Target = Annotated[
     ),
 ]
 Steps = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="default: 1200, some minutes")
+    int | None, typer.Option(metavar="N", min=1, help="default: 1700, some minutes")
 ]
 Minutes = Annotated[
     float | None,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STEPS", "Budget", "Observer", "pretrain"]
 
-STEPS = 1200
+STEPS = 1700
 MEASURED = 100_000  # tokens at most whose loss is taken
 
 

@@ -60,7 +60,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 REFUSE_RULES = {
     *("fedstale", "fedvarp", "mifa", "admm", "clu", "rerce"),
-    *("fedlaw", "fedamd", "dpfedavg"),
+    *("fedlaw", "fedamd", "dpfedavg", "exactlora"),
 }
 
 

@@ -55,9 +55,10 @@ def make(e: Experiment) -> Task:
     offsets = np.cumsum([0, *e.options.get("sizes", [100, 0, 0, 0])])
     test = None if e.options.get("without_test") else rows
     data = FederatedData(rows, test, np.arange(offsets[-1]), offsets, e.holdout, e.seed)
-    model = nn.Linear(4, 3)
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
+    linear = nn.Linear(4, 3)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    model: nn.Module = nn.Sequential(linear) if e.lora.rank else linear
     proxy = Examples(x[:12], y[:12]) if e.proxy else None
     loss = hinge if e.options.get("signs") else cross_entropy
     metrics: dict[str, Any] = {"accuracy": accuracy, "first": share_of_first}
@@ -123,6 +124,8 @@ def test_clients_without_examples_change_no_mean_of_losses_in_any_method(
     settings: dict[str, Any] = {"method": {"name": name}, "proxy": 12}
     if name == "dpfedavg":
         settings["method"] = {"name": name, "noise_multiplier": 0.0}
+    if name in ("rolora", "exactlora"):
+        settings["lora"] = {"rank": 2, "targets": ["0"]}
     sizes = [40, 0, 60, 0]
     result = run(experiment(settings, sizes=sizes), tmp_path / "r")
     losses = [row.get("train_loss") for row in result.history]

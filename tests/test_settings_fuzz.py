@@ -139,6 +139,8 @@ def check(kind: dict[str, Any], key: str, value: Any) -> None:
 @example({"method": "fedavg"}, "method.name", "a b " * 2000)
 @example({"method": "fedavg"}, "method.name." + "x" * 4000, 1)
 @example({"method": "fedavg"}, "engine", {"a" * 5000: 1})
+@example({"method": "fedavg"}, "lora.form", [])
+@example({"method": "fedavg"}, "lora.form", {})
 def test_a_value_is_taken_as_it_is_or_refused_by_name(
     kind: dict[str, Any], key: str, value: Any
 ) -> None:

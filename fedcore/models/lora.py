@@ -107,7 +107,7 @@ class LoraSettings(BaseModel):
     @field_validator("form", mode="before")
     @classmethod
     def _refuse_form(cls, form: Any) -> Any:
-        if form in REFUSED:
+        if isinstance(form, str) and form in REFUSED:
             raise ValueError(
                 f'"{form}" cannot be batched over clients: {REFUSED[form]}; expected '
                 f"one of {', '.join(get_args(Form))}"

@@ -52,10 +52,10 @@ def plain_loop(task: Task, rounds: int, seed: int) -> float:
             rows = torch.from_numpy(data.rows(client, "train"))
             model.load_state_dict(start)
             _train(model, data.x[rows], data.y[rows], draw)
-            own = int((data.y[rows] >= 0).sum())
+            num_tokens = int((data.y[rows] >= 0).sum())
             for name, value in model.state_dict().items():
-                total[name] += own * value
-            tokens += own
+                total[name] += num_tokens * value
+            tokens += num_tokens
         start = {name: value / tokens for name, value in total.items()}
     model.load_state_dict(start)
     return _accuracy(model, *task.data.test)

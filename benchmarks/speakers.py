@@ -167,8 +167,8 @@ def row_of(contender: Contender, step: float, runs: list[dict[str, Any]]) -> lis
     """One line of the table."""
     finals = [values["final"] for values in runs]
     row = [contender.title, f"{step:g}"]
-    own = [last["client_loss"]["pooled"] for last in finals]
-    row.append(mean_and_std(own, ".4f"))
+    losses = [last["client_loss"]["pooled"] for last in finals]
+    row.append(mean_and_std(losses, ".4f"))
     for key, form, factor in (
         ("test_loss", ".4f", 1.0),
         ("unseen_loss", ".4f", 1.0),

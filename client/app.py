@@ -124,8 +124,8 @@ def device_settings(data: str, assignments: str, base: str = "") -> list[str]:
 def refuse_settings(overrides: list[str]) -> None:
     """Raises SettingsError for a device's settings that no run could take."""
     # The run's model is not known here, so whether it has such settings neither.
-    known = [text for text in overrides if not text.startswith("model.")]
-    experiment = Experiment.parse({"method": {"name": "fedavg"}}, known)
+    checkable = [text for text in overrides if not text.startswith("model.")]
+    experiment = Experiment.parse({"method": {"name": "fedavg"}}, checkable)
     device_for(experiment.engine)
 
 
@@ -138,13 +138,12 @@ def _work_for(context: Context) -> Work:
     node = context.node_config
     preset = str(context.run_config["preset"])
     overrides = str(context.run_config["set"]).split()
-    own = device_settings(
-        str(node.get("data", "")), str(node.get("set", "")), str(node.get("base", ""))
-    )
-    text = "\n".join(overrides + own)
+    places = str(node.get("data", "")), str(node.get("base", ""))
+    device_overrides = device_settings(places[0], str(node.get("set", "")), places[1])
+    text = "\n".join(overrides + device_overrides)
     if any(key in node for key in DEVICE_KEYS):
         refuse_adversary(preset, text)
-    if not has_own_data(own):
+    if not has_own_data(device_overrides):
         return work_of(preset, text)
     owner = int(str(node["partition-id"]))
     work = work_of(preset, text, owner)

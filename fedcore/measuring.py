@@ -143,7 +143,7 @@ def measure(
     total: Any = 0.0
     for start in range(0, len(y), batch_size):
         rows = slice(start, start + batch_size)
-        batch = trees.map(lambda v: v[rows][None], Batches(x, y, ones))  # noqa: B023
+        batch = trees.map(lambda v: v[None], trees.at(Batches(x, y, ones), rows))
         measured = task.evaluate(params, batch)
         weight = batch.mask.sum()
         if task.size is not None:

@@ -24,8 +24,9 @@ def oldest() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = []
     for line in project["project"]["optional-dependencies"]["hf"]:
-        name, least = re.match(r"([\w-]+)>=([\d.]+)", line).groups()  # type: ignore[union-attr]
-        wanted.append(f"{name}=={least}")
+        bound = re.match(r"([\w-]+)>=([\d.]+)", line)
+        assert bound is not None, f"no least version: {line}"
+        wanted.append("==".join(bound.groups()))
     return wanted
 
 

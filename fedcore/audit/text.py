@@ -1,4 +1,4 @@
-"""What is public of a model of text: where a token's own numbers are."""
+"""The public facts of a model of text: where a token's own numbers are."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class LoraSettings(BaseModel):
     def _refuse_form(cls, form: Any) -> Any:
         if isinstance(form, str) and form in REFUSED:
             raise ValueError(
-                f'"{form}" cannot be batched over clients: {REFUSED[form]}; expected '
+                f'"{form}" does not work here: {REFUSED[form]}; expected '
                 f"one of {', '.join(get_args(Form))}"
             )
         return form

@@ -86,6 +86,10 @@ def is_same(kept: Any, given: Any) -> bool:
     if isinstance(kept, tuple | list) and isinstance(given, tuple | list):
         pairs = zip(kept, given, strict=False)
         return len(kept) == len(given) and all(is_same(*pair) for pair in pairs)
+    if isinstance(kept, dict) and isinstance(given, dict):
+        return kept.keys() == given.keys() and all(
+            is_same(kept[key], given[key]) for key in kept
+        )
     if isinstance(kept, tuple) and len(kept) == 1 and isinstance(given, str):
         return is_same(kept[0], given)  # a pattern alone
     if isinstance(kept, Path):
@@ -141,6 +145,8 @@ def check(kind: dict[str, Any], key: str, value: Any) -> None:
 @example({"method": "fedavg"}, "engine", {"a" * 5000: 1})
 @example({"method": "fedavg"}, "lora.form", [])
 @example({"method": "fedavg"}, "lora.form", {})
+@example({"method": "fedavg"}, "options", {"": (0,)})
+@example({"method": "fedavg"}, "options.x", ((1, (2,)), [(), {"y": (3,)}]))
 def test_a_value_is_taken_as_it_is_or_refused_by_name(
     kind: dict[str, Any], key: str, value: Any
 ) -> None:

@@ -25,17 +25,21 @@ LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes
 
 
 def plain(values: Any) -> Any:
-    """Nested dicts of the values, of those alone that were given.
+    """Nested dicts and lists, as TOML has them, of those values alone that were given.
 
     A section that was copied with `model_copy` has not been checked; its dict will be.
 
     >>> from fedcore.config import CheckpointSettings
     >>> plain({"checkpoint": CheckpointSettings(seconds=1)})
     {'checkpoint': {'seconds': 1.0}}
+    >>> plain({"options": {"sizes": (1, 2)}})
+    {'options': {'sizes': [1, 2]}}
     """
     if isinstance(values, BaseModel):
         fields = values.model_fields_set | ({"name"} & type(values).model_fields.keys())
         values = {name: getattr(values, name) for name in sorted(fields)}
+    if isinstance(values, tuple | list):
+        return [plain(value) for value in values]
     if not isinstance(values, Mapping):
         return values
     return {key: plain(value) for key, value in values.items()}

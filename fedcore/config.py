@@ -27,6 +27,7 @@ from fedcore.messages.adversary.settings import AdversarySettings
 from fedcore.messages.aggregation.settings import AggregationSettings
 from fedcore.messages.defence import DefenceSettings
 from fedcore.messages.links import LinksSettings
+from fedcore.messages.secure.settings import SecureSettings
 from fedcore.method import FinetuneSettings, Method, MethodSettings
 from fedcore.models import LoraSettings, LowRank, Mlp, ModelSettings
 from fedcore.rounds.participation import ParticipationSettings, Uniform
@@ -163,6 +164,12 @@ class AuditSettings(_Section):
         (),
         description="rounds in which they are kept, from 1 on; default: first and last",
     )
+    canaries: int = Field(
+        0,
+        ge=0,
+        description="k, clients beside the population that send a random direction of "
+        "the clip norm, from which a run's real epsilon is estimated; 0 = none",
+    )
 
 
 class Experiment(_Section):
@@ -232,6 +239,7 @@ class Experiment(_Section):
     defence: DefenceSettings = DefenceSettings()
     links: LinksSettings = LinksSettings()
     aggregation: AggregationSettings = AggregationSettings()
+    secure: SecureSettings = SecureSettings()
     adversary: AdversarySettings = AdversarySettings()
     min_reports: int = Field(
         1,

@@ -9,6 +9,34 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 __all__ = ["LocalSettings"]
 
 
+class ExampleSettings(BaseModel):
+    """DP-SGD on the client: every example's gradient is clipped, and noise is added."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    clip: float | None = Field(
+        None, gt=0, description="C, bound on the L2 norm of one example's gradient"
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="z: a step's sum of clipped gradients gets N(0, (z C)^2) in every "
+        "entry",
+    )
+    rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="q, probability of an example to be in a step; default: "
+        "batch_size / the client's number of examples",
+    )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether gradients are those of single examples."""
+        return self.clip is not None
+
+
 class LocalSettings(BaseModel):
     """How much a client trains in a round it takes part in, and by which steps.
 
@@ -70,6 +98,8 @@ class LocalSettings(BaseModel):
         description="of the forward pass in training; parameters, steps and "
         "evaluations stay as they are",
     )
+
+    dp: ExampleSettings = ExampleSettings()
 
     @property
     def has_plain_steps(self) -> bool:

@@ -34,8 +34,9 @@ from fedcore.reports import (
     Reports,
     RunningSum,
     Weight,
+    Weights,
     by_examples,
-    weight_of,
+    weights_of,
 )
 from fedcore.split import Parts, split
 from fedcore.statistics import with_statistics
@@ -46,6 +47,7 @@ from fedcore.types import (
     Memory,
     Metrics,
     Model,
+    News,
     Params,
     Stateless,
     Tree,
@@ -70,6 +72,9 @@ a `Tuning`: minibatches to fine-tune on, and the held-out examples.
 
 Setting = Literal[
     "rule",
+    "secure",
+    "distributed",
+    "dp",
     "optimizer",
     "clip",
     "schedule",
@@ -80,7 +85,9 @@ Setting = Literal[
 ]
 """Settings of a run that a method may have a reason to refuse.
 
-"rule" is a robust rule in the place of the mean; the others are those of `[local]`.
+"rule" is a robust rule in the place of the mean, "secure" a sum of which the server
+sees nothing else, "distributed" noise of the clients in such a sum; the others are
+those of `[local]`.
 """
 
 STEP_SIZES: tuple[Setting, ...] = ("schedule", "warmup")
@@ -155,19 +162,34 @@ class Round:
         fn: ClientFunction,
         clients: Tensor,
         down: Tree,
-        weight: Weight | Tensor = by_examples,
+        weight: Weight | Tensor | Weights = by_examples,
+        news: News | None = None,
     ) -> Mean:
         """The weighted mean of the clients' updates.
 
         `weight` is `by_examples`, `equally`, or a tensor with one weight for each of
-        `clients`, in ascending ids, known before they are asked. No single update comes
-        back: it may be summed where clients run, in secret, or by a robust rule.
+        `clients`, in ascending ids, known before they are asked; or a dict of these by
+        field of the update. No single update comes back: it may be summed where clients
+        run, in secret, or by a robust rule.
+
+        `news` is a function of the method that makes of an update, and of what is
+        remembered of its client (`init_memory` before the first), the part that is
+        summed. What is remembered is kept once the round has succeeded.
         """
         total = RunningSum()
-        weigh = weight_of(weight, clients)
+        weigh = weights_of(weight, clients)
         for reports in self.each(fn, clients, down):
-            total.add(reports, weigh(reports.clients, reports.num_examples))
-        return total.mean(lambda: self.zero_message(fn, down))
+            total.add_by(self.with_news(reports, news), weigh)
+        return total.mean(lambda: self.zero_message(fn, down, news))
+
+    def with_news(self, reports: Reports, news: News | None) -> Reports:
+        """The reports with what is new in them, which is remembered from now on."""
+        if news is None or len(reports.clients) == 0:
+            return reports
+        remembered = self.memory.gather(reports.clients)
+        message, now = news(reports.up, remembered, reports.num_examples)
+        self.memory.put(reports.clients, now)
+        return reports._replace(up=message)
 
     def each(
         self, fn: ClientFunction, clients: Tensor, down: Tree
@@ -179,7 +201,9 @@ class Round:
         """
         raise NotImplementedError
 
-    def zero_message(self, fn: ClientFunction, down: Tree) -> Tree:
+    def zero_message(
+        self, fn: ClientFunction, down: Tree, news: News | None = None
+    ) -> Tree:
         """Zeros in the shape of what one client sends: the sum of no updates."""
         raise NotImplementedError
 

@@ -82,6 +82,13 @@ def equally(clients: Tensor, num_examples: Tensor) -> Tensor:
     return torch.ones_like(num_examples)
 
 
+Weights = Mapping[str, Weight | Tensor]
+"""A weight for every field of a message that has one of its own, by the field's name.
+
+The other fields count equally.
+"""
+
+
 def weight_of(weight: Weight | Tensor, clients: Tensor) -> Weight:
     """A weight as a function; a tensor holds one weight for each of `clients`.
 
@@ -106,6 +113,13 @@ def weight_of(weight: Weight | Tensor, clients: Tensor) -> Weight:
     return by_client
 
 
+def weights_of(weight: Weight | Tensor | Weights, clients: Tensor) -> Weight | Weights:
+    """As `weight_of`, of every field where each has its own."""
+    if not isinstance(weight, Mapping):
+        return weight_of(weight, clients)
+    return {name: weight_of(of_field, clients) for name, of_field in weight.items()}
+
+
 @dataclass(frozen=True)
 class Mean:
     """The weighted sum of the updates that arrived, and what to divide it by.
@@ -117,7 +131,8 @@ class Mean:
 
     # Made when asked for: zeros need a look at what a client sends.
     make_total: Callable[[], Tree]
-    weight: Tensor  # 0-d float64, sum_i w_i
+    # 0-d float64, sum_i w_i; with weights by field the number of clients
+    weight: Tensor
     clients: Tensor  # int64, the clients whose update is in it, as they arrived
 
     @property
@@ -146,6 +161,30 @@ class RunningSum:
         self._total: Tree = None
         self._weight = torch.zeros((), dtype=torch.float64)
         self._clients: list[Tensor] = []
+
+    def add_by(self, reports: Reports, weight: Weight | Weights) -> None:
+        """Single updates, weighed by one function, or by one for every field."""
+        if not isinstance(weight, Mapping):
+            weights = weight(reports.clients, reports.num_examples)
+            self.add(reports, weights)
+        elif len(reports.clients):
+            self._add_fields(reports, weight)
+
+    def _add_fields(self, reports: Reports, weight: Weights) -> None:
+        ones = equally(reports.clients, reports.num_examples)
+        fields: dict[str, Tree] = {}
+        for name, value in reports.up._asdict().items():
+            weights = ones
+            if name in weight:
+                by_field = weight_of(weight[name], reports.clients)
+                weights = by_field(reports.clients, reports.num_examples)
+            fields[name] = trees.weighted_sum(value, weights)
+        total = type(reports.up)(**fields)
+        if self._total is None:
+            self._total = total
+        else:
+            trees.map(torch.Tensor.add_, self._total, total)
+        self._count(reports.clients, ones)
 
     def add(self, reports: Reports, weights: Tensor) -> None:
         """Single updates, with one weight each, [n]."""

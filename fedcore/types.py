@@ -13,6 +13,7 @@ __all__ = [
     "Memory",
     "Metrics",
     "Model",
+    "News",
     "Params",
     "Stateless",
     "Tree",
@@ -60,6 +61,14 @@ class Metrics(NamedTuple):
 
     metrics: dict[str, Tensor]  # each 0-d
 
+
+News = Callable[[Tree, Tree, Tensor], tuple[Tree, Tree]]
+"""(up, remembered, num_examples) -> (what is summed, what is remembered then).
+
+Of n clients, every tensor [n, ...]: what an update changes in a sum over all clients,
+each of whom is remembered by its last. It runs where the memory is: on the server, or
+on each client (n = 1) where the server sees sums alone.
+"""
 
 ClientFunction = Callable[..., tuple[Tree, Tree]]
 """(task, t, down, state, batches) -> (up, new state)."""

@@ -33,7 +33,7 @@ from fedcore.rounds.participation import UniformProcess
 from fedcore.statistics import refuse_shared
 from fedcore.storage.rows import StateStore
 from fedcore.task import Task
-from fedcore.types import ClientFunction, Tree
+from fedcore.types import ClientFunction, News, Tree
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -155,5 +155,8 @@ class SyntheticRound(Round):
             )
             yield reports
 
-    def zero_message(self, fn: ClientFunction, down: Tree) -> Tree:
-        return trees.zeros_like(message_shape(self.engine.work, fn, down, self.t))
+    def zero_message(
+        self, fn: ClientFunction, down: Tree, news: News | None = None
+    ) -> Tree:
+        message = message_shape(self.engine.work, fn, down, self.t, news)
+        return trees.zeros_like(message)

@@ -8,11 +8,15 @@ from fedcore import trees
 from fedcore.engines.base import Work, one_thread
 from fedcore.engines.run_client import run_client
 from fedcore.method import data_of
-from fedcore.types import Batches, ClientFunction, Tree, Tuning
+from fedcore.types import Batches, ClientFunction, News, Tree, Tuning
 
 
-def message_shape(work: Work, fn: ClientFunction, down: Tree, t: int) -> Tree:
+def message_shape(
+    work: Work, fn: ClientFunction, down: Tree, t: int, news: News | None = None
+) -> Tree:
     """A message as one client sends it, of which shapes and types count.
+
+    With `news` what the method makes of it.
 
     The values are those of a client that holds the first training example alone.
     Every message of `fn` in this run must have the same names, shapes and types.
@@ -25,4 +29,9 @@ def message_shape(work: Work, fn: ClientFunction, down: Tree, t: int) -> Tree:
     state, now = work.first_state(task.init_params()), torch.tensor(float(t))
     with one_thread():
         up, _ = run_client(fn, task, now, down, state, batches, work.training)
-    return up
+    if news is None:
+        return up
+    memory = work.method.init_memory(task.init_params())
+    sent, remembered = trees.map(lambda x: x[None], (up, trees.to(memory, task.device)))
+    message, _ = news(sent, remembered, torch.ones(1, device=task.device))
+    return trees.at(message, 0)

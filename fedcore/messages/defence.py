@@ -27,6 +27,36 @@ from fedcore.rng import seed_of
 from fedcore.types import ClientFunction, Tree
 
 
+class DistributedSettings(BaseModel):
+    """Noise that clients draw themselves and that adds up in a secure sum."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    clip: float = Field(
+        1.0,
+        gt=0,
+        description="C, bound on the L2 norm of a client's message, over all its "
+        "tensors together",
+    )
+    noise_multiplier: float = Field(
+        0.0,
+        ge=0,
+        description="z: the noise of the clients that are counted on, together, has "
+        "deviation z C in every entry; 0 = none",
+    )
+    colluding: int = Field(
+        0,
+        ge=0,
+        description="a, clients that may tell the server their own noise; the others "
+        "of the threshold have to add enough",
+    )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether clients add noise."""
+        return self.noise_multiplier > 0
+
+
 class DefenceSettings(BaseModel):
     """What clients do to their messages; nothing unless something is given."""
 
@@ -65,6 +95,8 @@ class DefenceSettings(BaseModel):
         description="of the (epsilon, delta) that is reported; "
         "default: min(1e-5, 1 / N^1.1)",
     )
+
+    distributed: DistributedSettings = DistributedSettings()
 
     @model_validator(mode="after")
     def _clipped(self) -> DefenceSettings:

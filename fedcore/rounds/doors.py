@@ -22,15 +22,16 @@ from fedcore.reports import (
     Reports,
     RunningSum,
     Weight,
+    Weights,
     by_examples,
     equally,
     failures,
     joined,
-    weight_of,
+    weights_of,
 )
 from fedcore.rounds.reference import Reference
 from fedcore.rounds.tally import Tally
-from fedcore.types import ClientFunction, Tree
+from fedcore.types import ClientFunction, News, Tree
 
 if TYPE_CHECKING:
     from fedcore.rounds.captures import Captures
@@ -79,7 +80,7 @@ class Call(NamedTuple):
     clients: Tensor  # those that hear of it
     down: Tree
     asked: int  # those that were asked, whether they are there or not
-    weigh: Weight | None  # how a mean weighs what they send
+    weigh: Weight | Weights | None  # how a mean weighs what they send
 
 
 @dataclass(frozen=True)
@@ -113,22 +114,23 @@ class OpenRound(Round):
         fn: ClientFunction,
         clients: Tensor,
         down: Tree,
-        weight: Weight | Tensor = by_examples,
+        weight: Weight | Tensor | Weights = by_examples,
+        news: News | None = None,
     ) -> Mean:
-        weigh, asked = weight_of(weight, clients), len(clients)
+        weigh, asked = weights_of(weight, clients), len(clients)
         clients = self._ask(fn, clients, down)
         call, total = Call(fn, clients, down, asked, weigh), RunningSum()
         aggregator = self.desk.receiving.aggregator
         if aggregator is not None and not evaluates(fn):
-            return self._by_rule(aggregator, call, weigh)
-        if self._needs_updates(fn):
+            return self._by_rule(aggregator, call)
+        if self._needs_updates(fn) or news or isinstance(weigh, Mapping):
             for reports in self._received(call):
-                total.add(reports, weigh(reports.clients, reports.num_examples))
+                total.add_by(self.with_news(reports, news), weigh)
         elif len(clients):
             engine, capped = self.desk.engine, self._capped(weigh)
             for readout in engine.mean(fn, clients, down, self.t, capped, total):
                 self._count(fn, down, readout)
-        return total.mean(lambda: self.zero_message(fn, down))
+        return total.mean(lambda: self.zero_message(fn, down, news))
 
     def _needs_updates(self, fn: ClientFunction) -> bool:
         """Whether a mean has to look at single updates."""
@@ -142,9 +144,14 @@ class OpenRound(Round):
         bounds = self.desk.receiving.bounds
         return lambda clients, claimed: weigh(clients, bounds.capped(claimed))
 
-    def _by_rule(self, aggregator: Aggregator, call: Call, weigh: Weight) -> Mean:
-        """The mean that the rule makes of the updates, once all of them are in."""
-        name, kept = call.fn.__name__, self.aggregation
+    def _by_rule(self, aggregator: Aggregator, call: Call) -> Mean:
+        """The mean that the rule makes of the updates, once all of them are in.
+
+        Methods with news, or with weights by field, refuse rules.
+        """
+        name, kept, weigh = call.fn.__name__, self.aggregation, call.weigh
+        assert weigh is not None
+        assert not isinstance(weigh, Mapping)
         if not aggregator.uses_weights:
             call = call._replace(weigh=equally)
         with closing(aggregator.gather(call.clients)) as gathered:
@@ -186,7 +193,7 @@ class OpenRound(Round):
         if not arrived:
             return
         honest, weights, trial = joined(arrived), None, None
-        if weigh is not None:
+        if weigh is not None and not isinstance(weigh, Mapping):
             claimed = self.desk.receiving.bounds.capped(honest.num_examples)
             weights = weigh(honest.clients, claimed)
         work, aggregator = self.desk.work, self.desk.receiving.aggregator
@@ -238,9 +245,11 @@ class OpenRound(Round):
         if len(readout.clients):
             desk.table.add(self.t + 1, fn.__name__, readout)
 
-    def zero_message(self, fn: ClientFunction, down: Tree) -> Tree:
+    def zero_message(
+        self, fn: ClientFunction, down: Tree, news: News | None = None
+    ) -> Tree:
         try:
-            message = message_shape(self.desk.work, fn, down, self.t)
+            message = message_shape(self.desk.work, fn, down, self.t, news)
         except Exception as error:  # the task's first example may be the broken one
             raise RunError(
                 f"nobody reported, and the server cannot run {fn.__name__} on an "

@@ -93,6 +93,11 @@ class AggregationSettings(BaseModel):
         ge=1,
         description="steps of geometric_median (default 8) and centred_clipping (3)",
     )
+    secure: bool = Field(
+        False,
+        description="only sums of what clients send can be read: masked on devices, "
+        "the same integers without masks in a simulation",
+    )
     memory_gb: float = Field(
         2.0,
         gt=0,
@@ -114,6 +119,16 @@ class AggregationSettings(BaseModel):
                     f'{key} = "{value}" without f: say how many of the clients that a '
                     "round asks may be malicious, byzantine = 2, or fraction = 0.1"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_alone(self) -> AggregationSettings:
+        if self.secure and not self.is_mean:
+            raise ValueError(
+                f'secure = true with rule = "{self.rule}", before = "{self.before}" '
+                f'and weights = "{self.weights}": a rule looks at single messages, '
+                "which a secure sum hides; leave out one of the two"
+            )
         return self
 
     @property

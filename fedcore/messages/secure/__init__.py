@@ -1,0 +1,1 @@
+"""Secure aggregation: sums of integers of which the server sees nothing else."""

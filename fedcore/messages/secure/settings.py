@@ -1,0 +1,30 @@
+"""`[secure]`: the ring and the graph of `aggregation.secure = true`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["SecureSettings"]
+
+
+class SecureSettings(BaseModel):
+    """How numbers become integers, and how clients mask them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    reach: float = Field(
+        8.0,
+        gt=0,
+        description="c, entries of a message beyond it are cut off; a power of two",
+    )
+    neighbours: int | None = Field(
+        None,
+        ge=2,
+        description="k, clients with which each client shares masks; default: all, "
+        "and 100 in cohorts of more than 128",
+    )
+    threshold: int | None = Field(
+        None,
+        ge=2,
+        description="t, neighbours that have to stay to the end; default: two thirds",
+    )

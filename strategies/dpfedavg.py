@@ -95,6 +95,11 @@ class DPFedAvg(Method[Settings]):
         return Model(trees.axpy(step, trees.map(noisy, total), server.params))
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "distributed":
+            return (
+                "its server adds noise already: take fedavg with method.weighting = "
+                '"participating"'
+            )
         if setting != "rule":
             return super().refuses(setting)
         return (

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedcore.errors import TooFewReports
+from fedcore.messages.secure import client_session
 from fedcore.messages.secure.client_session import ClientSession
 from fedcore.messages.secure.client_state import ClientState
 from fedcore.messages.secure.graph import threshold
@@ -268,3 +269,53 @@ def test_bytes_of_a_client_are_few() -> None:
     sent = sum(size(secure.answers[number][0]) for number in (1, 2, 4, 5))
     assert sent < 29 * 145 + 200
     assert DOWN not in secure.answers[1][0].values()
+
+
+def seen_by(secure: SecureSum) -> bytes:
+    """All that a server was sent, and all that it holds."""
+    pieces = [vector.tobytes() for vector in secure.masked.values()]
+    for answers in secure.answers.values():
+        for answer in answers.values():
+            pieces += [value for value in answer.values() if isinstance(value, bytes)]
+    total = secure.server._total
+    assert total is not None
+    return b"".join([*pieces, total.tobytes()])
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_no_update_is_in_what_a_server_has(
+    is_masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_masked:  # so that the search can find something
+        monkeypatch.setattr(client_session, "add_masks", lambda *_: None)
+    secure = SecureSum(range(5), d=1000, lost={3: (4,)}).run()
+    before = seen_by(secure)
+    if is_masked:
+        assert secure.is_exact()
+    seen = before + seen_by(secure)
+    for client in range(4):
+        numbers, words = secure.vectors[client]
+        for content in (numbers.tobytes(), words[:2].tobytes()):
+            found = [content[i : i + 8] in seen for i in range(0, len(content), 8)]
+            assert any(found) != is_masked
+
+
+def test_masked_vectors_tell_nothing_of_the_updates() -> None:
+    # Client 0 sends more and client 1 less by as much: the sum is the same, and what
+    # each sent has nothing to do with either.
+    change = np.random.default_rng(3).integers(0, 2**32, 50_000, dtype=np.uint32)
+    sums = []
+    for scale in (0, 1):
+        secure = SecureSum(range(5), d=50_000, is_signed=False)
+        for client, sign in ((0, 1), (1, -1)):
+            numbers, words = secure.vectors[client]
+            moved = numbers + change * np.uint32(scale * sign % 2**32)
+            secure.vectors[client] = moved, words
+        secure.run()
+        sums.append(secure.server.total()[0])
+        for client in (0, 1):
+            sent = secure.masked[client][:200_000].view(np.uint32)
+            for other in (change, secure.vectors[client][0]):
+                assert abs(np.corrcoef(sent, other)[0, 1]) < 0.025
+                assert top_bytes(sent - other) < 350
+    assert (sums[0] == sums[1]).all()

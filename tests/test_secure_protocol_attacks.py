@@ -1,36 +1,28 @@
-"""A server that lies to honest clients, and clients that lie to an honest server."""
+"""A server that lies to clients: every lie is refused, or the sum is exact."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 
 from fedcore.errors import TooFewReports
 from fedcore.messages.secure.client_session import SENT, ClientSession
-from fedcore.messages.secure.identity import Authority, Identity
+from fedcore.messages.secure.identity import Identity
 from fedcore.messages.secure.primitives import Message, Refused, chunks
 from fedcore.messages.secure.server_session import ServerSession
-from fedcore.messages.secure.shamir import new_secret
 from fedcore.messages.secure.terms import weights_to
 from fedcore.messages.secure.transcript import public_key
 from fedcore.messages.secure.unmasking import Keys
 from tests.secure_sums import (
-    DOWN,
     OURS,
     Lie,
     SecureSum,
     authority_certificate,
     authority_key,
-    client_certificate,
-    client_key,
-    der,
     identity_of,
     signed_certificate,
     terms_of,
@@ -194,68 +186,6 @@ def test_a_key_that_is_no_point_is_named(name: str) -> None:
     secure.keys()
     assert not secure.server.add_keys(2, secure.answers[1][2] | {name: bytes(32)})
     assert "not a point" in secure.server.blame[2]
-
-
-# Certificates
-
-
-def test_the_certificate_of_another_client_is_refused() -> None:
-    def swap(certificates: list[bytes]) -> list[bytes]:
-        return [certificates[1], certificates[0], *certificates[2:]]
-
-    secure = SecureSum(range(5), lie=lie_to({4}, 2, certificates=swap)).run(until=2)
-    check_refused(secure, 4, "the certificate of client 0 is that of client-1")
-
-
-def test_certificates_have_to_be_those_of_a_client_of_the_federation() -> None:
-    key, ours = client_key(7).public_key(), authority_key(OURS)
-    small = ec.generate_private_key(ec.SECP256R1()).public_key()
-    server = ExtendedKeyUsageOID.SERVER_AUTH
-    cases = {
-        "not one of this federation": signed_certificate(
-            "client-7", key, authority_key("another")
-        ),
-        "is that of client-8": signed_certificate("client-8", key, ours),
-        "is for another use": signed_certificate("client-7", key, ours, use=server),
-        "has no key of P-384": signed_certificate("client-7", small, ours),
-        "is valid from": signed_certificate("client-7", key, ours, begins=-9, ends=-1),
-    }
-    authority = Authority(authority_certificate(OURS))
-    for said, certificate in cases.items():
-        with pytest.raises(Refused, match=said):
-            authority.key_of(7, der(certificate))
-    as_authority = signed_certificate("client-7", key, ours, is_authority=True)
-    for content in (b"", b"x" * 9000, der(as_authority)):
-        with pytest.raises(Refused, match="client 7 is"):
-            authority.key_of(7, content)
-    assert authority.key_of(7, der(client_certificate(7))) == key
-
-
-def test_an_identity_is_that_of_its_key_and_client() -> None:
-    mine, others = client_certificate(0), client_certificate(1)
-    ca = authority_certificate(OURS)
-    with pytest.raises(Refused, match="has another key"):
-        Identity(0, client_key(1), mine, ca)
-    with pytest.raises(Refused, match="is that of client-1"):
-        Identity(0, client_key(1), others, ca)
-    with pytest.raises(Refused, match="not one of this federation"):
-        Identity(0, client_key(0), mine, authority_certificate("another"))
-    assert repr(identity_of(0)) == "<identity of client 0>"
-
-
-def test_signed_and_unsigned_are_never_mixed() -> None:
-    signed, unsigned = terms_of(5), terms_of(5, is_signed=False)
-    with pytest.raises(Refused, match="client 3 has no certificate"):
-        ClientSession(3, signed, DOWN)
-    with pytest.raises(Refused, match="the server has no certificates"):
-        ClientSession(3, unsigned, DOWN, (), identity_of(3))
-    with pytest.raises(Refused, match="asked as client 3, and this is 4"):
-        ClientSession(3, signed, DOWN, (), identity_of(4))
-    secure = SecureSum(range(5))
-    del secure.server._certificates[2]
-    secure.run()
-    assert "no clients/client-2.crt" in secure.server.blame[2]
-    assert secure.is_exact()
 
 
 # Weights of the server
@@ -463,160 +393,3 @@ def test_signatures_that_are_too_few_or_of_strangers_are_refused(
     lie = lie_to({2}, 5, **changes)
     secure = SecureSum(range(5), is_signed=False, lie=lie, lost={3: (3,)}).run()
     check_refused(secure, 2, said)
-
-
-# Clients that lie
-
-
-def garbage(answer: Message) -> Message:
-    pieces = chunks(answer["shares"], 32)
-    return {"shares": b"".join(secrets.token_bytes(32) for _ in pieces)}
-
-
-def test_garbage_shares_of_two_are_named_and_the_sum_is_exact() -> None:
-    secure = SecureSum(range(10), is_signed=False, lost={3: (0,)}).run(until=4)
-    for client, message in secure.server.requests().items():
-        answer = secure.sessions[client].unmask(message)
-        if client in (7, 8):
-            answer = garbage(answer)
-        assert secure.server.add_shares_of(client, answer) == (client not in (7, 8))
-    assert secure.is_exact()
-    assert set(secure.server.blame) == {7, 8}
-    assert "shares of clients 0, 1, 2, 3, 4 are wrong" in secure.server.blame[7]
-
-
-def test_a_vector_of_the_wrong_length_is_named_and_counts_as_lost() -> None:
-    secure = SecureSum(range(10), is_signed=False).run(until=2)
-    for client, message in secure.server.inboxes().items():
-        vector = secure.sessions[client].masked(message)
-        if client == 6:
-            vector = vector[:-1]
-        secure.server.add_masked(client, vector.tobytes())
-    secure.sign()
-    secure.unmask()
-    assert secure.is_exact()
-    assert 6 not in secure.server.clients
-    assert secure.server.blame == {6: "its vector has 123 bytes, expected 124"}
-
-
-@pytest.mark.parametrize("is_lost", [False, True])
-def test_a_client_that_shares_something_else_is_named(is_lost: bool) -> None:
-    secure = SecureSum(range(6), is_signed=False, lost={3: (4,)} if is_lost else None)
-    secure.keys()
-    for client, message in secure.server.rosters().items():
-        session = secure.sessions[client]
-        if client == 4:
-            session._state.seed = new_secret()
-        answer = session.shares(message)
-        if client == 4 and not is_lost:
-            answer["seal"] = bytes(16)
-        secure.server.add_shares(client, answer)
-    secure.mask()
-    secure.sign()
-    secure.unmask()
-    with pytest.raises(TooFewReports, match="client 4: its shares do not give its"):
-        secure.server.total()
-    assert secure.server.blame[4] == "its shares do not give its secret"
-
-
-def test_a_bad_signature_of_one_client_stops_no_other() -> None:
-    secure = SecureSum(range(6)).run(until=3)
-    for client, message in secure.server.survivors().items():
-        answer = secure.sessions[client].survivors(message)
-        if client == 3:
-            answer = {"signature": identity_of(3).sign(b"something else")}
-        secure.server.add_signature(client, answer)
-    secure.unmask()
-    assert secure.is_exact()
-    assert "a signature of client 3 does not fit" in secure.server.blame[3]
-
-
-def test_answers_are_taken_once_and_in_time() -> None:
-    secure = SecureSum(range(5), is_signed=False, lost={1: (4,)}).run()
-    server, answers = secure.server, secure.answers
-    assert not server.add_keys(4, answers[1][4])
-    assert not server.add_shares(0, answers[2][0])
-    assert not server.add_masked(0, secure.masked[0])
-    assert not server.add_signature(0, answers[4][0])
-    assert not server.add_shares_of(0, answers[5][0])
-    assert not server.add_shares_of(4, answers[5][0])
-    assert not server.blame
-    assert secure.is_exact()
-
-
-# Any message at all
-
-junk = st.one_of(
-    st.none(),
-    st.integers(-3, 3),
-    st.just(2**62),
-    st.floats(),
-    st.text(max_size=3),
-    st.binary(max_size=40),
-    st.lists(st.integers(-3, 9), max_size=6),
-    st.lists(st.binary(max_size=4), max_size=6),
-)
-
-
-def spoilt(message: Message, data: st.DataObject) -> Message:
-    """A message with a field that is gone, added, of another kind, or changed."""
-    name = data.draw(st.sampled_from(sorted(message)))
-    value = message[name]
-    how = data.draw(st.sampled_from(["gone", "junk", "added", "changed"]))
-    if how == "gone":
-        return {key: value for key, value in message.items() if key != name}
-    if how == "added":
-        return message | {"more": data.draw(junk)}
-    if how == "changed" and isinstance(value, bytes) and value:
-        place = data.draw(st.integers(0, 10**6)) % len(value)
-        bit = data.draw(st.integers(0, 7))
-        flipped = bytes([value[place] ^ 1 << bit])
-        return message | {name: value[:place] + flipped + value[place + 1 :]}
-    return message | {name: data.draw(junk)}
-
-
-@several
-@given(st.integers(1, 5), st.data())
-def test_a_client_refuses_or_answers_whatever_it_is_sent(
-    number: int, data: st.DataObject
-) -> None:
-    def lie(exchange: int, client: int, message: Message) -> Message:
-        if (exchange, client) == (number, 1):
-            return spoilt(message, data)
-        return message
-
-    secure = SecureSum(range(4), d=3, is_signed=data.draw(st.booleans()), lie=lie)
-    try:
-        assert secure.run().is_exact()
-    except Refused:
-        assert number == 1  # before it trained
-    except TooFewReports:
-        assert number == 1 or 1 in secure.refused
-
-
-@several
-@given(st.integers(1, 5), st.data())
-def test_a_server_takes_or_names_whatever_it_is_sent(
-    number: int, data: st.DataObject
-) -> None:
-    secure = SecureSum(range(5), d=3, is_signed=data.draw(st.booleans()))
-    server = secure.server
-    names = ("add_keys", "add_shares", "add_masked", "add_signature", "add_shares_of")
-    name = names[number - 1]
-    takes = getattr(server, name)
-
-    def take(client: int, answer: Any) -> bool:
-        if client == 1 and number == 3:
-            answer = data.draw(st.binary(max_size=60))
-        elif client == 1:
-            answer = spoilt(answer, data)
-        taken: bool = takes(client, answer)
-        assert taken or client in server.blame
-        return taken
-
-    setattr(server, name, take)
-    try:
-        assert secure.run().is_exact() or number == 3
-    except TooFewReports:
-        # A share that the other clients could not read, or a vector of noise.
-        assert number in (2, 3)

@@ -28,6 +28,7 @@ from fedcore.types import Batches, ClientFunction, Params, Tree, Tuning
 if TYPE_CHECKING:
     from fedcore.config import EngineSettings
     from fedcore.local_settings import LocalSettings
+    from fedcore.messages.secure.sending import Sending
     from fedcore.storage.rows import StateStore
     from fedcore.task import Task
 
@@ -103,13 +104,15 @@ class Work:
         *,
         rounds: int = 1,
         few_widths: bool = False,
+        sending: Sending | None = None,
     ) -> None:
         """`defence` protects messages of clients, `links` disturb all messages.
 
         By default neither does, and nobody is malicious. `rounds` of the run are those
         over which local step sizes follow their schedule. With `few_widths` batches are
-        padded to few widths, for engines that record steps by shape. Raises
-        SettingsError for an adversary that does not fit the task.
+        padded to few widths, for engines that record steps by shape. `sending` makes
+        integers of messages where only sums can be read. Raises SettingsError for an
+        adversary that does not fit the task.
         """
         self.task, self.method, self.local, self.seed = task, method, local, seed
         self._link_settings = links or LinksSettings()
@@ -120,7 +123,7 @@ class Work:
         self.adversary = Adversary(
             self._adversary_settings, task.population, seed, task
         )
-        self.rounds, self.few_widths = rounds, few_widths
+        self.rounds, self.few_widths, self.sending = rounds, few_widths, sending
         self.training = Training.of(local, rounds)
         self._now = (-1, torch.empty(0))
 
@@ -136,6 +139,7 @@ class Work:
             self._adversary_settings,
             rounds=self.rounds,
             few_widths=True,
+            sending=self.sending,
         )
 
     def first_state(self, params: Params) -> Tree:

@@ -7,15 +7,18 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fedcore import trees
 from fedcore.engines.base import Engine, Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout, read_finite
-from fedcore.errors import RunError
+from fedcore.errors import RunError, SettingsError
 from fedcore.messages.aggregation.aggregator import Aggregator
 from fedcore.messages.aggregation.bounds import Bounds
+from fedcore.messages.secure.ask import Ask, MaskingEngine, SecretTotal
+from fedcore.messages.secure.reading import recovered
 from fedcore.method import Round, evaluates
 from fedcore.reports import (
     Mean,
@@ -30,6 +33,13 @@ from fedcore.reports import (
     weights_of,
 )
 from fedcore.rounds.reference import Reference
+from fedcore.rounds.secret import (
+    SecretSums,
+    masked,
+    remember,
+    roster_of,
+    with_moments,
+)
 from fedcore.rounds.tally import Tally
 from fedcore.types import ClientFunction, News, Tree
 
@@ -47,6 +57,7 @@ class Receiving(NamedTuple):
     aggregator: Aggregator | None  # None: the mean
     reference: Reference | None  # where the rule needs the server's own message
     remedy: str  # advice to one whose model was ruined all the same
+    secret: SecretSums | None = None  # only sums can be read
 
 
 @dataclass
@@ -98,6 +109,11 @@ class OpenRound(Round):
         self, fn: ClientFunction, clients: Tensor, down: Tree
     ) -> Iterator[Reports]:
         method, has_message = self.desk.work.method, bool(trees.leaves(down))
+        if has_message and self.desk.receiving.secret is not None:
+            raise SettingsError(
+                f"aggregation.secure = true: {type(method).__name__} takes single "
+                "updates through Round.each, and sums alone can be read"
+            )
         if has_message and not method.needs_updates:
             raise TypeError(
                 f"{type(method).__name__} takes single updates through Round.each: say "
@@ -118,6 +134,12 @@ class OpenRound(Round):
         news: News | None = None,
     ) -> Mean:
         weigh, asked = weights_of(weight, clients), len(clients)
+        secret = self.desk.receiving.secret
+        if secret is not None:
+            there = self._ask(fn, clients, down)
+            call = Call(fn, there, down, asked, weigh)
+            roster = roster_of(weight, clients, there)
+            return self._in_secret(secret, call, roster, news)
         clients = self._ask(fn, clients, down)
         call, total = Call(fn, clients, down, asked, weigh), RunningSum()
         aggregator = self.desk.receiving.aggregator
@@ -164,6 +186,59 @@ class OpenRound(Round):
         for vector, aggregated in verdict.aggregated.items():
             self.tally.aggregation[name, vector] = aggregated
         return verdict.mean
+
+    def _in_secret(
+        self,
+        secret: SecretSums,
+        call: Call,
+        roster: Weight | Tensor | Weights,
+        news: News | None,
+    ) -> Mean:
+        """The mean of messages of which nothing but the sum can be read.
+
+        Raises TooFewReports where it would show too much of one client.
+        """
+        fn, clients, down, *_ = call
+
+        def zeros() -> Tree:
+            return self.zero_message(fn, down, news)
+
+        if len(clients) == 0:
+            return RunningSum().mean(zeros)
+        ask = secret.ask(fn, clients, down, self.t, roster, news)
+        secret.refuse(ask, clients)
+        made = SecretTotal()
+        for readout in self._added(secret, call, ask, made):
+            self._count_secret(fn, down, readout)
+        self.tally.bytes_up += made.bytes_up
+        secret.check(ask, made)
+        remember(self.aggregation, ask, made, self.population)
+        total = recovered(ask, secret.shape(ask, zeros), made, secret.sending.noising)
+        self.tally.add_sum(fn.__name__, total, secret.threshold(len(made.clients)))
+        weight = torch.tensor(total.weight, dtype=torch.float64)
+        return Mean(lambda: total.message, weight, torch.tensor(made.clients))
+
+    def _added(
+        self, secret: SecretSums, call: Call, ask: Ask, made: SecretTotal
+    ) -> Iterator[Readout]:
+        """Fill `made`: on devices under masks, in this process in the clear."""
+        engine = self.desk.engine
+        if isinstance(engine, MaskingEngine):
+            yield from masked(engine, with_moments(ask, self.aggregation), made)
+            return
+        if self.desk.work.adversary.is_due(ask.fn, self.t):
+            reports = self._attacked(call)
+        else:
+            reports = engine.each(ask.fn, ask.clients, ask.down, self.t)
+        yield from secret.add_up(ask, reports, made, self.memory)
+
+    def _count_secret(self, fn: ClientFunction, down: Tree, readout: Readout) -> None:
+        """As `_count`, of clients of whom nothing but their presence is known."""
+        desk, tally = self.desk, self.tally
+        tally.remember(fn, down, readout)
+        desk.heard(self.t, readout.failed)
+        tally.add(fn, readout)
+        desk.observer.client_done(self.t, len(tally.reported), len(tally.asked))
 
     def _received(self, call: Call) -> Iterator[Reports]:
         """Usable updates, within the server's bounds; everything is counted."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedcore import privacy, trees
 from fedcore.engines.readout import read
-from fedcore.errors import FedcoreError
+from fedcore.errors import FedcoreError, TooFewReports
 from fedcore.messages.adversary.poisoning import backdoor_success
 from fedcore.metrics import is_higher_better
 from fedcore.rng import rng, torch_seed
@@ -21,6 +21,7 @@ from fedcore.rounds.doors import Desk
 from fedcore.rounds.faults import evaluation_fault
 from fedcore.rounds.rundir import PERCENTILES
 from fedcore.rounds.saving import State
+from fedcore.rounds.secret import SecretSums, measured
 from fedcore.rounds.setup import Parts, starts_trained
 from fedcore.types import ClientFunction, Model
 
@@ -146,21 +147,56 @@ class Evaluation:
             if success is not None:
                 row["backdoor_success"] = success
         failed: set[int] = set()
-        measured = {"client": self._measure(self._method.evaluate, server, t, failed)}
+        functions: dict[str, ClientFunction] = {"client": self._method.evaluate}
         if is_last and self._finetunes:
-            tuned = self._measure(self._method.finetune, server, t, failed)
-            measured["finetuned"] = tuned
-        for kind, metrics in measured.items():
-            for name, metric in metrics.items():
-                is_higher = self._task.measures.get(name, is_higher_better(name))
-                believed = without_extremes(metric, self._f(len(metric.values)))
-                row[f"{kind}_{name}"] = over_clients(believed, is_higher)
+            functions["finetuned"] = self._method.finetune
+        for kind, fn in functions.items():
+            statistics = self._statistics(fn, server, t, failed)
+            for name, over_them in statistics.items():
+                row[f"{kind}_{name}"] = over_them
         if "client_nmsd" in row:
             nmsd = max(row["client_nmsd"]["mean"], 1e-300)
             row["nmsd_db"] = 10 * float(np.log10(nmsd))
         if failed:
             row["evaluation_failed"] = len(failed)
         return row
+
+    def _statistics(
+        self, fn: ClientFunction, server: Any, t: int, failed: set[int]
+    ) -> dict[str, dict[str, float]]:
+        """Statistics of each metric over the evaluated clients."""
+        secret = self._desk.receiving.secret
+        if secret is not None:
+            return self._in_secret(secret, fn, server, t, failed)
+        statistics = {}
+        for name, metric in self._measure(fn, server, t, failed).items():
+            is_higher = self._task.measures.get(name, is_higher_better(name))
+            believed = without_extremes(metric, self._f(len(metric.values)))
+            statistics[name] = over_clients(believed, is_higher)
+        return statistics
+
+    def _in_secret(
+        self,
+        secret: SecretSums,
+        fn: ClientFunction,
+        server: Any,
+        t: int,
+        failed: set[int],
+    ) -> dict[str, dict[str, float]]:
+        """As `_statistics`, of sums alone; nothing where too few clients answer."""
+        ask = secret.ask(fn, self._clients, Model(server.params), max(t, 0))
+        try:
+            summaries, answered = measured(self._desk, secret, ask, failed)
+        except TooFewReports as error:
+            message = f"round {t + 1}: clients are not evaluated: {error}"
+            self._desk.notes.once("not evaluated", message)
+            return {}
+        statistics = {}
+        for name, summary in summaries.items():
+            if summary.clients < answered:
+                self._note_undefined(name, answered - summary.clients, answered, t)
+            statistics[name] = summary.statistics(PERCENTILES)
+        return statistics
 
     def _measure(
         self, fn: ClientFunction, server: Any, t: int, failed: set[int]
@@ -216,14 +252,14 @@ class Evaluation:
             total = {key: _summed(columns[key]) for key in whole.keys.values()}
             is_defined = ~values.isnan()
             if not bool(is_defined.all()):
-                self._note_undefined(name, is_defined, t)
+                missing = int((~is_defined).sum())
+                self._note_undefined(name, missing, len(is_defined), t)
             measured[name] = Measured(
                 values[is_defined], num_examples[is_defined], whole.value(total)
             )
         return measured
 
-    def _note_undefined(self, name: str, is_defined: Tensor, t: int) -> None:
-        missing, n = int((~is_defined).sum()), len(is_defined)
+    def _note_undefined(self, name: str, missing: int, n: int, t: int) -> None:
         self._desk.notes.once(
             f"undefined {name}",
             f'round {t + 1}: the metric "{name}" is not defined on the examples of '

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from fedcore import engines, privacy, trees
 from fedcore.engines.base import Engine, Work
+from fedcore.messages.secure.sending import Sending
 from fedcore.method import Method
 from fedcore.rounds import hostile, refusals
 from fedcore.rounds.doors import Receiving
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
+from fedcore.rounds.secret import SecretSums
 from fedcore.split import split
 from fedcore.statistics import refuse_shared, statistic_names
 from fedcore.storage.faults import writing
@@ -115,12 +117,15 @@ def prepare(
         work=work,
         engine=engine,
         memory=StateStore(memory_row, ram, spill, task.device),
-        receiving=hostile.receiving(experiment, work, partial(_spill, folder, "rows")),
+        receiving=_receiving(experiment, work, process, folder),
     )
 
 
 def work_of(experiment: Experiment, task: Task, method: Method[Any]) -> Work:
     """The work of the clients of an experiment, as its settings have it."""
+    sending = None
+    if experiment.aggregation.secure:
+        sending = Sending(method, task, experiment.aggregation, experiment.seed)
     return Work(
         task,
         method,
@@ -130,7 +135,19 @@ def work_of(experiment: Experiment, task: Task, method: Method[Any]) -> Work:
         experiment.defence,
         experiment.adversary,
         rounds=experiment.rounds,
+        sending=sending,
     )
+
+
+def _receiving(
+    experiment: Experiment, work: Work, process: Process, folder: Path
+) -> Receiving:
+    """The server's treatment of messages, or of their sums alone."""
+    receiving = hostile.receiving(experiment, work, partial(_spill, folder, "rows"))
+    if work.sending is None:
+        return receiving
+    secret = SecretSums(work.sending, experiment.secure, process.largest)
+    return receiving._replace(secret=secret)
 
 
 def _note_population(

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedcore.engines.readout import Readout
 from fedcore.errors import RunError
 from fedcore.messages.aggregation.aggregator import Aggregated
+from fedcore.messages.secure.reading import Recovered
 from fedcore.method import evaluates
 from fedcore.types import ClientFunction, Tree
 
@@ -58,6 +59,9 @@ class Tally:
     norms: dict[str, array[float]] = field(default_factory=dict)
     # By scalar: the values of clients with examples, one number a client.
     values: dict[str, array[float]] = field(default_factory=dict)
+    # By client function: the secure sum of its messages.
+    sums: dict[str, dict[str, float]] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)  # of scalars in such sums
     # The first exchange of the round that failed, or the first at all.
     exchange: Exchange | None = None
     # By client function: the clients that sent a message.
@@ -91,6 +95,19 @@ class Tally:
         """Norms of clients' vectors, [n], by name."""
         for name, values in norms.items():
             self.norms.setdefault(name, array("d")).extend(values.tolist())
+
+    def add_sum(self, function: str, total: Recovered, threshold: int) -> None:
+        """Note what is known of a secure sum beside the sum."""
+        counts = total.counts
+        entries = max(total.num_entries * counts.clients, 1)
+        self.sums[function] = {
+            "clients": counts.clients,
+            "threshold": threshold,
+            "weight": total.weight,
+            "clipped": counts.clipped / entries,
+            "capped": counts.capped,
+        }
+        self.means.update(total.scalars)
 
     def remember(self, fn: ClientFunction, down: Tree, readout: Readout) -> None:
         """Keep the first exchange that failed, for the advice to the user."""
@@ -151,6 +168,10 @@ class Tally:
             low, median, high = quantiles(values)
             row[f"train_{name}"] = median
             row[f"train_{name}_spread"] = {"p10": low, "p90": high}
+        for name, mean in self.means.items():
+            row[f"train_{name}"] = mean
+        if self.sums:
+            row["secure"] = self.sums
         return row | {"bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
 
     def _left_out(self) -> dict[str, list[int]]:

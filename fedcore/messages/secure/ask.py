@@ -52,6 +52,13 @@ class SecretTotal:
     moment: int = -1  # t 2^16 + k, under which clients have stored what they remember
     bytes_up: int = 0  # that all clients sent for it, over all exchanges
 
+    def add(self, message: Encoded) -> None:
+        """Add what one client sends, not masked or unmasked."""
+        if self.total is None:
+            self.total = Encoded(message.numbers.clone(), message.words.clone())
+        else:
+            self.total.add_(message)
+
 
 @runtime_checkable
 class MaskingEngine(Protocol):

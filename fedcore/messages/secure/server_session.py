@@ -1,0 +1,367 @@
+"""The server's part in one secure sum: it passes on, adds up, and takes masks off.
+
+Messages are those of `client_session` and `terms`. The order of calls is
+
+    offer(i)                 E1 to each client that is asked, beside the model
+    add_keys(i, answer)      as they come; then rosters() gives E2 by client
+    add_shares(i, answer)    as they come; then inboxes() gives E3 by client
+    add_masked(i, vector)    as they come; then survivors() gives E4 by client
+    add_signature(i, answer) as they come; then requests() gives E5 by client
+    add_shares_of(i, answer) as they come; then total() is the sum
+
+A client that does not answer is left out; one that sends something wrong as well, with
+the reason in `blame`. Answers that come too late are not taken. The middle methods
+raise TooFewReports where nobody can go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+
+from fedcore.errors import TooFewReports
+from fedcore.messages.secure.client_session import SENT
+from fedcore.messages.secure.graph import (
+    LEAST,
+    degree,
+    graph_fault,
+    neighbours_of,
+    threshold,
+    weights_fault,
+)
+from fedcore.messages.secure.identity import Authority
+from fedcore.messages.secure.masks import (
+    Numbers,
+    Vector,
+    Words,
+    add_masks,
+    parted,
+    size_of,
+)
+from fedcore.messages.secure.primitives import (
+    KEY,
+    Message,
+    Refused,
+    agreed,
+    bytes_in,
+    chunks,
+    only,
+)
+from fedcore.messages.secure.terms import Terms, weights_to
+from fedcore.messages.secure.transcript import (
+    SEAL,
+    keys_message,
+    ring_seed,
+    session_of,
+    survivors_message,
+)
+from fedcore.messages.secure.unmasking import Keys, Plan, Shares, Unmasking
+
+__all__ = ["COUNT_WORD", "ServerSession", "Size"]
+
+COUNT_WORD = 2  # the word that is 1 of each client: it has to be their number
+MOST = 4096  # bytes of a signature
+
+
+class Size(NamedTuple):
+    """Words of a vector."""
+
+    numbers: int  # d, of 32 bits
+    words: int  # s, of 64 bits
+
+
+class ServerSession:
+    """One secure sum, as the server sees it."""
+
+    def __init__(
+        self,
+        terms: Terms,
+        down: bytes,
+        size: Size,
+        *,
+        weights: Mapping[int, Sequence[float]] | None = None,
+        neighbours: int | None = None,
+        least: int | None = None,
+        authority: Authority | None = None,
+        certificates: Mapping[int, bytes] | None = None,
+        count_word: int | None = COUNT_WORD,
+    ) -> None:
+        """A session before E1.
+
+        `down` is the SHA-256 of the model that is sent; `weights` are those of each
+        client in the listed fields; `neighbours` and `least` are k and t of
+        `[secure]`; `certificates` (DER) those of clients, where terms are signed.
+        """
+        assert terms.is_signed == (authority is not None), "an authority checks"
+        self.terms = terms
+        self.size = size
+        self.blame: dict[int, str] = {}
+        self.clients: list[int] = []  # U3, ascending, once it is known
+        self.exchange = 1  # whose answers are taken
+        self._terms_digest = terms.digest(down)
+        self._weights = dict(weights or {})
+        self._wanted = (neighbours, least)
+        self._authority = authority
+        self._certificates = dict(certificates or {})
+        self._count_word = count_word
+        self._keys: dict[int, Keys] = {}
+        self._shares: dict[int, Shares] = {}
+        self._total: Vector | None = None
+        self._added: list[int] = []
+        self._signatures: dict[int, bytes] = {}
+        self._answered: set[int] = set()  # U5
+        self._plan: Plan | None = None
+        self._unmasking: Unmasking | None = None
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a session is never pickled or copied")
+
+    def __repr__(self) -> str:
+        return f"<secure sum {self.terms.run}, exchange {self.exchange}>"
+
+    def offer(self, client: int) -> Message:
+        """E1, to a client that is asked."""
+        return self.terms.offer(self._weights.get(client, ()))
+
+    def add_keys(self, client: int, answer: Message) -> bool:
+        """E1: whether the client's keys are taken."""
+        if self.exchange != 1 or client in self._keys:
+            return False
+        try:
+            self._keys[client] = self._checked_keys(client, answer)
+        except Refused as error:
+            return self._name(client, str(error))
+        return True
+
+    def _checked_keys(self, client: int, answer: Message) -> Keys:
+        only(answer, ("c", "s", "terms", "signature"))
+        c, s = bytes_in(answer, "c", KEY), bytes_in(answer, "s", KEY)
+        if bytes_in(answer, "terms", KEY) != self._terms_digest:
+            raise Refused("it has another model than was sent, or other terms")
+        taken = {key for keys in self._keys.values() for key in (keys.c, keys.s)}
+        if c == s or taken & {c, s}:
+            raise Refused("it sent a key twice, or one of another client")
+        for key in (c, s):
+            agreed(bytes(range(KEY)), key)  # refuses points that are none
+        signature = self._checked_signature(
+            client, answer, keys_message(client, c, s, self._terms_digest)
+        )
+        return Keys(c, s, signature)
+
+    def _checked_signature(self, client: int, answer: Message, message: bytes) -> bytes:
+        signature = answer["signature"]
+        if not isinstance(signature, bytes) or len(signature) > MOST:
+            raise Refused("its signature is none")
+        if self._authority is not None:
+            certificate = self._certificates.get(client)
+            if certificate is None:
+                raise Refused(
+                    f"there is no clients/client-{client}.crt in the server's "
+                    "directory: run fedcore certs again, and copy it"
+                )
+            self._authority.verify(client, certificate, signature, message)
+        return signature
+
+    def rosters(self) -> dict[int, Message]:
+        """E2 by client. Raises TooFewReports where no client would go on."""
+        self.exchange = 2
+        ids = sorted(self._keys)
+        n = len(ids)
+        if n < LEAST:
+            raise TooFewReports(f"{n} clients sent keys, expected at least {LEAST}")
+        neighbours, least = self._wanted
+        k = degree(n, neighbours)
+        t = threshold(n, neighbours) if least is None else least
+        fault = graph_fault(n, k, t)
+        if fault is not None:
+            raise TooFewReports(fault)
+        roster: Message = {
+            "ids": ids,
+            "k": k,
+            "t": t,
+            "c": b"".join(self._keys[client].c for client in ids),
+            "s": b"".join(self._keys[client].s for client in ids),
+            "weights": weights_to(self._listed(ids, t)),
+        }
+        near = neighbours_of(ids, k, ring_seed(self.terms.run, ids))
+        session = session_of(self._terms_digest, roster)
+        self._plan = Plan(ids, t, near, session)
+        return {client: roster | self._signed(near[client]) for client in ids}
+
+    def _listed(self, ids: list[int], t: int) -> list[float]:
+        """Weights of the cohort, one listed field after another."""
+        weights: list[float] = []
+        for field in range(self.terms.listed):
+            listed = [self._weights[client][field] for client in ids]
+            fault = weights_fault(listed, t, self.terms.cap)
+            if fault is not None:
+                raise TooFewReports(fault)
+            weights += listed
+        return weights
+
+    def _signed(self, near: list[int]) -> Message:
+        """Certificates and signatures of a client's neighbours."""
+        if self._authority is None:
+            return {"certificates": [], "signatures": []}
+        return {
+            "certificates": [self._certificates[other] for other in near],
+            "signatures": [self._keys[other].signature for other in near],
+        }
+
+    @property
+    def plan(self) -> Plan:
+        """The cohort, once the rosters are made."""
+        assert self._plan is not None, "rosters() is called before"
+        return self._plan
+
+    def add_shares(self, client: int, answer: Message) -> bool:
+        """E2: whether the client's shares are taken."""
+        if self.exchange != 2 or client not in self._keys or client in self._shares:
+            return False
+        near = self.plan.near[client]
+        holders = sorted([*near, client])
+        try:
+            only(answer, ("sent", "digests", "seal"))
+            sent = chunks(bytes_in(answer, "sent", SENT * len(near)), SENT)
+            digests = bytes_in(answer, "digests", 2 * SEAL * len(holders))
+            pairs = [(d[:SEAL], d[SEAL:]) for d in chunks(digests, 2 * SEAL)]
+            seal = bytes_in(answer, "seal", SEAL)
+        except Refused as error:
+            return self._name(client, str(error))
+        self._shares[client] = Shares(
+            dict(zip(near, sent, strict=True)),
+            dict(zip(holders, pairs, strict=True)),
+            seal,
+        )
+        return True
+
+    def inboxes(self) -> dict[int, Message]:
+        """E3 by client. Raises TooFewReports."""
+        self.exchange = 3
+        self._drop_lonely()
+        self._expect(len(self._shares), "sent shares")
+        inboxes: dict[int, Message] = {}
+        for client in sorted(self._shares):
+            senders = self._masked_with(client)
+            sent = [self._shares[sender].sent[client] for sender in senders]
+            inboxes[client] = {"senders": senders, "sent": b"".join(sent)}
+        return inboxes
+
+    def _drop_lonely(self) -> None:
+        """Leave out clients that have too few neighbours, before they mask anything."""
+        while True:
+            lonely = []
+            for client in self._shares:
+                if len(self._masked_with(client)) + 1 < self.plan.t:
+                    lonely.append(client)
+            if not lonely:
+                return
+            for client in lonely:
+                del self._shares[client]
+
+    def _masked_with(self, client: int) -> list[int]:
+        """The neighbours in U2, with whom a client has masks."""
+        return [other for other in self.plan.near[client] if other in self._shares]
+
+    def add_masked(self, client: int, vector: bytes | memoryview | Vector) -> bool:
+        """E3: whether the client's masked vector is added to the sum."""
+        if self.exchange != 3 or client not in self._shares or client in self._added:
+            return False
+        content = np.frombuffer(vector, np.uint8)
+        wanted = size_of(*self.size)
+        if len(content) != wanted:
+            found = f"its vector has {len(content)} bytes, expected {wanted}"
+            return self._name(client, found)
+        if self._total is None:
+            self._total = np.zeros(wanted, np.uint8)
+        sum_of_numbers, sum_of_words = parted(self._total, self.size.numbers)
+        numbers, words = parted(content, self.size.numbers)
+        np.add(sum_of_numbers, numbers, out=sum_of_numbers)
+        np.add(sum_of_words, words, out=sum_of_words)
+        self._added.append(client)
+        return True
+
+    def survivors(self) -> dict[int, Message]:
+        """E4 by client. Raises TooFewReports."""
+        self.exchange = 4
+        self.clients = sorted(self._added)
+        self._expect(len(self.clients), "sent their vectors")
+        return {client: {"survivors": self.clients} for client in self.clients}
+
+    def add_signature(self, client: int, answer: Message) -> bool:
+        """E4: whether the client's signature is taken."""
+        is_late = self.exchange != 4 or client in self._signatures
+        if is_late or client not in self.clients:
+            return False
+        try:
+            only(answer, ("signature",))
+            message = survivors_message(self.plan.session, self.clients)
+            signature = self._checked_signature(client, answer, message)
+        except Refused as error:
+            return self._name(client, str(error))
+        self._signatures[client] = signature
+        return True
+
+    def requests(self) -> dict[int, Message]:
+        """E5 by client. Raises TooFewReports."""
+        self.exchange = 5
+        self._expect(len(self._signatures), "signed the list of survivors")
+        self._unmasking = Unmasking(
+            self.plan, self._keys, self._shares, self.clients, self.blame
+        )
+        requests: dict[int, Message] = {}
+        for client in sorted(self._signatures):
+            around = sorted([*self.plan.near[client], client])
+            signers = [other for other in around if other in self._signatures]
+            requests[client] = {
+                "signers": signers,
+                "signatures": [self._signatures[other] for other in signers],
+            }
+        return requests
+
+    def add_shares_of(self, client: int, answer: Message) -> bool:
+        """E5: whether the client's shares of others are taken."""
+        if self.exchange != 5 or client not in self._signatures:
+            return False
+        if client in self._answered:
+            return False
+        self._answered.add(client)
+        owners = sorted([*self._masked_with(client), client])
+        try:
+            only(answer, ("shares",))
+            shares = chunks(bytes_in(answer, "shares", KEY * len(owners)), KEY)
+        except Refused as error:
+            return self._name(client, str(error))
+        assert self._unmasking is not None, "made with the requests"
+        return self._unmasking.add(client, owners, shares)
+
+    def total(self) -> tuple[Numbers, Words]:
+        """The sum of the survivors' words: uint32 [d], uint64 [s].
+
+        Raises TooFewReports where it cannot be unmasked.
+        """
+        self.exchange = 6
+        assert self._total is not None, "clients survived"
+        assert self._unmasking is not None, "made with the requests"
+        add_masks(self._total, self.size.numbers, self._unmasking.masks())
+        numbers, words = parted(self._total, self.size.numbers)
+        if self._count_word is not None:
+            count = int(words[self._count_word])
+            if count != len(self.clients):
+                raise TooFewReports(
+                    f"the sum counts {count} clients, expected {len(self.clients)}: "
+                    "a message was not honest, and it cannot be read"
+                )
+        return numbers, words
+
+    def _expect(self, found: int, done: str) -> None:
+        wanted = max(self.plan.t, LEAST)
+        if found < wanted:
+            raise TooFewReports(f"{found} clients {done}, expected at least {wanted}")
+
+    def _name(self, client: int, reason: str) -> bool:
+        """Note what a client did wrong; its answer is not taken."""
+        self.blame.setdefault(client, reason)
+        return False

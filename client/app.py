@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from fedcore.data.partition import Own
 from fedcore.engines.base import Work, device_for, failure
 from fedcore.errors import SettingsError
 from fedcore.models import HuggingFace
+from fedcore.rounds import setup
 from fedcore.storage.faults import Unwritable
 from fedcore.tasks import build_task
 
@@ -63,16 +63,7 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
     refuse_missing_base(experiment)
     task = build_task(experiment).to(device_for(experiment.engine))
     task.check()
-    return Work(
-        task,
-        experiment.build_method(),
-        experiment.local,
-        experiment.seed,
-        experiment.links,
-        experiment.defence,
-        experiment.adversary,
-        rounds=experiment.rounds,
-    )
+    return setup.work_of(experiment, task, experiment.build_method())
 
 
 def refuse_missing_base(experiment: Experiment) -> None:

@@ -1,4 +1,4 @@
-"""The work that one message of the server asks for, and where its clients keep state."""
+"""The work that one message of the server asks for, and where clients keep state."""
 
 from __future__ import annotations
 

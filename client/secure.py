@@ -106,11 +106,11 @@ class Node:
 
     def __init__(self, message: Message, context: Context) -> None:
         self.message, self.context = message, context
-        self.ask: Any = message.content["work"]
-        self.moment = Moment(int(self.ask["t"]), int(self.ask["k"]))
-        series, function = self.ask["series"], self.ask["function"]
+        ask: Any = message.content["work"]
+        self.moment = Moment(int(ask["t"]), int(ask["k"]))
+        series, function = str(ask["series"]), str(ask["function"])
         self.run = f"{series}/{self.moment.t}/{self.moment.k}/{function}"
-        self.store = store_of(context, self.ask)
+        self.store = store_of(context, ask)
         self.marks = Marks(self.store)
         # The warm SuperNode alone says to which federation it belongs.
         self.sessions = Sessions(self.store, "federation" in context.node_config)
@@ -217,10 +217,10 @@ class Trained:
         own = iter(weights)
         parts = []
         for name, rule in zip(terms.fields, terms.rules, strict=True):
-            listed = rule
+            weights_of: Any = rule
             if rule == LISTED:
-                listed = torch.tensor([next(own)], dtype=torch.float64)
-            parts.append(Part(name, listed))
+                weights_of = torch.tensor([next(own)], dtype=torch.float64)
+            parts.append(Part(name, weights_of))
         ring = Ring(terms.n_max, terms.reach, terms.cap)
         assignment = self._assignment
         return Ask(

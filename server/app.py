@@ -30,7 +30,8 @@ from fedcore.storage.faults import Unwritable
 from fedcore.views.run_report import write_or_note
 from fedcore.views.terminal import Terminal, show_result
 
-from .grid import GridEngine, Securing
+from .grid import GridEngine
+from .sums import Securing
 
 RUN_DIR = "FEDCORE_RUN_DIR"  # set by `fedcore server`
 CERTS_DIR = "FEDCORE_CERTS_DIR"  # by `fedcore server` too, where it has TLS

@@ -8,21 +8,20 @@ out, counted and named.
     nodes     the nodes that are there, and the clients that each hosts
     post      messages sent, waited for until a deadline, and counted if late
     replies   what came back, read and checked
-    secure    sums of which nothing else can be read; `journal` keeps the last ones
+    sums      sums of which nothing else can be read; `secure` is one of them
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -30,12 +29,9 @@ from fedcore import trees
 from fedcore.engines.base import Work, failure
 from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout, added
-from fedcore.errors import RunError, TooFewReports
+from fedcore.errors import RunError
 from fedcore.messages import wire
 from fedcore.messages.secure.ask import Ask, SecretTotal
-from fedcore.messages.secure.server_session import ServerSession, Size
-from fedcore.messages.secure.settings import SecureSettings
-from fedcore.messages.secure.terms import Terms
 from fedcore.method import evaluates
 from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.storage.checkpoint import write_atomically
@@ -44,24 +40,13 @@ from fedcore.storage.memory import size_text
 from fedcore.storage.rows import StateStore
 from fedcore.types import ClientFunction, Tree
 
-from . import secure
-from .journal import FOLDER, Entry, Journal, Void
 from .nodes import Nodes
 from .post import Inquiry, Post
 from .replies import Answer, Reader, twice
-
-log = logging.getLogger("fedcore")
+from .secure import EXCHANGES, Mailing
+from .sums import Securing, Sums
 
 PAUSE = failure([], "")  # a report of no client
-MOMENT = 1 << 16  # a moment is t times this, plus k
-
-
-class Securing(NamedTuple):
-    """Settings and places of a run with `aggregation.secure`."""
-
-    settings: SecureSettings = SecureSettings()
-    certs: Path | None = None  # the server's directory of keys, with `clients/`
-    checkpoint: Path | None = None  # where sums outlive the server; None: nowhere
 
 
 class GridEngine:
@@ -107,13 +92,7 @@ class GridEngine:
         self._now = (-1, -1)  # t, and how often clients were given work in it, from 0
         # Of messages, by client function and the shapes of what it was sent.
         self._shapes: dict[Hashable, Tree] = {}
-        self._sizes: dict[Hashable, Size] = {}  # of vectors of secure sums
-        self._securing = securing or Securing()
-        self._certificates = secure.Certificates(self._securing.certs)
-        folder = self._securing.checkpoint
-        self._journal = None if folder is None else Journal(folder / FOLDER)
-        self._void = Void(None if folder is None else folder / FOLDER)
-        self._has_said_unsigned = False
+        self._sums = Sums(work, securing or Securing())
 
     @property
     def late(self) -> int:
@@ -177,94 +156,22 @@ class GridEngine:
         TooFewReports where it cannot be read.
         """
         self._count_work(ask.t)
-        t, k = self._now
-        record = wire.encode(ask.down)
-        run = f"{self._series}/{t}/{k}/{ask.fn.__name__}"
-        is_signed = self._certificates.authority is not None
-        terms = secure.terms_of(ask, run, is_signed)
-        question = secure.question_of(terms, secure.sha256_of(record))
-        if self._journal is not None:
-            self._journal.prune(self._safe() if self._safe else t)
-            entry = self._journal.read(t, k, question)
-            if entry is not None and set(entry.total.clients) <= set(
-                ask.clients.tolist()
-            ):
-                log.warning("round %d goes on with a sum that was made before", t + 1)
-                secure.restore(entry, into)
-                return
-        try:
-            yield from self._sum(ask, terms, record, into)
-        except TooFewReports as error:
-            self._keep_sum(question, Entry(into, str(error)))
-            raise
-        self._keep_sum(question, Entry(into))
-
-    def _keep_sum(self, question: str, entry: Entry) -> None:
-        if self._journal is not None:
-            self._journal.write(*self._now, question, entry)
-
-    def _sum(
-        self, ask: Ask, terms: Terms, record: ArrayRecord, into: SecretTotal
-    ) -> Iterator[Reports]:
+        asking = self._sums.begin(ask, self._now, self._work_of(ask.fn))
+        if asking.restored(into):
+            return
         for _ in self._nodes.gather():
             yield PAUSE
         self._check_size(ask.down)
-        self._say_unsigned()
         hosted, missing = self._hosts(ask.clients.tolist())
         for client, reason in missing.items():
             yield failure([client], str(reason))
-        session = ServerSession(
-            terms,
-            secure.sha256_of(record),
-            self._size_of(ask),
-            weights=secure.weights_of(ask),
-            neighbours=self._securing.settings.neighbours,
-            least=self._securing.settings.threshold,
-            authority=self._certificates.authority,
-            certificates=self._certificates.of(ask.clients.tolist()),
-        )
         goal = len(ask.clients)
         if self._goal is not None and not evaluates(ask.fn):
             goal = self._goal
-        mailing = secure.Mailing(
+        mailing = Mailing(
             self._post, self.timeout, self._rejoin, goal, self._note_waiting
         )
-        moment = self._now[0] * MOMENT + self._now[1]
-        secret = secure.SecretSum(session, mailing, hosted, self._work_of(ask.fn))
-        try:
-            yield from secret.run(record, self._places(ask))
-            into.total = secret.total()
-            into.clients, into.moment = session.clients, moment
-        finally:
-            into.bytes_up = secret.bytes_up
-            if not evaluates(ask.fn):
-                void = secret.asked - secret.failed_first - set(into.clients)
-                self._void.update(secret.answered, void, moment)
-
-    def _places(self, ask: Ask) -> dict[int, ConfigRecord]:
-        """What clients are told of their own works before this one."""
-        clients = ask.clients.tolist()
-        moments = [-1] * len(clients)
-        if ask.moments is not None:
-            moments = ask.moments.tolist()
-        places = {}
-        for client, moment in zip(clients, moments, strict=True):
-            void: Any = self._void.of(client)
-            facts = {"moment": moment, "void": void}
-            places[client] = ConfigRecord(facts)
-        return places
-
-    def _size_of(self, ask: Ask) -> Size:
-        shapes = tuple((path, x.shape) for path, x in trees.flatten(ask.down).items())
-        key = ask.fn.__name__, ask.news, tuple(part.field for part in ask.parts), shapes
-        if key not in self._sizes:
-            self._sizes[key] = secure.size_in(self.work, ask)
-        return self._sizes[key]
-
-    def _say_unsigned(self) -> None:
-        if self._certificates.authority is None and not self._has_said_unsigned:
-            self._has_said_unsigned = True
-            log.warning(secure.UNSIGNED)
+        yield from asking.run(hosted, mailing, into)
 
     def _check_size(self, down: Tree) -> None:
         size = trees.nbytes(down)
@@ -350,7 +257,7 @@ class GridEngine:
             "waiting_for": sorted(clients),
             "since": time.time(),
             "late": self.late,
-            "exchange": secure.EXCHANGES.get(exchange, ""),
+            "exchange": EXCHANGES.get(exchange, ""),
         }
         # A full disk ends a run where something is kept, and not for this.
         with suppress(OSError):

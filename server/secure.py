@@ -8,34 +8,21 @@ a round, and its goal; the others take moments, and have a time of their own.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from torch import Tensor
 
-from fedcore import trees
-from fedcore.deploy import certs
-from fedcore.engines.base import Work, failure, one_thread
-from fedcore.engines.message_shape import message_shape
-from fedcore.errors import TooFewReports
-from fedcore.messages import wire
-from fedcore.messages.secure.ask import Ask, SecretTotal
-from fedcore.messages.secure.identity import Authority
+from fedcore.engines.base import failure
 from fedcore.messages.secure.masks import size_of
 from fedcore.messages.secure.ring import Encoded
-from fedcore.messages.secure.server_session import ServerSession, Size
-from fedcore.messages.secure.terms import LISTED, Terms
+from fedcore.messages.secure.server_session import ServerSession
 from fedcore.reports import Reports
 
-from .journal import Entry
 from .post import Inquiry, Post, one_line, reason_of
 from .replies import MISSING, twice
 
@@ -48,12 +35,6 @@ SLOWEST = 125_000.0  # bytes a second at which a masked vector has to come at le
 GRACE = 3.0  # seconds for the last signatures and shares, where there are enough
 KINDS = ("refused", "disconnected", "not finite", "bad count", "error")
 AWAY = ("disconnected", "timeout", "not needed")  # kinds that are nobody's fault
-
-UNSIGNED = (
-    "aggregation.secure without certificates of clients: a server that follows the "
-    "protocol sees sums alone; one that lies to clients about their keys, or about who "
-    "is there, is not kept out. fedcore certs makes certificates for a server with TLS"
-)
 
 Answer = dict[str, Any] | memoryview
 """What one client answers: the fields of a message, or its masked vector."""
@@ -88,6 +69,7 @@ class SecretSum:
         self.answered: set[int] = set()  # clients whose keys were taken
         self.failed_first: set[int] = set()  # clients that said in E1 why they cannot
         self.bytes_up = 0
+        self.held_back: list[Reports] = []  # failures in E5
         self._taken = 0  # answers of this exchange
 
     def run(
@@ -95,7 +77,9 @@ class SecretSum:
     ) -> Iterator[Reports]:
         """Exchange until the sum can be unmasked; failures, and pauses.
 
-        `places` are sent beside the model, by client. Raises TooFewReports.
+        `places` are sent beside the model, by client. From E5 on nothing is yielded, so
+        that a run that is to stop does so when the sum is kept, which nobody sends
+        twice. Raises TooFewReports.
         """
         session = self.session
         offers = {client: session.offer(client) for client in self._node_of}
@@ -104,10 +88,11 @@ class SecretSum:
             (2, session.rosters, session.add_shares),
             (3, session.inboxes, session.add_masked),
             (4, session.survivors, session.add_signature),
-            (5, session.requests, session.add_shares_of),
         ]
         for number, messages, take in later:
             yield from self._exchange(number, messages(), take)
+        last = self._exchange(5, session.requests(), session.add_shares_of)
+        self.held_back = list(last)
 
     def total(self) -> Encoded:
         """The sum. Raises TooFewReports where it cannot be unmasked."""
@@ -267,99 +252,3 @@ def nbytes_of(answer: Any) -> int:
     if isinstance(answer, list):
         return sum(nbytes_of(value) for value in answer)
     return len(answer) if isinstance(answer, bytes | str) else 8
-
-
-def restore(entry: Entry, into: SecretTotal) -> None:
-    """Take a sum from the journal. Raises TooFewReports where it came to nothing."""
-    made, fault = entry
-    into.total, into.clients, into.moment = made.total, made.clients, made.moment
-    into.bytes_up = made.bytes_up
-    if fault:
-        raise TooFewReports(fault)
-
-
-def terms_of(ask: Ask, run: str, is_signed: bool) -> Terms:
-    """What all clients of a sum have to agree on."""
-    fields, rules = [], []
-    for name, rule in ask.parts:
-        fields.append(name)
-        rules.append(LISTED if isinstance(rule, Tensor) else rule)
-    ring = ask.ring
-    return Terms(
-        run,
-        ring.n_max,
-        float(ring.reach),
-        float(ring.cap),
-        tuple(fields),
-        tuple(rules),
-        ask.news or "",
-        "",
-        is_signed,
-    )
-
-
-def weights_of(ask: Ask) -> dict[int, list[float]]:
-    """The weights that the server lists, by client, in the order of the fields."""
-    columns = []
-    for _, rule in ask.parts:
-        if isinstance(rule, Tensor):
-            columns.append(rule.double().tolist())
-    clients = ask.clients.tolist()
-    return {
-        client: [column[row] for column in columns]
-        for row, client in enumerate(clients)
-    }
-
-
-def question_of(terms: Terms, down: bytes) -> str:
-    """A digest of what is asked; the clients, which may differ, are not in it."""
-    return terms._replace(is_signed=False).digest(down).hex()
-
-
-def size_in(work: Work, ask: Ask) -> Size:
-    """The words of one client's vector, by encoding a message of this machine's."""
-    assert work.sending is not None, "the run has aggregation.secure"
-    up = trees.zeros_like(message_shape(work, ask.fn, ask.down, ask.t))
-    parts = []
-    for part in ask.parts:
-        rule = part.rule
-        if isinstance(rule, Tensor):
-            rule = torch.ones(1, dtype=torch.float64)
-        parts.append(part._replace(rule=rule))
-    one = ask._replace(clients=torch.zeros(1, dtype=torch.int64), parts=tuple(parts))
-    memory = None
-    if ask.news is not None:
-        first = work.method.init_memory(work.task.init_params())
-        memory = trees.to(first, work.task.device)
-    with one_thread():
-        encoded = work.sending.send(one, 0, up, 1.0, memory).encoded
-    return Size(len(encoded.numbers), len(encoded.words))
-
-
-class Certificates:
-    """The certificates of clients in a server's directory of keys."""
-
-    def __init__(self, folder: Path | None) -> None:
-        """None for a server without keys."""
-        self._folder = None if folder is None else folder / "clients"
-        self._found: dict[int, bytes] = {}
-        self.authority: Authority | None = None
-        has_some = self._folder is not None and any(self._folder.glob("client-*.crt"))
-        if folder is not None and has_some:
-            self.authority = Authority(certs.load_certificate(folder / "ca.crt"))
-
-    def of(self, clients: list[int]) -> dict[int, bytes]:
-        """Those of these clients that are there, in DER."""
-        if self._folder is None or self.authority is None:
-            return {}
-        for client in clients:
-            file = self._folder / f"client-{client}.crt"
-            if client not in self._found and file.exists():
-                content = certs.load_certificate(file).public_bytes(Encoding.DER)
-                self._found[client] = content
-        return {i: self._found[i] for i in clients if i in self._found}
-
-
-def sha256_of(down: ArrayRecord) -> bytes:
-    """The digest of a model, as it is sent."""
-    return hashlib.sha256(down[wire.FORMAT].data).digest()

@@ -278,6 +278,9 @@ class Method(Generic[S]):
     Settings under which no single update is seen can refuse such a method by name.
     """
 
+    remembers: ClassVar[bool] = False
+    """Whether its sums hold the last message of every client (`news`)."""
+
     works_unasked: ClassVar[bool] = False
     """Whether clients outside the cohort work too, by themselves."""
 
@@ -336,10 +339,39 @@ class Method(Generic[S]):
         """Why a run of this method cannot have a setting; None where it can."""
         if setting == "moments" and self.passes() > 1:
             return "it trains more than once a round"
-        if setting == "rule" and self.needs_updates:
+        if setting == "rule" and (self.needs_updates or self.remembers):
             return (
                 "its step is a sum of messages that it remembers, so that a poisoned "
                 "one acts in every later round"
+            )
+        if setting == "secure" and self.needs_updates:
+            return "it looks at every single update"
+        if setting == "distributed":
+            return self._refuses_noise()
+        if setting == "dp":
+            return self.refuses("clip")
+        return None
+
+    def counts_equally(self) -> bool:
+        """Whether every client has weight 1 in all of its means."""
+        return False
+
+    def _refuses_noise(self) -> str | None:
+        """Why clients cannot add noise to its sums."""
+        if self.needs_updates:
+            return "it looks at every single update"
+        if self.remembers:
+            return (
+                "it remembers the last message of every client, and with it the noise "
+                "of all rounds"
+            )
+        if not self.differences:
+            return "its messages are no differences to the model, so no bound fits them"
+        if not self.counts_equally():
+            return (
+                "its mean counts examples, and one client's share of a sum has to be "
+                'bounded: take fedavg with method.weighting = "participating", or '
+                "another method in which clients count the same"
             )
         return None
 

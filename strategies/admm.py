@@ -39,6 +39,7 @@ from fedcore.method import (
     on_client,
 )
 from fedcore.proximal import Quadratic, hessian_memory, quadratic, unknown
+from fedcore.reports import equally
 from fedcore.storage import memory
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless, Tree
@@ -79,7 +80,7 @@ class Up(NamedTuple):
 
 class ADMM(Method[Settings]):
     differences = False  # w_k + z_k / rho
-    needs_updates = True  # remembers the last message of every client
+    remembers = True
 
     def init_server(self, params: Params, population: int) -> Server:
         total = trees.scale(trees.double(params), population)
@@ -113,6 +114,11 @@ class ADMM(Method[Settings]):
     def refuses(self, setting: Setting) -> str | None:
         if setting in TRAINING and self.s.solver == "exact":
             return 'method.solver = "exact" takes no local steps'
+        if setting == "secure" and self.s.solver == "exact":
+            return (
+                'method.solver = "exact" reaches what rounding to integers does not: '
+                'set method.solver = "sgd"'
+            )
         return super().refuses(setting)
 
     def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
@@ -162,21 +168,22 @@ class ADMM(Method[Settings]):
     def _message(self, w: Params, z: Params, loss: Tensor) -> Up:
         return Up(trees.axpy(1 / self.s.rho, z, w), loss)
 
+    def news(
+        self, up: Up, last: Params | Stateless, num_examples: Tensor
+    ) -> tuple[Up, Params | Stateless]:
+        m = trees.double(up.m)
+        if isinstance(last, Stateless):  # absent = "zero"
+            return Up(m, up.loss), last
+        return Up(trees.sub(m, last), up.loss), up.m
+
     def round(self, server: Server, r: Round) -> Server:
-        is_exact, keeps_last = self.s.solver == "exact", self.s.absent == "last"
+        is_exact = self.s.solver == "exact"
         if is_exact and not bool(server.started):
             server = self._start(server, r)
-        if keeps_last:
-            total = trees.map(torch.clone, server.total)
-        else:
-            total = trees.zeros_like(server.total)
-        work = self.solve if is_exact else self.train
-        for p in r.each(work, r.cohort, Model(server.params)):
-            news = trees.double(p.up.m)
-            if keeps_last:
-                news = trees.sub(news, r.memory.gather(p.clients))
-                r.memory.put(p.clients, p.up.m)
-            total = trees.add_weighted_(total, news, torch.ones(len(p.clients)))
+        work, down = self.solve if is_exact else self.train, Model(server.params)
+        total = r.mean(work, r.cohort, down, equally, self.news).total.m
+        if self.s.absent == "last":
+            total = trees.add(server.total, total)
         return self._mean(server, total, server.started, r.population)
 
     def _start(self, server: Server, r: Round) -> Server:

@@ -43,6 +43,7 @@ from fedcore.method import (
     on_client,
 )
 from fedcore.proximal import Quadratic, hessian_memory, quadratic, unknown
+from fedcore.reports import equally
 from fedcore.storage import memory
 from fedcore.task import Task
 from fedcore.types import Batches, Params, Stateless
@@ -85,7 +86,7 @@ class Up(NamedTuple):
 
 class CLU(Method[Settings]):
     differences = False  # t_k
-    needs_updates = True  # remembers the last message of every client
+    remembers = True
     works_unasked = True
 
     def init_server(self, params: Params, population: int) -> Server:
@@ -120,6 +121,11 @@ class CLU(Method[Settings]):
     def refuses(self, setting: Setting) -> str | None:
         if setting in TRAINING and self.s.solver == "exact":
             return 'method.solver = "exact" takes no local steps'
+        if setting == "secure" and self.s.solver == "exact":
+            return (
+                'method.solver = "exact" reaches what rounding to integers does not: '
+                'set method.solver = "sgd"'
+            )
         return super().refuses(setting)
 
     def exchanged(self, down: Any, up: Any) -> tuple[Params, Params] | None:
@@ -182,22 +188,24 @@ class CLU(Method[Settings]):
         v = trees.where(steps > 0, v, trees.axpy(1 / rho, state.g, s))
         return v, trees.axpy(-rho, trees.sub(v, s), state.g), loss
 
+    def news(self, up: Up, tbar: Params, num_examples: Tensor) -> tuple[Up, Params]:
+        change = trees.sub(trees.double(up.t), tbar)
+        return Up(change, up.loss), up.t  # tbar_k <- t_k
+
     def round(self, server: Server, r: Round) -> Server:
         is_exact = self.s.solver == "exact"
         if is_exact and not bool(server.started):
             server = self._start(server, r)
-        news, down = trees.zeros_like(server.s), trees.like(server.s, server.params)
+        down = Down(trees.like(server.s, server.params))
         train = self.solve if is_exact else self.train
-        for p in r.each(train, r.cohort, Down(down)):
-            change = trees.sub(trees.double(p.up.t), r.memory.gather(p.clients))
-            news = trees.add_weighted_(news, change, torch.ones(len(p.clients)))
-            r.memory.put(p.clients, p.up.t)  # tbar_k <- t_k
+        mean = r.mean(train, r.cohort, down, equally, self.news)
         everybody = torch.arange(r.population)
         others = everybody[~torch.isin(everybody, r.cohort)]
         go_on = self.solve_alone if is_exact else self.train_alone
         for _ in r.each(go_on, others, Stateless()):
             pass
-        s = trees.axpy(1 / r.population, news, server.s)  # s_{n+1}
+        # s_{n+1}
+        s = trees.axpy(1 / r.population, mean.total.t, server.s)
         w = trees.map(lambda w, s: ((w + s) / 2).to(w.dtype), server.params, s)
         return Server(w, s, server.started)
 

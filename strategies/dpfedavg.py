@@ -1,9 +1,18 @@
-"""DP-FedAvg - client-level differential privacy (McMahan et al., ICLR 2018, Alg. 1).
+"""DP-FedAvg - client-level differential privacy (McMahan et al., ICLR 2018, Alg. 1);
+with a bound that follows a quantile of the norms (Andrew et al., NeurIPS 2021, Alg. 1).
 
 theta_t  global parameters       Delta^k  clipped update of client k
 S  clipping bound (here C)       z  noise multiplier
 q  probability that a client takes part in a round
 W  total weight, here N with w_k = 1       sigma  z C / (q N)
+
+With `quantile` (gamma), C_t the bound of round t, and m = q N:
+
+    client   b^k = [|Delta^k| <= C_t], of the update before it is clipped
+    server   b = 1/2 + (sum of (b^k - 1/2) + N(0, sigma_b^2)) / m
+             C_{t+1} = C_t exp(-eta_C (b - gamma))
+    z_Delta  (z^-2 - (2 sigma_b)^-2)^(-1/2) in the place of z, so that both releases
+             together cost what z costs (Theorem 1)
 
 Choices: flat clipping, over all tensors of the update together; uniform weights; the
          estimator with the fixed denominator q W, whose sensitivity is C / (q N) (the
@@ -20,10 +29,11 @@ Reduces: to FedAvg with uniform weights when z = 0, C is large, and everybody ta
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedcore import trees
@@ -55,10 +65,48 @@ class Settings(MethodSettings):
         description="z, standard deviation of the noise on the sum over C; "
         "0 = no guarantee",
     )
+    quantile: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="gamma: the bound moves to this quantile of the updates' norms; "
+        "clip is its start. Default: it stays",
+    )
+    clip_lr: float = Field(0.2, gt=0, description="eta_C, step size of the bound")
+    bit_noise: float | None = Field(
+        None,
+        gt=0,
+        description="sigma_b, standard deviation of the noise on the count of updates "
+        "within the bound; default: q N / 20",
+    )
+
+    @model_validator(mode="after")
+    def _adapts(self) -> Settings:
+        if self.quantile is None and self.bit_noise is not None:
+            raise ValueError(
+                f"bit_noise = {self.bit_noise:g} is of a bound that moves: set "
+                "quantile, e.g. 0.5, or leave it out"
+            )
+        return self
+
+
+class Server(NamedTuple):
+    params: Params  # theta_t
+    clip: Tensor | Stateless  # C_t, 0-d; Stateless where it stays
+
+
+class Down(NamedTuple):
+    params: Params
+    clip: Tensor  # C_t, 0-d
 
 
 class Up(NamedTuple):
     delta: Params  # Delta^k, of norm at most C
+
+
+class UpWithBit(NamedTuple):
+    delta: Params  # Delta^k, of norm at most C_t
+    within: Tensor  # b^k - 1/2
 
 
 class DPFedAvg(Method[Settings]):
@@ -72,8 +120,27 @@ class DPFedAvg(Method[Settings]):
                 '"bernoulli" and participation.mean (the rate q), or let everybody '
                 "take part always"
             )
+        self._refuse_bit_noise(process)
         # Clients that drop out make the true rate smaller still.
         return central(self.s.noise_multiplier, process.poisson)
+
+    def _refuse_bit_noise(self, process: Process) -> None:
+        """Refuse a count of bits that costs all of the privacy, or more."""
+        if self.s.quantile is None or process.rates is None:
+            return
+        expected = float(process.rates.sum())
+        z, bits = self.s.noise_multiplier, self._bit_noise(expected)
+        if z >= 2 * bits:
+            raise SettingsError(
+                f"method.bit_noise = {bits:g}: the count of updates within the bound "
+                f"has to cost less than method.noise_multiplier = {z:g} allows; set "
+                f"bit_noise above {z / 2:g}, or ask more clients"
+            )
+
+    def init_server(self, params: Params, population: int) -> Server:
+        if self.s.quantile is None:
+            return Server(params, Stateless())
+        return Server(params, torch.tensor(self.s.clip))
 
     @on_client
     def train(
@@ -82,9 +149,40 @@ class DPFedAvg(Method[Settings]):
         theta, _, _ = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(clip(trees.sub_(theta, down.params), self.s.clip)), state  # ClipFn
 
-    def round(self, server: Model, r: Round) -> Model:
-        total = r.mean(self.train, r.cohort, server, equally).total.delta
-        deviation = self.s.noise_multiplier * self.s.clip
+    @on_client
+    def train_within(
+        self, task: Task, t: Tensor, down: Down, state: Stateless, batches: Batches
+    ) -> tuple[UpWithBit, Stateless]:
+        theta, _, _ = local_sgd(task.loss, down.params, batches, self.s.local_lr)
+        delta = trees.sub_(theta, down.params)
+        norm = trees.dot(delta, delta).sqrt()
+        within = (norm <= down.clip).to(norm.dtype) - 0.5
+        return UpWithBit(clip(delta, down.clip), within), state
+
+    def round(self, server: Server, r: Round) -> Server:
+        if isinstance(server.clip, Stateless):
+            down = Model(server.params)
+            total = r.mean(self.train, r.cohort, down, equally).total.delta
+            params = self._moved(server.params, total, self.s.clip, r)
+            return server._replace(params=params)
+        guide = Down(server.params, server.clip)
+        mean = r.mean(self.train_within, r.cohort, guide, equally).total
+        bound = server.clip.item()
+        params = self._moved(server.params, mean.delta, bound, r)
+        expected = self._expected_clients(r)
+        noise = rng(r.seed, "dp bit noise", r.t).standard_normal()
+        if self.s.noise_multiplier == 0:
+            noise = 0.0
+        count = mean.within.item() + self._bit_noise(expected) * noise
+        b = 0.5 + count / expected
+        assert self.s.quantile is not None
+        factor = math.exp(-self.s.clip_lr * (b - self.s.quantile))
+        r.log["clip"] = bound
+        return Server(params, server.clip * factor)
+
+    def _moved(self, params: Params, total: Params, bound: float, r: Round) -> Params:
+        """theta_t + the mean of the updates with its noise."""
+        deviation = self._multiplier(self._expected_clients(r)) * bound
         draw = rng(r.seed, "dp noise", r.t)
 
         def noisy(x: Tensor) -> Tensor:
@@ -92,9 +190,26 @@ class DPFedAvg(Method[Settings]):
             return x + deviation * noise
 
         step = self.s.server_lr / self._expected_clients(r)
-        return Model(trees.axpy(step, trees.map(noisy, total), server.params))
+        moved: Params = trees.axpy(step, trees.map(noisy, total), params)
+        return moved
+
+    def _bit_noise(self, expected: float) -> float:
+        """sigma_b."""
+        return self.s.bit_noise or expected / 20
+
+    def _multiplier(self, expected: float) -> float:
+        """z of the updates: z, or z_Delta where the count of bits is released too."""
+        z = self.s.noise_multiplier
+        if self.s.quantile is None or z == 0:
+            return z
+        return float((z**-2 - (2 * self._bit_noise(expected)) ** -2) ** -0.5)
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "distributed":
+            return (
+                "its server adds noise already: take fedavg with method.weighting = "
+                '"participating"'
+            )
         if setting != "rule":
             return super().refuses(setting)
         return (

@@ -317,6 +317,8 @@ class ExactLoRA(Method[Settings]):
     # Before the run
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "secure":
+            return "it takes the product of every client's factors"
         if setting == "rule":
             return (
                 "it takes the product of every client's factors, and a robust mean of "

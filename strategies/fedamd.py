@@ -90,7 +90,7 @@ class Up(NamedTuple):
 
 class FedAMD(Method[Settings]):
     differences = False  # the anchors send gradients
-    needs_updates = True  # caches them
+    remembers = True
 
     def asks_everybody_first(self) -> bool:
         return True
@@ -141,6 +141,12 @@ class FedAMD(Method[Settings]):
             before, y = y, trees.axpy(-self.s.local_lr * real, g, y)
         return Up(trees.sub(y, down.params), total / steps.clamp(min=1)), state
 
+    def news(
+        self, up: Gradient, v: Params, num_examples: Tensor
+    ) -> tuple[Gradient, Params]:
+        change = trees.sub(trees.double(up.v), v)
+        return Gradient(change, up.loss), up.v
+
     def round(self, server: Server, r: Round) -> Server:
         if not bool((server.refreshed > 0).any()):
             everybody = torch.arange(r.population)
@@ -174,10 +180,10 @@ class FedAMD(Method[Settings]):
         """v_i <- grad f_i(x_t) for these clients, and vbar with them."""
         total = trees.scale(server.v, int((server.refreshed > 0).sum()))
         refreshed = server.refreshed.clone()
-        for p in r.each(self.anchor, clients, Model(server.params)):
-            change = trees.sub(trees.double(p.up.v), r.memory.gather(p.clients))
-            total = trees.add_weighted_(total, change, torch.ones(len(p.clients)))
-            r.memory.put(p.clients, p.up.v)
-            refreshed[p.clients] = r.t + 1
+        down = Model(server.params)
+        mean = r.mean(self.anchor, clients, down, equally, self.news)
+        if len(mean.clients):
+            total = trees.add(total, mean.total.v)
+        refreshed[mean.clients] = r.t + 1
         caches = max(int((refreshed > 0).sum()), 1)
         return server._replace(v=trees.scale(total, 1 / caches), refreshed=refreshed)

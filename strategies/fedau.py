@@ -28,7 +28,7 @@ from torch import Tensor
 from fedcore import intervals, trees
 from fedcore.intervals import Intervals
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import Method, MethodSettings, Round, Setting, on_client
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless
 
@@ -64,6 +64,14 @@ class FedAU(Method[Settings]):
     ) -> tuple[Up, Stateless]:
         y, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub_(y, down.params), loss), state
+
+    def refuses(self, setting: Setting) -> str | None:
+        if setting == "secure" and self.s.cutoff is None:
+            return (
+                "without method.cutoff nothing bounds the weight of a client: set it, "
+                "e.g. method.cutoff = 50"
+            )
+        return super().refuses(setting)
 
     def round(self, server: Server, r: Round) -> Server:
         cutoff = self.s.cutoff

@@ -59,6 +59,9 @@ class FedAvg(Method[Settings]):
     def needs_rates(self) -> bool:
         return self.s.weighting == "known"
 
+    def counts_equally(self) -> bool:
+        return self.s.weighting in ("participating", "all")
+
     def round(self, server: Model, r: Round) -> Model:
         if self.s.weighting in ("examples", "participating"):
             weight = by_examples if self.s.weighting == "examples" else equally

@@ -233,6 +233,8 @@ class FedLAW(Method[Settings]):
     def refuses(self, setting: Setting) -> str | None:
         if setting == "optimizer" and self.s.momentum:
             return "method.momentum is SGD's; set it to 0"
+        if setting == "secure":
+            return "its weights are fitted from inner products with every single update"
         if setting != "rule":
             return super().refuses(setting)
         return (

@@ -39,8 +39,8 @@ from torch import Tensor
 from fedcore import intervals, trees
 from fedcore.intervals import Intervals
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, on_client
-from fedcore.reports import Reports
+from fedcore.method import Method, MethodSettings, Round, Setting, on_client
+from fedcore.reports import Weight, equally
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless
 
@@ -65,14 +65,20 @@ class Settings(MethodSettings):
     )
 
 
+class Heard(NamedTuple):
+    """Clients that reported, and the examples that each reported last."""
+
+    clients: Tensor  # 0-d float64
+    examples: Tensor  # 0-d float64
+
+
 class Server(NamedTuple):
     params: Params
     # (1/N) sum_i n_i h_i, with n_i = 1 for uniform weights: H nbar. float64, because it
     # is a running sum.
     h: Params
     intervals: Intervals
-    # [N] float64, as reported last; -1 = not heard yet. [0] for uniform weights.
-    num_examples: Tensor
+    heard: Heard | Stateless  # Stateless for uniform weights
 
 
 class Up(NamedTuple):
@@ -80,20 +86,36 @@ class Up(NamedTuple):
     loss: Tensor  # mean training loss, for the log
 
 
+class Last(NamedTuple):
+    h: Params  # n_i h_i
+    heard: Heard | Stateless  # of this client: 1 and n_i, or 0 and 0
+
+
+class Change(NamedTuple):
+    fresh: Params  # n_i (Delta_i - beta h_i), counted 1 / q_i
+    h: Params  # n_i (Delta_i - h_i), in float64
+    heard: Heard | Stateless
+    loss: Tensor
+
+
 class FedStale(Method[Settings]):
-    needs_updates = True  # remembers the last of every client
+    remembers = True
 
     def init_server(self, params: Params, population: int) -> Server:
-        weighed = population if self.s.weights == "examples" else 0
         return Server(
             params,
             trees.zeros_like(params, torch.float64),
             intervals.start(population),
-            torch.full((weighed,), -1.0, dtype=torch.float64),
+            self._nobody(),
         )
 
-    def init_memory(self, params: Params) -> Params:
-        return trees.zeros_like(params)  # n_i h_i
+    def init_memory(self, params: Params) -> Last:
+        return Last(trees.zeros_like(params), self._nobody())
+
+    def _nobody(self) -> Heard | Stateless:
+        if self.s.weights == "uniform":
+            return Stateless()
+        return Heard(*torch.zeros(2, dtype=torch.float64))
 
     @on_client
     def train(
@@ -105,56 +127,68 @@ class FedStale(Method[Settings]):
     def needs_rates(self) -> bool:
         return self.s.rates == "known"
 
+    def refuses(self, setting: Setting) -> str | None:
+        if setting == "secure" and self.s.weights == "examples":
+            return (
+                'method.weights = "examples" makes messages as large as clients have '
+                'examples, which no fixed range holds: set method.weights = "uniform"'
+            )
+        if setting == "secure" and not self.needs_rates() and self.s.cutoff is None:
+            return (
+                "without method.cutoff nothing bounds the weight of a client: set it, "
+                "e.g. method.cutoff = 50"
+            )
+        return super().refuses(setting)
+
+    def news(self, up: Up, last: Last, num_examples: Tensor) -> tuple[Change, Last]:
+        now = Last(up.delta, last.heard)
+        heard: Heard | Stateless = Stateless()
+        if isinstance(last.heard, Heard):
+            n = num_examples.to(last.heard.examples)
+            now = Last(_times(n, up.delta), Heard(torch.ones_like(n), n))
+            heard = trees.sub(now.heard, last.heard)
+        # From the difference: its terms are large and cancel where q_i is small.
+        fresh = trees.axpy(-self.s.beta, last.h, now.h)
+        change = trees.sub(trees.double(now.h), last.h)
+        return Change(fresh, change, heard, up.loss), now  # h_i <- Delta_i
+
     def round(self, server: Server, r: Round) -> Server:
         beta, N = self.s.beta, r.population
-        fresh, news = trees.zeros_like(server.params), trees.zeros_like(server.h)
-        num_examples, arrived, largest = server.num_examples.clone(), [], []
-        for p in r.each(self.train, r.cohort, Model(server.params)):
-            n, inverse = self._examples(p), self._inverse_rates(server, r, p.clients)
-            delta = self._scaled(p.up.delta, n)  # n_i Delta_i
-            h = r.memory.gather(p.clients)  # n_i h_i
-            # From the difference: its terms are large and cancel where q_i is small.
-            fresh = trees.add_weighted_(fresh, trees.axpy(-beta, h, delta), inverse)
-            change = trees.sub(trees.double(delta), h)
-            news = trees.add_weighted_(news, change, torch.ones(len(p.clients)))
-            r.memory.put(p.clients, delta)  # h_i <- Delta_i
-            if self.s.weights == "examples":
-                num_examples[p.clients] = n.to(num_examples)
-            arrived.append(p.clients)
-            largest.append((n * inverse).max().item())
-        heard = num_examples[num_examples >= 0]
-        nbar = heard.mean().item() if heard.sum() > 0 else 1.0
-        if largest:
-            r.log["weight_max"] = max(largest) / nbar
+        inverse = self._inverse_rates(server, r)
+        weight: dict[str, Weight | Tensor] = {"fresh": inverse, "h": equally}
+        down = Model(server.params)
+        mean = r.mean(self.train, r.cohort, down, weight, self.news)
+        heard, nbar = server.heard, 1.0
+        if isinstance(heard, Heard):
+            heard = trees.add(heard, mean.total.heard)
+            if heard.examples > 0:
+                nbar = (heard.examples / heard.clients).item()
+        if len(mean.clients):
+            arrived = torch.isin(r.cohort, mean.clients)
+            r.log["weight_max"] = inverse[arrived].max().item()
         # U, with H of before
-        stale = trees.like(trees.scale(server.h, 1 / nbar), fresh)
-        u = trees.axpy(beta, stale, trees.scale(fresh, 1 / (N * nbar)))
+        stale = trees.like(trees.scale(server.h, 1 / nbar), mean.total.fresh)
+        u = trees.axpy(beta, stale, trees.scale(mean.total.fresh, 1 / (N * nbar)))
         return Server(
             trees.axpy(self.s.server_lr, u, server.params),
-            trees.axpy(1 / N, news, server.h),
-            intervals.after(server.intervals, arrived, r.t, self.s.cutoff),
-            num_examples,
+            trees.axpy(1 / N, mean.total.h, server.h),
+            intervals.after(server.intervals, [mean.clients], r.t, self.s.cutoff),
+            heard,
         )
 
-    def _examples(self, p: Reports) -> Tensor:
-        """n_i as reported, or 1 for uniform weights; float64 [n] on the CPU."""
-        if self.s.weights == "uniform":
-            return torch.ones(len(p.clients), dtype=torch.float64)
-        return p.num_examples.double().cpu()
-
-    def _scaled(self, delta: Params, n: Tensor) -> Params:
-        if self.s.weights == "uniform":
-            return delta
-
-        def times(x: Tensor) -> Tensor:
-            return x * n.to(x).reshape(-1, *[1] * (x.ndim - 1))
-
-        scaled: Params = trees.map(times, delta)
-        return scaled
-
-    def _inverse_rates(self, server: Server, r: Round, clients: Tensor) -> Tensor:
-        """1 / q_i, float64 [n] on the CPU."""
+    def _inverse_rates(self, server: Server, r: Round) -> Tensor:
+        """1 / q_i of the cohort, float64 [n] on the CPU."""
         if self.s.rates == "known":
-            return 1 / r.known_rates()[clients]
-        omega = intervals.omega(server.intervals, clients, r.t, self.s.cutoff)
+            return 1 / r.known_rates()[r.cohort]
+        omega = intervals.omega(server.intervals, r.cohort, r.t, self.s.cutoff)
         return omega.cpu()
+
+
+def _times(n: Tensor, delta: Params) -> Params:
+    """n_i Delta_i, for every row of delta."""
+
+    def times(x: Tensor) -> Tensor:
+        return x * n.to(x).reshape(-1, *[1] * (x.ndim - 1))
+
+    scaled: Params = trees.map(times, delta)
+    return scaled

@@ -27,6 +27,7 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.local import local_sgd
 from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.reports import Weight, equally
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless
 
@@ -50,8 +51,14 @@ class Up(NamedTuple):
     loss: Tensor  # mean training loss, for the log
 
 
+class Change(NamedTuple):
+    delta: Params  # Delta_i - y_i, in float64
+    weighed: Params | Stateless  # the same, counted 1 / p_i with known rates
+    loss: Tensor
+
+
 class FedVARP(Method[Settings]):
-    needs_updates = True  # remembers the last of every client
+    remembers = True
 
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.zeros_like(params, torch.float64))
@@ -69,20 +76,23 @@ class FedVARP(Method[Settings]):
     def needs_rates(self) -> bool:
         return self.s.weighting == "known"
 
+    def news(self, up: Up, y: Params, num_examples: Tensor) -> tuple[Change, Params]:
+        change = trees.sub(trees.double(up.delta), y)
+        weighed = change if self.needs_rates() else Stateless()
+        return Change(change, weighed, up.loss), up.delta  # y_i <- Delta_i
+
     def round(self, server: Server, r: Round) -> Server:
-        fresh, news = trees.zeros_like(server.params), trees.zeros_like(server.y)
-        arrived = 0
-        for p in r.each(self.train, r.cohort, Model(server.params)):
-            delta, y = p.up.delta, r.memory.gather(p.clients)
-            ones = torch.ones(len(p.clients))
-            weight = 1 / r.known_rates()[p.clients] if self.needs_rates() else ones
-            fresh = trees.add_weighted_(fresh, trees.sub(delta, y), weight)
-            news = trees.add_weighted_(news, trees.sub(trees.double(delta), y), ones)
-            r.memory.put(p.clients, delta)  # y_i <- Delta_i
-            arrived += len(p.clients)
-        count = r.population if self.needs_rates() else max(arrived, 1)
-        y_before = trees.like(server.y, fresh)
-        v = trees.axpy(1.0, y_before, trees.scale(fresh, 1 / count))
+        weight: dict[str, Weight | Tensor] = {"delta": equally}
+        if self.needs_rates():
+            weight["weighed"] = 1 / r.known_rates()[r.cohort]
+        down = Model(server.params)
+        mean = r.mean(self.train, r.cohort, down, weight, self.news)
+        news = mean.total.delta
+        if self.needs_rates():
+            fresh = trees.scale(mean.total.weighed, 1 / r.population)
+        else:
+            fresh = trees.scale(news, 1 / max(len(mean.clients), 1))
+        v = trees.like(trees.add(server.y, fresh), server.params)
         return Server(
             trees.axpy(self.s.server_lr, v, server.params),
             trees.axpy(1 / r.population, news, server.y),

@@ -26,6 +26,7 @@ from torch import Tensor
 from fedcore import trees
 from fedcore.local import local_sgd
 from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.reports import equally
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless
 
@@ -47,7 +48,7 @@ class Up(NamedTuple):
 
 
 class Mifa(Method[Settings]):
-    needs_updates = True  # remembers the last of every client
+    remembers = True
 
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.zeros_like(params, torch.float64))
@@ -62,13 +63,14 @@ class Mifa(Method[Settings]):
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub_(w, down.params), loss), state
 
+    def news(self, up: Up, G: Params, num_examples: Tensor) -> tuple[Up, Params]:
+        change = trees.sub(trees.double(up.delta), G)
+        return Up(change, up.loss), up.delta  # G_i <- Delta_i
+
     def round(self, server: Server, r: Round) -> Server:
-        news = trees.zeros_like(server.g)
-        for p in r.each(self.train, r.cohort, Model(server.params)):
-            change = trees.sub(trees.double(p.up.delta), r.memory.gather(p.clients))
-            news = trees.add_weighted_(news, change, torch.ones(len(p.clients)))
-            r.memory.put(p.clients, p.up.delta)  # G_i <- Delta_i
+        down = Model(server.params)
+        mean = r.mean(self.train, r.cohort, down, equally, self.news)
         # Before the step, unlike in FedVARP and FedStale.
-        g = trees.axpy(1 / r.population, news, server.g)
+        g = trees.axpy(1 / r.population, mean.total.delta, server.g)
         step = trees.like(g, server.params)
         return Server(trees.axpy(self.s.server_lr, step, server.params), g)

@@ -48,6 +48,9 @@ class PFedMe(Method[Settings]):
     def model_for(self, server: Any, state: Own) -> Params:
         return used(state, server.params)
 
+    def counts_equally(self) -> bool:
+        return True
+
     def refuses(self, setting: Setting) -> str | None:
         if setting in STEP_SIZES:
             return "only its steps of theta would follow, and those of w_i would not"

@@ -129,9 +129,16 @@ class RERCE(Method[Settings]):
         )
 
     def refuses(self, setting: Setting) -> str | None:
+        is_exact = self.s.solver == "exact"
+        if setting in TRAINING and is_exact:
+            return 'method.solver = "exact" takes no local steps'
+        if setting == "secure" and is_exact:
+            return (
+                'method.solver = "exact" reaches what rounding to integers does not: '
+                'set method.solver = "sgd"'
+            )
         if setting != "rule":
-            is_exact = setting in TRAINING and self.s.solver == "exact"
-            return 'method.solver = "exact" takes no local steps' if is_exact else None
+            return super().refuses(setting)
         return (
             "its clients' models build on each other through what the server remembers "
             "of all of them, so that one poisoned message acts in every later round"

@@ -51,6 +51,9 @@ class Scaffold(Method[Settings]):
     def init_client(self, params: Params) -> Params:
         return trees.zeros_like(params)  # c_i
 
+    def counts_equally(self) -> bool:
+        return True
+
     def refuses(self, setting: Setting) -> str | None:
         if setting in STEPS:
             return "its control variates are differences divided by K eta_l"

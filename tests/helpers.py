@@ -24,7 +24,7 @@ from fedcore.rounds.loop import Loop, Quiet, Result
 from fedcore.rounds.observer import Observer
 from fedcore.storage.rows import StateStore
 from fedcore.task import Task
-from fedcore.types import ClientFunction, Tree
+from fedcore.types import ClientFunction, News, Tree
 
 PATIENCE = 900.0  # seconds, for any wait of a test: a busy machine is no failure
 
@@ -186,8 +186,16 @@ class AnsweredRound(Round):
     ) -> Iterator[Reports]:
         return self.answer(fn, clients, down)
 
-    def zero_message(self, fn: ClientFunction, down: Tree) -> Tree:
-        return self.zeros(fn, down)
+    def zero_message(
+        self, fn: ClientFunction, down: Tree, news: News | None = None
+    ) -> Tree:
+        message = self.zeros(fn, down)
+        if news is None:
+            return message
+        nobody = torch.tensor([0])
+        one = trees.map(lambda x: x[None], message)
+        made, _ = news(one, self.memory.gather(nobody), torch.ones(1))
+        return trees.map(torch.zeros_like, trees.at(made, 0))
 
 
 def no_zeros(fn: ClientFunction, down: Tree) -> Tree:

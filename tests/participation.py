@@ -71,7 +71,9 @@ def in_groups(server: Server, groups: Callable[[list[int]], list[list[int]]]) ->
 
 def rows(server: Server) -> Tensor:
     """What the server remembers, [N, d]."""
-    return server.memory.gather(torch.arange(server.population))["w"].clone()
+    remembered = server.memory.gather(torch.arange(server.population))
+    last: Tensor = getattr(remembered, "h", remembered)["w"]  # FedStale's has more
+    return last.clone()
 
 
 def primed(server: Server, memory: Sequence[Any]) -> Server:

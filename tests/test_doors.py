@@ -42,7 +42,7 @@ class Scripted(Round):
         yield reports([0, 1], [1.0, 2.0])
         yield reports([4], [8.0])
 
-    def zero_message(self, fn: Any, down: Any) -> Any:
+    def zero_message(self, fn: Any, down: Any, news: Any = None) -> Any:
         return {"w": torch.zeros(1)}
 
 

@@ -173,10 +173,10 @@ def test_with_beta_zero_the_memory_does_not_matter() -> None:
     fresh, filled = (
         Server("fedstale", 4, w=[0.0, 0.0], beta=0.0, rates="known") for _ in range(2)
     )
-    filled.memory.put(
-        torch.arange(4),
-        {"w": torch.from_numpy(100 * draw.standard_normal((4, 2))).float()},
-    )
+    noise = torch.from_numpy(100 * draw.standard_normal((4, 2))).float()
+    everybody = torch.arange(4)
+    remembered = filled.memory.gather(everybody)
+    filled.memory.put(everybody, remembered._replace(h={"w": noise}))
     filled.memory.commit()
     filled.state = filled.state._replace(
         h={"w": torch.from_numpy(100 * draw.standard_normal(2))}
@@ -197,7 +197,10 @@ def test_with_beta_zero_the_memory_does_not_matter_in_a_run(tmp_path: Path) -> N
         )
         if i:
             noise = torch.from_numpy(rng(0, "memory").standard_normal((12, 1, 5)))
-            loop.memory.put(torch.arange(12), {"weight": noise.float()})
+            everybody = torch.arange(12)
+            remembered = loop.memory.gather(everybody)
+            h = {"weight": noise.float()}
+            loop.memory.put(everybody, remembered._replace(h=h))
             loop.memory.commit()
             loop.state = loop.state._replace(
                 server=loop.state.server._replace(h={"weight": noise[0]})

@@ -1,16 +1,20 @@
 """Keys and certificates of a deployment.
 
-There are one authority, the server's certificate, and one key pair a client:
+There are one authority, the server's certificate, and a key pair and a certificate of
+each client:
 
     DIR/ca.crt  DIR/ca.key      the authority; its key renews the server's certificate
     DIR/server/                 for the server: ca.crt, server.crt, server.key, and
-                                clients/client-0.pub, clients/client-1.pub, ...
-    DIR/client-0/               for one device: ca.crt, client.key, client.pub
+                                clients/client-0.pub, clients/client-0.crt, ...
+    DIR/client-0/               for one device: ca.crt, client.key, client.pub, and
+                                client-0.crt
 
 TLS proves the server to the clients. Flower's node authentication proves each client to
 the server by its key pair (NIST P-384, in OpenSSH's format, as `flower-supernode
 --auth-supernode-private-key` reads it). The keys in `clients/` may join: to revoke a
 client, remove its file, also while the server runs.
+
+In a secure sum clients know each other by their certificates (`client_certificates`).
 """
 
 from __future__ import annotations
@@ -18,21 +22,42 @@ from __future__ import annotations
 import ipaddress
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedcore.deploy.client_certificates import (
+    check_certificate,
+    check_certificates,
+    make_certificate,
+)
+from fedcore.deploy.pem import (
+    builder,
+    load_certificate,
+    load_private,
+    load_public,
+    write,
+)
 from fedcore.errors import SettingsError
-from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.faults import Unwritable, unwritable
 
-T = TypeVar("T")
+__all__ = [
+    "check",
+    "check_client",
+    "check_server",
+    "client_id",
+    "client_keys",
+    "federation_of",
+    "load_certificate",
+    "load_private",
+    "load_public",
+    "make",
+]
 
 # Names under which the server's own processes talk to each other.
 ALWAYS = ("localhost", "127.0.0.1", "::1")
@@ -57,11 +82,12 @@ def make(out: Path, hosts: Sequence[str], nodes: int) -> list[Path]:
         for folder in [out / "server", *(out / f"client-{i}" for i in range(nodes))]:
             _make_folder(folder)
             if not (folder / "ca.crt").exists():
-                made.append(_write(folder / "ca.crt", ca_file.read_bytes()))
+                made.append(write(folder / "ca.crt", ca_file.read_bytes()))
         made += _make_server(out, names)
         _make_folder(out / "server" / "clients")
         for i in range(nodes):
             made += _make_client(out, f"client-{i}")
+            made += make_certificate(out, f"client-{i}")
     except Unwritable:
         raise
     except OSError as error:
@@ -79,7 +105,7 @@ def _make_authority(out: Path) -> list[Path]:
     if file.exists():
         return []
     key = ec.generate_private_key(ec.SECP256R1())
-    return [_write(key_file, _pem(key)), _write(file, _authority(key))]
+    return [write(key_file, _pem(key)), write(file, _authority(key))]
 
 
 def _make_server(out: Path, names: list[x509.DNSName | x509.IPAddress]) -> list[Path]:
@@ -92,8 +118,8 @@ def _make_server(out: Path, names: list[x509.DNSName | x509.IPAddress]) -> list[
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
     return [
-        _write(file.with_suffix(".key"), _pem(key)),
-        _write(file, _certificate(key, names, ca, ca_key)),
+        write(file.with_suffix(".key"), _pem(key)),
+        write(file, _certificate(key, names, ca, ca_key)),
     ]
 
 
@@ -111,9 +137,9 @@ def _make_client(out: Path, name: str) -> list[Path]:
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     return [
-        _write(folder / "client.key", private),
-        _write(folder / "client.pub", public + b"\n"),
-        _write(out / "server" / "clients" / f"{name}.pub", public + b"\n"),
+        write(folder / "client.key", private),
+        write(folder / "client.pub", public + b"\n"),
+        write(out / "server" / "clients" / f"{name}.pub", public + b"\n"),
     ]
 
 
@@ -131,63 +157,29 @@ def client_id(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def load_public(file: Path) -> ec.EllipticCurvePublicKey:
-    """A public key of a NIST curve in OpenSSH's format. Raises SettingsError."""
-    key = _load(
-        file, serialization.load_ssh_public_key, "a public key in OpenSSH's format"
-    )
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise _another_key(file, key)
-    return key
-
-
-def load_private(file: Path) -> ec.EllipticCurvePrivateKey:
-    """A private key of a NIST curve in OpenSSH's format. Raises SettingsError."""
-    key = _load(
-        file,
-        lambda data: serialization.load_ssh_private_key(data, None),
-        "a private key in OpenSSH's format",
-    )
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise _another_key(file, key)
-    return key
-
-
-def _another_key(file: Path, key: object) -> SettingsError:
-    return SettingsError(
-        f"{file}: expected an ECDSA key (P-384), found {type(key).__name__}; "
-        "make one with: fedcore certs"
-    )
-
-
-def load_certificate(file: Path) -> x509.Certificate:
-    """A certificate in PEM. Raises SettingsError for another file."""
-    return _load(file, x509.load_pem_x509_certificate, "a certificate in PEM")
-
-
 def federation_of(folder: Path) -> str:
     """A name for a federation: the beginning of the SHA-256 of its authority."""
     return load_certificate(folder / "ca.crt").fingerprint(hashes.SHA256()).hex()[:16]
 
 
 def check_server(folder: Path) -> list[str]:
-    """Faults of a directory that a server is given, as `check` finds them."""
+    """Faults for which a server cannot start with a directory, as `check` has them."""
     if (folder / "client.key").exists() and not (folder / "server.key").exists():
         return [
             f"{folder} is a client's directory: "
             "expected the server's, DIR/server of fedcore certs"
         ]
-    return check(folder)
+    return _check(folder, None, datetime.now(UTC))
 
 
 def check_client(folder: Path) -> list[str]:
-    """Faults of a directory that a client is given, as `check` finds them."""
+    """Faults for which a client cannot start with a directory, as `check` has them."""
     if (folder / "server.key").exists() and not (folder / "client.key").exists():
         return [
             f"{folder} is the server's directory: "
             "expected the client's own, DIR/client-N of fedcore certs"
         ]
-    return check(folder)
+    return _check(folder, None, datetime.now(UTC))
 
 
 def check(
@@ -196,14 +188,31 @@ def check(
     """Faults of a server's or a client's directory, each with its remedy.
 
     `host` is the name under which clients reach the server: its certificate must hold
-    it. `now` in UTC.
+    it. `now` in UTC. Clients' certificates are looked at as well: without a good one a
+    client joins, and has no part in secure sums.
     """
+    now = now or datetime.now(UTC)
+    faults = _check(folder, host, now)
+    if faults:
+        return faults
+    looked_at = check_certificates if _is_server(folder) else check_certificate
+    try:
+        return looked_at(folder, now)
+    except SettingsError as error:
+        return [str(error)]
+
+
+def _is_server(folder: Path) -> bool:
+    return (folder / "server.crt").exists() or (folder / "clients").exists()
+
+
+def _check(folder: Path, host: str | None, now: datetime) -> list[str]:
     if not folder.is_dir():
         return [
             f"{folder}: there is no such directory; "
             "make it with: fedcore certs --host NAME --nodes N"
         ]
-    is_server = (folder / "server.crt").exists() or (folder / "clients").exists()
+    is_server = _is_server(folder)
     wanted = ["ca.crt", "client.key", "client.pub"]
     if is_server:
         wanted = ["ca.crt", "server.crt", "server.key"]
@@ -218,7 +227,7 @@ def check(
     try:
         for name in wanted:
             if name.endswith(".crt"):
-                faults += _check_dates(folder / name, now or datetime.now(UTC))
+                faults += _check_dates(folder / name, now)
         faults += _check_modes(folder)
         faults += _check_server(folder, host) if is_server else _check_client(folder)
     except SettingsError as error:
@@ -291,19 +300,6 @@ def _check_dates(file: Path, now: datetime) -> list[str]:
     return []
 
 
-def _load(file: Path, read: Callable[[bytes], T], kind: str) -> T:
-    try:
-        return read(file.read_bytes())
-    except OSError as error:
-        raise SettingsError(
-            f"{file}: {error.strerror}; expected {kind}, as fedcore certs makes it"
-        ) from error
-    except Exception as error:
-        raise SettingsError(
-            f"{file} is not {kind}: copy it again, or make it with fedcore certs"
-        ) from error
-
-
 def _general_name(host: str) -> x509.DNSName | x509.IPAddress:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
@@ -326,12 +322,12 @@ def _names(certificate: x509.Certificate) -> set[str]:
 def _authority(key: ec.EllipticCurvePrivateKey) -> bytes:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedcore federation")])
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-    builder = (
-        _builder(name, name, key, CA_DAYS)
+    begun = (
+        builder(name, name, key.public_key(), CA_DAYS)
         .add_extension(x509.BasicConstraints(True, 0), True)
         .add_extension(usage, True)
     )
-    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    return begun.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def _certificate(
@@ -341,8 +337,8 @@ def _certificate(
     ca_key: ec.EllipticCurvePrivateKey,
 ) -> bytes:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedcore server")])
-    builder = (
-        _builder(subject, ca.subject, key, SERVER_DAYS)
+    begun = (
+        builder(subject, ca.subject, key.public_key(), SERVER_DAYS)
         .add_extension(x509.SubjectAlternativeName(names), False)
         .add_extension(x509.BasicConstraints(False, None), True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
@@ -351,28 +347,7 @@ def _certificate(
             False,
         )
     )
-    return builder.sign(ca_key, hashes.SHA256()).public_bytes(
-        serialization.Encoding.PEM
-    )
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    begin = now - timedelta(minutes=10)  # devices' clocks are not all the same
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(begin)
-        .not_valid_after(now + timedelta(days=days))
-        .add_extension(
-            x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False
-        )
-    )
+    return begun.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -386,12 +361,3 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 def _make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-
-
-def _write(file: Path, content: bytes) -> Path:
-    """Whole or not at all: a half written file would be taken for one that is there.
-
-    For the owner alone, not even before its mode is set readable by others.
-    """
-    write_atomically(file, content, mode=0o600)
-    return file

@@ -186,7 +186,7 @@ def _flags(message: Tree, scalar: bool = False) -> list[bool]:
     return flags
 
 
-def clip(tree: Tree, bound: float) -> Tree:
+def clip(tree: Tree, bound: float | Tensor) -> Tree:
     """tree min(1, bound / |tree|), the L2 norm over all leaves. Batches over clients.
 
     With an entry that is not finite all become NaN: the update is then refused whole,

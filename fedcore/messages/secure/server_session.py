@@ -286,9 +286,8 @@ class ServerSession:
 
     def add_shares_of(self, client: int, answer: Message) -> bool:
         """E5: whether the client's shares of others are taken."""
-        if self.exchange != 5 or client not in self._signatures:
-            return False
-        if client in self._answered:
+        expected = set(self._signatures) - self._answered
+        if self.exchange != 5 or client not in expected:
             return False
         self._answered.add(client)
         owners = sorted([*self._masked_with(client), client])

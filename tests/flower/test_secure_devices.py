@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedcore.config import Experiment
-from fedcore.rounds import loop
 from fedcore.rounds.loop import Result, run
 from tests.flower.federation import Federation, federation, until
 from tests.flower.test_secure import without

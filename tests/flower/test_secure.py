@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import stat
 from collections.abc import Callable, Iterable
@@ -34,7 +35,7 @@ from fedcore.rounds.secret import SecretSums
 from fedcore.types import Model
 from tests.flower.fake import FakeGrid, in_place_of
 from tests.flower.test_grid import over_flower, preset_of
-from tests.helpers import small
+from tests.helpers import slow, small
 
 SECURE: dict[str, Any] = {"aggregation": {"secure": True}}
 CAPPED: dict[str, Any] = {"method__cutoff": 8}
@@ -87,8 +88,13 @@ def without(clients: dict[int, list[int]], patch: pytest.MonkeyPatch) -> None:
 # Where all goes well
 
 
-@pytest.mark.parametrize("nodes", [12, 5])
-@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedau", "fedsim"])
+OTHERS = ["fedavg", "scaffold", "fedau", "fedsim", "fedvarp", "fedamd", "mifa"]
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [("scaffold", 5), ("fedvarp", 12), *(slow(name, 12) for name in OTHERS)],
+)
 def test_devices_add_up_to_the_bits_of_the_simulation(
     name: str, nodes: int, tmp_path: Path
 ) -> None:
@@ -132,12 +138,17 @@ def cohort_of(e: Experiment, t: int) -> list[int]:
     return process.sample(t, process.start())[0].tolist()
 
 
-@pytest.mark.parametrize("exchange", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+LOST = itertools.product(["fedavg", "scaffold", "fedvarp"], [1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize(
+    ("name", "exchange"),
+    [("scaffold", 3), ("fedvarp", 4), *itertools.starmap(slow, LOST)],
+)
 def test_a_client_lost_in_an_exchange_is_as_if_it_had_not_come(
     name: str, exchange: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SCAFFOLD: its state, too. Once its vector has arrived it is in the sum."""
+    """Its state and its memory, too. Once its vector has arrived it is in the sum."""
     e = secure(name, participation__cohort=6)
     client = cohort_of(e, 1)[2]
     weather = in_exchange(exchange, 1, client, gone)
@@ -393,6 +404,7 @@ def other_fields(record: Any) -> ConfigRecord:
     return ConfigRecord({**record, "c": b"short"})
 
 
+# By what is wrong: the exchange, and the kind under which the client is left out.
 LIES: dict[str, tuple[int, Edit, str]] = {
     "keys that are none": (1, edited(other_fields), "bad message"),
     "a field too many": (2, edited(other_fields), "bad message"),
@@ -405,7 +417,7 @@ LIES: dict[str, tuple[int, Edit, str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("lie", ["a vector too short", *(slow(lie) for lie in LIES)])
 def test_a_client_that_lies_is_named_and_the_sum_of_the_others_exact(
     lie: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,7 +156,7 @@ def test_whatever_is_killed_or_cut_in_a_sum_costs_one_client_one_round(
     assert result["final"] == expected.final
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedau", "fedsim"])
+@pytest.mark.parametrize("method", ["fedavg", "fedau", "fedsim", "fedvarp"])
 def test_devices_sum_in_secret_to_the_bits_of_the_simulation(
     method: str, tmp_path: Path
 ) -> None:

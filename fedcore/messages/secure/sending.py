@@ -67,6 +67,11 @@ class Noising(Protocol):
         """What a sum is divided by for a mean, whoever is in it."""
         ...
 
+    @property
+    def least(self) -> int:
+        """Clients in a sum without which it has too little noise."""
+        ...
+
     def numbers(self, vector: Tensor, function: str, t: int, client: int) -> Tensor:
         """The vector [d] float64, all tensors together, as noised integers, int32."""
         ...

@@ -85,8 +85,6 @@ def refuse_change(changed: Mapping[str, list[Any]], folder: Path) -> None:
 
 def _refuse_method(method: Method[Any], name: str) -> None:
     reason = method.refuses("secure")
-    if reason is None and method.needs_updates:
-        reason = "it takes single updates, to weigh or remember them"
     if reason is not None:
         raise SettingsError(f"{SECURE} does not fit {name}: {reason}")
 

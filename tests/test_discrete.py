@@ -94,6 +94,12 @@ def test_the_table_of_the_noise_is_right_where_it_can_be_checked() -> None:
         assert low + high in (2**128 - 1, 2**128), "as likely above as below zero"
 
 
+def test_draws_are_looked_up_in_the_whole_table() -> None:
+    gaussian = discrete_gaussian(1024)
+    halves = zip(gaussian._high.tolist(), gaussian._low.tolist(), strict=True)
+    assert [high << 64 | low for high, low in halves] == cumulative(1024)
+
+
 # Draws
 
 

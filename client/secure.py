@@ -283,11 +283,12 @@ def identity_in(folder: str, client: int) -> Identity | None:
     Raises SettingsError for files that cannot be read, Refused for another client's.
     """
     place = Path(folder)
-    if not (place / "client.crt").exists():
+    certificate = place / f"client-{client}.crt"
+    if not certificate.exists():
         return None
     return Identity(
         client,
         certs.load_private(place / "client.key"),
-        certs.load_certificate(place / "client.crt"),
+        certs.load_certificate(certificate),
         certs.load_certificate(place / "ca.crt"),
     )

@@ -79,6 +79,11 @@ class Sums:
             self._sizes[key] = size_in(self.work, ask)
         return self._sizes[key]
 
+    def close(self, safe: int) -> None:
+        """Delete the sums that the run's checkpoint, of `safe` rounds, has."""
+        if self.journal is not None:
+            self.journal.prune(safe)
+
     def say_unsigned(self) -> None:
         """Say once what is not claimed where clients have no certificates."""
         if self.certificates.authority is None and not self._has_said_unsigned:

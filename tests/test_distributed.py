@@ -21,7 +21,11 @@ from fedcore.errors import SettingsError
 from fedcore.messages.defence import DistributedSettings
 from fedcore.messages.secure import distributed
 from fedcore.messages.secure.discrete import REACH, discrete_gaussian
-from fedcore.messages.secure.distributed import DistributedNoise, deviation_for
+from fedcore.messages.secure.distributed import (
+    DistributedNoise,
+    check_threshold,
+    deviation_for,
+)
 from fedcore.messages.secure.primitives import Refused
 from fedcore.rng import rng, seed_of
 from fedcore.rounds.loop import Loop, run
@@ -228,7 +232,7 @@ def test_noise_is_added_to_every_entry_and_is_the_keys() -> None:
 def test_a_device_draws_its_noise_from_the_operating_system(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told = noise(num_entries=1000, deviation=8192).terms()
+    told = noise(colluding=1, deviation=8192).terms()
     own = DistributedSettings(clip=2.0, noise_multiplier=0.5, colluding=1)
     device = DistributedNoise.on_device(own, told, seed=3)
     assert device == noise(
@@ -254,26 +258,33 @@ def test_a_device_draws_its_noise_from_the_operating_system(
     [
         ("", "expected honest"),
         ("[1, 2]", "expected honest"),
-        ('{"honest": 3, "deviation": 1024}', "expected honest"),
-        ('{"honest": 0, "deviation": 1024, "num_entries": 5}', "honest of 0"),
-        ('{"honest": true, "deviation": 1024, "num_entries": 5}', "honest of True"),
-        ('{"honest": 3, "deviation": 1, "num_entries": 5}', "deviation of 1 steps"),
-        ('{"honest": 3.5, "deviation": 1024, "num_entries": 5}', "honest of 3.5"),
+        ({"honest": None}, "expected honest"),
+        ({"honest": 0}, "honest of 0"),
+        ({"honest": True}, "honest of True"),
+        ({"honest": 3.5}, "honest of 3.5"),
+        ({"deviation": 1}, "deviation of 1 steps"),
+        ({"colluding": -1}, "colluding of -1"),
+        ({"colluding": 1}, "1 clients may collude, and by this client's settings 0"),
     ],
 )
 def test_a_device_refuses_terms_that_nobody_can_agree_to(
-    terms: str, reason: str
+    terms: str | dict[str, Any], reason: str
 ) -> None:
     own = DistributedSettings(noise_multiplier=1.0)
+    if isinstance(terms, dict):
+        told = json.loads(noise().terms()) | terms
+        left = {name: value for name, value in told.items() if value is not None}
+        terms = json.dumps(left)
     with pytest.raises(Refused, match=reason):
         DistributedNoise.on_device(own, terms, seed=0)
 
 
 def test_a_device_refuses_a_threshold_that_leaves_too_little_noise() -> None:
-    noising = noise(honest=5, colluding=2)
-    noising.check_threshold(7)
+    terms = noise(honest=5, colluding=2).terms()
+    check_threshold(terms, 7)
+    check_threshold("", 2)
     with pytest.raises(Refused, match="noise is counted on from 5, and 2 may"):
-        noising.check_threshold(6)
+        check_threshold(terms, 6)
 
 
 def test_a_device_takes_no_bound_from_the_server() -> None:

@@ -74,14 +74,19 @@ def mechanism_of(noising: DistributedNoise) -> privacy.Mechanism:
 def expected_clients(experiment: Experiment, process: Process) -> float:
     """The mean number of clients that answer in a round.
 
-    A trace is known beforehand: its mean over the run's rounds.
+    A trace is known beforehand: its mean over the run's rounds. Devices may be asked in
+    excess of the reports that a round waits for.
     """
     if process.rates is not None:
         size = float(process.rates.sum())
     else:
         sizes = [len(process.members(t)) for t in range(experiment.rounds)]
         size = float(np.mean(sizes))
-    return size * (1 - experiment.participation.dropout)
+    size *= 1 - experiment.participation.dropout
+    goal = experiment.engine.report_goal
+    if experiment.engine.name == "grid" and goal is not None:
+        return min(size, float(goal))
+    return size
 
 
 def _refuse_method(experiment: Experiment, method: Method[Any]) -> None:

@@ -50,13 +50,13 @@ from fedcore.rng import rng, seed_of
 if TYPE_CHECKING:
     from fedcore.messages.defence import DistributedSettings
 
-__all__ = ["DistributedNoise", "deviation_for"]
+__all__ = ["DistributedNoise", "check_threshold", "deviation_for"]
 
 BETA = math.exp(-0.5)
 DEVIATION, FINE_DEVIATION = 1024, 8192  # s, and where messages are long
 LONG = 300.0  # sqrt(d / n0) z, from which on the steps are finer
 TRIES = 1000  # of rounding, each accepted with a chance of 1 - beta at least
-TOLD = ("honest", "deviation", "num_entries")
+TOLD = ("honest", "colluding", "deviation", "num_entries")
 BLOCK = 1 << 15  # numbers at a time, so that float64 copies of them stay in the cache
 
 
@@ -168,7 +168,7 @@ class DistributedNoise:
         return numbers.add_(torch.from_numpy(noise))
 
     def terms(self) -> str:
-        """n0, s and d, as devices are told them: the text of an agreement of all."""
+        """n0, a, s and d, as devices are told them: the text of an agreement of all."""
         told = {name: getattr(self, name) for name in TOLD}
         return json.dumps(told, sort_keys=True)
 
@@ -180,41 +180,54 @@ class DistributedNoise:
 
         Raises Refused for terms that nobody can agree to.
         """
-        try:
-            told = json.loads(terms)
-        except ValueError:
-            told = None
-        if not isinstance(told, dict) or sorted(told) != sorted(TOLD):
-            raise Refused(
-                f"noise by terms of {terms[:80]!r}: expected {', '.join(TOLD)}"
-            )
-        for name, value in told.items():
-            if type(value) is not int or not 0 < value < 2**31:
-                raise Refused(f"{name} of {str(value)[:20]}: expected a whole number")
+        told = _told(terms)
         if told["deviation"] not in (DEVIATION, FINE_DEVIATION):
             raise Refused(
                 f"a deviation of {told['deviation']} steps: expected {DEVIATION} or "
                 f"{FINE_DEVIATION}"
             )
+        if told["colluding"] != settings.colluding:
+            raise Refused(
+                f"{told['colluding']} clients may collude, and by this client's "
+                f"settings {settings.colluding}"
+            )
         return cls(
             settings.clip,
             settings.noise_multiplier,
-            colluding=settings.colluding,
             seed=seed,
             is_secret=True,
             **told,
         )
 
-    def check_threshold(self, t: int) -> None:
-        """Raises Refused where t clients, that a sum needs, may add too little noise.
 
-        A device calls it with the threshold of the cohort, before it sends shares.
-        """
-        if t < self.least:
-            raise Refused(
-                f"a threshold of {t} clients: noise is counted on from {self.honest}, "
-                f"and {self.colluding} may collude"
-            )
+def check_threshold(terms: str, t: int) -> None:
+    """Raises Refused where t clients, that a sum needs, may add too little noise.
+
+    A device calls it with the threshold of the cohort, before it sends shares; terms
+    are empty where clients add none.
+    """
+    if not terms:
+        return
+    told = _told(terms)
+    if t < told["honest"] + told["colluding"]:
+        raise Refused(
+            f"a threshold of {t} clients: noise is counted on from {told['honest']}, "
+            f"and {told['colluding']} may collude"
+        )
+
+
+def _told(terms: str) -> dict[str, int]:
+    try:
+        told = json.loads(terms)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or sorted(told) != sorted(TOLD):
+        raise Refused(f"noise by terms of {terms[:80]!r}: expected {', '.join(TOLD)}")
+    for name, value in told.items():
+        least = 0 if name == "colluding" else 1
+        if type(value) is not int or not least <= value < 2**31:
+            raise Refused(f"{name} of {str(value)[:20]}: expected a whole number")
+    return told
 
 
 def deviation_for(num_entries: int, honest: int, noise_multiplier: float) -> int:

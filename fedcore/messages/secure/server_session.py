@@ -93,7 +93,8 @@ class ServerSession:
 
         `down` is the SHA-256 of the model that is sent; `weights` are those of each
         client in the listed fields; `neighbours` and `least` are k and t of
-        `[secure]`, and t is `floor` at least; `certificates` (DER) those of clients, where terms are signed.
+        `[secure]`, and t is `floor` at least; `certificates` (DER) those of clients,
+        where terms are signed.
         """
         assert terms.is_signed == (authority is not None), "an authority checks"
         self.terms = terms

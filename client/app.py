@@ -73,6 +73,7 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
         experiment.defence,
         experiment.adversary,
         rounds=experiment.rounds,
+        draws_secretly=True,
     )
 
 

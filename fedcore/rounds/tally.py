@@ -107,7 +107,8 @@ class Tally:
             "clipped": counts.clipped / entries,
             "capped": counts.capped,
         }
-        self.means.update(total.scalars)
+        if not self.hides_scalars:
+            self.means.update(total.scalars)
 
     def remember(self, fn: ClientFunction, down: Tree, readout: Readout) -> None:
         """Keep the first exchange that failed, for the advice to the user."""
@@ -128,7 +129,7 @@ class Tally:
         again = self.senders.get(fn.__name__, set()).intersection(clients.tolist())
         if again:
             raise RunError(
-                f"defence.noise_multiplier: the method asks client {min(again)} for "
+                f"noise for privacy: the method asks client {min(again)} for "
                 f'"{fn.__name__}" twice in one round, with the same noise in both '
                 "messages; give the second request a client function of its own"
             )

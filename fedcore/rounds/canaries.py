@@ -9,13 +9,15 @@ so that its message is longer than the bound C, and leaves with length C in dire
 c_tj if the clipping does its work. Directions of a round follow from nothing that
 clients or the server know, and the run looks for them in what an observer sees:
 
-    global_model    theta_{t+1} - theta_t, without its part along the sum of all other
-                    updates, which an observer of the worst case knows
+    global_model    theta_{t+1} - theta_t
     secure_sum      the sum that the server recovers
     client_update   the canary's own message, as it arrives
 
 Under the first two canaries take part as clients do: with the rate that the accountant
-assumes, their messages in the sum. Under the last they are heard and not added up.
+assumes, their messages in the sum. The observer is that of the definition of privacy,
+who knows everything but one canary: what lies along the sum of the other canaries'
+directions, and along that of the clients' updates (where the noise is not their own),
+is taken out of both sides first. Under the last view canaries are heard and not added.
 `canary_bound` says what their scores are worth.
 """
 
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +99,9 @@ class Canaries:
         self._seed, self._population = experiment.seed, work.task.population
         self._method, self._sending = work.method, work.sending
         lr = getattr(experiment.method, "local_lr", 0.1)
-        self._task = PullingTask(work.task, _one_example_each(work.task, self.number), lr)
+        self._task = PullingTask(
+            work.task, _one_example_each(work.task, self.number), lr
+        )
         # Another seed: no draw of a canary is that of a client.
         self._work = Work(
             self._task,
@@ -179,15 +183,25 @@ class Canaries:
             message = self.message(fn, down, t, canary)
             changed = self.changes(fn, down, message)
             seen = Seen(changed)
-            scores.append(seen.score(self.direction(t, canary, down.params)))
+            direction = self.direction(t, canary, down.params)
+            scores.append(seen.score(seen.flat(direction)))
             d = seen.dimensions
         return Scores.of(scores, d)
 
     def scores(self, seen: Seen, t: int, like: Params) -> Scores:
-        """The scores in round t of all canaries that took part in it."""
-        scores = []
-        for canary in self.present(t):
-            scores.append(seen.score(self.direction(t, canary, like)))
+        """The scores in round t of all canaries that took part in it.
+
+        Each is looked for by an observer who knows the others, where there is noise.
+        """
+        present, total, scores = self.present(t), None, []
+        if self.has_noise and len(present) > 1:
+            for canary in present:
+                direction = seen.flat(self.direction(t, canary, like))
+                total = direction if total is None else total + direction
+        for canary in present:
+            direction = seen.flat(self.direction(t, canary, like))
+            others = None if total is None else total - direction
+            scores.append(seen.score(direction, others))
         return Scores.of(scores, seen.dimensions)
 
     def changes(self, fn: ClientFunction, down: Tree, message: Tree) -> Params:
@@ -202,26 +216,26 @@ class Canaries:
 
 
 class Seen:
-    """A release, as an observer sees it who knows the sums of all other updates."""
+    """A release, as an observer sees it who knows the sums of other updates."""
 
-    def __init__(self, release: Params, known: tuple[Params, ...] = ()) -> None:
+    def __init__(self, release: Params, known: Sequence[Params] = ()) -> None:
         self._names = sorted(release)
-        self._release = self._flat(release)
+        whole = self.flat(release)
         self._known: list[Tensor] = []  # at right angles, of unit length
         for tree in known:
-            vector = self._without_known(self._flat(tree))
+            vector = self._without_known(self.flat(tree))
             length = float(vector.norm())
             if length > 0:
                 self._known.append(vector / length)
-        self._release = self._without_known(self._release)
+        self._release = self._without_known(whole)
 
     @property
     def dimensions(self) -> int:
         """d, in which the canaries' directions are random."""
-        return len(self._release) - len(self._known)
+        return len(self._release) - len(self._known) - 1
 
-    def _flat(self, tree: Params) -> Tensor:
-        """[D] float64, on the CPU."""
+    def flat(self, tree: Params) -> Tensor:
+        """The entries of a tree that the release has, [D] float64 on the CPU."""
         pieces = []
         for name in self._names:
             pieces.append(tree[name].detach().reshape(-1).cpu().double())
@@ -232,12 +246,22 @@ class Seen:
             vector = vector - torch.dot(vector, known) * known
         return vector
 
-    def score(self, direction: Params) -> float:
-        """x = sqrt(d - 1) g / sqrt(1 - g^2), g the cosine with the direction."""
-        c = self._without_known(self._flat(direction))
+    def score(self, direction: Tensor, others: Tensor | None = None) -> float:
+        """x = sqrt(d - 1) g / sqrt(1 - g^2), g the cosine with the direction [D].
+
+        Without the part along `others` [D], what the observer knows besides.
+        """
+        c, release = self._without_known(direction), self._release
+        if others is not None:
+            beside = self._without_known(others)
+            length = float(beside.norm())
+            if length > 0:
+                beside = beside / length
+                c = c - torch.dot(c, beside) * beside
+                release = release - torch.dot(release, beside) * beside
         c = c / c.norm()
-        along = float(torch.dot(c, self._release))
-        across = float((self._release - along * c).norm())
+        along = float(torch.dot(c, release))
+        across = float((release - along * c).norm())
         return math.sqrt(self.dimensions - 1) * along / max(across, 1e-300)
 
 
@@ -245,7 +269,7 @@ class Seen:
 class Planted:
     """What a round has found of its canaries so far."""
 
-    scores: Scores = Scores()
+    scores: Scores = field(default_factory=Scores)
     known: tuple[Params, ...] = ()  # sums of the updates of all clients but canaries
     like: Params = field(default_factory=dict)  # what went down to them
 
@@ -376,8 +400,8 @@ def _refuse_crowd(number: int, method: Method[Any], task: Task) -> None:
     entries = sum(x.numel() for x in server.params.values())
     if number * ROOM > entries:
         raise SettingsError(
-            f"audit.canaries = {number}: the model has {entries:,} parameters, in which "
-            f"so many random directions hide each other; set it to at most "
+            f"audit.canaries = {number}: the model has {entries:,} parameters, in "
+            "which so many random directions hide each other; set it to at most "
             f"{entries // ROOM}, or take a larger model"
         )
 

@@ -6,7 +6,7 @@
     Pr(x|w)  exp(-loss) of an example x
     Pr(x)    1/2 ((1 + a) mean of Pr(x|w') + 1 - a), over the references that did not
              train on x; the mean over those that did is guessed by a (their offline
-             form, section 3.3)
+             form)
     LR(x, z) = (Pr(x|w) / Pr(x)) / (Pr(z|w) / Pr(z)),   z a public example
     score    the share of examples z with LR(x, z) >= gamma
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcore import method as methods
-from fedcore import trees
+from fedcore import methods, trees
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine
 from fedcore.engines.message_shape import message_shape

@@ -20,6 +20,7 @@ from fedcore.rounds.doors import Receiving
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.secret import SecretSums
+from fedcore.rounds.secret_checks import refuse_secret
 from fedcore.split import split
 from fedcore.statistics import refuse_shared, statistic_names
 from fedcore.storage.faults import writing
@@ -94,6 +95,7 @@ def prepare(
     work = work_of(experiment, task, method)
     work.adversary.refuse(method, experiment.method.name)
     hostile.refuse(experiment, work, process, note)
+    refuse_secret(experiment, work, process, params, note)
     if statistic_names(task.model):
         server = method.init_server(params, task.population)
         refuse_shared(task.model, server.params)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedcore import method as methods
+from fedcore import methods
 from fedcore.config import Experiment
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.privacy import COVERS

@@ -240,7 +240,6 @@ class ServerSession:
     def inboxes(self) -> dict[int, Message]:
         """E3 by client. Raises TooFewReports."""
         self.exchange = 3
-        self._drop_lonely()
         self._expect(len(self._shares), "sent shares")
         inboxes: dict[int, Message] = {}
         for client in sorted(self._shares):
@@ -248,18 +247,6 @@ class ServerSession:
             sent = [self._shares[sender].sent[client] for sender in senders]
             inboxes[client] = {"senders": senders, "sent": b"".join(sent)}
         return inboxes
-
-    def _drop_lonely(self) -> None:
-        """Leave out clients that have too few neighbours, before they mask anything."""
-        while True:
-            lonely = []
-            for client in self._shares:
-                if len(self._masked_with(client)) + 1 < self.plan.t:
-                    lonely.append(client)
-            if not lonely:
-                return
-            for client in lonely:
-                del self._shares[client]
 
     def _masked_with(self, client: int) -> list[int]:
         """The neighbours in U2, with whom a client has masks."""

@@ -36,10 +36,11 @@ from fedcore.messages import wire
 from fedcore.messages.secure import primitives
 from fedcore.messages.secure.ask import Ask, Part
 from fedcore.messages.secure.client_session import ClientSession, Refused
+from fedcore.messages.secure.distributed import DistributedNoise, check_threshold
 from fedcore.messages.secure.identity import Identity
 from fedcore.messages.secure.masks import Vector
 from fedcore.messages.secure.ring import Encoded, Ring
-from fedcore.messages.secure.sending import Unusable
+from fedcore.messages.secure.sending import Sending, Unusable
 from fedcore.messages.secure.terms import LISTED, Terms, read_offer
 from fedcore.method import evaluates
 from fedcore.types import Tree
@@ -145,8 +146,9 @@ class Node:
         return self.sessions.take(client, self.run, self.identity_of(client))
 
     def _shares(self, client: int) -> ConfigRecord:
-        session = self._session(client)
-        answer = session.shares(self.arrived(client))
+        session, roster = self._session(client), self.arrived(client)
+        answer = session.shares(roster)
+        check_threshold(session.terms.settings, int(roster["t"]))
         self.sessions.keep(session)
         return ConfigRecord(answer)
 
@@ -195,14 +197,13 @@ class Trained:
         identity = node.identity_of(client)
         # Before the training, which would be for nothing.
         session = ClientSession(client, terms, self._down, weights, identity)
+        sending = self._with_noise(terms)
         self._forget_void(client)
         up, state = assignment.run(client)
         counted, remembered = self._remembered(client, terms)
         ask = self._ask(client, terms, weights)
         with one_thread():
-            sent = self._sending.send(
-                ask, client, up, assignment.count(client), remembered
-            )
+            sent = sending.send(ask, client, up, assignment.count(client), remembered)
         answer = session.keys(*_words(sent.encoded))
         if terms.news:
             self._memory.keep(
@@ -211,6 +212,17 @@ class Trained:
         assignment.keep_state(client, state)
         node.sessions.keep(session)
         return ConfigRecord(answer)
+
+    def _with_noise(self, terms: Terms) -> Sending:
+        """What makes integers of the message, with noise of this device's own."""
+        work = self._assignment.work
+        own = work.defence.settings.distributed
+        if own.is_active and not evaluates(self._assignment.fn):
+            noising = DistributedNoise.on_device(own, terms.settings, work.seed)
+            return self._sending.with_noise(noising)
+        if terms.settings:
+            raise Refused(f"settings {terms.settings[:80]!r}, and clients add no noise")
+        return self._sending
 
     def _ask(self, client: int, terms: Terms, weights: list[float]) -> Ask:
         """What this client alone is asked to add to the sum."""
@@ -283,11 +295,12 @@ def identity_in(folder: str, client: int) -> Identity | None:
     Raises SettingsError for files that cannot be read, Refused for another client's.
     """
     place = Path(folder)
-    if not (place / "client.crt").exists():
+    certificate = place / f"client-{client}.crt"
+    if not certificate.exists():
         return None
     return Identity(
         client,
         certs.load_private(place / "client.key"),
-        certs.load_certificate(place / "client.crt"),
+        certs.load_certificate(certificate),
         certs.load_certificate(place / "ca.crt"),
     )

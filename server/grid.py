@@ -267,7 +267,8 @@ class GridEngine:
         return f"grid of {len(self._nodes.by_partition)} Flower nodes"
 
     def close(self) -> None:
-        pass
+        if self._safe is not None:
+            self._sums.close(self._safe())
 
 
 def _report(client: int, answer: Answer) -> Reports:

@@ -223,7 +223,7 @@ def answers_in(
     said: dict[Any, str] = {}
     if isinstance(failed, list) and isinstance(reasons, list):
         for client, text in zip(failed[: len(asked)], reasons, strict=False):
-            said[client] = _reason(str(text))
+            said.setdefault(client, _reason(str(text)))
     answers: dict[int, Answer | str] = {}
     for client in asked:
         record = reply.content.get(f"from-{client}")

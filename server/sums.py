@@ -24,6 +24,7 @@ from fedcore.engines.message_shape import message_shape
 from fedcore.errors import TooFewReports
 from fedcore.messages import wire
 from fedcore.messages.secure.ask import Ask, SecretTotal
+from fedcore.messages.secure.distributed import DistributedNoise
 from fedcore.messages.secure.identity import Authority
 from fedcore.messages.secure.server_session import ServerSession, Size
 from fedcore.messages.secure.settings import SecureSettings
@@ -79,6 +80,11 @@ class Sums:
             self._sizes[key] = size_in(self.work, ask)
         return self._sizes[key]
 
+    def close(self, safe: int) -> None:
+        """Delete the sums that the run's checkpoint, of `safe` rounds, has."""
+        if self.journal is not None:
+            self.journal.prune(safe)
+
     def say_unsigned(self) -> None:
         """Say once what is not claimed where clients have no certificates."""
         if self.certificates.authority is None and not self._has_said_unsigned:
@@ -99,7 +105,10 @@ class Asking:
         t, k = now
         run = f"{work['series']}/{t}/{k}/{ask.fn.__name__}"
         is_signed = sums.certificates.authority is not None
+        self._noising = None if evaluates(ask.fn) else noising_of(sums.work)
         self._terms = terms_of(ask, run, is_signed)
+        if self._noising is not None:
+            self._terms = self._terms._replace(settings=self._noising.terms())
         # What is asked; the clients, which may differ, are not in it.
         question = self._terms._replace(is_signed=False)
         self._question = question.digest(self._digest).hex()
@@ -160,6 +169,7 @@ class Asking:
             weights=weights_of(ask),
             neighbours=sums.settings.neighbours,
             least=sums.settings.threshold,
+            floor=0 if self._noising is None else self._noising.least,
             authority=sums.certificates.authority,
             certificates=sums.certificates.of(ask.clients.tolist()),
         )
@@ -187,6 +197,12 @@ class Asking:
             void: Any = self._sums.void.of(client)
             places[client] = ConfigRecord({"moment": moment, "void": void})
         return places
+
+
+def noising_of(work: Work) -> DistributedNoise | None:
+    """The noise that devices add; None where they add none."""
+    noising = None if work.sending is None else work.sending.noising
+    return noising if isinstance(noising, DistributedNoise) else None
 
 
 def terms_of(ask: Ask, run: str, is_signed: bool) -> Terms:

@@ -24,27 +24,39 @@ adds to a sum is bounded whatever the rounding did, so that only the noise has t
 secret. No rotation of the message: 32 bits hold every entry as it is.
 
 A sum is divided by the number of clients that is expected, never by those that came.
+
+On devices the noise comes from the operating system. They know C, z and a by their
+settings, and are told n0, s and d (`DistributedNoise.terms`); a client that hears of a
+threshold below n0 + a does not go on. In a simulation noise has the run's seed, so that
+whoever knows it can take the noise off: a guarantee in form alone.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedcore.messages.secure.discrete import REACH, discrete_gaussian
+from fedcore.messages.secure.primitives import Refused
 from fedcore.rng import rng, seed_of
 
-__all__ = ["DistributedNoise", "deviation_for"]
+if TYPE_CHECKING:
+    from fedcore.messages.defence import DistributedSettings
+
+__all__ = ["DistributedNoise", "check_threshold", "deviation_for"]
 
 BETA = math.exp(-0.5)
 DEVIATION, FINE_DEVIATION = 1024, 8192  # s, and where messages are long
 LONG = 300.0  # sqrt(d / n0) z, from which on the steps are finer
 TRIES = 1000  # of rounding, each accepted with a chance of 1 - beta at least
+TOLD = ("honest", "colluding", "deviation", "num_entries")
 BLOCK = 1 << 15  # numbers at a time, so that float64 copies of them stay in the cache
 
 
@@ -52,15 +64,16 @@ BLOCK = 1 << 15  # numbers at a time, so that float64 copies of them stay in the
 class DistributedNoise:
     """The noise of each client in a secure sum, in place of the ring's rounding.
 
-    >>> noise = DistributedNoise(clip=1.0, noise_multiplier=1.0, honest=10)
-    >>> round(noise.effective_multiplier(10_000), 6)
+    >>> noise = DistributedNoise(1.0, 1.0, honest=10, num_entries=10_000)
+    >>> round(noise.effective_multiplier, 6)
     0.999724
     """
 
     clip: float  # C
     noise_multiplier: float  # z
     honest: int  # n0
-    colluding: int = 0  # a, beside them
+    num_entries: int  # d, of the longest message
+    colluding: int = 0  # a, beside the honest ones
     deviation: int = DEVIATION  # s
     divisor: float = 1.0  # clients that are expected in a round: what a mean divides by
     seed: int = 0  # of the rounding, and in a simulation of the noise
@@ -78,6 +91,39 @@ class DistributedNoise:
         """Clients in a sum without which it has too little noise."""
         return self.honest + self.colluding
 
+    def sensitivity(self, num_entries: int) -> float:
+        """Delta_2, bound on the norm of a rounded message, in units of the message."""
+        root, gamma = math.sqrt(num_entries), self.step
+        always = self.clip + gamma * root
+        # With a chance of 1 - beta:
+        mostly = math.sqrt(
+            self.clip**2
+            + gamma**2 * num_entries / 4
+            + math.sqrt(2 * math.log(1 / BETA)) * gamma * (self.clip + gamma * root / 2)
+        )
+        return min(always, mostly)
+
+    @property
+    def effective_multiplier(self) -> float:
+        """1 / epsilon: the noise multiplier of the Gaussian mechanism that it equals.
+
+        For one sum, in which n0 clients add noise.
+        """
+        spread = math.sqrt(self.honest) * self.deviation
+        ratio = self.sensitivity(self.num_entries) / self.step / spread
+        gap = _gap(self.honest, self.deviation)
+        added = math.sqrt(ratio**2 + gap * self.num_entries / 2)
+        return 1 / min(added, ratio + gap * math.sqrt(self.num_entries))
+
+    def largest_sum(self, clients: int) -> float:
+        """The largest number that a sum of so many honest clients can hold, in steps.
+
+        A rounded entry is at most C / gamma + 1, and noise at most 14 s: no chance is
+        in it.
+        """
+        entry = self.clip / self.step + 1
+        return clients * (entry + REACH * self.deviation)
+
     def numbers(self, vector: Tensor, function: str, t: int, client: int) -> Tensor:
         """The message of one client as it adds it to a sum, int32 [d].
 
@@ -89,9 +135,15 @@ class DistributedNoise:
 
     def rounded(self, vector: Tensor, draws: torch.Generator) -> Tensor:
         """The message within C, in whole steps and without noise, int32 [d]."""
+        if len(vector) > self.num_entries:
+            raise ValueError(
+                f"a message of {len(vector)} numbers: the noise is made for "
+                f"{self.num_entries}"
+            )
         norm = float(vector.square().sum().sqrt())
         factor = min(1.0, self.clip / norm) if norm else 1.0
-        most = self.largest_square(len(vector))
+        # By its own length, as devices do not take the server's word for a bound.
+        most = math.floor((self.sensitivity(len(vector)) / self.step) ** 2)
         numbers = torch.empty(len(vector), dtype=torch.int32)
         for _ in range(TRIES):
             square = 0
@@ -115,41 +167,67 @@ class DistributedNoise:
         noise = discrete_gaussian(self.deviation).draw(len(numbers), key)
         return numbers.add_(torch.from_numpy(noise))
 
-    def sensitivity(self, num_entries: int) -> float:
-        """Delta_2, bound on the norm of a rounded message, in units of the message."""
-        root, gamma = math.sqrt(num_entries), self.step
-        always = self.clip + gamma * root
-        # With a chance of 1 - beta:
-        mostly = math.sqrt(
-            self.clip**2
-            + gamma**2 * num_entries / 4
-            + math.sqrt(2 * math.log(1 / BETA)) * gamma * (self.clip + gamma * root / 2)
+    def terms(self) -> str:
+        """n0, a, s and d, as devices are told them: the text of an agreement of all."""
+        told = {name: getattr(self, name) for name in TOLD}
+        return json.dumps(told, sort_keys=True)
+
+    @classmethod
+    def on_device(
+        cls, settings: DistributedSettings, terms: str, seed: int
+    ) -> DistributedNoise:
+        """A device's own noise: by its settings, and by what it was told.
+
+        Raises Refused for terms that nobody can agree to.
+        """
+        told = _told(terms)
+        if told["deviation"] not in (DEVIATION, FINE_DEVIATION):
+            raise Refused(
+                f"a deviation of {told['deviation']} steps: expected {DEVIATION} or "
+                f"{FINE_DEVIATION}"
+            )
+        if told["colluding"] != settings.colluding:
+            raise Refused(
+                f"{told['colluding']} clients may collude, and by this client's "
+                f"settings {settings.colluding}"
+            )
+        return cls(
+            settings.clip,
+            settings.noise_multiplier,
+            seed=seed,
+            is_secret=True,
+            **told,
         )
-        return min(always, mostly)
 
-    def largest_square(self, num_entries: int) -> int:
-        """(Delta_2 / gamma)^2, to which the numbers of a rounded message are held."""
-        return math.floor((self.sensitivity(num_entries) / self.step) ** 2)
 
-    def effective_multiplier(self, num_entries: int) -> float:
-        """1 / epsilon: the noise multiplier of the Gaussian mechanism that it equals.
+def check_threshold(terms: str, t: int) -> None:
+    """Raises Refused where t clients, that a sum needs, may add too little noise.
 
-        Of sums of messages with `num_entries` numbers, when n0 clients add noise.
-        """
-        spread = math.sqrt(self.honest) * self.deviation
-        ratio = self.sensitivity(num_entries) / self.step / spread
-        gap = _gap(self.honest, self.deviation)
-        added = math.sqrt(ratio**2 + gap * num_entries / 2)
-        return 1 / min(added, ratio + gap * math.sqrt(num_entries))
+    A device calls it with the threshold of the cohort, before it sends shares; terms
+    are empty where clients add none.
+    """
+    if not terms:
+        return
+    told = _told(terms)
+    if t < told["honest"] + told["colluding"]:
+        raise Refused(
+            f"a threshold of {t} clients: noise is counted on from {told['honest']}, "
+            f"and {told['colluding']} may collude"
+        )
 
-    def largest_sum(self, clients: int) -> float:
-        """The largest number that a sum of so many honest clients can hold, in steps.
 
-        A rounded entry is at most C / gamma + 1, and noise at most 14 s: no chance is
-        in it.
-        """
-        entry = self.clip / self.step + 1
-        return clients * (entry + REACH * self.deviation)
+def _told(terms: str) -> dict[str, int]:
+    try:
+        told = json.loads(terms)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or sorted(told) != sorted(TOLD):
+        raise Refused(f"noise by terms of {terms[:80]!r}: expected {', '.join(TOLD)}")
+    for name, value in told.items():
+        least = 0 if name == "colluding" else 1
+        if type(value) is not int or not least <= value < 2**31:
+            raise Refused(f"{name} of {str(value)[:20]}: expected a whole number")
+    return told
 
 
 def deviation_for(num_entries: int, honest: int, noise_multiplier: float) -> int:

@@ -84,6 +84,7 @@ class ServerSession:
         weights: Mapping[int, Sequence[float]] | None = None,
         neighbours: int | None = None,
         least: int | None = None,
+        floor: int = 0,
         authority: Authority | None = None,
         certificates: Mapping[int, bytes] | None = None,
         count_word: int | None = COUNT_WORD,
@@ -92,7 +93,7 @@ class ServerSession:
 
         `down` is the SHA-256 of the model that is sent; `weights` are those of each
         client in the listed fields; `neighbours` and `least` are k and t of
-        `[secure]`; `certificates` (DER) those of clients, where terms are signed.
+        `[secure]`, and t is `floor` at least; `certificates` (DER) those of clients, where terms are signed.
         """
         assert terms.is_signed == (authority is not None), "an authority checks"
         self.terms = terms
@@ -102,7 +103,7 @@ class ServerSession:
         self.exchange = 1  # whose answers are taken
         self._terms_digest = terms.digest(down)
         self._weights = dict(weights or {})
-        self._wanted = (neighbours, least)
+        self._wanted, self._floor = (neighbours, least), floor
         self._authority = authority
         self._certificates = dict(certificates or {})
         self._count_word = count_word
@@ -174,6 +175,7 @@ class ServerSession:
         neighbours, least = self._wanted
         k = degree(n, neighbours)
         t = threshold(n, neighbours) if least is None else least
+        t = max(t, self._floor)
         fault = graph_fault(n, k, t)
         if fault is not None:
             raise TooFewReports(fault)

@@ -27,6 +27,11 @@ NOISY_MESSAGES: dict[str, Any] = {
     "method": {"name": "fedavg", "weighting": "participating"},
     "defence": {"clip": 0.5, "noise_multiplier": 1.0},
 }
+SECRET_NOISE: dict[str, Any] = {
+    "method": {"name": "fedavg", "weighting": "participating"},
+    "aggregation": {"secure": True},
+    "defence": {"distributed": {"clip": 0.5, "noise_multiplier": 1.0}},
+}
 
 
 def planted(settings: dict[str, Any] | None = None, **overrides: Any) -> Experiment:

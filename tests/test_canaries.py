@@ -17,7 +17,9 @@ from scipy import stats
 
 from fedcore.errors import SettingsError
 from fedcore.messages import defence
-from fedcore.method import load
+from fedcore.messages.secure import distributed
+from fedcore.messages.secure.discrete import discrete_gaussian
+from fedcore.methods import load
 from fedcore.privacy import epsilon_prv
 from fedcore.rounds.canaries import LONGER, Canaries, Seen
 from fedcore.rounds.canary_bound import (
@@ -30,7 +32,13 @@ from fedcore.rounds.canary_bound import (
 )
 from fedcore.rounds.loop import run
 from fedcore.rounds.setup import prepare
-from tests.canaries import NOISY_MESSAGES, found_in, outcome_of, planted
+from tests.canaries import (
+    NOISY_MESSAGES,
+    SECRET_NOISE,
+    found_in,
+    outcome_of,
+    planted,
+)
 from tests.helpers import loop_of
 
 CLAIM = {
@@ -221,6 +229,16 @@ def test_a_run_measures_the_noise_that_it_claims() -> None:
         assert found["epsilon_at_least"] < found["claimed_epsilon"]
 
 
+def test_a_secret_sum_has_the_noise_of_all_that_stay() -> None:
+    found = found_in(planted(SECRET_NOISE))
+    assert found["view"] == "secure_sum"
+    assert found["observations"] == 100
+    # Ten clients add noise, and that of t = 7 is counted on.
+    expected = math.sqrt(7 / 10)
+    assert abs(found["score"] - expected) < 3 * found["score_deviation"]
+    assert not found["alarm"]
+
+
 def test_canaries_take_part_as_often_as_the_accountant_assumes() -> None:
     bernoulli = {"name": "bernoulli", "mean": 0.4}
     result = outcome_of(planted({"participation": bernoulli}, rounds=3))
@@ -330,6 +348,9 @@ def half_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(method, "_multiplier", half)
     monkeypatch.setattr(defence, "add_noise", less)
+    monkeypatch.setattr(
+        distributed, "discrete_gaussian", lambda s: discrete_gaussian(s // 2)
+    )
 
 
 def no_clip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,3 +377,20 @@ def test_faults_are_caught_and_honest_runs_are_not_accused(
         alarms.append(found["alarm"])
     expected = fault is not None
     assert alarms == [expected] * 20, np.flatnonzero(np.array(alarms) != expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [None, half_the_noise])
+def test_faults_of_noise_that_clients_add_are_caught(
+    fault: Callable[[pytest.MonkeyPatch], None] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if fault is not None:
+        fault(monkeypatch)
+    few = {"rounds": 3, "population": 4, "audit__canaries": 10}
+    noise = {"defence__distributed__noise_multiplier": 0.5}
+    alarms = []
+    for seed in range(20):
+        found = found_in(planted(SECRET_NOISE, seed=seed, **few, **noise))
+        alarms.append(found["alarm"])
+    assert alarms == [fault is not None] * 20

@@ -38,7 +38,9 @@ from fedcore.data.federated import Examples, FederatedData
 from fedcore.engines.base import Work, one_thread
 from fedcore.errors import RunError, SettingsError
 from fedcore.messages.secure.ask import SecretTotal
+from fedcore.messages.secure.distributed import DistributedNoise
 from fedcore.messages.secure.reading import recovered
+from fedcore.messages.secure.sending import Sending
 from fedcore.method import Method, evaluates
 from fedcore.privacy import Mechanism
 from fedcore.reports import (
@@ -97,7 +99,8 @@ class Canaries:
         self.rate, self.bound = mechanism.sample_rate, bound
         self.has_noise = mechanism.noise_multiplier > 0
         self._seed, self._population = experiment.seed, work.task.population
-        self._method, self._sending = work.method, work.sending
+        self._method = work.method
+        self._sending = _sending_of(experiment, work)
         lr = getattr(experiment.method, "local_lr", 0.1)
         self._task = PullingTask(
             work.task, _one_example_each(work.task, self.number), lr
@@ -162,19 +165,20 @@ class Canaries:
     def _secret_total(
         self, r: OpenRound, fn: ClientFunction, down: Tree, present: list[int]
     ) -> Tree:
-        """The sum as a secure sum has it: of integers, with the canaries' noise."""
+        """The sum as a secure sum has it: of integers."""
         secret, made = r.desk.receiving.secret, SecretTotal()
         assert secret is not None
+        assert self._sending is not None
         if not present:
             return None
         ids = torch.tensor(present) + self._population
         ask = secret.ask(fn, ids, down, r.t, equally)
         for canary, client in zip(present, ids.tolist(), strict=True):
             message = self.message(fn, down, r.t, canary)
-            made.add(secret.sending.send(ask, client, message, 1).encoded)
+            made.add(self._sending.send(ask, client, message, 1).encoded)
         made.clients = ids.tolist()
         shape = secret.shape(ask, lambda: r.zero_message(fn, down))
-        return recovered(ask, shape, made, secret.sending.noising).message
+        return recovered(ask, shape, made, self._sending.noising).message
 
     def own_scores(self, fn: ClientFunction, down: Tree, t: int) -> Scores:
         """The scores of canaries in their own messages of round t."""
@@ -213,6 +217,45 @@ class Canaries:
                 "parameters, in which a canary could be looked for: leave canaries out"
             )
         return exchanged[1]
+
+
+class WithoutNoise:
+    """What clients do to a message before they add noise.
+
+    The noise in a sum has to come from those that the accountant counts on.
+    """
+
+    def __init__(self, noising: DistributedNoise) -> None:
+        self._noising = noising
+
+    @property
+    def step(self) -> float:
+        return self._noising.step
+
+    @property
+    def divisor(self) -> float:
+        return self._noising.divisor
+
+    @property
+    def least(self) -> int:
+        return self._noising.least
+
+    def numbers(self, vector: Tensor, function: str, t: int, client: int) -> Tensor:
+        """The vector [d] float64 within the bound, as integers, int32."""
+        key = seed_of(self._noising.seed, f"rounding {function}", t, client)
+        return self._noising.rounded(vector, torch.Generator().manual_seed(key))
+
+
+def _sending_of(experiment: Experiment, work: Work) -> Sending | None:
+    """How canaries make integers of messages; None where no sum is secret."""
+    if work.sending is None:
+        return None
+    noising = work.sending.noising
+    if not isinstance(noising, DistributedNoise):
+        return work.sending
+    quiet = WithoutNoise(noising)
+    rules = experiment.aggregation
+    return Sending(work.method, work.task, rules, experiment.seed, quiet)
 
 
 class Seen:

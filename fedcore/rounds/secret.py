@@ -101,7 +101,9 @@ class SecretSums:
         """t, the clients of n that have to stay to the end."""
         if self.settings.threshold is not None:
             return self.settings.threshold
-        return graph.threshold(n, self.settings.neighbours)
+        usual = graph.threshold(n, self.settings.neighbours)
+        noising = self.sending.noising
+        return usual if noising is None else max(usual, noising.least)
 
     def check(self, ask: Ask, made: SecretTotal) -> None:
         """Raises TooFewReports where a sum is not to be used."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from fedcore.engines.message_shape import message_shape
 from fedcore.errors import SettingsError
 from fedcore.messages.links import LinkSettings
 from fedcore.messages.secure import graph
+from fedcore.messages.secure.ask import Part
 from fedcore.messages.secure.sending import EXAMPLES, Unusable, refuse_integers
 from fedcore.messages.vectors import layout
 from fedcore.method import Round
@@ -55,7 +57,9 @@ def refuse_secret(
     _refuse_method(work.method, experiment.method.name)
     _refuse_looks(experiment)
     _refuse_sizes(experiment, work.task.population, process, note)
-    rules = _probed(experiment, work, process, params)
+    rules = set[str]()
+    for asked in probed(experiment, work, process, params):
+        rules.update(part.rule for part in asked.parts if isinstance(part.rule, str))
     _refuse_counts(experiment, work, note, "examples" in rules)
     if experiment.defence.top_k < 1:
         note(
@@ -231,12 +235,20 @@ def _refuse_counts(
 # A round on trial
 
 
+class Asked(NamedTuple):
+    """A sum that a method asks for."""
+
+    function: str
+    parts: tuple[Part, ...]  # the rules by which messages are weighed
+    num_entries: int  # of all vectors of one message
+
+
 @dataclass(frozen=True)
 class Trial(Round):
     """A round that asks nobody, and looks at what the method asks for."""
 
     work: Work = field(kw_only=True)
-    rules: set[str] = field(kw_only=True)  # by which messages are weighed
+    sums: list[Asked] = field(kw_only=True)
 
     def mean(
         self,
@@ -246,13 +258,16 @@ class Trial(Round):
         weight: Weight | Tensor | Weights = by_examples,
         news: News | None = None,
     ) -> Mean:
-        for part in parts_of(weight):
-            self.rules.add(part.rule if isinstance(part.rule, str) else "server")
+        parts = parts_of(weight)
         message = message_shape(self.work, fn, down, self.t, news)
+        places, leaves = layout(message, axes=0), trees.leaves(message)
         try:
-            refuse_integers(message, layout(message, axes=0))
+            refuse_integers(message, places)
         except Unusable as error:
             raise SettingsError(f"{SECURE}: {fn.__name__} sends {error}") from error
+        inside = itertools.chain.from_iterable(places.vectors)
+        num_entries = sum(leaves[place].numel() for place in inside)
+        self.sums.append(Asked(fn.__name__, parts, num_entries))
         zeros = trees.zeros_like(message)
         return Mean(lambda: zeros, torch.ones((), dtype=torch.float64), clients)
 
@@ -280,15 +295,15 @@ class Blank:
         pass
 
 
-def _probed(
+def probed(
     experiment: Experiment, work: Work, process: Process, params: Params
-) -> set[str]:
-    """The rules of weights in the first round.
+) -> list[Asked]:
+    """The sums that the first round asks for.
 
-    Raises SettingsError where it asks for what is no secure sum.
+    Raises SettingsError where one is no secure sum.
     """
     method, task = work.method, work.task
-    size, rules = min(process.largest, task.population), set[str]()
+    size, sums = min(process.largest, task.population), list[Asked]()
     rates = None
     if process.rates is not None:
         dropout = experiment.participation.dropout
@@ -302,7 +317,7 @@ def _probed(
         experiment.seed,
         rates,
         work=work,
-        rules=rules,
+        sums=sums,
     )
     at_start = trees.to(params, task.device)
     server = trees.to(method.init_server(at_start, task.population), task.device)
@@ -313,4 +328,4 @@ def _probed(
         raise
     except Exception as error:  # the round itself will tell, with all that is known
         log.debug("a round on trial failed", exc_info=error)
-    return rules
+    return sums

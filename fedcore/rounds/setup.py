@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fedcore import engines, privacy, trees
 from fedcore.engines.base import Engine, Work
-from fedcore.messages.secure.sending import Sending
+from fedcore.messages.secure.sending import Noising, Sending
 from fedcore.method import Method
 from fedcore.rounds import hostile, refusals
+from fedcore.rounds.canaries import Canaries, canaries_of
 from fedcore.rounds.doors import Receiving
+from fedcore.rounds.noise import distributed_noise, mechanism_of
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.secret import SecretSums
@@ -54,6 +56,7 @@ class Parts(NamedTuple):
     engine: Engine
     memory: StateStore  # rows that the server keeps of single clients
     receiving: Receiving
+    canaries: Canaries | None  # planted to measure what the run gives away
 
     @property
     def stores(self) -> dict[str, StateStore]:
@@ -94,6 +97,10 @@ def prepare(
     work.adversary.refuse(method, experiment.method.name)
     hostile.refuse(experiment, work, process, note)
     refuse_secret(experiment, work, process, params, note)
+    noising = distributed_noise(experiment, work, process, params, note)
+    if noising is not None:
+        mechanism = mechanism_of(noising)
+        work = work_of(experiment, task, method, noising)
     if statistic_names(task.model):
         server = method.init_server(params, task.population)
         refuse_shared(task.model, server.params)
@@ -120,14 +127,25 @@ def prepare(
         engine=engine,
         memory=StateStore(memory_row, ram, spill, task.device),
         receiving=_receiving(experiment, work, process, folder),
+        canaries=canaries_of(experiment, work, mechanism),
     )
 
 
-def work_of(experiment: Experiment, task: Task, method: Method[Any]) -> Work:
-    """The work of the clients of an experiment, as its settings have it."""
-    sending = None
-    if experiment.aggregation.secure:
-        sending = Sending(method, task, experiment.aggregation, experiment.seed)
+def work_of(
+    experiment: Experiment,
+    task: Task,
+    method: Method[Any],
+    noising: Noising | None = None,
+    draws_secretly: bool = False,
+) -> Work:
+    """The work of the clients of an experiment, as its settings have it.
+
+    With `noising` they add noise to what is summed in secret. With `draws_secretly`
+    DP-SGD draws from the operating system, and not from the run's seed.
+    """
+    sending, rules = None, experiment.aggregation
+    if rules.secure:
+        sending = Sending(method, task, rules, experiment.seed, noising)
     return Work(
         task,
         method,
@@ -138,6 +156,7 @@ def work_of(experiment: Experiment, task: Task, method: Method[Any]) -> Work:
         experiment.adversary,
         rounds=experiment.rounds,
         sending=sending,
+        draws_secretly=draws_secretly,
     )
 
 

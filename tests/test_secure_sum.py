@@ -197,8 +197,22 @@ def test_a_row_has_sums_and_no_number_of_a_client(tmp_path: Path) -> None:
         }
         d = 5 + 1
         assert row["bytes_up"] == 5 * (4 * (d - 1) + 8 * (5 + 2))
-    assert len(read_clients(tmp_path / "secure")) == 0
+
+
+@pytest.mark.parametrize("method", [WEIGHING, "tests.secret:Unasked"])
+def test_the_table_of_clients_stays_empty(method: str, tmp_path: Path) -> None:
+    settings = {"participation__dropout": 0.2, "rounds": 8}
+    run(small(method, **settings), tmp_path / "plain")
+    result = run(secure(method, **settings), tmp_path / "secure")
+    assert result.dropped
     assert len(read_clients(tmp_path / "plain")) > 0
+    assert len(read_clients(tmp_path / "secure")) == 0
+
+
+def test_work_without_a_message_may_not_send_numbers(tmp_path: Path) -> None:
+    run(small("tests.secret:Telling"), tmp_path / "plain")
+    with pytest.raises(SettingsError, match="go_on sends numbers of single clients"):
+        run(secure("tests.secret:Telling"), tmp_path / "secure")
 
 
 def test_training_losses_are_means_over_clients_with_examples(tmp_path: Path) -> None:
@@ -223,6 +237,15 @@ def test_entries_beyond_the_reach_and_counts_above_the_cap_are_counted(
     assert sums["clipped"] == 1.0
     assert sums["capped"] == 5
     assert sums["weight"] == 5 * 8
+
+
+def test_counts_above_the_cap_weigh_as_in_a_plain_run(tmp_path: Path) -> None:
+    settings = {"task": "tests.measured:numbers", "population": None, "options": {}}
+    settings |= {"participation__cohort": 7, "aggregation__max_examples": 20}
+    plain = run(small("fedavg", **settings), tmp_path / "plain")
+    secret = run(small("fedavg", **settings, aggregation__secure=True), tmp_path / "r")
+    assert_close(secret.params, plain.params, 1e-5, "capped")
+    assert rows_of(tmp_path / "r")[0]["secure"]["train"]["capped"] == 2
 
 
 def test_a_bound_on_messages_is_kept_by_clients(tmp_path: Path) -> None:
@@ -308,6 +331,21 @@ def test_a_round_that_is_skipped_leaves_no_trace(tmp_path: Path) -> None:
             results.append(run(e, folder).params_sha256)
             assert rows_of(folder)[1]["skipped"] == (file == trace)
         assert results[-1] == results[-2], method
+
+
+def test_clients_forget_work_whose_sum_is_not_known(tmp_path: Path) -> None:
+    """SCAFFOLD's c_i: the server did not hear of its change."""
+    trace, empty = tmp_path / "trace", tmp_path / "empty"
+    trace.write_text("0 1 2 3\n0 1 4 5\n0 1 2 3\n")
+    empty.write_text("0 1 2 3\n\n0 1 2 3\n")
+    results = []
+    for file in (trace, empty):
+        settings = {"participation": {"name": "trace", "file": file}, "rounds": 3}
+        settings |= {"adversary__attack": "absent", "adversary__clients": [4, 5]}
+        folder = tmp_path / f"run-{file.name}"
+        results.append(run(secure("scaffold", **settings), folder).params_sha256)
+        assert rows_of(folder)[1]["skipped"] == (file == trace)
+    assert results[0] == results[1]
 
 
 # Engines whose clients mask what they send

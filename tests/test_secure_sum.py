@@ -24,6 +24,9 @@ from fedcore.rounds.observer import Quiet
 from fedcore.rounds.result import Result
 from fedcore.storage.rows import StateStore
 from fedcore.types import Model
+from fedcore.views.run_record import read_run
+from fedcore.views.run_report import summary
+from fedcore.views.secret_text import average_of_training
 from tests.helpers import assert_close, loop_of, small
 from tests.secret import Masking, Shuffled
 
@@ -197,6 +200,19 @@ def test_a_row_has_sums_and_no_number_of_a_client(tmp_path: Path) -> None:
         }
         d = 5 + 1
         assert row["bytes_up"] == 5 * (4 * (d - 1) + 8 * (5 + 2))
+
+
+def test_a_report_says_what_the_server_could_read(tmp_path: Path) -> None:
+    run(small("fedavg"), tmp_path / "plain")
+    run(secure(aggregation__max_examples=8), tmp_path / "secure")
+    plain, secret = (read_run(tmp_path / name) for name in ("plain", "secure"))
+    assert "could read" not in summary(plain)
+    assert (
+        "The server could read sums of 5 clients or more alone, of whom 4 have to "
+        "stay; added without masks in this simulation; examples capped 20 times."
+    ) in summary(secret)
+    assert average_of_training(secret.history) == "mean"
+    assert average_of_training(plain.history) == "median"
 
 
 @pytest.mark.parametrize("method", [WEIGHING, "tests.secret:Unasked"])

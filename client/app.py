@@ -15,6 +15,7 @@ data and the partition, which take a small device longer than its training.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -29,8 +30,10 @@ from fedcore.config import Experiment
 from fedcore.data.partition import Own
 from fedcore.engines.base import Work, device_for, failure
 from fedcore.errors import SettingsError
+from fedcore.messages.secure.sending import Noising
 from fedcore.models import HuggingFace
-from fedcore.rounds import setup
+from fedcore.rounds import refusals, setup
+from fedcore.rounds.noise import distributed_noise
 from fedcore.storage.faults import Unwritable
 from fedcore.tasks import build_task
 
@@ -63,7 +66,22 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
     refuse_missing_base(experiment)
     task = build_task(experiment).to(device_for(experiment.engine))
     task.check()
-    return setup.work_of(experiment, task, experiment.build_method())
+    method = experiment.build_method()
+    work = setup.work_of(experiment, task, method)
+    noising = own_noise(experiment, work)
+    return work if noising is None else setup.work_of(experiment, task, method, noising)
+
+
+def own_noise(experiment: Experiment, work: Work) -> Noising | None:
+    """The noise that a device adds to sums, of its operating system; None without."""
+    if not experiment.defence.distributed.is_active:
+        return None
+    process = refusals.participation_process(experiment, work.task)
+    params = work.task.init_params()
+    noising = distributed_noise(experiment, work, process, params, log.debug)
+    if noising is None:
+        return None
+    return dataclasses.replace(noising, is_secret=True)
 
 
 def refuse_missing_base(experiment: Experiment) -> None:

@@ -26,13 +26,14 @@ from flwr.common.constant import ErrorCode
 
 from fedcore.config import Experiment
 from fedcore.errors import RunError
-from fedcore.messages.secure.ask import SecretTotal
+from fedcore.messages.secure.ask import Ask, Part, SecretTotal
 from fedcore.messages.secure.primitives import Refused
-from fedcore.messages.secure.ring import Encoded
+from fedcore.messages.secure.ring import Encoded, Ring
 from fedcore.rounds import loop
 from fedcore.rounds.loop import run
 from fedcore.rounds.secret import SecretSums
-from fedcore.types import Model
+from fedcore.rounds.setup import work_of
+from fedcore.types import Model, Stateless
 from tests.flower.fake import FakeGrid, in_place_of
 from tests.flower.test_grid import over_flower, preset_of
 from tests.helpers import slow, small
@@ -469,3 +470,66 @@ def test_what_a_reply_says_is_read_with_suspicion() -> None:
     said = {"failed": [1], "reasons": ["timeout: not I"]}
     found = answers_in(reply({**good, **said}), 1, 3, [1], 9.0)
     assert found == {1: "error: timeout: not I"}
+
+
+# What arrives at the server
+
+
+def everything_in(reply: Message) -> bytes:
+    """All bytes of a reply, of its arrays as they are."""
+    content = b""
+    for record in reply.content.values():
+        if isinstance(record, ArrayRecord):
+            content += b"".join(array.data for array in record.values())
+        else:
+            content += repr(dict(record)).encode()
+            for value in record.values():
+                content += value if isinstance(value, bytes) else b""
+    return content
+
+
+@pytest.mark.parametrize("is_secret", [True, False])
+def test_no_reply_holds_an_update_as_floats_or_as_integers(
+    is_secret: bool, tmp_path: Path
+) -> None:
+    """In the clear it is found, by the same search."""
+    e = secure("fedavg", rounds=1, evaluation__every=100, participation__cohort=6)
+    plain = small("fedavg", rounds=1, evaluation__every=100, participation__cohort=6)
+    replies: list[bytes] = []
+
+    def note(reply: Message) -> list[Message]:
+        replies.append(everything_in(reply))
+        return [reply]
+
+    given = e if is_secret else plain
+    over_flower(given, tmp_path, FakeGrid(preset_of(given, tmp_path), 12, note))
+    task, client = e.build_task(), cohort_of(e, 0)[0]
+    work = work_of(e, task, e.build_method())
+    down = Model(task.init_params())
+    up, _ = work.one(work.method.train, client, down, Stateless(), 0)
+    ring, parts = Ring(6), (Part("", "examples"),)
+    ask = Ask(work.method.train, torch.tensor([client]), down, 0, parts, ring)
+    assert work.sending is not None
+    count = float(work.num_examples(work.method.train, [client]))
+    sent = work.sending.send(ask, client, up, count).encoded
+    floats = next(iter(up.delta.values())).numpy().tobytes()
+    integers = sent.numbers.numpy().tobytes()
+    assert len(floats) >= 16
+    all_bytes = b"".join(replies)
+    assert (floats in all_bytes) is not is_secret
+    assert integers not in all_bytes
+
+
+def test_devices_take_their_noise_from_the_system(tmp_path: Path) -> None:
+    noise = {"clip": 1.0, "noise_multiplier": 0.5}
+    method = {"method__weighting": "participating"}
+    e = secure("fedavg", rounds=2, defence__distributed=noise, **method)
+    shas = set()
+    for number in range(2):
+        folder = tmp_path / str(number)
+        grid = FakeGrid(preset_of(e, folder), 12)
+        result = over_flower(e, folder, grid)
+        assert result.dropped == {}
+        shas.add(result.params_sha256)
+    shas.add(run(e, tmp_path / "keyed").params_sha256)
+    assert len(shas) == 3, "noise by the seed, which every device knows"

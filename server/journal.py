@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ class Entry(NamedTuple):
 
     total: SecretTotal
     fault: str = ""  # why it could not be made
+    failed: Mapping[int, str] = {}  # clients that were named, and why
 
 
 class Journal:
@@ -66,17 +67,18 @@ class Journal:
         total = SecretTotal(None, facts["clients"], facts["moment"], facts["bytes_up"])
         if not facts["fault"]:
             total.total = Encoded(tensors["numbers"], tensors["words"])
-        return Entry(total, facts["fault"])
+        return Entry(total, facts["fault"], dict(facts["failed"]))
 
     def write(self, t: int, k: int, question: str, entry: Entry) -> None:
         """Write a sum, synced: once this returns it is never asked for again."""
-        total, fault = entry
+        total, fault, failed = entry
         facts = {
             "question": question,
             "clients": total.clients,
             "moment": total.moment,
             "bytes_up": total.bytes_up,
             "fault": fault,
+            "failed": list(failed.items()),
         }
         tensors = {"nothing": torch.empty(0)}
         if total.total is not None and not fault:

@@ -233,7 +233,10 @@ def test_a_server_killed_between_the_sum_and_its_use_asks_nobody_again(
 ) -> None:
     e = secure("scaffold", checkpoint__seconds=1e6)  # none before the end
     expected = run(e, tmp_path / "sequential")
-    grid = FakeGrid(preset_of(e, tmp_path), 12)
+    weather = in_exchange(
+        4, 1, cohort_of(e, 1)[0], edited(lambda record: ConfigRecord({}))
+    )
+    grid = FakeGrid(preset_of(e, tmp_path), 12, weather)
     make, check = engine_of(grid, tmp_path), SecretSums.check
 
     def killed(self: SecretSums, ask: Any, made: SecretTotal) -> None:
@@ -250,6 +253,7 @@ def test_a_server_killed_between_the_sum_and_its_use_asks_nobody_again(
     assert result.params_sha256 == expected.params_sha256
     assert result.final == expected.final
     assert {t for t, _ in seen} == {3}, "rounds 1 to 3 had their sums"
+    assert rows_of(tmp_path)[1]["dropped"] == {"bad message": 1}, "named as before"
     sums = tmp_path / "run" / "checkpoint" / "sums"
     assert not list(sums.glob("*.safetensors")), "the last checkpoint has them"
 

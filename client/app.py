@@ -67,9 +67,11 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
     task = build_task(experiment).to(device_for(experiment.engine))
     task.check()
     method = experiment.build_method()
-    work = setup.work_of(experiment, task, method)
+    work = setup.work_of(experiment, task, method, draws_secretly=True)
     noising = own_noise(experiment, work)
-    return work if noising is None else setup.work_of(experiment, task, method, noising)
+    if noising is None:
+        return work
+    return setup.work_of(experiment, task, method, noising, draws_secretly=True)
 
 
 def own_noise(experiment: Experiment, work: Work) -> Noising | None:

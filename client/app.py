@@ -6,8 +6,9 @@ stand in its node config, for this app is the same on every kind of node:
 `partition-id`, `num-partitions` (default: one client a node), `state` (directory of the
 clients' states), `certs` (directory of the client's key and certificate), `data` (a
 folder, all of whose data are this one client's), `base` (folder of the pretrained
-model) and `set` (settings of this device alone). Simulated nodes keep states where the
-server says, in its run directory.
+model), `secure` (whether it takes part in secure sums alone, whatever the run's
+settings say) and `set` (settings of this device alone). Simulated nodes keep states
+where the server says, in its run directory.
 
 A node builds its task before it introduces itself: no round then waits for imports,
 data and the partition, which take a small device longer than its training.

@@ -1,6 +1,6 @@
 """The sums of a run's last rounds, in its directory, until a checkpoint has them.
 
-    checkpoint/sums/000012-00.safetensors    the first sum of round t = 12, decoded
+    checkpoint/sums/000012-00.safetensors    the first sum of round 12 (t = 11), decoded
     checkpoint/sums/void.json                works of clients that are in no sum
 
 Clients send one sum of a round and no second one, so a server that was killed after it
@@ -91,13 +91,17 @@ class Journal:
             sync_folder(self.folder)
 
     def prune(self, safe: int) -> None:
-        """Delete the sums of rounds before t = `safe`, which a checkpoint has."""
+        """Delete the sums of the first `safe` rounds, which a checkpoint has.
+
+        Those of the model before its first round (t = -1) go with the first round's.
+        """
         for file in self.folder.glob("*.safetensors"):
-            if int(file.stem.split("-")[0]) < safe:
+            number = int(file.stem.split("-")[0])
+            if max(number, 1) <= safe:
                 file.unlink(missing_ok=True)
 
     def _file(self, t: int, k: int) -> Path:
-        return self.folder / f"{t:06d}-{k:02d}.safetensors"
+        return self.folder / f"{t + 1:06d}-{k:02d}.safetensors"
 
 
 class Void:

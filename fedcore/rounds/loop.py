@@ -14,11 +14,14 @@ import torch
 from fedcore import trees
 from fedcore.errors import RunError, TooFewReports
 from fedcore.rng import torch_seed
+from fedcore.rounds import canary_bound
+from fedcore.rounds.canaries import Planted, PlantedRound
 from fedcore.rounds.captures import Captures
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.diagnosis import causes, fruitless_text
 from fedcore.rounds.doors import Desk, OpenRound
 from fedcore.rounds.evaluation import Evaluation
+from fedcore.rounds.example_privacy import sent_again
 from fedcore.rounds.history import History
 from fedcore.rounds.observer import Notes, Observer, Quiet
 from fedcore.rounds.participation import answering
@@ -128,13 +131,16 @@ class Loop:
         self.task, self.method, self.process = parts.task, parts.method, parts.process
         self.rates = parts.rates
         self.engine, self.memory = parts.engine, parts.memory
-        self.stores = parts.stores
+        self.stores, self.canaries = parts.stores, parts.canaries
         self.clients = ClientTable(folder)
         self.captures = Captures(folder, experiment, self.method)
         self.saving = Saving(checkpoint, parts, self.clients)
         self.state = self._first_or_restored(parts, header)
         # Lines that were logged after the checkpoint go: those rounds are run again.
         self.history = History.read(folder / "metrics.jsonl", self.state.t)
+        if resume:
+            sent = sent_again(experiment, self.state, folder)
+            self.state = self.state._replace(sent=sent)
         make_run_dir(folder)
         self._lock = self._lock or lock(folder)
         if not resume:
@@ -272,7 +278,10 @@ class Loop:
             row["late_answers"] = self.engine.late - late
         if t == 0:
             row["first_round_s"] = round(now - self.begin, 3)
+        if problem is None and isinstance(r, PlantedRound):
+            row |= r.row(self.state.server.params, server.params)
         row |= self._evaluation.due(after, self.folder)
+        row |= self._measured_privacy(row)
         # Last, so that a stop within the evaluation leaves the whole round undone. A
         # client has done its work, whatever became of the round.
         for store in self.stores.values():
@@ -287,7 +296,8 @@ class Loop:
         dropout, seed = experiment.participation.dropout, experiment.seed
         present = frozenset(answering(cohort, dropout, seed, t).tolist())
         hides_scalars = experiment.defence.noise_multiplier > 0
-        return OpenRound(
+        hides_scalars |= experiment.local.dp.is_active
+        r = OpenRound(
             t,
             cohort,
             self.task.population,
@@ -301,6 +311,22 @@ class Loop:
             aggregation=dict(self.state.aggregation),
             adversary=dict(self.state.adversary),
         )
+        if self.canaries is None:
+            return r
+        return PlantedRound(**vars(r), canaries=self.canaries, planted=Planted())
+
+    def _measured_privacy(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What canaries say of the guarantee in this row, where there are both."""
+        if self.canaries is None or "privacy" not in row:
+            return {}
+        scores = canary_bound.Scores.joined([*self.history.rows, row])
+        if scores.number == 0:
+            return {}
+        found = canary_bound.measured(scores, row["privacy"])
+        if found["alarm"]:
+            text, meaning = canary_bound.describe(found)
+            self.notes.once("canaries", f"canaries: {text}; {meaning}")
+        return {"canaries": found}
 
     def _attempt(self, r: OpenRound) -> tuple[Any, str | None]:
         """(the server's state after the round, why it cannot be used)."""
@@ -349,5 +375,6 @@ def _first_state(parts: Parts) -> State:
     mechanism = parts.mechanism
     by_message = ("client_update", "secure_sum")
     counts_messages = mechanism is not None and mechanism.view in by_message
+    counts_messages |= parts.work.local.dp.is_active
     sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
     return State(0, trees.to(server, device), parts.process.start(), sent, {}, {})

@@ -85,6 +85,11 @@ class Mechanism(NamedTuple):
     sampling: str  # of clients, in words
     noise: str = FROM_SEED  # where it comes from, in words
 
+    @property
+    def counts_messages(self) -> bool:
+        """Whether a step is a message of a client, not a round."""
+        return self.view in ("client_update", "secure_sum")
+
 
 class Guarantee(NamedTuple):
     """The guarantee after `steps` steps. An epsilon without noise is infinite."""

@@ -417,7 +417,7 @@ def test_a_resumed_run_draws_the_same_noise_and_goes_on_counting(
     resumed = run(e, resume=tmp_path / "part")
     assert resumed.params_sha256 == whole.params_sha256
     assert resumed.final["privacy"] == whole.final["privacy"]
-    others = noisy("scaffold", rounds=6, local__batch_size=5)
+    others = noisy("scaffold", rounds=6, aggregation__clip=0.03)
     with pytest.raises(SettingsError, match="this run adds noise for privacy"):
         run(others, resume=tmp_path / "part", back_to=5)
 

@@ -156,7 +156,8 @@ def distributed(effective_multiplier: float, is_secret: bool) -> Mechanism:
         effective_multiplier,
         1.0,
         "secure_sum",
-        "with or without one client",
+        # Who took part is no secret, and a client that was not there adds no noise.
+        "one client's message, or zeros in its place",
         "none assumed: every message counts",
         FROM_DEVICES if is_secret else FROM_SEED,
     )

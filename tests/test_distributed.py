@@ -397,8 +397,8 @@ def test_a_run_says_what_it_guarantees_and_that_it_is_a_simulation(
     )
     assert spent["epsilon_rdp"] == pytest.approx(epsilon)
     about = (spent["view"], spent["unit"], spent["neighbours"], spent["noise"])
-    once = "with or without one client"
-    assert about == ("secure_sum", "client", once, "drawn from the run's seed")
+    zeros = "one client's message, or zeros in its place"
+    assert about == ("secure_sum", "client", zeros, "drawn from the run's seed")
     show_result(result, None)
     text = capsys.readouterr().out
     assert "noise: drawn from the run's seed" in text

@@ -34,6 +34,7 @@ SETTINGS = {
     "text.least": 2000,
     "participation.cohort": COHORT,
     "local.batch_size": BATCH,
+    "local.epochs": 1,
     "method.local_lr": STEP,
     "evaluation.clients": 0,
     "evaluation.every": 1000,

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import mean_and_std, print_head, print_row
-from fedcore import Experiment
-from fedcore import method as methods
+from fedcore import Experiment, methods
 from fedcore.config import read_preset
 from fedcore.errors import RunError
+from fedcore.method import Method
 from fedcore.views.compare import compare
 from fedcore.views.comparison import Run
 from fedcore.views.terminal import Terminal
@@ -65,7 +65,7 @@ def experiment(name: str, channel: dict[str, float], **changed: Any) -> Experime
 
 
 def has_own_models(name: str) -> bool:
-    method: methods.Method[Any] = experiment(name, {}).build_method()
+    method: Method[Any] = experiment(name, {}).build_method()
     return method.personalises()
 
 

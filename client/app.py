@@ -4,9 +4,10 @@ A node hosts the logical clients i with i mod (number of nodes) = its partition 
 with as many nodes as clients, one each. A device's additions to the run's settings
 stand in its node config, for this app is the same on every kind of node:
 `partition-id`, `num-partitions` (default: one client a node), `state` (directory of the
-clients' states), `data` (a folder, all of whose data are this one client's), `base`
-(folder of the pretrained model) and `set` (settings of this device alone). Simulated
-nodes keep states where the server says, in its run directory.
+clients' states), `certs` (directory of the client's key and certificate), `data` (a
+folder, all of whose data are this one client's), `base` (folder of the pretrained
+model) and `set` (settings of this device alone). Simulated nodes keep states where the
+server says, in its run directory.
 
 A node builds its task before it introduces itself: no round then waits for imports,
 data and the partition, which take a small device longer than its training.
@@ -16,34 +17,32 @@ from __future__ import annotations
 
 import functools
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from pydantic import BaseModel
 
-from fedcore import __version__, trees
+from fedcore import __version__
 from fedcore.config import Experiment
 from fedcore.data.partition import Own
-from fedcore.engines.base import Work, device_for, failure, one_thread
-from fedcore.errors import RunError, SettingsError
-from fedcore.messages import wire
-from fedcore.method import evaluates
+from fedcore.engines.base import Work, device_for, failure
+from fedcore.errors import SettingsError
 from fedcore.models import HuggingFace
+from fedcore.rounds import setup
 from fedcore.storage.faults import Unwritable
 from fedcore.tasks import build_task
-from fedcore.types import ClientFunction
 
-from .store import Moment, Store
+from . import secure
+from .assignment import Assignment
 
 log = logging.getLogger("fedcore")
 
 # Settings in which a device may differ from the others.
 DEVICE_SETTINGS = ("data_folder", "base", "model.path", "options", "engine.device")
 # Entries of a node config that a simulated node does not have.
-DEVICE_KEYS = ("state", "federation", "data", "base", "set")
+DEVICE_KEYS = ("state", "federation", "certs", "data", "base", "set")
 
 app = ClientApp()
 
@@ -64,17 +63,8 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
     refuse_missing_base(experiment)
     task = build_task(experiment).to(device_for(experiment.engine))
     task.check()
-    return Work(
-        task,
-        experiment.build_method(),
-        experiment.local,
-        experiment.seed,
-        experiment.links,
-        experiment.defence,
-        experiment.adversary,
-        rounds=experiment.rounds,
-        draws_secretly=True,
-    )
+    method = experiment.build_method()
+    return setup.work_of(experiment, task, method, draws_secretly=True)
 
 
 def refuse_missing_base(experiment: Experiment) -> None:
@@ -234,10 +224,12 @@ def run(message: Message, context: Context) -> Message:
     reason.
     """
     ask: Any = message.content["work"]
+    if "exchange" in ask:
+        return secure.take_part(message, context, _work_for)
     clients, t = [int(client) for client in ask["clients"]], int(ask["t"])
     content, counts, failed = RecordDict(), dict[int, int](), dict[int, str]()
     try:
-        assignment = Assignment(message, context)
+        assignment = Assignment(message, context, _work_for(context))
     except Exception as error:
         failed.update(failure(clients, error).failed)
         clients = []
@@ -257,75 +249,3 @@ def run(message: Message, context: Context) -> Message:
     }
     content["about"] = ConfigRecord(about)
     return Message(content, reply_to=message)
-
-
-class Assignment:
-    """The work that one message asks for."""
-
-    def __init__(self, message: Message, context: Context) -> None:
-        """Raises whatever is wrong with the message, the task or this node."""
-        ask: Any = message.content["work"]
-        self.t = int(ask["t"])
-        self.moment = Moment(self.t, int(ask.get("k", 0)))
-        self.safe = int(ask.get("safe", self.t))
-        self.work = _work_for(context)
-        self.fn = _client_function(self.work, str(ask["function"]))
-        down, _ = wire.schemas(self.fn)
-        arrived = wire.decode(_arrays(message.content, "down"), down)
-        self.down = trees.to(arrived, self.work.task.device)
-        self.initial = self.work.first_state(self.work.task.init_params())
-        keeps_state = bool(trees.leaves(self.initial))
-        self.store = _store(context, ask) if keeps_state else None
-
-    def do(self, client: int) -> tuple[ArrayRecord, int]:
-        """The client's message, and the number of its examples; its state is kept."""
-        state = self.initial
-        if self.store is not None:
-            state = self.store.load(client, self.moment, self.initial)
-        state = trees.to(state, self.work.task.device)
-        with one_thread():
-            up, state = self.work.one(self.fn, client, self.down, state, self.t)
-        record = wire.encode(up)
-        if self.store is not None and not evaluates(self.fn):
-            self.store.save(client, self.moment, state, self.safe)
-        count = float(self.work.num_examples(self.fn, [client]))
-        if not count.is_integer():
-            raise RunError(
-                f"the sizes of its examples add up to {count:g}: devices count in "
-                "whole numbers; give the task a size of whole numbers"
-            )
-        return record, int(count)
-
-
-def _client_function(work: Work, name: str) -> ClientFunction:
-    fn: Any = getattr(work.method, name, None)
-    if not hasattr(fn, "client_data"):
-        module = type(work.method).__module__
-        raise RunError(f'{module} has no client function "{name}"')
-    function: ClientFunction = fn
-    return function
-
-
-def _store(context: Context, ask: Any) -> Store:
-    """The states of this node's clients.
-
-    They are in the directory of this device, or in the server's if that is here.
-    """
-    node = context.node_config
-    if folder := str(node.get("state", "")):
-        federation, series = node.get("federation", ""), ask.get("series", "")
-        return Store(Path(folder), str(federation), str(series))
-    folder = str(ask.get("state", ""))
-    if not folder or not Path(folder).is_dir():
-        raise RunError(
-            "this method keeps state on clients, and this node has no directory for "
-            'it: add state="DIR" to --node-config'
-        )
-    return Store(Path(folder), "", "", sync=False)  # it goes when the run ends
-
-
-def _arrays(records: RecordDict, key: str) -> ArrayRecord:
-    record = records.get(key)
-    if not isinstance(record, ArrayRecord):
-        raise wire.WireError(f'no arrays under "{key}"')
-    return record

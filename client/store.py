@@ -2,7 +2,8 @@
 
     DIR/<series>/client-3/000012-00.safetensors
 
-is the state of client 3 after its first work in round t = 12 of that run series.
+is the state of client 3 after its first work in round t = 12 of that run series. What
+it remembers of its messages in secure sums is in `client-3/memory/` in the same form.
 
 Every file says to which federation, run series and client it belongs, and is refused by
 name where it does not. It is written beside the old one, synced and renamed: a device
@@ -19,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,14 +61,28 @@ class Store:
     """States by run series, client and moment."""
 
     def __init__(
-        self, folder: Path, federation: str, series: str, sync: bool = True
+        self,
+        folder: Path,
+        federation: str,
+        series: str,
+        sync: bool = True,
+        kind: str = "",
     ) -> None:
         """`series` names a run from its start to its end, over starts of its server.
 
-        Without `sync` states outlive this process, and not a loss of power.
+        Without `sync` states outlive this process, and not a loss of power. `kind` is a
+        folder within that of each client.
         """
         self.folder = folder / (series or "run")
         self.federation, self.series, self.sync = federation, series, sync
+        self.kind = kind
+
+    def of_kind(self, kind: str) -> Store:
+        """A store in the same place for something else than states."""
+        place = self.folder.parent
+        store = Store(place, self.federation, self.series, self.sync, kind)
+        store.folder = self.folder
+        return store
 
     def load(self, client: int, before: Moment, initial: Tree) -> Tree:
         """The client's state before this work; `initial` where it has not worked yet.
@@ -75,12 +91,7 @@ class Store:
         federation's, run series', client's or model's; and where the server went back
         further than it had promised.
         """
-        if (self.folder / FORGOTTEN).exists():
-            raise StateError(
-                f"the state of run {self.series} was deleted on this device "
-                "(fedcore states --forget): to take part in it with a new one, "
-                f"delete {self.folder}"
-            )
+        self.refuse_forgotten()
         moments = self._moments(client)
         earlier = [moment for moment in moments if moment < before]
         if earlier:
@@ -98,10 +109,61 @@ class Store:
 
         The server will not go back to before round t = `safe`: older states may go.
         """
-        folder = self._folder(client)
         moments = self._moments(client)
         earlier = [moment for moment in moments if moment < at]
-        if not moments:
+        self._write(client, at, state, str(earlier[-1]) if earlier else "initial")
+        first_needed = Moment(safe, 0)
+        too_old = [moment for moment in earlier if moment < first_needed]
+        replayed = [moment for moment in moments if moment > at]
+        # The last one of the old ones is what round `safe` starts from.
+        for moment in [*too_old[:-1], *replayed]:
+            self._file(client, moment).unlink(missing_ok=True)
+
+    def refuse_forgotten(self) -> None:
+        """Raises StateError where the states of this run were deleted."""
+        if (self.folder / FORGOTTEN).exists():
+            raise StateError(
+                f"the state of run {self.series} was deleted on this device "
+                "(fedcore states --forget): to take part in it with a new one, "
+                f"delete {self.folder}"
+            )
+
+    def drop(self, client: int, moments: Iterable[Moment]) -> None:
+        """Forget work that came to nothing: its message is in no sum."""
+        for moment in moments:
+            self._file(client, moment).unlink(missing_ok=True)
+
+    def exact(self, client: int, at: Moment, like: Tree) -> Tree:
+        """What was kept after this work, like `like`.
+
+        Raises StateError, naming the file, where it is missing or damaged.
+        """
+        self.refuse_forgotten()
+        if at not in self._moments(client):
+            raise StateError(
+                f"{self._file(client, at)} is missing: the server counts on what this "
+                f"client sent in round {at.t + 1}; restore the file from a copy"
+            )
+        return self._read(client, at, like).state
+
+    def keep(
+        self, client: int, at: Moment, state: Tree, counted: Moment | None, safe: int
+    ) -> None:
+        """Keep `state` as that after this work, which may still come to nothing.
+
+        `counted` is the moment that the server counts on before this work. It will not
+        go back to before round t = `safe`: what it cannot count on any more goes.
+        """
+        self._write(client, at, state, str(counted or "initial"))
+        first_needed = Moment(safe, 0)
+        if counted is not None and counted < first_needed:
+            for moment in self._moments(client):
+                if moment < first_needed and moment != counted:
+                    self._file(client, moment).unlink(missing_ok=True)
+
+    def _write(self, client: int, at: Moment, state: Tree, before: str) -> None:
+        folder = self._folder(client)
+        if not folder.exists():
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._sync(folder.parent)
@@ -109,18 +171,10 @@ class Store:
         flat: dict[str, Tensor] = {}
         for path, x in trees.flatten(state).items():
             flat[path or "."] = x.detach().cpu().contiguous().clone()
-        facts = self._owner(client)
-        facts["before"] = str(earlier[-1]) if earlier else "initial"
-        facts["sha256"] = _digest(flat)
+        facts = self._owner(client) | {"before": before, "sha256": _digest(flat)}
         write_atomically(self._file(client, at), save(flat, facts), self.sync)
         with writing(folder):
             self._sync(folder)
-        first_needed = Moment(safe, 0)
-        too_old = [moment for moment in earlier if moment < first_needed]
-        replayed = [moment for moment in moments if moment > at]
-        # The last one of the old ones is what round `safe` starts from.
-        for moment in [*too_old[:-1], *replayed]:
-            self._file(client, moment).unlink(missing_ok=True)
 
     def _moments(self, client: int) -> list[Moment]:
         moments = []
@@ -130,7 +184,7 @@ class Store:
         return sorted(moments)
 
     def _folder(self, client: int) -> Path:
-        return self.folder / f"client-{client}"
+        return self.folder / f"client-{client}" / self.kind
 
     def _file(self, client: int, at: Moment) -> Path:
         return self._folder(client) / f"{at.t:06d}-{at.k:02d}.safetensors"
@@ -197,10 +251,10 @@ def kept(folder: Path) -> list[Kept]:
     for series in folder.iterdir():
         size, used, last = 0, -1.0, None
         clients: set[Path] = set()
-        for file in series.glob("client-*/*.safetensors"):
+        for file in series.glob("client-*/**/*.safetensors"):
             facts = file.stat()
             size += facts.st_size
-            clients.add(file.parent)
+            clients.add(series / file.relative_to(series).parts[0])
             if facts.st_mtime > used:
                 used, last = facts.st_mtime, file
         if last is not None:

@@ -151,6 +151,7 @@ class SuperNode:
             "partition-id": client,
             "state": str(device.folder),
             "federation": device.facts["federation"],
+            "certs": "" if folder is None else str(folder.resolve()),
             "data": "" if data is None else str(data.resolve()),
             "base": "" if base is None else str(base.resolve()),
             "set": " ".join(settings),

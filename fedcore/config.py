@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedcore import method as methods
+from fedcore import methods
 from fedcore.data.partition import Dirichlet, PartitionSettings
 from fedcore.data.text.settings import TextSettings
 from fedcore.errors import SettingsError

@@ -9,10 +9,14 @@ It is for one client, by Opacus' accountants.
     PRV  privacy random variables (Gopi, Lee, Wutschitz, NeurIPS 2021): a tighter one,
          within 0.01 of the smallest epsilon
 
-Two views, which must not be mixed up. `client_update`: every client adds noise to its
+Three views, which must not be mixed up. `client_update`: every client adds noise to its
 own message, and the guarantee is against whoever reads that message, the server
 included. `global_model`: the server adds noise to a sum, and the guarantee is against
-those who see the models alone, not against the server.
+those who see the models alone, not against the server. `secure_sum`: clients add
+discrete noise to a sum of which the server sees nothing else, and the guarantee is
+against everybody, the server included, as long as not more clients collude than the
+settings have it. Its z is the effective one, whose Gaussian mechanism has the same RDP
+(zero-concentrated differential privacy is a line, alpha / 2 z^2).
 """
 
 from __future__ import annotations
@@ -28,12 +32,13 @@ if TYPE_CHECKING:
     from fedcore.messages.defence import DefenceSettings
 
 __all__ = [
-    "COVERS",
     "Guarantee",
     "Mechanism",
     "central",
+    "covers",
     "default_delta",
     "describe",
+    "distributed",
     "epsilon_prv",
     "epsilon_rdp",
     "guarantee",
@@ -45,20 +50,28 @@ PRV_POINTS = 4_000_000
 PRV_REACH = 700.0  # exp of it is still a float64
 PRV_ERROR = 0.01  # in epsilon
 
-_BESIDE = (
+FROM_SEED = "drawn from the run's seed"
+FROM_DEVICES = "drawn by each device from its operating system"
+
+_NOT_COVERED = (
     "It does not cover the clients' evaluation messages, their example counts, who "
-    "took part, and this run directory; and the noise is drawn from the run's seed, "
-    "and whoever knows that can take it off again: this is the guarantee of a "
-    "simulation."
+    "took part, and this run directory"
 )
-COVERS = {
+_SIMULATED = (
+    "and the noise is drawn from the run's seed, and whoever knows that can take it "
+    "off again: this is the guarantee of a simulation."
+)
+_COVERS = {
     "client_update": "Privacy: epsilon covers what one client sent to train, each "
-    f"message by itself and all together. {_BESIDE}",
+    "message by itself and all together.",
     "global_model": "Privacy: epsilon covers the sequence of global models, against "
     "those who see nothing else. It says nothing of a single client's update, which "
-    f"the server reads without noise. {_BESIDE}",
+    "the server reads without noise.",
+    "secure_sum": "Privacy: epsilon covers the sums of clients' messages, and the "
+    "models made of them, against everybody, the server too. It holds where clients "
+    "mask what they send, and not more of them collude than defence.distributed "
+    "allows.",
 }
-"""What an epsilon of either view is about, for the report."""
 
 
 class Mechanism(NamedTuple):
@@ -66,9 +79,11 @@ class Mechanism(NamedTuple):
 
     noise_multiplier: float  # z
     sample_rate: float  # q
-    view: str  # what is protected: "client_update" or "global_model"
+    # What is protected: "client_update", "global_model" or "secure_sum".
+    view: str
     neighbours: str  # what two data sets that must look alike differ in
     sampling: str  # of clients, in words
+    noise: str = FROM_SEED  # where it comes from, in words
 
 
 class Guarantee(NamedTuple):
@@ -85,6 +100,7 @@ class Guarantee(NamedTuple):
     neighbours: str
     sampling: str
     view: str
+    noise: str
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON, which has no infinity: "inf" stands for it."""
@@ -126,6 +142,32 @@ def central(noise_multiplier: float, sample_rate: float) -> Mechanism:
     )
 
 
+def distributed(effective_multiplier: float, is_secret: bool) -> Mechanism:
+    """The noise of all clients in a secure sum, by its effective multiplier.
+
+    `is_secret` says that devices draw it themselves.
+    """
+    return Mechanism(
+        effective_multiplier,
+        1.0,
+        "secure_sum",
+        "with or without one client",
+        "none assumed: every message counts",
+        FROM_DEVICES if is_secret else FROM_SEED,
+    )
+
+
+def covers(spent: dict[str, Any]) -> str:
+    """What an epsilon is about, and what not, for the report.
+
+    `spent` is a Guarantee's `to_dict`, or that of an older run.
+    """
+    about = f"{_COVERS[spent['view']]} {_NOT_COVERED}"
+    if spent.get("noise", FROM_SEED) == FROM_SEED:
+        return f"{about}; {_SIMULATED}"
+    return f"{about}."
+
+
 def default_delta(population: int) -> float:
     """A delta well below 1/N, at which a mechanism may publish one client whole.
 
@@ -145,7 +187,9 @@ def guarantee(
     z, q = mechanism.noise_multiplier, mechanism.sample_rate
     tight: float | None = None
     failed: str | None = "computed after the last round"
-    if prv:
+    if mechanism.view == "secure_sum":
+        failed = "it is about continuous noise, and this noise is discrete"
+    elif prv:
         tight, failed = epsilon_prv(z, q, steps, delta)
     return Guarantee(
         epsilon_rdp=epsilon_rdp(z, q, steps, delta),
@@ -159,6 +203,7 @@ def guarantee(
         neighbours=mechanism.neighbours,
         sampling=mechanism.sampling,
         view=mechanism.view,
+        noise=mechanism.noise,
     )
 
 
@@ -250,6 +295,8 @@ def describe(spent: dict[str, Any]) -> tuple[str, str]:
         f"sampling: {spent['sampling']}; "
         f"view: {spent['view']}, {spent['steps']} steps"
     )
+    if spent["view"] == "secure_sum":
+        scope += f"; noise: {spent['noise']}"
     if spent["epsilon_rdp"] == "inf":
         return "epsilon inf", f"no noise; {scope}"
     rdp, prv = spent["epsilon_rdp"], spent.get("epsilon_prv")

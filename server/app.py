@@ -31,8 +31,10 @@ from fedcore.views.run_report import write_or_note
 from fedcore.views.terminal import Terminal, show_result
 
 from .grid import GridEngine
+from .sums import Securing
 
 RUN_DIR = "FEDCORE_RUN_DIR"  # set by `fedcore server`
+CERTS_DIR = "FEDCORE_CERTS_DIR"  # by `fedcore server` too, where it has TLS
 OUTCOME = "outcome.json"  # the end of the run: {"exit_status", "error", "result"}
 SERIES = "series.json"  # the name by which clients know the run, from start to end
 WATCH = "waiting.json"  # the clients whose answers the round waits for
@@ -62,7 +64,8 @@ def _simulate(grid: Grid, context: Context) -> None:
     state = folder / "state" / "clients"  # the loop clears the first away
 
     def engine(work: Work) -> GridEngine:
-        return _engine(grid, work, experiment.engine, state=state)
+        securing = Securing(experiment.secure)
+        return _engine(grid, work, experiment.engine, state=state, securing=securing)
 
     with Terminal() as terminal:
         result = loop.run(experiment, folder, observer=terminal, engine=engine)
@@ -86,6 +89,12 @@ def _deploy(grid: Grid, folder: Path) -> None:
             source = str(folder / "config.toml")
             experiment = Experiment.parse(stored(folder), source=source)
             series = json.loads((folder / SERIES).read_text())["series"]
+            keys = os.environ.get(CERTS_DIR)
+            securing = Securing(
+                experiment.secure,
+                None if not keys else Path(keys),
+                folder / "checkpoint",
+            )
 
             def engine(work: Work) -> GridEngine:
                 return _engine(
@@ -95,6 +104,7 @@ def _deploy(grid: Grid, folder: Path) -> None:
                     series=series,
                     safe=lambda: _checkpointed(folder),
                     watch=folder / WATCH,
+                    securing=securing,
                 )
 
             result = loop.run(

@@ -8,6 +8,7 @@ out, counted and named.
     nodes     the nodes that are there, and the clients that each hosts
     post      messages sent, waited for until a deadline, and counted if late
     replies   what came back, read and checked
+    sums      sums of which nothing else can be read; `secure` is one of them
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout, added
 from fedcore.errors import RunError
 from fedcore.messages import wire
+from fedcore.messages.secure.ask import Ask, SecretTotal
 from fedcore.method import evaluates
 from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.storage.checkpoint import write_atomically
@@ -41,6 +43,8 @@ from fedcore.types import ClientFunction, Tree
 from .nodes import Nodes
 from .post import Inquiry, Post
 from .replies import Answer, Reader, twice
+from .secure import EXCHANGES, Mailing
+from .sums import Securing, Sums
 
 PAUSE = failure([], "")  # a report of no client
 
@@ -62,6 +66,7 @@ class GridEngine:
         safe: Callable[[], int] | None = None,
         watch: Path | None = None,
         state: Path | None = None,
+        securing: Securing | None = None,
     ) -> None:
         """A round goes on without clients that have not answered in `timeout` seconds.
 
@@ -72,6 +77,7 @@ class GridEngine:
         with, and may forget rounds before `safe()`. The clients whose answers are
         waited for are written to the file `watch`. Nodes on this machine without a
         directory for the states of their clients use `state`; the caller removes it.
+        `securing` is about secure sums.
         """
         self.work, self.timeout = work, timeout
         self._goal, self._rejoin, self._limit = report_goal, rejoin, limit
@@ -86,6 +92,7 @@ class GridEngine:
         self._now = (-1, -1)  # t, and how often clients were given work in it, from 0
         # Of messages, by client function and the shapes of what it was sent.
         self._shapes: dict[Hashable, Tree] = {}
+        self._sums = Sums(work, securing or Securing())
 
     @property
     def late(self) -> int:
@@ -100,7 +107,7 @@ class GridEngine:
         Raises RunError when no node is there at the start, and for a message over the
         limit.
         """
-        self._now = (t, self._now[1] + 1 if self._now[0] == t else 0)
+        self._count_work(t)
         for _ in self._nodes.gather():
             yield PAUSE
         self._check_size(down)
@@ -138,6 +145,33 @@ class GridEngine:
                 yield _report(client, answers.pop(client))
         for client in todo:
             yield _report(client, answers[client])
+
+    def _count_work(self, t: int) -> None:
+        self._now = (t, self._now[1] + 1 if self._now[0] == t else 0)
+
+    def secret_sum(self, ask: Ask, into: SecretTotal) -> Iterator[Reports]:
+        """Let clients add up what is asked for, masked from end to end.
+
+        A sum that an earlier start of this server had is taken from its journal. Raises
+        TooFewReports where it cannot be read.
+        """
+        self._count_work(ask.t)
+        asking = self._sums.begin(ask, self._now, self._work_of(ask.fn))
+        if asking.restored(into):
+            return
+        for _ in self._nodes.gather():
+            yield PAUSE
+        self._check_size(ask.down)
+        hosted, missing = self._hosts(ask.clients.tolist())
+        for client, reason in missing.items():
+            yield failure([client], str(reason))
+        goal = len(ask.clients)
+        if self._goal is not None and not evaluates(ask.fn):
+            goal = self._goal
+        mailing = Mailing(
+            self._post, self.timeout, self._rejoin, goal, self._note_waiting
+        )
+        yield from asking.run(hosted, mailing, into)
 
     def _check_size(self, down: Tree) -> None:
         size = trees.nbytes(down)
@@ -180,6 +214,16 @@ class GridEngine:
         self, fn: ClientFunction, hosted: dict[int, list[int]], down: Tree
     ) -> dict[int, RecordDict]:
         """The message to each node."""
+        work, record = self._work_of(fn), wire.encode(down)
+        contents = {}
+        for node, clients in hosted.items():
+            records: dict[str, Any] = {"down": record}
+            records["work"] = ConfigRecord({**work, "clients": clients})
+            contents[node] = RecordDict(records)
+        return contents
+
+    def _work_of(self, fn: ClientFunction) -> dict[str, Any]:
+        """What every message says of the work that it asks for."""
         t, k = self._now
         safe = self._safe() if self._safe else t
         work: dict[str, Any] = {"function": fn.__name__, "t": t, "k": k}
@@ -188,13 +232,7 @@ class GridEngine:
             with writing(self._state):
                 self._state.mkdir(parents=True, exist_ok=True)
             work["state"] = str(self._state.resolve())
-        record = wire.encode(down)
-        contents = {}
-        for node, clients in hosted.items():
-            records: dict[str, Any] = {"down": record}
-            records["work"] = ConfigRecord({**work, "clients": clients})
-            contents[node] = RecordDict(records)
-        return contents
+        return work
 
     def mean(
         self,
@@ -207,8 +245,8 @@ class GridEngine:
     ) -> Iterator[Readout]:
         return added(self.each(fn, clients, down, t), weight, total)
 
-    def _note_waiting(self, clients: set[int]) -> None:
-        """Write for `fedcore status` who is waited for.
+    def _note_waiting(self, clients: set[int], exchange: int = 0) -> None:
+        """Write for `fedcore status` who is waited for, and in which exchange.
 
         Not synced: the file is of use only while this process runs.
         """
@@ -219,6 +257,7 @@ class GridEngine:
             "waiting_for": sorted(clients),
             "since": time.time(),
             "late": self.late,
+            "exchange": EXCHANGES.get(exchange, ""),
         }
         # A full disk ends a run where something is kept, and not for this.
         with suppress(OSError):
@@ -228,7 +267,8 @@ class GridEngine:
         return f"grid of {len(self._nodes.by_partition)} Flower nodes"
 
     def close(self) -> None:
-        pass
+        if self._safe is not None:
+            self._sums.close(self._safe())
 
 
 def _report(client: int, answer: Answer) -> Reports:

@@ -48,7 +48,7 @@ from fedcore.storage.faults import writing
 from fedcore.storage.memory import size_text
 from fedcore.storage.rows import StateStore
 
-from .app import OUTCOME, RUN_DIR, SERIES, WATCH
+from .app import CERTS_DIR, OUTCOME, RUN_DIR, SERIES, WATCH
 from .bundle import bundle_of
 from .link import LOG, SuperLink, host_and_port, wait_for_port
 
@@ -334,6 +334,7 @@ class Server:
         self.app = None
 
     def _environment(self) -> dict[str, str]:
+        keys = "" if self.folder is None else str(self.folder.resolve())
         return {
             **os.environ,
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -342,6 +343,7 @@ class Server:
             "FLWR_LOG_LEVEL": os.environ.get("FLWR_LOG_LEVEL", "WARNING"),
             "FLWR_HOME": str((self.out / "flower").resolve()),
             RUN_DIR: str(self.out.resolve()),
+            CERTS_DIR: keys,
         }
 
     def _end(self) -> None:

@@ -30,9 +30,9 @@ NAMED = 20  # clients that are named
 def status(run_dir: Path) -> dict[str, Any]:
     """The state of a server that runs in a run directory.
 
-    {"listen", "round", "waiting_for", "waiting_s", "late_answers", "run", "nodes":
-    [{"name", "status", "last_seen_s"}], "trouble": [{"client", "rounds", "left_out",
-    "in_a_row", "reason", "clipped", "capped", "weight", "norm_ratio"}],
+    {"listen", "round", "exchange", "waiting_for", "waiting_s", "late_answers", "run",
+    "nodes": [{"name", "status", "last_seen_s"}], "trouble": [{"client", "rounds",
+    "left_out", "in_a_row", "reason", "clipped", "capped", "weight", "norm_ratio"}],
     "num_trouble"}: rounds up to the last checkpoint, the worst clients first. Raises
     SettingsError when no server runs there, RunError when its SuperLink does not
     answer.
@@ -54,6 +54,7 @@ def status(run_dir: Path) -> dict[str, Any]:
     return {
         "listen": facts["listen"],
         "round": waiting["round"],
+        "exchange": waiting.get("exchange", ""),
         "waiting_for": waiting["waiting_for"],
         "waiting_s": seconds if waiting["waiting_for"] else 0.0,
         "late_answers": waiting.get("late", 0),
@@ -131,6 +132,8 @@ def text(facts: dict[str, Any]) -> str:
     lines = [f"run {facts['run']}, listening on {facts['listen']}"]
     number = facts["round"]
     lines.append(f"round {number}" if number else "before the first round")
+    if facts.get("exchange"):
+        lines[-1] += f", a secure sum: {facts['exchange']}"
     if clients := facts["waiting_for"]:
         lines.append(
             f"waiting for {len(clients)} clients: {', '.join(map(str, clients))}; "

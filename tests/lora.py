@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedcore import method as methods
+from fedcore import methods
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.factors import Pair, pair_of

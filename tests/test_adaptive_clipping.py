@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
-from fedcore.method import load
+from fedcore.methods import load
 from fedcore.reports import Reports
 from fedcore.rounds.loop import run
 from fedcore.storage.rows import StateStore

@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcore import method as methods
-from fedcore import trees
+from fedcore import methods, trees
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.engines.base import Work

@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedcore import SettingsError, trees
-from fedcore import method as methods
+from fedcore import SettingsError, methods, trees
 from fedcore.data.federated import Examples, FederatedData, LocalSettings
 from fedcore.engines.base import Work
 from fedcore.engines.message_shape import message_shape

@@ -20,7 +20,7 @@ from fedcore.engines.message_shape import message_shape
 from fedcore.errors import SettingsError
 from fedcore.factors import Pair, Products, pair_of
 from fedcore.local import steps_run_by
-from fedcore.method import load
+from fedcore.methods import load
 from fedcore.models.lora import LoraSettings, with_lora
 from fedcore.rng import rng
 from fedcore.rounds.client_table import read_clients

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedcore import method as methods
+from fedcore import methods
 from fedcore.data.federated import Examples, FederatedData, LocalSettings
 from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
+from fedcore.method import data_of
 from fedcore.metrics import squared_error
 from fedcore.rounds.loop import run
 from fedcore.storage.rows import StateStore
@@ -236,4 +237,4 @@ def test_unknown_methods_are_refused_with_the_nearest_name() -> None:
 
 def test_an_engine_runs_no_function_that_is_not_for_clients() -> None:
     with pytest.raises(TypeError, match="on_client"):
-        methods.data_of(methods.load("fedavg").round)
+        data_of(methods.load("fedavg").round)

@@ -12,7 +12,7 @@ import pytest
 
 from fedcore import Experiment, SettingsError
 from fedcore.config import read_preset
-from fedcore.method import load
+from fedcore.methods import load
 from tests.helpers import PATIENCE
 
 ROOT = Path(__file__).parent.parent

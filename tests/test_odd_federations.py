@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedcore import method as methods
+from fedcore import methods
 from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.errors import RunError, SettingsError

@@ -18,7 +18,8 @@ from fedcore.engines.chunks import Chunks
 from fedcore.engines.sequential import Sequential
 from fedcore.engines.vectorised import Vectorised
 from fedcore.local import full_gradient, local_sgd
-from fedcore.method import FinetuneSettings, load, settings_of
+from fedcore.method import FinetuneSettings
+from fedcore.methods import load, settings_of
 from fedcore.metrics import accuracy
 from fedcore.models import Cnn, LeNet, Logistic, Mlp, ResNet, Vit
 from fedcore.storage.rows import StateStore

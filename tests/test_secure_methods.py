@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedcore import method as methods
+from fedcore import methods
 from fedcore.config import Experiment
 
 PRESETS = sorted((Path(__file__).parent.parent / "strategies").glob("*.toml"))

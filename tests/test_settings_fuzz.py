@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedcore import method as methods
+from fedcore import methods
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
 from fedcore.settings.faults import Schema

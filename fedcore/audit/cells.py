@@ -148,8 +148,11 @@ def prepare_captured(
     groups = range(0, len(subjects) - together + 1, together)
     history = History.read(run_dir / "metrics.jsonl", _rounds_done(run_dir))
     clients = history.last("client_accuracy")
+    audited = []
+    for start in groups:
+        audited.append(aggregate(subjects[start : start + together], experiment))
     return Prepared(
-        [aggregate(subjects[start : start + together]) for start in groups],
+        audited,
         task,
         history.last("test_accuracy"),
         clients["mean"] if clients else None,

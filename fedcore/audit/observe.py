@@ -27,8 +27,13 @@ from fedcore.audit.text import Vocabulary, vocabulary_of
 from fedcore.data.sources import Pixels
 from fedcore.errors import SettingsError
 from fedcore.inputs import model_outputs
+from fedcore.messages.aggregation.settings import AggregationSettings
+from fedcore.messages.secure.ring import Ring, power_of_two
+from fedcore.messages.secure.sending import EXAMPLES
+from fedcore.messages.secure.settings import SecureSettings
 from fedcore.method import Method, data_of
 from fedcore.metrics import PerExample, cross_entropy
+from fedcore.rng import seed_of
 from fedcore.rounds.captures import Exchange
 from fedcore.task import Task
 from fedcore.types import Params, Tree
@@ -313,10 +318,13 @@ def observation(method: Method[Any], public: Public, exchange: Exchange) -> Obse
     )
 
 
-def aggregate(subjects: Sequence[Subject]) -> Subject:
+def aggregate(
+    subjects: Sequence[Subject], experiment: Experiment | None = None
+) -> Subject:
     """M clients of whom only the mean by examples is seen (secure aggregation).
 
-    One client alone stays as it is. Raises SettingsError where messages differ in kind.
+    It is the sum of their integers, as a secure sum of `experiment` makes them. One
+    client alone stays as it is. Raises SettingsError where messages differ in kind.
     """
     if len(subjects) == 1:
         return subjects[0]
@@ -326,8 +334,7 @@ def aggregate(subjects: Sequence[Subject]) -> Subject:
         raise SettingsError(
             "secure aggregation is audited for clients that send one kind of message"
         )
-    shares = torch.tensor([o.num_examples / together for o in seen])
-    mean = trees.weighted_sum(trees.stack([o.delta for o in seen]), shares)
+    mean = _secure_mean(seen, experiment)
     observed = replace(
         first,
         delta=mean,
@@ -341,6 +348,29 @@ def aggregate(subjects: Sequence[Subject]) -> Subject:
     held = [subject.others for subject in subjects if subject.others is not None]
     others = _joined(held) if held else None
     return Subject(observed, _joined(truths), others=others)
+
+
+def _secure_mean(seen: Sequence[Observation], experiment: Experiment | None) -> Params:
+    """What a secure sum of these updates gives, divided by its weight."""
+    secure, aggregation, seed = SecureSettings(), AggregationSettings(), 0
+    if experiment is not None:
+        secure, aggregation = experiment.secure, experiment.aggregation
+        seed = experiment.seed
+    most = aggregation.max_examples or EXAMPLES
+    ring = Ring(len(seen), secure.reach, power_of_two(most))
+    first = seen[0].delta
+    total = torch.zeros(trees.ravel(first).numel(), dtype=torch.int32)
+    together = 0
+    for o in seen:
+        key = seed_of(seed, f"rounding {o.function}", o.round - 1, o.client)
+        weight = min(o.num_examples, most)
+        draws = torch.Generator().manual_seed(key)
+        numbers, _ = ring.encode(trees.ravel(o.delta).cpu(), weight, draws)
+        total += numbers
+        together += weight
+    mean = ring.decode(total) / max(together, 1)
+    pieces: Params = trees.unravel(mean, first)
+    return {name: piece.to(first[name]) for name, piece in pieces.items()}
 
 
 def _joined(truths: Sequence[Truth]) -> Truth:

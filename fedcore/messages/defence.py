@@ -51,6 +51,19 @@ class DistributedSettings(BaseModel):
         "of the threshold have to add enough",
     )
 
+    @model_validator(mode="after")
+    def _with_noise(self) -> DistributedSettings:
+        usual = DistributedSettings.model_fields
+        for name in ("clip", "colluding"):
+            value = getattr(self, name)
+            if self.noise_multiplier == 0 and value != usual[name].default:
+                raise ValueError(
+                    f"distributed.{name} = {value} without distributed."
+                    "noise_multiplier does nothing: set that too; for a bound "
+                    "without noise set defence.clip"
+                )
+        return self
+
     @property
     def is_active(self) -> bool:
         """Whether clients add noise."""
@@ -97,6 +110,16 @@ class DefenceSettings(BaseModel):
     )
 
     distributed: DistributedSettings = DistributedSettings()
+
+    @model_validator(mode="after")
+    def _one_kind_of_noise(self) -> DefenceSettings:
+        if self.distributed.is_active and self.is_active:
+            raise ValueError(
+                "distributed.noise_multiplier = "
+                f"{self.distributed.noise_multiplier} clips and adds noise: leave out "
+                "clip, noise_multiplier, top_k and bits beside it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _clipped(self) -> DefenceSettings:

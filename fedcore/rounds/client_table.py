@@ -73,8 +73,11 @@ class ClientTable:
         """Enter what is known of round `number` when all reports are in.
 
         A row for each client that was left out; and for those that reported whether
-        they were clipped or capped, and what a rule made of their messages.
+        they were clipped or capped, and what a rule made of their messages. Of a round
+        whose sums were secret there is no row at all.
         """
+        if tally.is_secret:
+            return
         first = bisect_left(self._rounds, number)
         for name, clients in (("clipped", tally.clipped), ("capped", tally.capped)):
             if clients:

@@ -317,7 +317,7 @@ class OpenRound(Round):
             desk.receiving.bounds.over(readout.clients, readout.num_examples)
         )
         desk.observer.client_done(self.t, len(tally.reported), len(tally.asked))
-        if len(readout.clients):
+        if len(readout.clients) and not tally.is_secret:
             desk.table.add(self.t + 1, fn.__name__, readout)
 
     def zero_message(

@@ -122,7 +122,7 @@ class Evaluation:
             return {}
         t, sent = state.t, state.sent
         # The guarantee of the client that has sent most.
-        is_own = self._mechanism.view == "client_update"
+        is_own = self._mechanism.view != "global_model"
         steps = int(sent.max()) if len(sent) and is_own else t
         default = privacy.default_delta(self._task.population)
         delta = self._experiment.defence.delta or default

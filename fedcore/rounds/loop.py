@@ -34,6 +34,8 @@ from fedcore.rounds.rundir import (
     write_settings,
 )
 from fedcore.rounds.saving import Saving, State, read_header
+from fedcore.rounds.secret import moments_alone
+from fedcore.rounds.secret_checks import refuse_change
 from fedcore.rounds.setup import MakeEngine, Parts, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
 from fedcore.rounds.tally import Exchange, Tally
@@ -118,6 +120,7 @@ class Loop:
         if resume:
             header = read_header(checkpoint, folder, experiment.rounds, back_to)
             self._changed = changed_rule(experiment, folder)
+            refuse_change(self._changed, folder)
             if header is None and (folder / "metrics.jsonl").exists():
                 observer.note(f"{folder} has no checkpoint yet: its run begins anew")
         parts = prepare(experiment, folder, make_engine, observer.note)
@@ -165,8 +168,10 @@ class Loop:
         state = _first_state(parts)
         if header is not None:
             state = self.saving.restore(header, state, self.task.device)
-        # What another rule kept says nothing to this one.
-        return state._replace(aggregation={}) if self._changed else state
+        if self._changed:
+            # What another rule kept says nothing to this one.
+            state = state._replace(aggregation=moments_alone(state.aggregation))
+        return state
 
     def close(self, is_writable: bool = True) -> None:
         try:
@@ -245,6 +250,8 @@ class Loop:
         server, problem = self._attempt(r)
         if problem is not None:
             self.memory.rollback()
+            if tally.is_secret and self.engine.states is not None:
+                self.engine.states.rollback()  # what nobody knows did not happen
             server, tally.is_skipped = self.state.server, True
             message = f"round {t + 1} left the model as it was: {problem}"
             self.notes.once("skipped", message)
@@ -294,7 +301,7 @@ class Loop:
             seed,
             self.rates,
             desk=self.desk,
-            tally=Tally(set(members), hides_scalars),
+            tally=Tally(set(members), hides_scalars, experiment.aggregation.secure),
             absent=members - present,
             aggregation=dict(self.state.aggregation),
             adversary=dict(self.state.adversary),
@@ -307,7 +314,8 @@ class Loop:
             with torch_seed(seed, "server", r.t, device=device):
                 server = self.method.round(self.state.server, r)
         except TooFewReports as error:
-            if r.tally.failed and not r.tally.reported:
+            is_secret = self.desk.receiving.secret is not None  # and says more itself
+            if r.tally.failed and not r.tally.reported and not is_secret:
                 return None, "no client sent a usable update"
             return None, str(error)
         server = trees.to(server, self.task.device)
@@ -344,7 +352,8 @@ def _first_state(parts: Parts) -> State:
     population, device = parts.task.population, parts.task.device
     server = parts.method.init_server(trees.to(parts.params, device), population)
     mechanism = parts.mechanism
-    counts_messages = mechanism is not None and mechanism.view == "client_update"
+    by_message = ("client_update", "secure_sum")
+    counts_messages = mechanism is not None and mechanism.view in by_message
     counts_messages |= parts.work.local.dp.is_active
     sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
     return State(0, trees.to(server, device), parts.process.start(), sent, {}, {})

@@ -18,6 +18,7 @@ from fedcore.engines.base import one_thread
 from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout
 from fedcore.errors import SettingsError, TooFewReports
+from fedcore.messages.secure import graph
 from fedcore.messages.secure.ask import (
     Ask,
     MaskingEngine,
@@ -81,8 +82,6 @@ class SecretSums:
 
         `clients` are some of those that were asked, ascending.
         """
-        from fedcore.messages.secure import graph
-
         n = len(clients)
         k = graph.degree(n, self.settings.neighbours)
         t = self.threshold(n)
@@ -102,9 +101,9 @@ class SecretSums:
         """t, the clients of n that have to stay to the end."""
         if self.settings.threshold is not None:
             return self.settings.threshold
-        from fedcore.messages.secure import graph
-
-        return graph.threshold(n, self.settings.neighbours)
+        usual = graph.threshold(n, self.settings.neighbours)
+        noising = self.sending.noising
+        return usual if noising is None else max(usual, noising.least)
 
     def check(self, ask: Ask, made: SecretTotal) -> None:
         """Raises TooFewReports where a sum is not to be used."""
@@ -235,6 +234,11 @@ def remember(
         moments = kept[REMEMBERED].clone()
     moments[made.clients] = made.moment
     kept[REMEMBERED] = moments
+
+
+def moments_alone(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of what the server keeps, that which devices are counted on to remember."""
+    return {name: kept[name] for name in (REMEMBERED,) if name in kept}
 
 
 def roster_of(

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from fedcore import engines, privacy, trees
 from fedcore.engines.base import Engine, Work
-from fedcore.messages.secure.sending import Sending
+from fedcore.messages.secure.sending import Noising, Sending
 from fedcore.method import Method
 from fedcore.rounds import hostile, refusals
 from fedcore.rounds.doors import Receiving
+from fedcore.rounds.noise import distributed_noise, mechanism_of
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.secret import SecretSums
+from fedcore.rounds.secret_checks import refuse_secret
 from fedcore.split import split
 from fedcore.statistics import refuse_shared, statistic_names
 from fedcore.storage.faults import writing
@@ -92,6 +94,11 @@ def prepare(
     work = work_of(experiment, task, method)
     work.adversary.refuse(method, experiment.method.name)
     hostile.refuse(experiment, work, process, note)
+    refuse_secret(experiment, work, process, params, note)
+    noising = distributed_noise(experiment, work, process, params, note)
+    if noising is not None:
+        mechanism = mechanism_of(noising)
+        work = work_of(experiment, task, method, noising)
     if statistic_names(task.model):
         server = method.init_server(params, task.population)
         refuse_shared(task.model, server.params)
@@ -121,11 +128,21 @@ def prepare(
     )
 
 
-def work_of(experiment: Experiment, task: Task, method: Method[Any]) -> Work:
-    """The work of the clients of an experiment, as its settings have it."""
-    sending = None
-    if experiment.aggregation.secure:
-        sending = Sending(method, task, experiment.aggregation, experiment.seed)
+def work_of(
+    experiment: Experiment,
+    task: Task,
+    method: Method[Any],
+    noising: Noising | None = None,
+    draws_secretly: bool = False,
+) -> Work:
+    """The work of the clients of an experiment, as its settings have it.
+
+    With `noising` they add noise to what is summed in secret. With `draws_secretly`
+    DP-SGD draws from the operating system, as devices do.
+    """
+    sending, rules = None, experiment.aggregation
+    if rules.secure:
+        sending = Sending(method, task, rules, experiment.seed, noising)
     return Work(
         task,
         method,
@@ -136,6 +153,7 @@ def work_of(experiment: Experiment, task: Task, method: Method[Any]) -> Work:
         experiment.adversary,
         rounds=experiment.rounds,
         sending=sending,
+        draws_secretly=draws_secretly,
     )
 
 

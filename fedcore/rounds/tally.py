@@ -41,6 +41,7 @@ class Tally:
     asked: set[int]
     # Clients add noise, so that their scalars say nothing, and are not logged.
     hides_scalars: bool = False
+    is_secret: bool = False  # of messages nothing is known but sums
     reported: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)  # client -> kind of reason
     failed_in: dict[int, str] = field(default_factory=dict)  # client -> function

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from fedcore import method as methods
+from fedcore import methods
 from fedcore.errors import SettingsError
 from fedcore.escapes import shortened
 from fedcore.settings.overrides import Override

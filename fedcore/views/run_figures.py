@@ -27,6 +27,7 @@ from fedcore.views.figures import (
     ticks,
 )
 from fedcore.views.run_record import Measured, RunRecord
+from fedcore.views.secret_text import average_of_training
 from fedcore.views.text import PERCENT, shortened, time_text, value_text
 
 __all__ = ["partition_text", "sections"]
@@ -72,7 +73,7 @@ def _learning(run: RunRecord) -> list[Plot]:
         for key in row:
             if key.startswith("test_"):
                 measures.add(key.removeprefix("test_"))
-    plots = []
+    plots, average = [], average_of_training(run.history)
     order = list(dict.fromkeys([*run.history.measures, *sorted(measures)]))
     for measure in [name for name in order if name in measures]:
         test = thin(run.history.points(f"test_{measure}"))
@@ -81,16 +82,16 @@ def _learning(run: RunRecord) -> list[Plot]:
         for name in run.history.extra_tests:
             others[name] = thin(run.history.points(f"{name}_{measure}"))
         if test or train:
-            plots.append(_by_round(measure, test, train, others))
+            plots.append(_by_round(measure, test, train, others, average))
         if test and has_sent:
             plots.append(_by_bytes(run.history, measure, test))
     return plots
 
 
 def _by_round(
-    measure: str, test: Points, train: Points, others: dict[str, Points]
+    measure: str, test: Points, train: Points, others: dict[str, Points], average: str
 ) -> Plot:
-    """The test set, the clients while they train, and other test sets by name."""
+    """The test set, the clients' `average` in training, and other test sets by name."""
     figure, axes = new_figure()
     axes.set(xlabel="round", ylabel=measure)
     if train:
@@ -99,7 +100,7 @@ def _by_round(
             color=SERIES[9],
             linewidth=1.1,
             marker="o" if len(train) == 1 else "",
-            label="training, median over the cohort",
+            label=f"training, {average} over the cohort",
         )
     drawn = {name: curve for name, curve in others.items() if curve}
     for number, (name, curve) in enumerate(drawn.items()):
@@ -117,7 +118,7 @@ def _by_round(
         sentences.append(f"On the test set, {reached} at the end.")
     if train:
         sentences.append(
-            "Training: the median of the cohort's clients while they train."
+            f"Training: the {average} of the cohort's clients while they train."
         )
     if drawn:
         names = ", ".join(f'"{name}"' for name in drawn)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedcore import method as methods
+from fedcore import methods
 from fedcore.config import Experiment
 from fedcore.errors import FedcoreError, SettingsError
-from fedcore.privacy import COVERS
+from fedcore.privacy import covers
 from fedcore.rounds import example_privacy
 from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.history import History
@@ -112,7 +112,7 @@ def read_run(folder: Path) -> RunRecord:
         notes.append(f"This run is not finished. Go on with: {command}")
     environment = _environment(folder, notes)
     if (spent := history.last("privacy")) is not None:
-        notes.append(COVERS[spent["view"]])
+        notes.append(covers(spent))
     if history.last("privacy_examples") is not None:
         notes.append(example_privacy.COVERS)
     clients = _last_evaluation(folder, len(history), "evaluate", notes)

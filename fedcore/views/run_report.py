@@ -25,6 +25,7 @@ from fedcore.views.figures import STYLE, thin
 from fedcore.views.page import Fact, render
 from fedcore.views.run_figures import partition_text, sections
 from fedcore.views.run_record import RunRecord, read_run
+from fedcore.views.secret_text import secret_text
 from fedcore.views.text import (
     count_text,
     direction_text,
@@ -121,6 +122,7 @@ def summary(run: RunRecord) -> str:
         f"{_training_text(run)}. {_cohort_text(run)}",
         _attack_text(run.settings.get("adversary", {})),
         _rule_text(run.settings.get("aggregation", {})),
+        _sums_text(run),
         _test_text(run),
         _clients_text(run),
         _tuned_text(run),
@@ -188,6 +190,12 @@ def _rule_text(aggregation: dict[str, Any]) -> str:
     elif "fraction" in aggregation:
         text += f", with f = {100 * aggregation['fraction']:.3g} % of the clients asked"
     return f"{text}."
+
+
+def _sums_text(run: RunRecord) -> str:
+    """What the server could read, where that was sums alone."""
+    text = secret_text(run.history, run.settings.get("engine", {}).get("name", ""))
+    return f"The server could read {text}." if text else ""
 
 
 def _test_text(run: RunRecord) -> str:

@@ -29,6 +29,7 @@ from fedcore.rounds.example_privacy import described
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.storage.memory import size_text
+from fedcore.views.secret_text import secret_text
 from fedcore.views.text import PERCENT, rate_text, time_text, value_text
 
 __all__ = ["AuditTerminal", "Terminal", "show_result"]
@@ -300,6 +301,9 @@ def show_result(result: Result, report: Path | None) -> None:
         lines["failing"] = _failing_text(failing, result.history[-1]["num_failing"])
     if result.late_answers:
         lines["late answers"] = str(result.late_answers)
+    readable = secret_text(history, result.engine)
+    if readable:
+        lines["the server reads"] = readable
     if "privacy" in final:
         lines["privacy"] = ", ".join(privacy.describe(final["privacy"]))
     if "privacy_examples" in final:

@@ -144,6 +144,22 @@ def test_flwr_run_computes_what_sequential_computes(
     assert "grid of 4 Flower nodes" in log
 
 
+def test_secure_sums_go_on_in_whichever_worker_the_next_message_meets(
+    clone: Path, flwr: Flwr, tmp_path: Path
+) -> None:
+    settings = [*SETTINGS, "aggregation.secure=true", "engine.min_clients=4"]
+    before = set(clone.glob("runs/*"))
+    log = flwr("run", ".", "--stream", *run_config(settings), *NODES)
+    (folder,) = set(clone.glob("runs/*")) - before
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    given = [*settings, "engine.name=sequential"]
+    one = run(Experiment.load("strategies/fedavg.toml", given), tmp_path / "run")
+    assert all(row["dropped"] == {} for row in rows), log
+    assert rows[-1]["test_loss"] == one.final["test_loss"], log
+    assert rows[-1]["client_loss"] == one.final["client_loss"], log
+
+
 def test_a_setting_that_cannot_be_used_fails_the_run_with_one_clear_line(
     flwr: Flwr,
 ) -> None:

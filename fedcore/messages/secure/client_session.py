@@ -161,6 +161,7 @@ class ClientSession:
             raise Refused(f"asked as client {client}, and this is {identity.client}")
         self.client = client
         self.terms = terms
+        self.weights = list(weights)
         self._terms_digest = terms.digest(down)
         self._expected = Expected(
             client, terms, self._terms_digest, list(weights), identity

@@ -13,7 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import (
+    Cipher,
+    CipherContext,
+    algorithms,
+    modes,
+)
 
 from fedcore.messages.secure.primitives import Secret, derived
 
@@ -34,7 +39,7 @@ Vector = npt.NDArray[np.uint8]  # [4 d + 8 s]
 Numbers = npt.NDArray[np.uint32]  # [d]
 Words = npt.NDArray[np.uint64]  # [s]
 
-BLOCK = 1 << 17  # bytes of a stream at a time: they, and their sum, stay in the cache
+BLOCK = 1 << 18  # bytes of a stream at a time: they, and their sum, stay in the cache
 _ZEROS = memoryview(bytes(BLOCK))
 
 
@@ -87,9 +92,8 @@ def add_masks(vector: Vector, numbers: int, masks: Sequence[Mask]) -> None:
     """Add masks to a vector in place, or subtract those that are not added."""
     streams = []
     for mask in masks:
-        cipher = Cipher(algorithms.AES(mask.key), modes.CTR(bytes(16)))
         change = np.add if mask.is_added else np.subtract
-        streams.append((cipher.encryptor(), change))
+        streams.append((_stream(mask.key), change))
     target = bytearray(BLOCK + 16)  # the library wants a block to spare
     stream = np.frombuffer(target, np.uint8)
     for part in parted(vector, numbers):
@@ -100,3 +104,8 @@ def add_masks(vector: Vector, numbers: int, masks: Sequence[Mask]) -> None:
             for encryptor, change in streams:
                 encryptor.update_into(_ZEROS[: block.nbytes], target)
                 change(block, drawn, out=block)
+
+
+def _stream(key: bytes, counter: bytes = bytes(16)) -> CipherContext:
+    """AES-256 in counter mode: of zeros, the stream of a key."""
+    return Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()

@@ -19,6 +19,7 @@ With noise of the clients only word 2 is sent, and no scalar: noise protects nei
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -67,6 +68,11 @@ class Noising(Protocol):
         """What a sum is divided by for a mean, whoever is in it."""
         ...
 
+    @property
+    def least(self) -> int:
+        """Clients in a sum without which it has too little noise."""
+        ...
+
     def numbers(self, vector: Tensor, function: str, t: int, client: int) -> Tensor:
         """The vector [d] float64, all tensors together, as noised integers, int32."""
         ...
@@ -95,6 +101,12 @@ class Sending:
         self._bounds = Bounds(settings, is_devices=False)
         self.max_examples = settings.max_examples or EXAMPLES
         self.measures = Measures(task)
+
+    def with_noise(self, noising: Noising) -> Sending:
+        """The same, of a client that adds this noise."""
+        other = copy.copy(self)
+        other.noising = noising
+        return other
 
     @property
     def cap(self) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import math
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["SecureSettings"]
 
@@ -28,3 +30,14 @@ class SecureSettings(BaseModel):
         ge=2,
         description="t, neighbours that have to stay to the end; default: two thirds",
     )
+
+    @model_validator(mode="after")
+    def _a_power_of_two(self) -> SecureSettings:
+        mantissa, exponent = math.frexp(self.reach)
+        if mantissa != 0.5:
+            raise ValueError(
+                f"reach = {self.reach:g}: expected a power of two, so that numbers "
+                f"are exact in every engine; take {2.0 ** (exponent - 1):g} or "
+                f"{2.0**exponent:g}"
+            )
+        return self

@@ -1,0 +1,111 @@
+"""The work that one message of the server asks for, and where clients keep state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+
+from fedcore import trees
+from fedcore.engines.base import Work, one_thread
+from fedcore.errors import RunError
+from fedcore.messages import wire
+from fedcore.method import evaluates
+from fedcore.types import ClientFunction, Tree
+
+from .store import Moment, Store
+
+
+class Assignment:
+    """A client function, with what the server sent for it."""
+
+    def __init__(self, message: Message, context: Context, work: Work) -> None:
+        """Raises whatever is wrong with the message, or with this node."""
+        ask: Any = message.content["work"]
+        self.t = int(ask["t"])
+        self.moment = Moment(self.t, int(ask.get("k", 0)))
+        self.safe = int(ask.get("safe", self.t))
+        self.work = work
+        self.fn = client_function(work, str(ask["function"]))
+        down, _ = wire.schemas(self.fn)
+        self.record = arrays_in(message.content, "down")
+        arrived = wire.decode(self.record, down)
+        self.down = trees.to(arrived, work.task.device)
+        self.initial = work.first_state(work.task.init_params())
+        keeps_state = bool(trees.leaves(self.initial))
+        self.store = store_of(context, ask) if keeps_state else None
+
+    def do(self, client: int) -> tuple[ArrayRecord, int]:
+        """The client's message, and the number of its examples; its state is kept."""
+        up, state = self.run(client)
+        is_secret = self.work.sending is not None
+        if is_secret and trees.leaves(up):
+            raise RunError(
+                "aggregation.secure = true in this run: a client sends what it has "
+                "learned into sums alone, and was asked for it in the clear"
+            )
+        record = wire.encode(up)
+        self.keep_state(client, state)
+        # Work without a message tells nothing, nor how many examples there are.
+        return record, 0 if is_secret else self.count(client)
+
+    def run(self, client: int) -> tuple[Tree, Tree]:
+        """(the client's message, its new state, which is not kept yet)."""
+        state = self.initial
+        if self.store is not None:
+            state = self.store.load(client, self.moment, self.initial)
+        state = trees.to(state, self.work.task.device)
+        with one_thread():
+            return self.work.one(self.fn, client, self.down, state, self.t)
+
+    def keep_state(self, client: int, state: Tree) -> None:
+        """Write the state after this work, where the method has one."""
+        if self.store is not None and not evaluates(self.fn):
+            self.store.save(client, self.moment, state, self.safe)
+
+    def count(self, client: int) -> int:
+        """The number of the client's examples, or the sum of their sizes."""
+        count = float(self.work.num_examples(self.fn, [client]))
+        if not count.is_integer():
+            raise RunError(
+                f"the sizes of its examples add up to {count:g}: devices count in "
+                "whole numbers; give the task a size of whole numbers"
+            )
+        return int(count)
+
+
+def client_function(work: Work, name: str) -> ClientFunction:
+    """The method's function of this name. Raises RunError where it is none."""
+    fn: Any = getattr(work.method, name, None)
+    if not hasattr(fn, "client_data"):
+        module = type(work.method).__module__
+        raise RunError(f'{module} has no client function "{name}"')
+    function: ClientFunction = fn
+    return function
+
+
+def store_of(context: Context, ask: Any) -> Store:
+    """The states of this node's clients.
+
+    They are in the directory of this device, or in the server's if that is here.
+    """
+    node = context.node_config
+    if folder := str(node.get("state", "")):
+        federation, series = node.get("federation", ""), ask.get("series", "")
+        return Store(Path(folder), str(federation), str(series))
+    folder = str(ask.get("state", ""))
+    if not folder or not Path(folder).is_dir():
+        raise RunError(
+            "this method keeps state on clients, or its sums are secret ones, and "
+            'this node has no directory for it: add state="DIR" to --node-config'
+        )
+    return Store(Path(folder), "", "", sync=False)  # it goes when the run ends
+
+
+def arrays_in(records: RecordDict, key: str) -> ArrayRecord:
+    """The arrays under a name. Raises WireError."""
+    record = records.get(key)
+    if not isinstance(record, ArrayRecord):
+        raise wire.WireError(f'no arrays under "{key}"')
+    return record

@@ -350,3 +350,14 @@ def test_a_message_is_the_same_alone_and_among_others() -> None:
         assert_close(trees.at(together, i), up, 1e-13)
     unmoved = trees.at(together, 2).delta
     assert equal(unmoved, trees.zeros_like(unmoved))
+
+
+def test_a_step_is_divided_by_what_is_expected_and_never_by_what_was_drawn() -> None:
+    task = task_of([2, 12, 40])
+    e = small("fedavg", local__dp={"clip": 0.5}, local__batch_size=5)
+    work = Work(task, e.build_method(), e.local, e.seed)
+    size = work.batches(work.method.train, [0, 1, 2], 0).drawn.size  # type: ignore[union-attr]
+    assert size.sum(0).tolist() == [12, 10, 10, 5, 5, 5, 5, 5]  # 2 + 5 + 5 first
+    by_rate = LocalSettings(dp={"clip": 1.0, "rate": 0.05})  # type: ignore[arg-type]
+    assert by_rate.expected_batch(40) == 2
+    assert by_rate.expected_batch(10) == 1  # a step is never longer than one example's

@@ -124,8 +124,10 @@ def clipped_sum(
         return slope
 
     slopes = vmap(slope_of, randomness="different")(x, y)  # each [B, ...]
-    squares = [g.reshape(len(mask), -1).square().sum(1) for g in slopes.values()]
-    norm = torch.stack(squares).sum(0).sqrt()
+    # Of each by itself first, without its squares in memory.
+    flat = [g.reshape(len(mask), -1) for g in slopes.values()]
+    norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat])
+    norm = norms.square().sum(0).sqrt()
     share = (bound / norm.clamp(min=TINY)).clamp(max=1) * mask
     return {name: torch.tensordot(share.to(g), g, 1) for name, g in slopes.items()}
 

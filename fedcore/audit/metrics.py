@@ -193,7 +193,7 @@ def label_accuracy(found: Tensor, true: Tensor) -> dict[str, float]:
 
 
 def membership(members: Tensor, others: Tensor) -> dict[str, Any]:
-    """AUC of scores [n], [m], and true positives at 1 % false positives."""
+    """AUC of scores [n], [m], and true positives at 1 and 0.1 % false positives."""
     combined = torch.cat([members, others]).double().numpy()
     ranks = stats.rankdata(combined)[: len(members)]
     n, m = len(members), len(others)
@@ -203,13 +203,15 @@ def membership(members: Tensor, others: Tensor) -> dict[str, Any]:
         "members": n,
         "others": m,
         "tpr_at_1_percent_fpr": true_positives(members, others, 0.01),
+        "tpr_at_0.1_percent_fpr": true_positives(members, others, 0.001),
     }
 
 
 def true_positives(members: Tensor, others: Tensor, rate: float) -> dict[str, float]:
     """Share of members above the threshold that at most `rate` of the others exceed.
 
-    With a 95 % Clopper-Pearson interval.
+    With a 95 % Clopper-Pearson interval, and `fpr_high`: up to where the true rate of
+    false positives may lie, at 95 % too. Few others say little of a low rate.
     """
     allowed = int(rate * len(others) + 1e-9)
     highest = others.double().sort(descending=True).values
@@ -217,10 +219,15 @@ def true_positives(members: Tensor, others: Tensor, rate: float) -> dict[str, fl
     if allowed < len(others):
         hits = int((members.double() > highest[allowed]).sum())
     interval = stats.binomtest(hits, len(members)).proportion_ci(0.95, "exact")
+    wrong = 0
+    if allowed < len(others):
+        wrong = int((others.double() > highest[allowed]).sum())
+    false = stats.binomtest(wrong, len(others), alternative="less")
     return {
         "value": hits / len(members),
         "low": float(interval.low),
         "high": float(interval.high),
+        "fpr_high": float(false.proportion_ci(0.95, "exact").high),
     }
 
 

@@ -33,6 +33,13 @@ Labels = Literal["recovered", "oracle", "soft"]
 
 # The settings of IG with which the authors of SME compare their attack.
 SME_AUTHORS_IG = {"lr": 1.0, "tv": 0.01}
+# Reference models of RMIA for each exchange.
+REFERENCES: dict[Budget, int] = {
+    "quick": 4,
+    "standard": 8,
+    "thorough": 16,
+    "paper": 8,
+}
 # "paper" is every attack in its own paper's settings.
 BUDGETS: dict[Budget, dict[str, dict[str, Any]]] = {
     "quick": {
@@ -71,6 +78,11 @@ class Plan:
     images: bool = True  # show images in the report
     clients: int = 4  # of a cell
     seed: int = 0
+
+    @property
+    def references(self) -> int:
+        """Reference models of membership inference, for each exchange."""
+        return REFERENCES[self.budget]
 
     @property
     def image_attacks(self) -> list[str]:

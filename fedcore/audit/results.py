@@ -77,13 +77,15 @@ class MembershipResult(TypedDict, total=False):
 
     ok: Required[bool]
     error: str
-    best: Literal["loss_drop", "gradient", "base"]
+    best: Literal["loss_drop", "gradient", "base", "rmia"]
     auc: float
     exchanges: int
     grade: str
     loss_drop: dict[str, Any]
     gradient: dict[str, Any]
     base: dict[str, Any]  # of text
+    rmia: dict[str, Any]  # with reference models
+    left_out: dict[str, str]  # scores that there are not: why
 
 
 class Best(TypedDict):

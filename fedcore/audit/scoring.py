@@ -20,6 +20,7 @@ from fedcore import trees
 from fedcore.audit import metrics
 from fedcore.audit.attacks import membership
 from fedcore.audit.attacks.base import Reconstruction
+from fedcore.audit.attacks.rmia import reference_scores
 from fedcore.audit.attacks.tokens import Tokens
 from fedcore.audit.observe import CPU, Observation, Subject, Truth
 from fedcore.audit.plan import Plan
@@ -266,7 +267,14 @@ class Scoring:
         x = trees.map(lambda a, b: torch.cat([a, b]), truth.x, others.x)
         y = torch.cat([truth.y, others.y])
         n = len(truth.y)
-        scores = membership.scores([*before, seen], x, y)
+        exchanges, left_out = [*before, seen], {}
+        scores = membership.scores(exchanges, x, y)
+        wanted, seed = self.plan.references, self.plan.seed
+        found = reference_scores(exchanges, x, y, self._public(), wanted, seed)
+        if isinstance(found, str):
+            left_out["rmia"] = found
+        else:
+            scores["rmia"] = found
         strange = ~torch.stack(list(scores.values())).isfinite().all(0)
         if strange.any():
             why = (
@@ -281,6 +289,8 @@ class Scoring:
         auc = by_score[best]["auc"]
         result = {"ok": True, "best": best, "auc": auc, "exchanges": len(before) + 1}
         result["grade"] = metrics.letter(max(0.0, 2 * auc - 1))
+        if left_out:
+            result["left_out"] = left_out
         return cast(MembershipResult, result | by_score)
 
     def _public(self) -> Truth:

@@ -80,6 +80,13 @@ UNTRIED = (
     "Tokens in what comes up of layers that are neither the embedding nor the output, "
     "as the factors of adapters.",
 )
+ENOUGH = 1000  # non-members from which on a false alarm in a thousand can be seen
+SCORES = {
+    "loss_drop": "the fall of the loss",
+    "gradient": "the gradient",
+    "base": "the loss of the published model",
+    "rmia": "reference models (RMIA)",
+}
 LABELS_SEEN = {
     "recovered": "No labels: they were worked out from the update.",
     "oracle": "The true labels, granted for this audit. That makes it an upper bound.",
@@ -414,9 +421,13 @@ def _membership(client: ClientResult) -> str:
         return ""
     if not test["ok"]:
         return f"Membership: not tested, {test['error']}."
-    rate = test[test["best"]]["tpr_at_1_percent_fpr"]
-    return (
+    best = test[test["best"]]
+    rate, low = best["tpr_at_1_percent_fpr"], best.get("tpr_at_0.1_percent_fpr")
+    text = (
         f"Membership: AUC {test['auc']:.2f} where 0.5 is guessing; "
         f"{rate['value']:.0%} of the members at 1% false alarms "
-        f"({rate['low']:.0%} to {rate['high']:.0%})."
+        f"({rate['low']:.0%} to {rate['high']:.0%})"
     )
+    if low is not None and best["others"] >= ENOUGH:
+        text += f", {low['value']:.0%} at 0.1% ({low['low']:.0%} to {low['high']:.0%})"
+    return f"{text}, by {SCORES[test['best']]}."

@@ -14,6 +14,8 @@ import torch
 from fedcore import trees
 from fedcore.errors import RunError, TooFewReports
 from fedcore.rng import torch_seed
+from fedcore.rounds import canary_bound
+from fedcore.rounds.canaries import Planted, PlantedRound
 from fedcore.rounds.captures import Captures
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.diagnosis import causes, fruitless_text
@@ -129,7 +131,7 @@ class Loop:
         self.task, self.method, self.process = parts.task, parts.method, parts.process
         self.rates = parts.rates
         self.engine, self.memory = parts.engine, parts.memory
-        self.stores = parts.stores
+        self.stores, self.canaries = parts.stores, parts.canaries
         self.clients = ClientTable(folder)
         self.captures = Captures(folder, experiment, self.method)
         self.saving = Saving(checkpoint, parts, self.clients)
@@ -276,7 +278,10 @@ class Loop:
             row["late_answers"] = self.engine.late - late
         if t == 0:
             row["first_round_s"] = round(now - self.begin, 3)
+        if problem is None and isinstance(r, PlantedRound):
+            row |= r.row(self.state.server.params, server.params)
         row |= self._evaluation.due(after, self.folder)
+        row |= self._measured_privacy(row)
         # Last, so that a stop within the evaluation leaves the whole round undone. A
         # client has done its work, whatever became of the round.
         for store in self.stores.values():
@@ -292,7 +297,7 @@ class Loop:
         present = frozenset(answering(cohort, dropout, seed, t).tolist())
         hides_scalars = experiment.defence.noise_multiplier > 0
         hides_scalars |= experiment.local.dp.is_active
-        return OpenRound(
+        r = OpenRound(
             t,
             cohort,
             self.task.population,
@@ -306,6 +311,22 @@ class Loop:
             aggregation=dict(self.state.aggregation),
             adversary=dict(self.state.adversary),
         )
+        if self.canaries is None:
+            return r
+        return PlantedRound(**vars(r), canaries=self.canaries, planted=Planted())
+
+    def _measured_privacy(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What canaries say of the guarantee in this row, where there are both."""
+        if self.canaries is None or "privacy" not in row:
+            return {}
+        scores = canary_bound.Scores.joined([*self.history.rows, row])
+        if scores.number == 0:
+            return {}
+        found = canary_bound.measured(scores, row["privacy"])
+        if found["alarm"]:
+            text, meaning = canary_bound.describe(found)
+            self.notes.once("canaries", f"canaries: {text}; {meaning}")
+        return {"canaries": found}
 
     def _attempt(self, r: OpenRound) -> tuple[Any, str | None]:
         """(the server's state after the round, why it cannot be used)."""

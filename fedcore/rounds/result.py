@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedcore.task import Task
 
 WHOLE = ("measures", "extra_tests", "sample")
-LAST = ("test_", "client_", "finetuned_", "nmsd_", "privacy")
+LAST = ("test_", "client_", "finetuned_", "nmsd_", "privacy", "canaries")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from fedcore.engines.base import Engine, Work
 from fedcore.messages.secure.sending import Noising, Sending
 from fedcore.method import Method
 from fedcore.rounds import hostile, refusals
+from fedcore.rounds.canaries import Canaries, canaries_of
 from fedcore.rounds.doors import Receiving
 from fedcore.rounds.noise import distributed_noise, mechanism_of
 from fedcore.rounds.participation import Process
@@ -55,6 +56,7 @@ class Parts(NamedTuple):
     engine: Engine
     memory: StateStore  # rows that the server keeps of single clients
     receiving: Receiving
+    canaries: Canaries | None  # planted to measure what the run gives away
 
     @property
     def stores(self) -> dict[str, StateStore]:
@@ -125,6 +127,7 @@ def prepare(
         engine=engine,
         memory=StateStore(memory_row, ram, spill, task.device),
         receiving=_receiving(experiment, work, process, folder),
+        canaries=canaries_of(experiment, work, mechanism),
     )
 
 
@@ -138,7 +141,7 @@ def work_of(
     """The work of the clients of an experiment, as its settings have it.
 
     With `noising` they add noise to what is summed in secret. With `draws_secretly`
-    DP-SGD draws from the operating system, as devices do.
+    DP-SGD draws from the operating system, and not from the run's seed.
     """
     sending, rules = None, experiment.aggregation
     if rules.secure:

@@ -14,6 +14,7 @@ from matplotlib import rc_context
 from fedcore import __version__
 from fedcore.errors import FedcoreError
 from fedcore.privacy import describe
+from fedcore.rounds import canary_bound
 from fedcore.rounds.example_privacy import described
 from fedcore.rounds.history import History
 from fedcore.rounds.tally import first_clients
@@ -348,6 +349,9 @@ def _cost_facts(run: RunRecord) -> list[Fact]:
         facts.append(Fact("privacy", *describe(spent)))
     if of_examples := history.last("privacy_examples"):
         facts.append(Fact("privacy of examples", *described(of_examples)))
+    found = history.last("canaries")
+    if found:
+        facts.append(Fact("measured by canaries", *canary_bound.describe(found)))
     seconds = history.total("seconds") + history.total("evaluation_s")
     speed = f"{rate_text(history.clients_per_second)} clients a second"
     facts.append(Fact("time", time_text(seconds), f"{speed} without evaluation"))

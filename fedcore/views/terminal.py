@@ -25,6 +25,7 @@ from fedcore import privacy
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine
 from fedcore.escapes import escaped
+from fedcore.rounds import canary_bound
 from fedcore.rounds.example_privacy import described
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
@@ -309,6 +310,8 @@ def show_result(result: Result, report: Path | None) -> None:
     if "privacy_examples" in final:
         spent = final["privacy_examples"]
         lines["privacy of examples"] = ", ".join(described(spent))
+    if "canaries" in final:
+        lines["measured"] = ", ".join(canary_bound.describe(final["canaries"]))
     lines["parameters"] = f"sha256 {result.params_sha256[:16]}"
     lines["report"] = str(report or "-")
     width = max(21, 2 + max(map(len, lines)))

@@ -194,3 +194,20 @@ def test_rates_come_with_exact_intervals() -> None:
         assert rate["high"] == pytest.approx(stats.beta.ppf(0.975, 31, 10))
         expected = stats.beta.ppf(0.95, allowed + 1, 2000 - allowed)
         assert rate["fpr_high"] == pytest.approx(expected)
+
+
+def test_references_count_for_examples_that_they_did_not_train_on() -> None:
+    _, subjects = audited(epochs=1, examples=8)
+    seen, truth = subjects[0].seen, subjects[0].truth
+    assert truth is not None
+    # Two public examples, of which a reference trains on one.
+    public = Truth(truth.x[:2], truth.y[:2])
+    pool = Pool(public, torch.ones(2, dtype=torch.float64), 1)
+    draw = torch.Generator().manual_seed(0)
+    found = rmia._likelihoods(seen, truth, pool, 6, draw)
+    assert found.is_out[:, 2:].all()
+    assert found.is_out[:, :2].sum(1).tolist() == [1] * 6
+    # An example that a reference trained on is likelier there than elsewhere.
+    for row in range(2):
+        logs, is_out = found.references[:, row], found.is_out[:, row]
+        assert logs[~is_out].mean() > logs[is_out].mean()

@@ -21,9 +21,10 @@ from fedcore.messages.secure import distributed
 from fedcore.messages.secure.discrete import discrete_gaussian
 from fedcore.methods import load
 from fedcore.privacy import epsilon_prv
-from fedcore.rounds.canaries import LONGER, Canaries, Seen
+from fedcore.rounds.canaries import LONGER, Canaries
 from fedcore.rounds.canary_bound import (
     Scores,
+    Seen,
     describe,
     estimate,
     gaussian_delta,
@@ -265,6 +266,14 @@ def test_canaries_that_are_only_heard_change_nothing() -> None:
     without = outcome_of(planted(NOISY_MESSAGES, rounds=2, audit__canaries=0))
     assert heard.params_sha256 == without.params_sha256
     assert heard.final["canaries"]["observations"] == 40
+
+
+@pytest.mark.slow
+def test_workers_change_nothing_of_what_canaries_find() -> None:
+    one = outcome_of(planted(rounds=2))
+    other = outcome_of(planted(rounds=2, engine__name="ray", engine__workers=2))
+    assert one.params_sha256 == other.params_sha256
+    assert one.final["canaries"] == other.final["canaries"]
 
 
 @pytest.mark.parametrize("kind", [{}, NOISY_MESSAGES], ids=["model", "message"])

@@ -63,7 +63,8 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
     refuse_missing_base(experiment)
     task = build_task(experiment).to(device_for(experiment.engine))
     task.check()
-    return setup.work_of(experiment, task, experiment.build_method())
+    method = experiment.build_method()
+    return setup.work_of(experiment, task, method, draws_secretly=True)
 
 
 def refuse_missing_base(experiment: Experiment) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fedcore import optimizers, trees
+from fedcore.dpsgd import clipped_sum
+from fedcore.errors import SettingsError
 from fedcore.optimizers import (
     PLAIN,
     Moments,
@@ -113,7 +116,8 @@ def local_sgd(
     params take no such step, but become what the forward makes of them.
 
     With `[local]` settings of the run g passes clipping before the momentum, or the
-    optimizer in its place, and `lr` follows the schedule.
+    optimizer in its place, and `lr` follows the schedule; with `[local.dp]` it is the
+    noised one of `fedcore.dpsgd`, and no loss comes back.
     """
     session = optimizers.now()
     recipe = PLAIN if session is None else session.recipe
@@ -132,8 +136,10 @@ def local_sgd(
     constants = _Constants(fixed or {}, correction or {}, center, rate, share)
     steps = total = torch.zeros((), dtype=wide(params), device=batches.mask.device)
     own: Params = {}  # of the last step, which the next one may overwrite
-    for batch in trees.unbind(batches):
-        inputs = _Inputs(y, v, constants, *batch, steps if recipe.warmup else ())
+    draws = _draws(loss, session, params, len(batches.mask))
+    for batch, drawn in zip(trees.unbind(batches), draws, strict=False):
+        done = steps if recipe.warmup else ()
+        inputs = _Inputs(y, v, constants, *batch, done, drawn)
         if runner is None:
             y, v, real, value = step(inputs)
         else:
@@ -145,6 +151,20 @@ def local_sgd(
     if session is not None:
         session.end(v if isinstance(v, Moments) else None)
     return LocalWork(y, steps, total / steps.clamp(min=1))
+
+
+def _draws(
+    loss: Loss, session: Session | None, params: Params, steps: int
+) -> Iterable[Tree]:
+    """(size, noise) of each step of DP-SGD; () of other steps."""
+    if session is None or session.recipe.examples is None:
+        return itertools.repeat(())
+    if _task_of(loss) is None:
+        raise SettingsError(
+            "local.dp bounds the gradient of the task's own loss, and this method "
+            "trains on another: leave local.dp out, or choose another method"
+        )
+    return session.take(steps, params)
 
 
 class _Hooks(NamedTuple):
@@ -192,6 +212,7 @@ class _Inputs(NamedTuple):
     target: Tensor
     mask: Tensor
     done: Tree  # real steps before this one, 0-d, where the step size rises
+    drawn: Tree = ()  # (size, noise) of DP-SGD
 
 
 class _Outputs(NamedTuple):
@@ -223,8 +244,13 @@ def _task_of(loss: Loss) -> Task | None:
 
 def _step(loss: Loss, weigh: Weigh | None, hooks: _Hooks, inputs: _Inputs) -> _Outputs:
     y, constants, recipe = inputs.y, inputs.constants, hooks.recipe
-    real = (inputs.mask.sum() > 0).to(wide(y))
-    slope, value, statistics = _gradient(loss, weigh, recipe, inputs)
+    if recipe.examples is None:
+        real = (inputs.mask.sum() > 0).to(wide(y))
+        slope, value, statistics = _gradient(loss, weigh, recipe, inputs)
+    else:
+        size, _ = inputs.drawn  # a step without an example is one as well
+        real = (size > 0).to(wide(y))
+        slope, value, statistics = _noised(loss, recipe, inputs)
     if constants.correction:
         slope = trees.add(slope, constants.correction)
     if hooks.prox:
@@ -285,6 +311,40 @@ def _gradient(
         part, mean, _ = of(x, target, mask)
         slope, value = trees.axpy(share, part, slope), value + share * mean
     return slope, value, {}
+
+
+def _noised(
+    loss: Loss, recipe: Recipe, inputs: _Inputs
+) -> tuple[Params, Tensor, Params]:
+    """(gradient of DP-SGD, 0 in place of a loss, no statistics) at y.
+
+    The loss of single examples would say of them what the gradient must not.
+    """
+    assert recipe.examples is not None
+    bound, deviation = recipe.examples
+    one = torch.ones_like(inputs.mask[:1])
+
+    def of_one(y: Params, x: Tree, target: Tensor) -> Tensor:
+        params = {**inputs.constants.fixed, **y}
+        if not recipe.is_rounded:
+            return loss(params, x, target, one)
+        with rounded(one.device):
+            return loss(params, x, target, one)
+
+    total = trees.zeros_like(inputs.y)
+    width = max(-(-len(inputs.mask) // recipe.micro), 1)
+    for start in range(0, len(inputs.mask), width):
+        rows = slice(start, start + width)
+        x, target, mask = trees.at((inputs.x, inputs.target, inputs.mask), rows)
+        part = clipped_sum(of_one, inputs.y, x, target, mask, bound)
+        total = trees.add(total, part)
+    size, noise = inputs.drawn
+    if noise:
+        total = trees.axpy(deviation, noise, total)
+    # Of a step that is padding, 0 / 0 would not be 0.
+    share = torch.where(size > 0, 1 / size.clamp(min=1), 0)
+    slope: Params = trees.map(lambda g: g * share.to(g), total)
+    return slope, torch.zeros_like(size).to(wide(inputs.y)), {}
 
 
 def _share(recipe: Recipe, inputs: _Inputs, real: Tensor) -> Tensor:

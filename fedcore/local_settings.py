@@ -36,6 +36,17 @@ class ExampleSettings(BaseModel):
         """Whether gradients are those of single examples."""
         return self.clip is not None
 
+    @model_validator(mode="after")
+    def _has_clip(self) -> ExampleSettings:
+        for name, value in (("noise", self.noise), ("rate", self.rate)):
+            if value and self.clip is None:
+                raise ValueError(
+                    f"{name} = {value:g} without clip: noise is z times the bound on "
+                    "one example's gradient, and nothing is sampled without it; set "
+                    "clip too, e.g. local.dp.clip = 1.0"
+                )
+        return self
+
 
 class LocalSettings(BaseModel):
     """How much a client trains in a round it takes part in, and by which steps.
@@ -101,12 +112,27 @@ class LocalSettings(BaseModel):
 
     dp: ExampleSettings = ExampleSettings()
 
+    def example_rate(self, num_examples: int) -> float:
+        """q: how often a step of DP-SGD draws each of a client's examples.
+
+        >>> LocalSettings(batch_size=20).example_rate(80)
+        0.25
+        """
+        if self.dp.rate is not None:
+            return self.dp.rate
+        return min(self.batch_size / max(num_examples, 1), 1.0)
+
+    def expected_batch(self, num_examples: int) -> float:
+        """B: the examples to expect in a step of DP-SGD, 1 at least."""
+        return max(self.example_rate(num_examples) * num_examples, 1.0)
+
     @property
     def has_plain_steps(self) -> bool:
         """Whether local steps are those of SGD with a constant step size."""
         is_sgd = self.optimizer == "sgd" and self.clip is None
         is_constant = self.schedule == "constant" and self.warmup == 0
-        return is_sgd and is_constant and self.micro == 1 and not self.is_rounded
+        is_whole = self.micro == 1 and not self.dp.is_active
+        return is_sgd and is_constant and is_whole and not self.is_rounded
 
     @property
     def is_rounded(self) -> bool:

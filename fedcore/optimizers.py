@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.dpsgd import Drawn, of_steps
 from fedcore.errors import SettingsError
 from fedcore.types import Params, Tree
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PLAIN",
     "AdamW",
+    "Examples",
     "Kept",
     "Moments",
     "Recipe",
@@ -63,6 +65,13 @@ class AdamW(NamedTuple):
     decay: float  # times the step size
 
 
+class Examples(NamedTuple):
+    """The numbers of DP-SGD."""
+
+    clip: float  # C, bound on the norm of one example's gradient
+    deviation: float  # z C, of the noise in a step's sum
+
+
 class Recipe(NamedTuple):
     """All that shapes a local step, beside the method's own hooks."""
 
@@ -71,6 +80,7 @@ class Recipe(NamedTuple):
     warmup: int = 0
     micro: int = 1
     is_rounded: bool = False  # the forward pass is in bfloat16
+    examples: Examples | None = None  # None: gradients are those of batches
 
     @classmethod
     def of(cls, local: LocalSettings) -> Recipe:
@@ -81,7 +91,13 @@ class Recipe(NamedTuple):
             local.warmup,
             local.micro,
             local.is_rounded,
+            _examples(local),
         )
+
+
+def _examples(local: LocalSettings) -> Examples | None:
+    clip = local.dp.clip
+    return None if clip is None else Examples(clip, local.dp.noise * clip)
 
 
 PLAIN = Recipe()
@@ -117,7 +133,25 @@ class Session:
     task: Task
     share: Tensor | None  # 0-d, of the step size, by the schedule; None: all of it
     moments: Moments | None  # those that the client keeps
+    drawn: Drawn | None = None  # by DP-SGD, for all steps of the round
     trainings: int = 0  # so far
+    steps: int = 0  # that local training had so far
+
+    def take(self, steps: int, params: Params) -> list[tuple[Tensor, Params]]:
+        """(size, noise) of the next steps, as DP-SGD has drawn them for the round.
+
+        Raises SettingsError where there are no more: every draw is used once.
+        """
+        drawn, start = self.drawn, self.steps
+        self.steps += steps
+        if drawn is None or self.steps > len(drawn.size):
+            raise SettingsError(
+                "local.dp: this method takes more steps than it has batches, or on "
+                "other examples than those that were drawn for it: leave local.dp "
+                "out, or choose another method, e.g. fedavg"
+            )
+        own: Drawn = trees.at(drawn, slice(start, self.steps))
+        return of_steps(own, self.task, params)
 
     def begin(self, params: Params) -> Moments | None:
         """The moments that local training of these parameters starts with.
@@ -184,11 +218,19 @@ class Training(NamedTuple):
 
     @contextmanager
     def inside(
-        self, task: Task, t: Tensor | None, moments: Moments | None
+        self,
+        task: Task,
+        t: Tensor | None,
+        moments: Moments | None,
+        drawn: Drawn | None = None,
     ) -> Iterator[Session]:
-        """Inside, local training is of this kind, in round t, or in none (None)."""
+        """Inside, local training is of this kind, in round t, or in none (None).
+
+        Without noise in none: what a client trains then stays with it.
+        """
         share = None if t is None else self.share(t)
-        session = Session(self.recipe, task, share, moments)
+        recipe = self.recipe if t is not None else self.recipe._replace(examples=None)
+        session = Session(recipe, task, share, moments, drawn)
         token = _session.set(session)
         try:
             yield session

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Round, on_client
+from fedcore.method import Round, Setting, on_client
 from fedcore.personal import Partial, Personal, PersonalSettings, Update, initial
 from fedcore.statistics import statistic_names
 from fedcore.task import Task
@@ -68,6 +68,11 @@ class FedSim(Partial[Settings]):
         w, _, value = local_sgd(loss, {**u, **v}, batches, self._step_sizes(u, v))
         delta = {name: w[name] - u[name] for name in u}
         return Update(delta, value), Personal({name: w[name] for name in v})
+
+    def refuses(self, setting: Setting) -> str | None:
+        if setting == "dp" and self.s.penalty:
+            return "method.penalty is of no example, so set it to 0"
+        return super().refuses(setting)
 
     def _step_sizes(
         self, u: dict[str, Tensor], v: dict[str, Tensor]

@@ -56,6 +56,8 @@ class PFedMe(Method[Settings]):
             return "only its steps of theta would follow, and those of w_i would not"
         if setting == "moments":
             return "it trains once for every batch"
+        if setting == "dp":
+            return "it takes several steps on one batch, which is drawn for one"
         return super().refuses(setting)
 
     @on_client

@@ -63,6 +63,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "admm exact": ("admm", {"solver": "exact"}, EXACT),
     "rerce exact": ("rerce", {"solver": "exact", "start": "paper"}, EXACT),
     "clu exact": ("clu", {"solver": "exact"}, EXACT),
+    "dpfedavg by quantile": (
+        "dpfedavg",
+        {},
+        {
+            "method": {
+                "name": "dpfedavg",
+                "local_lr": 0.05,
+                "noise_multiplier": 0.0,
+                "quantile": 0.5,
+            }
+        },
+    ),
     "rolora A": ("rolora", {"first": "A"}, {}),
     "flora": ("exactlora", {"form": "flora", "ranks": [1, 2]}, {}),
     "flexlora": (

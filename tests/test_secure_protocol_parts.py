@@ -130,6 +130,7 @@ def test_masks_of_a_pair_cancel() -> None:
     vector = np.zeros(size_of(100, 3), np.uint8)
     both = [pair_mask(b"shared", b"session", 3, 9)]
     both.append(pair_mask(b"shared", b"session", 9, 3))
+    assert [mask.is_added for mask in both] == [False, True]  # by the greater id
     add_masks(vector, 100, both[:1])
     assert vector.any()
     add_masks(vector, 100, both[1:])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.arrays import as_examples
+from fedcore.data.sampling import Key, epoch_steps, sampled_rows
 from fedcore.data.validation import checked_holders, checked_test
 from fedcore.local_settings import LocalSettings as LocalSettings
 from fedcore.measuring import rows_at_once
@@ -191,6 +192,7 @@ class FederatedData:
         t: int,
         plan: int = 0,
         even: bool = False,
+        is_secret: bool = False,
     ) -> Batches:
         """The work of these clients in round t, stacked.
 
@@ -198,11 +200,17 @@ class FederatedData:
         one of them needs; the rest is padding (mask 0). A client's own rows and their
         order depend on (seed, t, client, plan) alone, so any grouping of clients gives
         each the same work. `even`: B is one of batch, batch / 2, batch / 4 ..., so that
-        few shapes occur.
+        few shapes occur. With `local.dp` every step draws each example on its own, as
+        `fedcore.data.sampling` says; `is_secret`: by the operating system.
         """
         is_training = data == "train"
         batch = local.batch_size if is_training else self._evaluation_batch()
         held = [self.rows(client, data) for client in clients.tolist()]
+        if is_training and local.dp.is_active:
+            key = None if is_secret else Key(seed, clients, t, plan)
+            lengths = np.array([len(rows) for rows in held], dtype=np.int64)
+            steps = self._steps(lengths, data, local)
+            return self._taken(sampled_rows(held, steps, local, key, even))
         longest = max(map(len, held), default=0)
         steps = self._steps(longest, data, local)
         width = _width(longest, batch) if even else min(batch, max(longest, 1))
@@ -227,6 +235,8 @@ class FederatedData:
         """Steps for n examples; an int, or an array of them."""
         if data != "train":
             return -(-n // self._evaluation_batch())
+        if local.steps is None and local.dp.rate is not None:
+            return (n > 0) * epoch_steps(local.dp.rate) * local.epochs
         if local.steps is None:
             return -(-n // local.batch_size) * local.epochs
         return (n > 0) * local.steps
@@ -322,6 +332,8 @@ def _padded(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     index = np.where(index == PADDING, index[:, :, :1], index)
     first = index[0, :, :1]  # [n, 1]
+    if (first == PADDING).any():  # a first step that has drawn no example
+        first = np.where(first == PADDING, index.max((0, 2))[:, None], first)
     index = np.where(index == PADDING, first, index)
     return np.maximum(index, 0), first[:, 0] == PADDING
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.dpsgd import ExampleDraws, SampledBatches, widened
 from fedcore.engines.readout import Readout, added, read
 from fedcore.engines.run_client import run_client
 from fedcore.errors import SettingsError
+from fedcore.local_settings import ExampleSettings
 from fedcore.messages.adversary.adversary import Adversary
 from fedcore.messages.adversary.settings import AdversarySettings
 from fedcore.messages.defence import Defence, DefenceSettings
@@ -105,13 +107,15 @@ class Work:
         rounds: int = 1,
         few_widths: bool = False,
         sending: Sending | None = None,
+        draws_secretly: bool = False,
     ) -> None:
         """`defence` protects messages of clients, `links` disturb all messages.
 
         By default neither does, and nobody is malicious. `rounds` of the run are those
         over which local step sizes follow their schedule. With `few_widths` batches are
         padded to few widths, for engines that record steps by shape. `sending` makes
-        integers of messages where only sums can be read. Raises SettingsError for an
+        integers of messages where only sums can be read. With `draws_secretly` DP-SGD
+        draws from the operating system, as on a device. Raises SettingsError for an
         adversary that does not fit the task.
         """
         self.task, self.method, self.local, self.seed = task, method, local, seed
@@ -125,6 +129,9 @@ class Work:
         )
         self.rounds, self.few_widths, self.sending = rounds, few_widths, sending
         self.training = Training.of(local, rounds)
+        self.draws_secretly, self.draws = draws_secretly, None
+        if local.dp.is_active:
+            self.draws = ExampleDraws(task, local, seed, draws_secretly)
         self._now = (-1, torch.empty(0))
 
     def with_few_widths(self) -> Work:
@@ -140,6 +147,7 @@ class Work:
             rounds=self.rounds,
             few_widths=True,
             sending=self.sending,
+            draws_secretly=self.draws_secretly,
         )
 
     def first_state(self, params: Params) -> Tree:
@@ -149,25 +157,36 @@ class Work:
 
     def batches(
         self, fn: ClientFunction, clients: list[int], t: int
-    ) -> Batches | Tuning:
+    ) -> Batches | SampledBatches | Tuning:
         """Batches stacked over the clients, [n, K, B, ...]."""
         kind = data_of(fn)
+        if kind == "all" and self.draws is not None:
+            raise SettingsError(
+                f"local.dp: {fn.__name__} reads every example without noise; leave "
+                "local.dp out, or choose another method, e.g. fedavg"
+            )
         if kind == "tune":
             train = self._plan("train", clients, t, 0, self._tuning())
             return Tuning(train, self._plan("test", clients, t, 0, self.local))
         plans = []
         for number in range(self.passes(fn)):
             plans.append(self._plan(kind, clients, t, number, self.local))
+        if self.draws is not None:
+            plans = widened(plans)
         joined: Batches = plans[0]
         if len(plans) > 1:
             joined = trees.map(_one_after_another, *plans)
-        return self.adversary.poison(joined, fn, clients, t)
+        given = self.adversary.poison(joined, fn, clients, t)
+        if kind != "train" or self.draws is None:
+            return given
+        return self.draws.add(given, fn.__name__, clients, t, self.passes(fn))
 
     def _plan(
         self, kind: Data, clients: list[int], t: int, number: int, local: LocalSettings
     ) -> Batches:
         ids, widths = np.asarray(clients), self.few_widths
-        return self.task.data.batches(ids, kind, local, self.seed, t, number, widths)
+        data, is_secret = self.task.data, self.draws_secretly
+        return data.batches(ids, kind, local, self.seed, t, number, widths, is_secret)
 
     def passes(self, fn: ClientFunction) -> int:
         """Plans of batches that `fn` gets."""
@@ -182,7 +201,8 @@ class Work:
 
     def _tuning(self) -> LocalSettings:
         epochs = self.method.finetuning.epochs
-        return self.local.model_copy(update={"epochs": epochs, "steps": None})
+        plain = {"epochs": epochs, "steps": None, "dp": ExampleSettings()}
+        return self.local.model_copy(update=plain)
 
     def num_examples(self, fn: ClientFunction, clients: list[int]) -> Tensor:
         """float32 [n], sums of sizes; of a fine-tuning, what it is measured on."""

@@ -146,6 +146,9 @@ class Calibration:
         start = time.thread_time()  # without the imports of PyTorch's first gradient
         best, best_time = 1, alone
         for size in self._sizes(len(ids)):
+            draws = self.work.draws
+            if draws is not None and size > draws.most_at_once(np.array(ids)):
+                break
             try:
                 seconds = self._trial(fn, ids[:size], down, t, batched=True)
             except torch.OutOfMemoryError:

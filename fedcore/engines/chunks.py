@@ -21,6 +21,7 @@ from fedcore import trees
 from fedcore.checks.gradient import why_not_batched
 from fedcore.checks.trials import drawing
 from fedcore.checks.watch import Watch
+from fedcore.dpsgd import SampledBatches
 from fedcore.engines.base import Done, Work, run_alone
 from fedcore.engines.run_client import run_checked
 from fedcore.local import steps_run_by
@@ -215,7 +216,7 @@ class Chunks:
         fn: ClientFunction,
         down: Tree,
         states: Tree,
-        batches: Batches | Tuning,
+        batches: Batches | SampledBatches | Tuning,
         t: int,
         chunk: list[int] | None = None,
     ) -> tuple[Tree, Tree, Tree]:

@@ -25,7 +25,9 @@ def message_shape(
     # [K = 1, B = 1, ...]
     x, y = trees.map(lambda v: v[:1][None], (task.data.x, task.data.y))
     example = Batches(x, y, torch.ones(1, 1, device=task.device))
-    batches = Tuning(example, example) if data_of(fn) == "tune" else example
+    batches: Tree = Tuning(example, example) if data_of(fn) == "tune" else example
+    if work.draws is not None and data_of(fn) == "train":
+        batches = work.draws.example(example)
     state, now = work.first_state(task.init_params()), torch.tensor(float(t))
     with one_thread():
         up, _ = run_client(fn, task, now, down, state, batches, work.training)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.dpsgd import SampledBatches
 from fedcore.errors import SettingsError
 from fedcore.method import data_of
 from fedcore.optimizers import Kept, Training
@@ -18,7 +19,7 @@ def run_client(
     t: Tensor,
     down: Tree,
     state: Tree,
-    batches: Batches | Tuning,
+    batches: Batches | SampledBatches | Tuning,
     training: Training | None = None,
 ) -> tuple[Tree, Tree]:
     """The client function: (what is sent, the client's new state).
@@ -35,7 +36,7 @@ def run_checked(
     t: Tensor,
     down: Tree,
     state: Tree,
-    batches: Batches | Tuning,
+    batches: Batches | SampledBatches | Tuning,
     training: Training | None = None,
 ) -> tuple[Tree, Tree, Tree]:
     """(what is sent, the client's new state, whether both are finite: 0-d).
@@ -60,7 +61,7 @@ def _trained(
     t: Tensor,
     down: Tree,
     state: Tree,
-    batches: Batches | Tuning,
+    batches: Batches | SampledBatches | Tuning,
 ) -> tuple[Tree, Tree]:
     """(what is sent, new state) with local training of this kind.
 
@@ -73,14 +74,17 @@ def _trained(
         own, moments = state
     is_in_round = data_of(fn) == "train"
     used = moments if is_in_round else None
-    with training.inside(task, t if is_in_round else None, used) as session:
-        up, new = fn(task, t, down, own, batches)
+    given, drawn = batches, None
+    if isinstance(batches, SampledBatches):
+        given, drawn = batches
+    with training.inside(task, t if is_in_round else None, used, drawn) as session:
+        up, new = fn(task, t, down, own, given)
     if is_in_round and session.trainings == 0:
         name = getattr(fn, "__qualname__", fn)
         raise SettingsError(
             f"{name} trains without fedcore.local.local_sgd, which alone knows the "
             "steps that [local] asks for: leave them out (optimizer, clip, schedule, "
-            "warmup, micro, precision)"
+            "warmup, micro, precision, dp)"
         )
     if moments is None:
         return up, new

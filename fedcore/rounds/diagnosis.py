@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fedcore import trees
+from fedcore.dpsgd import plain
 from fedcore.engines.base import Work
 from fedcore.engines.run_client import run_client
 from fedcore.rounds.history import History
@@ -65,7 +66,8 @@ def causes(
 
 def _cause(work: Work, exchange: Exchange, state: Tree, t: int) -> str:
     fn, client, task = exchange.fn, exchange.client, work.task
-    batches = trees.at(work.batches(fn, [client], t), 0)
+    given = trees.at(work.batches(fn, [client], t), 0)
+    batches = plain(given)
     if not isinstance(batches, Batches) or not bool(batches.mask.any()):
         return ""
     params = task.init_params()
@@ -74,7 +76,7 @@ def _cause(work: Work, exchange: Exchange, state: Tree, t: int) -> str:
         if fault:
             return f"client {client}: {fault}"
         now = work.now(t)
-        up, _ = run_client(fn, task, now, exchange.down, state, batches, work.training)
+        up, _ = run_client(fn, task, now, exchange.down, state, given, work.training)
     if bool(trees.finite(up)):
         return _fault_after_work(work, exchange, up, t)
     # Noise may have made of the model what training cannot start from.

@@ -18,6 +18,7 @@ from fedcore.messages.adversary.poisoning import backdoor_success
 from fedcore.metrics import is_higher_better
 from fedcore.rng import rng, torch_seed
 from fedcore.rounds.doors import Desk
+from fedcore.rounds.example_privacy import ExamplePrivacy
 from fedcore.rounds.faults import evaluation_fault
 from fedcore.rounds.rundir import PERCENTILES
 from fedcore.rounds.saving import State
@@ -52,6 +53,9 @@ class Evaluation:
     ) -> None:
         self._experiment, self._mechanism = experiment, parts.mechanism
         self._task, self._method, self._desk = parts.task, parts.method, desk
+        self._examples = None
+        if experiment.local.dp.is_active:
+            self._examples = ExamplePrivacy(experiment, parts.task, parts.method)
         self._seed, self._adversary = experiment.seed, experiment.adversary
         # Devices may lie about their own metrics; simulated clients do not.
         is_devices = experiment.engine.name == "grid"
@@ -89,6 +93,8 @@ class Evaluation:
             params = state.server.params
             raise evaluation_fault(self._task, params, error, t, folder) from error
         row |= self._spent(state)
+        if self._examples is not None:
+            row |= self._examples.spent(state.sent, t == rounds)
         row["evaluation_s"] = round(time.perf_counter() - begin, 4)
         return row
 
@@ -116,7 +122,8 @@ class Evaluation:
             return {}
         t, sent = state.t, state.sent
         # The guarantee of the client that has sent most.
-        steps = int(sent.max()) if len(sent) else t
+        is_own = self._mechanism.view == "client_update"
+        steps = int(sent.max()) if len(sent) and is_own else t
         default = privacy.default_delta(self._task.population)
         delta = self._experiment.defence.delta or default
         is_last = t == self._experiment.rounds

@@ -21,6 +21,7 @@ from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.diagnosis import causes, fruitless_text
 from fedcore.rounds.doors import Desk, OpenRound
 from fedcore.rounds.evaluation import Evaluation
+from fedcore.rounds.example_privacy import sent_again
 from fedcore.rounds.history import History
 from fedcore.rounds.observer import Notes, Observer, Quiet
 from fedcore.rounds.participation import answering
@@ -137,6 +138,9 @@ class Loop:
         self.state = self._first_or_restored(parts, header)
         # Lines that were logged after the checkpoint go: those rounds are run again.
         self.history = History.read(folder / "metrics.jsonl", self.state.t)
+        if resume:
+            sent = sent_again(experiment, self.state, folder)
+            self.state = self.state._replace(sent=sent)
         make_run_dir(folder)
         self._lock = self._lock or lock(folder)
         if not resume:
@@ -292,6 +296,7 @@ class Loop:
         dropout, seed = experiment.participation.dropout, experiment.seed
         present = frozenset(answering(cohort, dropout, seed, t).tolist())
         hides_scalars = experiment.defence.noise_multiplier > 0
+        hides_scalars |= experiment.local.dp.is_active
         r = OpenRound(
             t,
             cohort,
@@ -370,5 +375,6 @@ def _first_state(parts: Parts) -> State:
     mechanism = parts.mechanism
     by_message = ("client_update", "secure_sum")
     counts_messages = mechanism is not None and mechanism.view in by_message
+    counts_messages |= parts.work.local.dp.is_active
     sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
     return State(0, trees.to(server, device), parts.process.start(), sent, {}, {})

@@ -17,6 +17,7 @@ from fedcore.errors import SettingsError
 from fedcore.local_settings import LocalSettings
 from fedcore.messages.links import LinkSettings
 from fedcore.method import TRAINING
+from fedcore.rounds import example_privacy
 from fedcore.rounds.participation import Process, Uniform, UniformProcess
 from fedcore.statistics import statistic_names
 
@@ -155,6 +156,8 @@ def refuse_training(experiment: Experiment, task: Task, method: Method[Any]) -> 
         _refuse_pieces(local.micro, task)
     if local.is_rounded:
         _refuse_rounding(task)
+    if local.dp.is_active:
+        example_privacy.refuse(experiment, task, method)
 
 
 def _refuse_pieces(micro: int, task: Task) -> None:
@@ -191,7 +194,8 @@ def refuse_same_noise_twice(
     messages, by other settings or by devices that train anew, draw the same noise: the
     difference of the two has none.
     """
-    if mechanism is None or not mechanism.noise_multiplier:
+    has_noise = mechanism is not None and mechanism.noise_multiplier > 0
+    if not has_noise and not experiment.local.dp.noise:
         return
     if is_changed or experiment.engine.name == "grid":
         raise SettingsError(

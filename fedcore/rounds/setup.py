@@ -136,10 +136,12 @@ def work_of(
     task: Task,
     method: Method[Any],
     noising: Noising | None = None,
+    draws_secretly: bool = False,
 ) -> Work:
     """The work of the clients of an experiment, as its settings have it.
 
-    With `noising` they add noise to what is summed in secret.
+    With `noising` they add noise to what is summed in secret. With `draws_secretly`
+    DP-SGD draws from the operating system, and not from the run's seed.
     """
     sending, rules = None, experiment.aggregation
     if rules.secure:
@@ -154,6 +156,7 @@ def work_of(
         experiment.adversary,
         rounds=experiment.rounds,
         sending=sending,
+        draws_secretly=draws_secretly,
     )
 
 

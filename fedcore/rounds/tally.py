@@ -130,7 +130,7 @@ class Tally:
         again = self.senders.get(fn.__name__, set()).intersection(clients.tolist())
         if again:
             raise RunError(
-                f"defence.noise_multiplier: the method asks client {min(again)} for "
+                f"noise for privacy: the method asks client {min(again)} for "
                 f'"{fn.__name__}" twice in one round, with the same noise in both '
                 "messages; give the second request a client function of its own"
             )

@@ -16,6 +16,7 @@ from fedcore import methods
 from fedcore.config import Experiment
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.privacy import covers
+from fedcore.rounds import example_privacy
 from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.history import History
 from fedcore.rounds.result import params_sha256
@@ -112,6 +113,8 @@ def read_run(folder: Path) -> RunRecord:
     environment = _environment(folder, notes)
     if (spent := history.last("privacy")) is not None:
         notes.append(covers(spent))
+    if history.last("privacy_examples") is not None:
+        notes.append(example_privacy.COVERS)
     clients = _last_evaluation(folder, len(history), "evaluate", notes)
     tuned = _last_evaluation(folder, len(history), "finetune", notes)
     notes += _events(history)

@@ -15,6 +15,7 @@ from fedcore import __version__
 from fedcore.errors import FedcoreError
 from fedcore.privacy import describe
 from fedcore.rounds import canary_bound
+from fedcore.rounds.example_privacy import described
 from fedcore.rounds.history import History
 from fedcore.rounds.tally import first_clients
 from fedcore.rounds.trouble import FAILING, LONG, Trouble
@@ -346,6 +347,8 @@ def _cost_facts(run: RunRecord) -> list[Fact]:
     spent = history.last("privacy")
     if spent:
         facts.append(Fact("privacy", *describe(spent)))
+    if of_examples := history.last("privacy_examples"):
+        facts.append(Fact("privacy of examples", *described(of_examples)))
     found = history.last("canaries")
     if found:
         facts.append(Fact("measured by canaries", *canary_bound.describe(found)))

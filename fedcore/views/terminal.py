@@ -26,6 +26,7 @@ from fedcore.config import Experiment
 from fedcore.engines.base import Engine
 from fedcore.escapes import escaped
 from fedcore.rounds import canary_bound
+from fedcore.rounds.example_privacy import described
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.storage.memory import size_text
@@ -306,6 +307,9 @@ def show_result(result: Result, report: Path | None) -> None:
         lines["the server reads"] = readable
     if "privacy" in final:
         lines["privacy"] = ", ".join(privacy.describe(final["privacy"]))
+    if "privacy_examples" in final:
+        spent = final["privacy_examples"]
+        lines["privacy of examples"] = ", ".join(described(spent))
     if "canaries" in final:
         lines["measured"] = ", ".join(canary_bound.describe(final["canaries"]))
     lines["parameters"] = f"sha256 {result.params_sha256[:16]}"

@@ -160,12 +160,15 @@ class DistributedNoise:
         raise RuntimeError(f"{TRIES} roundings were too long: the bound is wrong")
 
     def _noised(self, numbers: Tensor, function: str, t: int, client: int) -> Tensor:
-        if self.is_secret:
-            key = os.urandom(32)
-        else:
-            key = rng(self.seed, f"noise {function}", t, client).bytes(32)
+        key = self._key(function, t, client)
         noise = discrete_gaussian(self.deviation).draw(len(numbers), key)
         return numbers.add_(torch.from_numpy(noise))
+
+    def _key(self, function: str, t: int, client: int) -> bytes:
+        """The 32 bytes that the noise is drawn from, once."""
+        if self.is_secret:
+            return os.urandom(32)
+        return rng(self.seed, f"noise {function}", t, client).bytes(32)
 
     def terms(self) -> str:
         """n0, a, s and d, as devices are told them: the text of an agreement of all."""

@@ -93,7 +93,8 @@ class ServerSession:
 
         `down` is the SHA-256 of the model that is sent; `weights` are those of each
         client in the listed fields; `neighbours` and `least` are k and t of
-        `[secure]`, and t is `floor` at least; `certificates` (DER) those of clients, where terms are signed.
+        `[secure]`, and t is `floor` at least; `certificates` (DER) those of clients,
+        where terms are signed.
         """
         assert terms.is_signed == (authority is not None), "an authority checks"
         self.terms = terms
@@ -156,12 +157,7 @@ class ServerSession:
         if not isinstance(signature, bytes) or len(signature) > MOST:
             raise Refused("its signature is none")
         if self._authority is not None:
-            certificate = self._certificates.get(client)
-            if certificate is None:
-                raise Refused(
-                    f"there is no clients/client-{client}.crt in the server's "
-                    "directory: run fedcore certs again, and copy it"
-                )
+            certificate = _certificate_of(client, self._certificates)
             self._authority.verify(client, certificate, signature, message)
         return signature
 
@@ -179,29 +175,20 @@ class ServerSession:
         fault = graph_fault(n, k, t)
         if fault is not None:
             raise TooFewReports(fault)
+        listed = [self._weights.get(client, ()) for client in ids]
+        weights = _field_by_field(listed, t, self.terms)
         roster: Message = {
             "ids": ids,
             "k": k,
             "t": t,
             "c": b"".join(self._keys[client].c for client in ids),
             "s": b"".join(self._keys[client].s for client in ids),
-            "weights": weights_to(self._listed(ids, t)),
+            "weights": weights_to(weights),
         }
         near = neighbours_of(ids, k, ring_seed(self.terms.run, ids))
         session = session_of(self._terms_digest, roster)
         self._plan = Plan(ids, t, near, session)
         return {client: roster | self._signed(near[client]) for client in ids}
-
-    def _listed(self, ids: list[int], t: int) -> list[float]:
-        """Weights of the cohort, one listed field after another."""
-        weights: list[float] = []
-        for field in range(self.terms.listed):
-            listed = [self._weights[client][field] for client in ids]
-            fault = weights_fault(listed, t, self.terms.cap)
-            if fault is not None:
-                raise TooFewReports(fault)
-            weights += listed
-        return weights
 
     def _signed(self, near: list[int]) -> Message:
         """Certificates and signatures of a client's neighbours."""
@@ -222,21 +209,11 @@ class ServerSession:
         """E2: whether the client's shares are taken."""
         if self.exchange != 2 or client not in self._keys or client in self._shares:
             return False
-        near = self.plan.near[client]
-        holders = sorted([*near, client])
         try:
-            only(answer, ("sent", "digests", "seal"))
-            sent = chunks(bytes_in(answer, "sent", SENT * len(near)), SENT)
-            digests = bytes_in(answer, "digests", 2 * SEAL * len(holders))
-            pairs = [(d[:SEAL], d[SEAL:]) for d in chunks(digests, 2 * SEAL)]
-            seal = bytes_in(answer, "seal", SEAL)
+            shares = _shares_in(answer, client, self.plan.near[client])
         except Refused as error:
             return self._name(client, str(error))
-        self._shares[client] = Shares(
-            dict(zip(near, sent, strict=True)),
-            dict(zip(holders, pairs, strict=True)),
-            seal,
-        )
+        self._shares[client] = shares
         return True
 
     def inboxes(self) -> dict[int, Message]:
@@ -312,9 +289,8 @@ class ServerSession:
 
     def add_shares_of(self, client: int, answer: Message) -> bool:
         """E5: whether the client's shares of others are taken."""
-        if self.exchange != 5 or client not in self._signatures:
-            return False
-        if client in self._answered:
+        expected = set(self._signatures) - self._answered
+        if self.exchange != 5 or client not in expected:
             return False
         self._answered.add(client)
         owners = sorted([*self._masked_with(client), client])
@@ -337,12 +313,7 @@ class ServerSession:
         add_masks(self._total, self.size.numbers, self._unmasking.masks())
         numbers, words = parted(self._total, self.size.numbers)
         if self._count_word is not None:
-            count = int(words[self._count_word])
-            if count != len(self.clients):
-                raise TooFewReports(
-                    f"the sum counts {count} clients, expected {len(self.clients)}: "
-                    "a message was not honest, and it cannot be read"
-                )
+            _check_count(int(words[self._count_word]), len(self.clients))
         return numbers, words
 
     def _expect(self, found: int, done: str) -> None:
@@ -354,3 +325,49 @@ class ServerSession:
         """Note what a client did wrong; its answer is not taken."""
         self.blame.setdefault(client, reason)
         return False
+
+
+def _certificate_of(client: int, certificates: Mapping[int, bytes]) -> bytes:
+    certificate = certificates.get(client)
+    if certificate is None:
+        raise Refused(
+            f"there is no clients/client-{client}.crt in the server's directory: "
+            "run fedcore certs again, and copy it"
+        )
+    return certificate
+
+
+def _field_by_field(
+    listed: Sequence[Sequence[float]], t: int, terms: Terms
+) -> list[float]:
+    """Weights of a cohort, one listed field after another. Raises TooFewReports."""
+    weights: list[float] = []
+    for field in range(terms.listed):
+        of_all = [of_client[field] for of_client in listed]
+        fault = weights_fault(of_all, t, terms.cap)
+        if fault is not None:
+            raise TooFewReports(fault)
+        weights += of_all
+    return weights
+
+
+def _shares_in(answer: Message, client: int, near: Sequence[int]) -> Shares:
+    """The shares in an answer to E2. Raises Refused."""
+    holders = sorted([*near, client])
+    only(answer, ("sent", "digests", "seal"))
+    sent = chunks(bytes_in(answer, "sent", SENT * len(near)), SENT)
+    digests = bytes_in(answer, "digests", 2 * SEAL * len(holders))
+    pairs = [(both[:SEAL], both[SEAL:]) for both in chunks(digests, 2 * SEAL)]
+    return Shares(
+        dict(zip(near, sent, strict=True)),
+        dict(zip(holders, pairs, strict=True)),
+        bytes_in(answer, "seal", SEAL),
+    )
+
+
+def _check_count(count: int, clients: int) -> None:
+    if count != clients:
+        raise TooFewReports(
+            f"the sum counts {count} clients, expected {clients}: "
+            "a message was not honest, and it cannot be read"
+        )

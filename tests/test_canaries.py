@@ -270,8 +270,9 @@ def test_canaries_that_are_only_heard_change_nothing() -> None:
 
 @pytest.mark.slow
 def test_workers_change_nothing_of_what_canaries_find() -> None:
-    one = outcome_of(planted(rounds=2))
-    other = outcome_of(planted(rounds=2, engine__name="ray", engine__workers=2))
+    few: dict[str, Any] = {"rounds": 2, "evaluation__clients": 2}
+    one = outcome_of(planted(**few))
+    other = outcome_of(planted(**few, engine__name="ray", engine__workers=2))
     assert one.params_sha256 == other.params_sha256
     assert one.final["canaries"] == other.final["canaries"]
 

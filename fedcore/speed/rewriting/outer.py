@@ -28,7 +28,8 @@ def multiply_outer_products(graph: fx.Graph) -> None:
         if node.target is not ops.BMM or shape_of(node.args[0])[-1] != 1:
             continue
         ends = list(_ends(node))
-        if ends and all(_is_norm(*end) or _is_sum(*end) for end in ends):
+        has_norm = any(_is_norm(*end) for end in ends)
+        if has_norm and all(_is_norm(*end) or _is_sum(*end) for end in ends):
             for user, source in ends:
                 with graph.inserting_before(user):
                     if _is_norm(user, source):

@@ -85,6 +85,11 @@ class Mechanism(NamedTuple):
     sampling: str  # of clients, in words
     noise: str = FROM_SEED  # where it comes from, in words
 
+    @property
+    def counts_messages(self) -> bool:
+        """Whether a step is a message of a client, not a round."""
+        return self.view in ("client_update", "secure_sum")
+
 
 class Guarantee(NamedTuple):
     """The guarantee after `steps` steps. An epsilon without noise is infinite."""
@@ -151,7 +156,8 @@ def distributed(effective_multiplier: float, is_secret: bool) -> Mechanism:
         effective_multiplier,
         1.0,
         "secure_sum",
-        "with or without one client",
+        # Who took part is no secret, and a client that was not there adds no noise.
+        "one client's message, or zeros in its place",
         "none assumed: every message counts",
         FROM_DEVICES if is_secret else FROM_SEED,
     )
@@ -229,7 +235,7 @@ def epsilon_rdp(z: float, q: float, steps: int, delta: float) -> float:
     return max(float(epsilon), 0.0)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _rdp(z: float, q: float) -> np.ndarray:
     """The RDP of one step, at every order."""
     from opacus.accountants import RDPAccountant

@@ -28,9 +28,10 @@ from fedcore.messages.secure.distributed import (
 )
 from fedcore.messages.secure.primitives import Refused
 from fedcore.rng import rng, seed_of
-from fedcore.rounds.loop import Loop, run
+from fedcore.rounds.loop import Interrupted, Loop, run
 from fedcore.views.run_report import write_report
 from tests.helpers import loop_of, small
+from tests.test_privacy import Stop
 
 NOISE: dict[str, Any] = {
     "aggregation__secure": True,
@@ -396,14 +397,29 @@ def test_a_run_says_what_it_guarantees_and_that_it_is_a_simulation(
     )
     assert spent["epsilon_rdp"] == pytest.approx(epsilon)
     about = (spent["view"], spent["unit"], spent["neighbours"], spent["noise"])
-    once = "with or without one client"
-    assert about == ("secure_sum", "client", once, "drawn from the run's seed")
+    zeros = "one client's message, or zeros in its place"
+    assert about == ("secure_sum", "client", zeros, "drawn from the run's seed")
     show_result(result, None)
     text = capsys.readouterr().out
     assert "noise: drawn from the run's seed" in text
     page = write_report(tmp_path / "r").read_text()
     assert "against everybody, the server too" in page
     assert "guarantee of a simulation" in page
+
+
+def test_a_resumed_run_draws_the_same_noise_and_goes_on_counting(
+    tmp_path: Path,
+) -> None:
+    e = noisy("scaffold", rounds=6)
+    whole = run(e, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(e, tmp_path / "part", observer=Stop(3))
+    resumed = run(e, resume=tmp_path / "part")
+    assert resumed.params_sha256 == whole.params_sha256
+    assert resumed.final["privacy"] == whole.final["privacy"]
+    others = noisy("scaffold", rounds=6, aggregation__clip=0.03)
+    with pytest.raises(SettingsError, match="this run adds noise for privacy"):
+        run(others, resume=tmp_path / "part", back_to=5)
 
 
 def test_a_report_of_devices_does_not_speak_of_a_simulation() -> None:

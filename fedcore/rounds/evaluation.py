@@ -122,8 +122,8 @@ class Evaluation:
             return {}
         t, sent = state.t, state.sent
         # The guarantee of the client that has sent most.
-        is_own = self._mechanism.view == "client_update"
-        steps = int(sent.max()) if len(sent) and is_own else t
+        counts_messages = self._mechanism.counts_messages
+        steps = int(sent.max()) if len(sent) and counts_messages else t
         default = privacy.default_delta(self._task.population)
         delta = self._experiment.defence.delta or default
         is_last = t == self._experiment.rounds

@@ -373,8 +373,7 @@ def _first_state(parts: Parts) -> State:
     population, device = parts.task.population, parts.task.device
     server = parts.method.init_server(trees.to(parts.params, device), population)
     mechanism = parts.mechanism
-    by_message = ("client_update", "secure_sum")
-    counts_messages = mechanism is not None and mechanism.view in by_message
+    counts_messages = mechanism is not None and mechanism.counts_messages
     counts_messages |= parts.work.local.dp.is_active
     sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
     return State(0, trees.to(server, device), parts.process.start(), sent, {}, {})

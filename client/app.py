@@ -6,8 +6,9 @@ stand in its node config, for this app is the same on every kind of node:
 `partition-id`, `num-partitions` (default: one client a node), `state` (directory of the
 clients' states), `certs` (directory of the client's key and certificate), `data` (a
 folder, all of whose data are this one client's), `base` (folder of the pretrained
-model) and `set` (settings of this device alone). Simulated nodes keep states where the
-server says, in its run directory.
+model), `secure` (whether it takes part in secure sums alone, whatever the run's
+settings say) and `set` (settings of this device alone). Simulated nodes keep states
+where the server says, in its run directory.
 
 A node builds its task before it introduces itself: no round then waits for imports,
 data and the partition, which take a small device longer than its training.
@@ -15,6 +16,7 @@ data and the partition, which take a small device longer than its training.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -29,8 +31,10 @@ from fedcore.config import Experiment
 from fedcore.data.partition import Own
 from fedcore.engines.base import Work, device_for, failure
 from fedcore.errors import SettingsError
+from fedcore.messages.secure.sending import Noising
 from fedcore.models import HuggingFace
-from fedcore.rounds import setup
+from fedcore.rounds import refusals, setup
+from fedcore.rounds.noise import distributed_noise
 from fedcore.storage.faults import Unwritable
 from fedcore.tasks import build_task
 
@@ -64,7 +68,23 @@ def work_of(preset: str, overrides: str, owner: int | None = None) -> Work:
     task = build_task(experiment).to(device_for(experiment.engine))
     task.check()
     method = experiment.build_method()
-    return setup.work_of(experiment, task, method, draws_secretly=True)
+    work = setup.work_of(experiment, task, method, draws_secretly=True)
+    noising = own_noise(experiment, work)
+    if noising is None:
+        return work
+    return setup.work_of(experiment, task, method, noising, draws_secretly=True)
+
+
+def own_noise(experiment: Experiment, work: Work) -> Noising | None:
+    """The noise that a device adds to sums, of its operating system; None without."""
+    if not experiment.defence.distributed.is_active:
+        return None
+    process = refusals.participation_process(experiment, work.task)
+    params = work.task.init_params()
+    noising = distributed_noise(experiment, work, process, params, log.debug)
+    if noising is None:
+        return None
+    return dataclasses.replace(noising, is_secret=True)
 
 
 def refuse_missing_base(experiment: Experiment) -> None:

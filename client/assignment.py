@@ -35,20 +35,23 @@ class Assignment:
         self.initial = work.first_state(work.task.init_params())
         keeps_state = bool(trees.leaves(self.initial))
         self.store = store_of(context, ask) if keeps_state else None
+        # By the run's settings, which are the server's, or by this device's own.
+        self.sums_alone = bool(context.node_config.get("secure", False))
+        self.sums_alone |= work.sending is not None
 
     def do(self, client: int) -> tuple[ArrayRecord, int]:
         """The client's message, and the number of its examples; its state is kept."""
         up, state = self.run(client)
-        is_secret = self.work.sending is not None
-        if is_secret and trees.leaves(up):
+        if self.sums_alone and trees.leaves(up):
             raise RunError(
-                "aggregation.secure = true in this run: a client sends what it has "
-                "learned into sums alone, and was asked for it in the clear"
+                "this client sends what it has learned into secure sums alone, by the "
+                "run's settings or its own (--secure), and was asked for it in the "
+                "clear: the server needs aggregation.secure = true"
             )
         record = wire.encode(up)
         self.keep_state(client, state)
         # Work without a message tells nothing, nor how many examples there are.
-        return record, 0 if is_secret else self.count(client)
+        return record, 0 if self.sums_alone else self.count(client)
 
     def run(self, client: int) -> tuple[Tree, Tree]:
         """(the client's message, its new state, which is not kept yet)."""

@@ -60,8 +60,9 @@ def serve(
     settings: list[str],
     poll: float,
     base: Path | None = None,
+    sums_alone: bool = False,
 ) -> None:
-    """Serve as one client until stopped.
+    """Serve as one client until stopped; with `sums_alone` in secure sums alone.
 
     Raises SettingsError, Refused, and Interrupted on SIGINT or SIGTERM.
     """
@@ -80,7 +81,9 @@ def serve(
     else:
         federation = certs.federation_of(folder)
     device = Device(state or Path(f"client-{client}-state"), federation, client)
-    node = SuperNode(server, client, device, folder, data, settings, poll, base)
+    node = SuperNode(
+        server, client, device, folder, data, settings, poll, base, sums_alone
+    )
     with _stopping(node.stop):
         node.run()
 
@@ -131,6 +134,7 @@ class SuperNode:
         settings: list[str],
         poll: float,
         base: Path | None = None,
+        sums_alone: bool = False,
     ) -> None:
         """`folder` holds ca.crt and the client's key; None for no TLS.
 
@@ -155,6 +159,7 @@ class SuperNode:
             "data": "" if data is None else str(data.resolve()),
             "base": "" if base is None else str(base.resolve()),
             "set": " ".join(settings),
+            "secure": sums_alone,
         }
         self._context: Context | None = None
         self._said = 0.0  # on the monotonic clock: the last line about a round

@@ -124,8 +124,10 @@ def clipped_sum(
         return slope
 
     slopes = vmap(slope_of, randomness="different")(x, y)  # each [B, ...]
-    squares = [g.reshape(len(mask), -1).square().sum(1) for g in slopes.values()]
-    norm = torch.stack(squares).sum(0).sqrt()
+    # Of each by itself first, without its squares in memory.
+    flat = [g.reshape(len(mask), -1) for g in slopes.values()]
+    norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat])
+    norm = norms.square().sum(0).sqrt()
     share = (bound / norm.clamp(min=TINY)).clamp(max=1) * mask
     return {name: torch.tensordot(share.to(g), g, 1) for name, g in slopes.items()}
 
@@ -139,14 +141,16 @@ def of_steps(drawn: Drawn, task: Task, params: Params) -> list[tuple[Tensor, Par
     if drawn.noise.shape[-1]:
         places = _places(task)
         for name, value in params.items():
-            place = places.get(name)
-            if place is None or place.stop - place.start != value.numel():
+            place = places.get(name, slice(0, 0))
+            # A smaller one, as of an adapter of lower rank, takes some of the numbers.
+            if place.stop - place.start < value.numel():
                 raise SettingsError(
                     f'local.dp.noise: the method trains "{name}" of shape '
                     f"{tuple(value.shape)}, which the model does not have so: leave "
                     "it out, or choose another method, e.g. fedavg"
                 )
-            numbers = drawn.noise[:, place].to(value.dtype)
+            own = slice(place.start, place.start + value.numel())
+            numbers = drawn.noise[:, own].to(value.dtype)
             noise[name] = numbers.reshape(-1, *value.shape)
     return trees.unbind((drawn.size, noise))
 

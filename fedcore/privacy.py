@@ -235,7 +235,7 @@ def epsilon_rdp(z: float, q: float, steps: int, delta: float) -> float:
     return max(float(epsilon), 0.0)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _rdp(z: float, q: float) -> np.ndarray:
     """The RDP of one step, at every order."""
     from opacus.accountants import RDPAccountant

@@ -1,6 +1,6 @@
 """The sums of a run's last rounds, in its directory, until a checkpoint has them.
 
-    checkpoint/sums/000012-00.safetensors    the first sum of round t = 12, decoded
+    checkpoint/sums/000012-00.safetensors    the first sum of round 12 (t = 11), decoded
     checkpoint/sums/void.json                works of clients that are in no sum
 
 Clients send one sum of a round and no second one, so a server that was killed after it
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ class Entry(NamedTuple):
 
     total: SecretTotal
     fault: str = ""  # why it could not be made
+    failed: Mapping[int, str] = {}  # clients that were named, and why
 
 
 class Journal:
@@ -66,17 +67,18 @@ class Journal:
         total = SecretTotal(None, facts["clients"], facts["moment"], facts["bytes_up"])
         if not facts["fault"]:
             total.total = Encoded(tensors["numbers"], tensors["words"])
-        return Entry(total, facts["fault"])
+        return Entry(total, facts["fault"], dict(facts["failed"]))
 
     def write(self, t: int, k: int, question: str, entry: Entry) -> None:
         """Write a sum, synced: once this returns it is never asked for again."""
-        total, fault = entry
+        total, fault, failed = entry
         facts = {
             "question": question,
             "clients": total.clients,
             "moment": total.moment,
             "bytes_up": total.bytes_up,
             "fault": fault,
+            "failed": list(failed.items()),
         }
         tensors = {"nothing": torch.empty(0)}
         if total.total is not None and not fault:
@@ -89,13 +91,17 @@ class Journal:
             sync_folder(self.folder)
 
     def prune(self, safe: int) -> None:
-        """Delete the sums of rounds before t = `safe`, which a checkpoint has."""
+        """Delete the sums of the first `safe` rounds, which a checkpoint has.
+
+        Those of the model before its first round (t = -1) go with the first round's.
+        """
         for file in self.folder.glob("*.safetensors"):
-            if int(file.stem.split("-")[0]) < safe:
+            number = int(file.stem.split("-")[0])
+            if max(number, 1) <= safe:
                 file.unlink(missing_ok=True)
 
     def _file(self, t: int, k: int) -> Path:
-        return self.folder / f"{t:06d}-{k:02d}.safetensors"
+        return self.folder / f"{t + 1:06d}-{k:02d}.safetensors"
 
 
 class Void:

@@ -69,7 +69,7 @@ class SecretSum:
         self.answered: set[int] = set()  # clients whose keys were taken
         self.failed_first: set[int] = set()  # clients that said in E1 why they cannot
         self.bytes_up = 0
-        self.held_back: list[Reports] = []  # failures in E5
+        self.named: dict[int, str] = {}  # clients that did wrong in E5
         self._taken = 0  # answers of this exchange
 
     def run(
@@ -91,8 +91,8 @@ class SecretSum:
         ]
         for number, messages, take in later:
             yield from self._exchange(number, messages(), take)
-        last = self._exchange(5, session.requests(), session.add_shares_of)
-        self.held_back = list(last)
+        for report in self._exchange(5, session.requests(), session.add_shares_of):
+            self.named.update(report.failed)
 
     def total(self) -> Encoded:
         """The sum. Raises TooFewReports where it cannot be unmasked."""

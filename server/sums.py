@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Generator, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.deploy import certs
-from fedcore.engines.base import Work, one_thread
+from fedcore.engines.base import Work, failure, one_thread
 from fedcore.engines.message_shape import message_shape
 from fedcore.errors import TooFewReports
 from fedcore.messages import wire
@@ -99,6 +99,7 @@ class Asking:
         self, sums: Sums, ask: Ask, now: tuple[int, int], work: Mapping[str, Any]
     ) -> None:
         self._sums, self._ask, self._now, self._work = sums, ask, now, work
+        self._named: dict[int, str] = {}  # clients that did wrong in E5
         self._record = wire.encode(ask.down)
         data = self._record[wire.FORMAT].data
         self._digest = hashlib.sha256(data).digest()
@@ -113,27 +114,17 @@ class Asking:
         question = self._terms._replace(is_signed=False)
         self._question = question.digest(self._digest).hex()
 
-    def restored(self, into: SecretTotal) -> bool:
-        """Whether the journal has this sum, which is then in `into`.
-
-        Raises TooFewReports where it came to nothing.
-        """
+    def recalled(self) -> Entry | None:
+        """What the journal has of this sum; None where it was not made before."""
         journal = self._sums.journal
         if journal is None:
-            return False
+            return None
         journal.prune(int(self._work["safe"]))
         entry = journal.read(*self._now, self._question)
         if entry is None:
-            return False
-        made, fault = entry
-        if not set(made.clients) <= set(self._ask.clients.tolist()):
-            return False
-        log.warning("round %d goes on with a sum that was made before", self._ask.t + 1)
-        into.total, into.clients, into.moment = made.total, made.clients, made.moment
-        into.bytes_up = made.bytes_up
-        if fault:
-            raise TooFewReports(fault)
-        return True
+            return None
+        is_ours = set(entry.total.clients) <= set(self._ask.clients.tolist())
+        return entry if is_ours else None
 
     def run(
         self, hosted: Mapping[int, list[int]], mailing: Mailing, into: SecretTotal
@@ -143,9 +134,11 @@ class Asking:
         Raises TooFewReports where it cannot be read.
         """
         self._sums.say_unsigned()
-        fault = ""
+        fault, failed = "", dict[int, str]()
         try:
-            held_back = yield from self._exchange(hosted, mailing, into)
+            for report in self._exchange(hosted, mailing, into):
+                failed.update(report.failed)
+                yield report
         except TooFewReports as error:
             fault = str(error)
             raise
@@ -153,14 +146,16 @@ class Asking:
             # Not where it was interrupted: then the sum has not come to its end.
             is_done = bool(fault) or into.total is not None
             if self._sums.journal is not None and is_done:
-                entry = Entry(into, fault)
+                failed.update(self._named)
+                entry = Entry(into, fault, failed)
                 self._sums.journal.write(*self._now, self._question, entry)
-        yield from held_back
+        for client, reason in self._named.items():
+            yield failure([client], reason)
 
     def _exchange(
         self, hosted: Mapping[int, list[int]], mailing: Mailing, into: SecretTotal
-    ) -> Generator[Reports, None, list[Reports]]:
-        """As `run`; the failures that were held back are returned."""
+    ) -> Iterator[Reports]:
+        """As `run`, without those that are named at the end."""
         ask, sums = self._ask, self._sums
         session = ServerSession(
             self._terms,
@@ -180,11 +175,10 @@ class Asking:
             into.total = secret.total()
             into.clients, into.moment = session.clients, moment
         finally:
-            into.bytes_up = secret.bytes_up
+            into.bytes_up, self._named = secret.bytes_up, secret.named
             if not evaluates(ask.fn):
                 void = secret.asked - secret.failed_first - set(into.clients)
                 sums.void.update(secret.answered, void, moment)
-        return secret.held_back
 
     def _places(self) -> dict[int, ConfigRecord]:
         """What clients are told of their own works before this one."""
@@ -203,6 +197,20 @@ def noising_of(work: Work) -> DistributedNoise | None:
     """The noise that devices add; None where they add none."""
     noising = None if work.sending is None else work.sending.noising
     return noising if isinstance(noising, DistributedNoise) else None
+
+
+def taken(entry: Entry, into: SecretTotal) -> Iterator[Reports]:
+    """The failures of a sum of the journal, which is put into `into`.
+
+    Raises TooFewReports where it came to nothing.
+    """
+    made = entry.total
+    into.total, into.clients, into.moment = made.total, made.clients, made.moment
+    into.bytes_up = made.bytes_up
+    for client, reason in entry.failed.items():
+        yield failure([client], reason)
+    if entry.fault:
+        raise TooFewReports(entry.fault)
 
 
 def terms_of(ask: Ask, run: str, is_signed: bool) -> Terms:

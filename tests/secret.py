@@ -90,6 +90,33 @@ class Single(Weighing):
         return server
 
 
+class Unasked(Weighing):
+    """Clients outside the cohort go on by themselves, and send nothing."""
+
+    works_unasked = True
+
+    @on_client
+    def go_on(
+        self, task: Task, t: Tensor, down: Stateless, state: Stateless, batches: Batches
+    ) -> tuple[Stateless, Stateless]:
+        return Stateless(), state
+
+    def round(self, server: Model, r: Round) -> Model:
+        for _ in r.each(self.go_on, torch.arange(r.population), Stateless()):
+            pass
+        return super().round(server, r)
+
+
+class Telling(Unasked):
+    """Clients outside the cohort tell what nobody asked them for."""
+
+    @on_client
+    def go_on(  # type: ignore[override]
+        self, task: Task, t: Tensor, down: Stateless, state: Stateless, batches: Batches
+    ) -> tuple[Model, Stateless]:
+        return Model({"w": batches.y.flatten()[:1].clone()}), state
+
+
 class Remembered(NamedTuple):
     delta: Params
 

@@ -14,8 +14,8 @@ from torch import nn
 from fedcore import Examples, Experiment, FederatedData
 from fedcore.audit import metrics
 from fedcore.audit.attacks import rmia
-from fedcore.audit.attacks.rmia import Pool, reference_scores
-from fedcore.audit.observe import Observation, Subject, Truth
+from fedcore.audit.attacks.rmia import Pool, Rows, reference_scores
+from fedcore.audit.observe import Observation, Subject
 from fedcore.audit.simulate import simulate
 from fedcore.task import Task
 from fedcore.tasks import build_task
@@ -47,11 +47,11 @@ def audited(epochs: int = 30, examples: int = 16) -> tuple[Task, list[Subject]]:
     return task, simulate(experiment, task, 2, examples)
 
 
-def public_of(task: Task) -> Truth:
-    return Truth(*task.data.test)
+def public_of(task: Task) -> Rows:
+    return Rows(*task.data.test)
 
 
-def candidates_of(subject: Subject, public: Truth) -> tuple[Truth, int]:
+def candidates_of(subject: Subject, public: Rows) -> tuple[Rows, int]:
     """(the client's examples, and as many of each class from the public; how many)."""
     truth = subject.truth
     assert truth is not None
@@ -60,7 +60,7 @@ def candidates_of(subject: Subject, public: Truth) -> tuple[Truth, int]:
         of_class = (public.y == label).nonzero().flatten().tolist()
         rows += [row for row in of_class if row not in rows][:8]
     x = torch.cat([truth.x, public.x[rows]])
-    return Truth(x, torch.cat([truth.y, public.y[rows]])), len(truth.y)
+    return Rows(x, torch.cat([truth.y, public.y[rows]])), len(truth.y)
 
 
 def test_scores_are_those_of_the_paper() -> None:
@@ -128,8 +128,8 @@ def test_references_are_trained_as_the_client_was_and_are_as_long() -> None:
     seen = subjects[0].seen
     truth = subjects[0].truth
     assert truth is not None
-    draw = torch.Generator().manual_seed(0)
-    end = rmia._reference(seen, truth, draw)
+    own, draw = Rows(*truth), torch.Generator().manual_seed(0)
+    end = rmia._reference(seen, own, draw)
     # On the client's own examples: the same up to the order of the batches.
     ours = torch.cat([(end[n] - seen.w0[n]).flatten() for n in seen.delta])
     theirs = torch.cat([seen.delta[n].flatten() for n in seen.delta])
@@ -138,7 +138,7 @@ def test_references_are_trained_as_the_client_was_and_are_as_long() -> None:
     assert float(ours.norm() / theirs.norm()) == pytest.approx(1, abs=0.1)
     short = {name: x / 10 for name, x in seen.delta.items()}
     clipped = replace(seen, delta=short, public=replace(seen.public, clipped=True))
-    end = rmia._reference(clipped, truth, draw)
+    end = rmia._reference(clipped, own, draw)
     length = sum(float((end[n] - seen.w0[n]).square().sum()) for n in short) ** 0.5
     assert length == pytest.approx(float(theirs.norm()) / 10, rel=1e-3)
 
@@ -176,7 +176,7 @@ def test_what_cannot_be_trained_is_said(changed: object, why: str) -> None:
     found = reference_scores([changed(subjects[0].seen)], *candidates, public, 2, 0)
     assert isinstance(found, str)
     assert why in found
-    nothing = Truth(public.x[:0], public.y[:0])
+    nothing = Rows(public.x[:0], public.y[:0])
     found = reference_scores([subjects[0].seen], *candidates, nothing, 2, 0)
     assert isinstance(found, str)
     assert "no public examples" in found
@@ -194,3 +194,20 @@ def test_rates_come_with_exact_intervals() -> None:
         assert rate["high"] == pytest.approx(stats.beta.ppf(0.975, 31, 10))
         expected = stats.beta.ppf(0.95, allowed + 1, 2000 - allowed)
         assert rate["fpr_high"] == pytest.approx(expected)
+
+
+def test_references_count_for_examples_that_they_did_not_train_on() -> None:
+    _, subjects = audited(epochs=1, examples=8)
+    seen, truth = subjects[0].seen, subjects[0].truth
+    assert truth is not None
+    # Two public examples, of which a reference trains on one.
+    public = Rows(truth.x[:2], truth.y[:2])
+    pool = Pool(public, torch.ones(2, dtype=torch.float64), 1)
+    draw = torch.Generator().manual_seed(0)
+    found = rmia._likelihoods(seen, Rows(*truth), pool, 6, draw)
+    assert found.is_out[:, 2:].all()
+    assert found.is_out[:, :2].sum(1).tolist() == [1] * 6
+    # An example that a reference trained on is likelier there than elsewhere.
+    for row in range(2):
+        logs, is_out = found.references[:, row], found.is_out[:, row]
+        assert logs[~is_out].mean() > logs[is_out].mean()

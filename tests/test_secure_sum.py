@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine, Work
 from fedcore.errors import SettingsError
 from fedcore.messages.secure.ring import Ring
+from fedcore.reports import by_examples
 from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.loop import Loop, run
 from fedcore.rounds.observer import Quiet
 from fedcore.rounds.result import Result
 from fedcore.storage.rows import StateStore
+from fedcore.types import Model
+from fedcore.views.run_record import read_run
+from fedcore.views.run_report import summary
+from fedcore.views.secret_text import average_of_training
 from tests.helpers import assert_close, loop_of, small
 from tests.secret import Masking, Shuffled
 
@@ -78,14 +84,14 @@ def test_order_and_grouping_of_reports_change_no_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_of_ray_change_no_bit(workers: int, tmp_path: Path) -> None:
-    e = secure("scaffold", engine__name="ray", engine__workers=workers)
+def test_workers_of_ray_change_no_bit(tmp_path: Path) -> None:
+    e = secure("scaffold", engine__name="ray", engine__workers=2)
     one_by_one = secure("scaffold")
     expected = run(one_by_one, tmp_path / "sequential").params_sha256
     assert run(e, tmp_path / "ray").params_sha256 == expected
 
 
+@pytest.mark.slow
 def test_chunks_change_no_bit(tmp_path: Path) -> None:
     results = set()
     for chunk in (1, 3, None):
@@ -152,6 +158,28 @@ def test_what_is_remembered_is_what_a_plain_run_remembers(tmp_path: Path) -> Non
     assert_close(secret.params, plain.params, 1e-5, "secure")
 
 
+@pytest.mark.parametrize(
+    ("t", "client", "fn"), [(1, 0, "train"), (0, 1, "train"), (0, 0, "slope")]
+)
+def test_rounding_is_drawn_anew_for_each_message(
+    t: int, client: int, fn: str, tmp_path: Path
+) -> None:
+    loop = loop_of(secure("tests.methods:Two"), tmp_path / "r")
+    secret, method = loop.desk.receiving.secret, loop.method
+    assert secret is not None
+    down = Model(loop.state.server.params)
+    up = {"weight": torch.full((1, 500), 1 / 3)}
+    numbers = []
+    for function, number, who in (("train", 0, 0), (fn, t, client)):
+        work = getattr(method, function)
+        ask = secret.ask(work, torch.arange(5), down, number, by_examples)
+        sent = secret.sending.send(ask, who, up, 7)
+        numbers.append(sent.encoded.numbers)
+    loop.close()
+    assert not torch.equal(*numbers)
+    assert (numbers[0] - numbers[1]).abs().max() <= 1
+
+
 # Nothing but sums
 
 
@@ -172,8 +200,35 @@ def test_a_row_has_sums_and_no_number_of_a_client(tmp_path: Path) -> None:
         }
         d = 5 + 1
         assert row["bytes_up"] == 5 * (4 * (d - 1) + 8 * (5 + 2))
-    assert len(read_clients(tmp_path / "secure")) == 0
+
+
+def test_a_report_says_what_the_server_could_read(tmp_path: Path) -> None:
+    run(small("fedavg"), tmp_path / "plain")
+    run(secure(aggregation__max_examples=8), tmp_path / "secure")
+    plain, secret = (read_run(tmp_path / name) for name in ("plain", "secure"))
+    assert "could read" not in summary(plain)
+    assert (
+        "The server could read sums of 5 clients or more alone, of whom 4 have to "
+        "stay; added without masks in this simulation; examples capped 20 times."
+    ) in summary(secret)
+    assert average_of_training(secret.history) == "mean"
+    assert average_of_training(plain.history) == "median"
+
+
+@pytest.mark.parametrize("method", [WEIGHING, "tests.secret:Unasked"])
+def test_the_table_of_clients_stays_empty(method: str, tmp_path: Path) -> None:
+    settings = {"participation__dropout": 0.2, "rounds": 8}
+    run(small(method, **settings), tmp_path / "plain")
+    result = run(secure(method, **settings), tmp_path / "secure")
+    assert result.dropped
     assert len(read_clients(tmp_path / "plain")) > 0
+    assert len(read_clients(tmp_path / "secure")) == 0
+
+
+def test_work_without_a_message_may_not_send_numbers(tmp_path: Path) -> None:
+    run(small("tests.secret:Telling"), tmp_path / "plain")
+    with pytest.raises(SettingsError, match="go_on sends numbers of single clients"):
+        run(secure("tests.secret:Telling"), tmp_path / "secure")
 
 
 def test_training_losses_are_means_over_clients_with_examples(tmp_path: Path) -> None:
@@ -198,6 +253,15 @@ def test_entries_beyond_the_reach_and_counts_above_the_cap_are_counted(
     assert sums["clipped"] == 1.0
     assert sums["capped"] == 5
     assert sums["weight"] == 5 * 8
+
+
+def test_counts_above_the_cap_weigh_as_in_a_plain_run(tmp_path: Path) -> None:
+    settings = {"task": "tests.measured:numbers", "population": None, "options": {}}
+    settings |= {"participation__cohort": 7, "aggregation__max_examples": 20}
+    plain = run(small("fedavg", **settings), tmp_path / "plain")
+    secret = run(small("fedavg", **settings, aggregation__secure=True), tmp_path / "r")
+    assert_close(secret.params, plain.params, 1e-5, "capped")
+    assert rows_of(tmp_path / "r")[0]["secure"]["train"]["capped"] == 2
 
 
 def test_a_bound_on_messages_is_kept_by_clients(tmp_path: Path) -> None:
@@ -283,6 +347,21 @@ def test_a_round_that_is_skipped_leaves_no_trace(tmp_path: Path) -> None:
             results.append(run(e, folder).params_sha256)
             assert rows_of(folder)[1]["skipped"] == (file == trace)
         assert results[-1] == results[-2], method
+
+
+def test_clients_forget_work_whose_sum_is_not_known(tmp_path: Path) -> None:
+    """SCAFFOLD's c_i: the server did not hear of its change."""
+    trace, empty = tmp_path / "trace", tmp_path / "empty"
+    trace.write_text("0 1 2 3\n0 1 4 5\n0 1 2 3\n")
+    empty.write_text("0 1 2 3\n\n0 1 2 3\n")
+    results = []
+    for file in (trace, empty):
+        settings = {"participation": {"name": "trace", "file": file}, "rounds": 3}
+        settings |= {"adversary__attack": "absent", "adversary__clients": [4, 5]}
+        folder = tmp_path / f"run-{file.name}"
+        results.append(run(secure("scaffold", **settings), folder).params_sha256)
+        assert rows_of(folder)[1]["skipped"] == (file == trace)
+    assert results[0] == results[1]
 
 
 # Engines whose clients mask what they send

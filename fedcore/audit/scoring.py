@@ -20,7 +20,7 @@ from fedcore import trees
 from fedcore.audit import metrics
 from fedcore.audit.attacks import membership
 from fedcore.audit.attacks.base import Reconstruction
-from fedcore.audit.attacks.rmia import reference_scores
+from fedcore.audit.attacks.rmia import Rows, reference_scores
 from fedcore.audit.attacks.tokens import Tokens
 from fedcore.audit.observe import CPU, Observation, Subject, Truth
 from fedcore.audit.plan import Plan
@@ -270,7 +270,8 @@ class Scoring:
         exchanges, left_out = [*before, seen], {}
         scores = membership.scores(exchanges, x, y)
         wanted, seed = self.plan.references, self.plan.seed
-        found = reference_scores(exchanges, x, y, self._public(), wanted, seed)
+        public = Rows(self.public_x, self.public_y)
+        found = reference_scores(exchanges, x, y, public, wanted, seed)
         if isinstance(found, str):
             left_out["rmia"] = found
         else:

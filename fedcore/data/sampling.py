@@ -55,7 +55,7 @@ def sampled_rows(
     >>> key = Key(0, np.array([7]), t=0, plan=0)
     >>> rows = sampled_rows([np.arange(6)], np.array([3]), local, key, even=False)
     >>> rows[0].tolist()
-    [[1, 2, 4], [0, 4, -1], [0, 2, 5]]
+    [[1, 2, 5], [3, -1, -1], [-1, -1, -1]]
     """
     draws = _of_system() if key is None else key.generators()
     drawn = []

@@ -131,6 +131,13 @@ Poll = Annotated[
         help="longest pause between two looks for work, in seconds",
     ),
 ]
+SumsAlone = Annotated[
+    bool,
+    typer.Option(
+        "--secure",
+        help="take part in secure sums alone, whatever the server's settings say",
+    ),
+]
 Forget = Annotated[
     list[str] | None,
     typer.Option(metavar="RUN", help="delete the states of this run; repeatable"),
@@ -200,12 +207,13 @@ def client(
     base: Base = None,
     set_: DeviceSet = None,
     poll: Poll = 0.2,
+    secure: SumsAlone = False,
 ) -> None:
     """Take part in a federation, until stopped."""
     keys = _keys(certs, insecure)
     _quieten()
     serve = importlib.import_module("fedcore.client.supernode").serve
-    serve(server, id_, keys, state, data, set_ or [], poll, base)
+    serve(server, id_, keys, state, data, set_ or [], poll, base, secure)
 
 
 def doctor(

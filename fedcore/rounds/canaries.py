@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ from fedcore.reports import (
     equally,
 )
 from fedcore.rng import rng, seed_of
-from fedcore.rounds.canary_bound import Scores
+from fedcore.rounds.canary_bound import Scores, Seen
 from fedcore.rounds.doors import OpenRound
 from fedcore.task import Task
 from fedcore.types import ClientFunction, News, Params, Tree
@@ -256,56 +256,6 @@ def _sending_of(experiment: Experiment, work: Work) -> Sending | None:
     quiet = WithoutNoise(noising)
     rules = experiment.aggregation
     return Sending(work.method, work.task, rules, experiment.seed, quiet)
-
-
-class Seen:
-    """A release, as an observer sees it who knows the sums of other updates."""
-
-    def __init__(self, release: Params, known: Sequence[Params] = ()) -> None:
-        self._names = sorted(release)
-        whole = self.flat(release)
-        self._known: list[Tensor] = []  # at right angles, of unit length
-        for tree in known:
-            vector = self._without_known(self.flat(tree))
-            length = float(vector.norm())
-            if length > 0:
-                self._known.append(vector / length)
-        self._release = self._without_known(whole)
-
-    @property
-    def dimensions(self) -> int:
-        """d, in which the canaries' directions are random."""
-        return len(self._release) - len(self._known) - 1
-
-    def flat(self, tree: Params) -> Tensor:
-        """The entries of a tree that the release has, [D] float64 on the CPU."""
-        pieces = []
-        for name in self._names:
-            pieces.append(tree[name].detach().reshape(-1).cpu().double())
-        return torch.cat(pieces)
-
-    def _without_known(self, vector: Tensor) -> Tensor:
-        for known in self._known:
-            vector = vector - torch.dot(vector, known) * known
-        return vector
-
-    def score(self, direction: Tensor, others: Tensor | None = None) -> float:
-        """x = sqrt(d - 1) g / sqrt(1 - g^2), g the cosine with the direction [D].
-
-        Without the part along `others` [D], what the observer knows besides.
-        """
-        c, release = self._without_known(direction), self._release
-        if others is not None:
-            beside = self._without_known(others)
-            length = float(beside.norm())
-            if length > 0:
-                beside = beside / length
-                c = c - torch.dot(c, beside) * beside
-                release = release - torch.dot(release, beside) * beside
-        c = c / c.norm()
-        along = float(torch.dot(c, release))
-        across = float((release - along * c).norm())
-        return math.sqrt(self.dimensions - 1) * along / max(across, 1e-300)
 
 
 @dataclass

@@ -122,8 +122,14 @@ class OpenRound(Round):
         asked = len(clients)
         clients = self._ask(fn, clients, down)
         for reports in self._received(Call(fn, clients, down, asked, None)):
-            if len(reports.clients):
-                yield reports
+            if len(reports.clients) == 0:
+                continue
+            if self.tally.is_secret and trees.leaves(reports.up):
+                raise SettingsError(
+                    f"aggregation.secure = true: {fn.__name__} sends numbers of single "
+                    "clients, and sums alone can be read"
+                )
+            yield reports
 
     def mean(
         self,

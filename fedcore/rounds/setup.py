@@ -168,7 +168,10 @@ def _receiving(
     if work.sending is None:
         return receiving
     secret = SecretSums(work.sending, experiment.secure, process.largest)
-    return receiving._replace(secret=secret)
+    remedy = "without the clients that are at fault"  # a rule would have to see them
+    if work.method.differences and experiment.aggregation.clip is None:
+        remedy = "with a bound on messages: aggregation.clip"
+    return receiving._replace(secret=secret, remedy=remedy)
 
 
 def _note_population(

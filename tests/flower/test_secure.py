@@ -26,13 +26,14 @@ from flwr.common.constant import ErrorCode
 
 from fedcore.config import Experiment
 from fedcore.errors import RunError
-from fedcore.messages.secure.ask import SecretTotal
+from fedcore.messages.secure.ask import Ask, Part, SecretTotal
 from fedcore.messages.secure.primitives import Refused
-from fedcore.messages.secure.ring import Encoded
+from fedcore.messages.secure.ring import Encoded, Ring
 from fedcore.rounds import loop
 from fedcore.rounds.loop import run
 from fedcore.rounds.secret import SecretSums
-from fedcore.types import Model
+from fedcore.rounds.setup import work_of
+from fedcore.types import Model, Stateless
 from tests.flower.fake import FakeGrid, in_place_of
 from tests.flower.test_grid import over_flower, preset_of
 from tests.helpers import slow, small
@@ -232,7 +233,10 @@ def test_a_server_killed_between_the_sum_and_its_use_asks_nobody_again(
 ) -> None:
     e = secure("scaffold", checkpoint__seconds=1e6)  # none before the end
     expected = run(e, tmp_path / "sequential")
-    grid = FakeGrid(preset_of(e, tmp_path), 12)
+    weather = in_exchange(
+        4, 1, cohort_of(e, 1)[0], edited(lambda record: ConfigRecord({}))
+    )
+    grid = FakeGrid(preset_of(e, tmp_path), 12, weather)
     make, check = engine_of(grid, tmp_path), SecretSums.check
 
     def killed(self: SecretSums, ask: Any, made: SecretTotal) -> None:
@@ -249,6 +253,7 @@ def test_a_server_killed_between_the_sum_and_its_use_asks_nobody_again(
     assert result.params_sha256 == expected.params_sha256
     assert result.final == expected.final
     assert {t for t, _ in seen} == {3}, "rounds 1 to 3 had their sums"
+    assert rows_of(tmp_path)[1]["dropped"] == {"bad message": 1}, "named as before"
     sums = tmp_path / "run" / "checkpoint" / "sums"
     assert not list(sums.glob("*.safetensors")), "the last checkpoint has them"
 
@@ -286,8 +291,19 @@ def test_a_client_sends_nothing_in_the_clear_where_sums_are_secret(
         run(e, tmp_path / "run", engine=ask)
     failed = {client: r.failed[client] for r in reports for client in r.failed}
     assert set(failed) == {*range(12)}
-    assert "asked for it in the clear" in failed[3]
+    assert "was asked for it in the clear" in failed[3]
     assert not any(len(report.clients) for report in reports)
+
+
+def test_a_device_that_wants_sums_alone_takes_no_part_in_another_run(
+    tmp_path: Path,
+) -> None:
+    e = small("fedavg", rounds=1, participation__cohort=12)
+    grid = FakeGrid(preset_of(e, tmp_path), 12)
+    grid.contexts[103].node_config["secure"] = True
+    result = over_flower(e, tmp_path, grid)
+    assert result.dropped == {"error": 1}
+    assert rows_of(tmp_path)[0]["left_out"] == {"error": [3]}
 
 
 def test_a_mark_outlives_the_process_and_a_deleted_state(tmp_path: Path) -> None:
@@ -338,6 +354,12 @@ def test_a_journal_gives_back_what_was_written_for_the_same_question(
     assert fault.total.total is None
     assert fault.fault == "2 clients sent keys"
     assert again.read(3, 0, "another model") is None
+    again.write(-1, 0, "q", Entry(total_of(1)))  # before the first round
+    again.prune(0)
+    assert again.read(-1, 0, "q") is not None
+    again.prune(3)  # rounds in the checkpoint: t = 0, 1, 2
+    assert again.read(-1, 0, "q") is None
+    assert again.read(3, 0, "q") is not None
     again.prune(4)
     assert again.read(3, 0, "q") is None
 
@@ -469,3 +491,66 @@ def test_what_a_reply_says_is_read_with_suspicion() -> None:
     said = {"failed": [1], "reasons": ["timeout: not I"]}
     found = answers_in(reply({**good, **said}), 1, 3, [1], 9.0)
     assert found == {1: "error: timeout: not I"}
+
+
+# What arrives at the server
+
+
+def everything_in(reply: Message) -> bytes:
+    """All bytes of a reply, of its arrays as they are."""
+    content = b""
+    for record in reply.content.values():
+        if isinstance(record, ArrayRecord):
+            content += b"".join(array.data for array in record.values())
+        else:
+            content += repr(dict(record)).encode()
+            for value in record.values():
+                content += value if isinstance(value, bytes) else b""
+    return content
+
+
+@pytest.mark.parametrize("is_secret", [True, False])
+def test_no_reply_holds_an_update_as_floats_or_as_integers(
+    is_secret: bool, tmp_path: Path
+) -> None:
+    """In the clear it is found, by the same search."""
+    e = secure("fedavg", rounds=1, evaluation__every=100, participation__cohort=6)
+    plain = small("fedavg", rounds=1, evaluation__every=100, participation__cohort=6)
+    replies: list[bytes] = []
+
+    def note(reply: Message) -> list[Message]:
+        replies.append(everything_in(reply))
+        return [reply]
+
+    given = e if is_secret else plain
+    over_flower(given, tmp_path, FakeGrid(preset_of(given, tmp_path), 12, note))
+    task, client = e.build_task(), cohort_of(e, 0)[0]
+    work = work_of(e, task, e.build_method())
+    down = Model(task.init_params())
+    up, _ = work.one(work.method.train, client, down, Stateless(), 0)
+    ring, parts = Ring(6), (Part("", "examples"),)
+    ask = Ask(work.method.train, torch.tensor([client]), down, 0, parts, ring)
+    assert work.sending is not None
+    count = float(work.num_examples(work.method.train, [client]))
+    sent = work.sending.send(ask, client, up, count).encoded
+    floats = next(iter(up.delta.values())).numpy().tobytes()
+    integers = sent.numbers.numpy().tobytes()
+    assert len(floats) >= 16
+    all_bytes = b"".join(replies)
+    assert (floats in all_bytes) is not is_secret
+    assert integers not in all_bytes
+
+
+def test_devices_take_their_noise_from_the_system(tmp_path: Path) -> None:
+    noise = {"clip": 1.0, "noise_multiplier": 0.5}
+    method = {"method__weighting": "participating"}
+    e = secure("fedavg", rounds=2, defence__distributed=noise, **method)
+    shas = set()
+    for number in range(2):
+        folder = tmp_path / str(number)
+        grid = FakeGrid(preset_of(e, folder), 12)
+        result = over_flower(e, folder, grid)
+        assert result.dropped == {}
+        shas.add(result.params_sha256)
+    shas.add(run(e, tmp_path / "keyed").params_sha256)
+    assert len(shas) == 3, "noise by the seed, which every device knows"

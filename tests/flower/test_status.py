@@ -83,3 +83,11 @@ def test_so_many_are_named_and_the_rest_are_counted(tmp_path: Path) -> None:
     assert len(lines) == fedcore.server.status.NAMED + 1
     assert lines[-1] == "and 10 more clients with trouble: see the report"
     assert all(line.isprintable() for line in lines)
+
+
+def test_the_exchange_of_a_secure_sum_is_shown() -> None:
+    facts: dict[str, Any] = {"run": "r", "listen": "l", "round": 3, "nodes": []}
+    facts |= {"waiting_for": [4], "waiting_s": 2.0, "late_answers": 0, "trouble": []}
+    facts |= {"num_trouble": 0, "exchange": "survivors"}
+    lines = fedcore.server.status.text(facts).split("\n")
+    assert lines[1] == "round 3, a secure sum: survivors"

@@ -32,17 +32,24 @@ from torch.func import grad
 
 from fedcore import trees
 from fedcore.audit.attacks.membership import losses
-from fedcore.audit.observe import Observation, Truth
+from fedcore.audit.observe import Observation
 from fedcore.rng import seed_of
 from fedcore.types import Params, Tree
 
-__all__ = ["reference_scores"]
+__all__ = ["Rows", "reference_scores"]
 
 OFFLINE = 0.3  # a
 GAMMA = 1.0
 POPULATION = 500  # public examples z, at most
 MOST_STEPS = 20_000  # of all reference models of one exchange
 TIE = 1e-6  # far below one z of POPULATION
+
+
+class Rows(NamedTuple):
+    """Public examples, or candidates without a mark which of them are members."""
+
+    x: Tree  # [n, ...]
+    y: Tensor  # [n, ...]
 
 
 class _Likelihoods(NamedTuple):
@@ -57,7 +64,7 @@ def reference_scores(
     seen: Sequence[Observation],
     x: Tree,
     y: Tensor,
-    public: Truth,
+    public: Rows,
     wanted: int,
     seed: int,
 ) -> Tensor | str:
@@ -66,7 +73,7 @@ def reference_scores(
     `seen` are one client's exchanges in one or more rounds, `wanted` the number of
     reference models for each.
     """
-    scores, candidates = [], Truth(x, y)
+    scores, candidates = [], Rows(x, y)
     for exchange in seen:
         pool = Pool.of(exchange, candidates, public)
         steps = exchange.public.local_steps(exchange.num_examples)
@@ -89,12 +96,12 @@ def reference_scores(
 class Pool(NamedTuple):
     """Public examples, of which references get their own."""
 
-    examples: Truth
+    examples: Rows
     weights: Tensor  # [n] float64, of a draw with the candidates' mix of classes
     size: int  # of one reference's share: as the client has, at most half
 
     @classmethod
-    def of(cls, seen: Observation, candidates: Truth, public: Truth) -> Pool:
+    def of(cls, seen: Observation, candidates: Rows, public: Rows) -> Pool:
         """The pool of one exchange."""
         weights = torch.ones(len(public.y), dtype=torch.float64)
         classes = seen.public.classes
@@ -105,26 +112,26 @@ class Pool(NamedTuple):
         rows = math.ceil(seen.num_examples / (seen.public.length or 1)) * seen.clients
         return cls(public, weights, min(rows, int((weights > 0).sum()) // 2))
 
-    def drawn(self, number: int, draw: torch.Generator) -> Truth:
+    def drawn(self, number: int, draw: torch.Generator) -> Rows:
         """So many of the examples, each once."""
         rows = torch.multinomial(self.weights, number, generator=draw)
-        return Truth(*trees.at(tuple(self.examples), rows))
+        return Rows(*trees.at(tuple(self.examples), rows))
 
-    def population(self, draw: torch.Generator) -> Truth:
+    def population(self, draw: torch.Generator) -> Rows:
         """The examples z."""
         return self.drawn(min(POPULATION, int((self.weights > 0).sum())), draw)
 
 
 def _scores(
     seen: Observation,
-    candidates: Truth,
+    candidates: Rows,
     pool: Pool,
     number: int,
     draw: torch.Generator,
 ) -> Tensor:
     """The scores of one exchange, float64 [n]."""
     z = pool.population(draw)
-    everything = Truth(
+    everything = Rows(
         trees.map(lambda a, b: torch.cat([a, b]), candidates.x, z.x),
         torch.cat([candidates.y, z.y]),
     )
@@ -153,7 +160,7 @@ def _prior(found: _Likelihoods) -> Tensor:
 
 def _likelihoods(
     seen: Observation,
-    examples: Truth,
+    examples: Rows,
     pool: Pool,
     number: int,
     draw: torch.Generator,
@@ -170,20 +177,20 @@ def _likelihoods(
     return _Likelihoods(target, torch.stack(references), torch.stack(is_out))
 
 
-def _keys(examples: Truth) -> Iterator[bytes]:
+def _keys(examples: Rows) -> Iterator[bytes]:
     """The bytes of each example, by which the same one is known again."""
     leaves = trees.leaves(tuple(examples))
     for row in range(len(examples.y)):
         yield b"".join(leaf[row].numpy().tobytes() for leaf in leaves)
 
 
-def _reference(seen: Observation, rows: Truth, draw: torch.Generator) -> Params:
+def _reference(seen: Observation, rows: Rows, draw: torch.Generator) -> Params:
     """Parameters at the end of the training of M clients on these rows, in mean."""
     parts = torch.arange(len(rows.y)).tensor_split(seen.clients)
     ends = []
     for part in parts:
         own = part if len(part) else torch.arange(len(rows.y))
-        ends.append(_trained(seen, Truth(*trees.at(tuple(rows), own)), draw))
+        ends.append(_trained(seen, Rows(*trees.at(tuple(rows), own)), draw))
     moved: Params = {}
     for name in seen.delta:
         mean = torch.stack([end[name] for end in ends]).mean(0)
@@ -204,7 +211,7 @@ def _as_long_as(delta: Params, observed: Params) -> Params:
     return scaled
 
 
-def _trained(seen: Observation, rows: Truth, draw: torch.Generator) -> Params:
+def _trained(seen: Observation, rows: Rows, draw: torch.Generator) -> Params:
     """Parameters after the local training on these rows, by plain SGD from w0."""
     public = seen.public
     assert public.lr is not None

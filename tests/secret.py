@@ -56,6 +56,7 @@ class Weighing(Method[Settings]):
             "given": given,
             "by field": {"delta": given},
             "one": (r.cohort == r.cohort[0]).double(),
+            "steep": torch.where(r.cohort <= r.cohort[1], 3.0, 1.0),
             "unequal": torch.where(r.cohort == r.cohort[0], 2.0, 1.0),
             "custom": by_first_letters,
         }[self.s.weighting]

@@ -233,12 +233,11 @@ def test_noise_is_added_to_every_entry_and_is_the_keys() -> None:
 def test_a_device_draws_its_noise_from_the_operating_system(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told = noise(colluding=1, deviation=8192).terms()
+    shared = {"clip": 2.0, "noise_multiplier": 0.5, "colluding": 1, "deviation": 8192}
+    told = noise(**shared).terms()
     own = DistributedSettings(clip=2.0, noise_multiplier=0.5, colluding=1)
     device = DistributedNoise.on_device(own, told, seed=3)
-    assert device == noise(
-        clip=2.0, noise_multiplier=0.5, colluding=1, deviation=8192, is_secret=True
-    )
+    assert device == noise(**shared, is_secret=True)
     vector = torch.zeros(1000, dtype=torch.float64)
     once, again = (device.numbers(vector, "train", 0, 1) for _ in range(2))
     assert not torch.equal(once, again)
@@ -264,8 +263,13 @@ def test_a_device_draws_its_noise_from_the_operating_system(
         ({"honest": True}, "honest of True"),
         ({"honest": 3.5}, "honest of 3.5"),
         ({"deviation": 1}, "deviation of 1 steps"),
+        ({"clip": 2.0}, "clip of 2, and by this client's settings 1"),
+        ({"clip": None}, "expected honest, colluding, deviation, num_entries, clip"),
+        ({"noise_multiplier": 0.5}, "noise_multiplier of 0.5, and by this client's"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier of nan: expected"),
+        ({"clip": 1}, "clip of 1: expected"),
         ({"colluding": -1}, "colluding of -1"),
-        ({"colluding": 1}, "1 clients may collude, and by this client's settings 0"),
+        ({"colluding": 1}, "colluding of 1, and by this client's settings 0"),
     ],
 )
 def test_a_device_refuses_terms_that_nobody_can_agree_to(

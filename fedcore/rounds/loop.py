@@ -252,8 +252,10 @@ class Loop:
         server, problem = self._attempt(r)
         if problem is not None:
             self.memory.rollback()
-            if tally.is_secret and self.engine.states is not None:
-                self.engine.states.rollback()  # what nobody knows did not happen
+            if tally.is_secret and not tally.sums and self.engine.states is not None:
+                # Devices forget work that is in no sum, and keep what is in one,
+                # whatever became of the round.
+                self.engine.states.rollback()
             server, tally.is_skipped = self.state.server, True
             message = f"round {t + 1} left the model as it was: {problem}"
             self.notes.once("skipped", message)

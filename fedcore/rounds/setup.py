@@ -21,7 +21,7 @@ from fedcore.rounds.noise import distributed_noise, mechanism_of
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.secret import SecretSums
-from fedcore.rounds.secret_checks import refuse_secret
+from fedcore.rounds.secret_checks import refuse_secret, refuse_telling_skips
 from fedcore.split import split
 from fedcore.statistics import refuse_shared, statistic_names
 from fedcore.storage.faults import writing
@@ -97,6 +97,7 @@ def prepare(
     work.adversary.refuse(method, experiment.method.name)
     hostile.refuse(experiment, work, process, note)
     refuse_secret(experiment, work, process, params, note)
+    refuse_telling_skips(experiment, mechanism, process, task.population)
     noising = distributed_noise(experiment, work, process, params, note)
     if noising is not None:
         mechanism = mechanism_of(noising)

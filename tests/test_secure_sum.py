@@ -218,6 +218,7 @@ def test_a_row_has_sums_and_no_number_of_a_client(tmp_path: Path) -> None:
         assert row["secure"]["train"] == {
             "clients": 5,
             "threshold": 4,
+            "tolerated": 2,
             "weight": row["server_weight"],
             "clipped": 0.0,
             "capped": 0,
@@ -233,7 +234,9 @@ def test_a_report_says_what_the_server_could_read(tmp_path: Path) -> None:
     assert "could read" not in summary(plain)
     assert (
         "The server could read sums of 5 clients or more alone, of whom 4 have to "
-        "stay; added without masks in this simulation; examples capped 20 times."
+        "stay, and 2 may help a server that lies, if clients "
+        "have certificates; added without masks in this simulation; examples capped "
+        "20 times."
     ) in summary(secret)
     assert average_of_training(secret.history) == "mean"
     assert average_of_training(plain.history) == "median"

@@ -115,6 +115,20 @@ class SecretSums:
         noising = self.sending.noising
         return t if noising is None else max(t, noising.least)
 
+    def guard(self, fn: ClientFunction, n: int, asked: int) -> dict[str, int]:
+        """What guards the clients of a sum of `n`, for which `asked` were asked.
+
+        Those that have to stay; and how many near a client may help a server that lies,
+        where clients have certificates: the fewest, whoever of them had trained.
+        """
+        tolerated = []
+        for trained in range(n, asked + 1):
+            k = graph.degree(trained, self.settings.neighbours)
+            tolerated.append(graph.tolerated(k, self.threshold(fn, trained)))
+        possible = [number for number in tolerated if number >= 0]
+        fewest = min(possible, default=0)
+        return {"threshold": self.threshold(fn, n), "tolerated": fewest}
+
     def check(self, ask: Ask, made: SecretTotal) -> None:
         """Raises TooFewReports where a sum is not to be used.
 

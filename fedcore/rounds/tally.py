@@ -97,13 +97,13 @@ class Tally:
         for name, values in norms.items():
             self.norms.setdefault(name, array("d")).extend(values.tolist())
 
-    def add_sum(self, function: str, total: Recovered, threshold: int) -> None:
-        """Note what is known of a secure sum beside the sum."""
+    def add_sum(self, function: str, total: Recovered, guarded: dict[str, int]) -> None:
+        """Note what is known of a secure sum beside the sum, and what guards it."""
         counts = total.counts
         entries = max(total.num_entries * counts.clients, 1)
         self.sums[function] = {
             "clients": counts.clients,
-            "threshold": threshold,
+            **guarded,
             "weight": total.weight,
             "clipped": counts.clipped / entries,
             "capped": counts.capped,

@@ -15,10 +15,12 @@ def secret_text(history: History, engine: str) -> str:
     `engine` is the name of the run's.
 
     >>> first = {"clients": 9, "threshold": 6, "clipped": 0.0, "capped": 2}
+    >>> first["tolerated"] = 2
     >>> rows = [{"round": 1, "secure": {"train": first}}]
     >>> print(secret_text(History(rows), "vectorised"))
-    sums of 9 clients or more alone, of whom 6 have to stay; added without masks in \
-this simulation; examples capped 2 times
+    sums of 9 clients or more alone, of whom 6 have to stay, and 2 may help a server \
+that lies, if clients have certificates; added without masks in this simulation; \
+examples capped 2 times
     """
     sums: list[dict[str, Any]] = []
     for row in history.rows:
@@ -30,6 +32,11 @@ this simulation; examples capped 2 times
         f"sums of {smallest['clients']:,} clients or more alone, of whom "
         f"{smallest['threshold']:,} have to stay"
     )
+    if "tolerated" in smallest:
+        text += (
+            f", and {smallest['tolerated']:,} may help a server that lies, if clients "
+            "have certificates"
+        )
     if engine != "grid":
         text += "; added without masks in this simulation"
     capped = sum(one["capped"] for one in sums)

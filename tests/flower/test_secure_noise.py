@@ -117,6 +117,8 @@ def test_the_threshold_is_that_of_the_noise(tmp_path: Path) -> None:
     first, second = rows_of(tmp_path)
     assert first["secure"]["train"] == second["secure"]["train"] | {"clients": 9}
     assert first["secure"]["train"]["threshold"] == 8
+    # Each of 12 has 11 neighbours, and 8 give shares: 2 * 8 - 11 - 2.
+    assert first["secure"]["train"]["tolerated"] == 3
 
 
 def losing_in_keys(clients: set[int]) -> Edit:

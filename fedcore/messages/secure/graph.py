@@ -59,6 +59,7 @@ def degree(n: int, wanted: int | None = None) -> int:
     return min(even, n - 1)
 
 
+@lru_cache(maxsize=4096)
 def threshold(n: int, k: int | None = None) -> int:
     """t for `n` clients with `k` neighbours each, as `degree` has them.
 

@@ -28,7 +28,7 @@ from fedcore.messages.secure.distributed import DistributedNoise
 from fedcore.messages.secure.identity import Authority
 from fedcore.messages.secure.server_session import ServerSession, Size
 from fedcore.messages.secure.settings import SecureSettings
-from fedcore.messages.secure.terms import LISTED, Terms
+from fedcore.messages.secure.terms import LISTED, Terms, question_digest
 from fedcore.method import evaluates
 from fedcore.reports import Reports
 
@@ -102,7 +102,9 @@ class Asking:
         self._named: dict[int, str] = {}  # clients that did wrong in E5
         self._record = wire.encode(ask.down)
         data = self._record[wire.FORMAT].data
-        self._digest = hashlib.sha256(data).digest()
+        assert sums.work.sending is not None, "the run has aggregation.secure"
+        self._digest = question_digest(data, sums.work.sending.agreed)
+        model = hashlib.sha256(data).digest()
         t, k = now
         run = f"{work['series']}/{t}/{k}/{ask.fn.__name__}"
         is_signed = sums.certificates.authority is not None
@@ -110,9 +112,10 @@ class Asking:
         self._terms = terms_of(ask, run, is_signed)
         if self._noising is not None:
             self._terms = self._terms._replace(settings=self._noising.terms())
-        # What is asked; the clients, which may differ, are not in it.
+        # What is asked; the clients, which may differ, are not in it, nor are settings:
+        # a run may be gone on with for more rounds.
         question = self._terms._replace(is_signed=False)
-        self._question = question.digest(self._digest).hex()
+        self._question = question.digest(model).hex()
 
     def recalled(self) -> Entry | None:
         """What the journal has of this sum; None where it was not made before."""

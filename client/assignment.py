@@ -18,7 +18,6 @@ from fedcore.types import ClientFunction, Tree
 
 from .store import Moment, Store
 
-
 SERIES = re.compile(r"[A-Za-z0-9_-]*")  # names of runs, which name folders
 
 

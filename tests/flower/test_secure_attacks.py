@@ -11,11 +11,11 @@ import torch
 from fedcore.client.marks import Marks
 from fedcore.client.secure import Node
 from fedcore.client.store import Moment, Store
-from fedcore.deploy import certs
 from fedcore.server.grid import GridEngine
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedcore.config import Experiment
+from fedcore.deploy import certs
 from fedcore.errors import TooFewReports
 from fedcore.messages.secure.ask import Ask, Part, SecretTotal
 from fedcore.messages.secure.primitives import Refused

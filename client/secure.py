@@ -2,15 +2,15 @@
 
 A message is about one exchange, and about the clients that its node hosts:
 
-    work      {function, t, k, series, safe, clients, exchange}
+    work      {function, t, k, series, safe, clients, exchange}; and for client 3
+              what the server has for it (`fedcore.messages.secure`): 3.ids, 3.keys, ...
     down      the model, in E1
-    to-3      what the server has for client 3 (`fedcore.messages.secure`)
-    place-3   in E1: `moment`, under which the server counts on what the client
-              remembers (t 2^16 + k; -1 for nothing yet), and `void`, those of its
+    places    in E1 for client 3: 3.moment, under which the server counts on what it
+              remembers (t 2^16 + k; -1 for nothing yet), and 3.void, those of its
               works that are in no sum: their states are forgotten
 
-    about     {t, exchange, clients, failed, reasons}
-    from-3    the client's answer; in E3 an array, its masked vector
+    about     {t, exchange, clients, failed, reasons}; and what client 3 answers: 3.c
+    masked-3  in E3 an array, its masked vector
 
 The client trains in E1, so that the other exchanges take moments. It refuses by itself
 whatever could show its message; the reason goes to the server, which leaves it out.
@@ -37,6 +37,7 @@ from fedcore.messages.secure import primitives
 from fedcore.messages.secure.ask import Ask, Part
 from fedcore.messages.secure.client_session import ClientSession, Refused
 from fedcore.messages.secure.distributed import DistributedNoise, check_threshold
+from fedcore.messages.secure.fields import by_client, flat
 from fedcore.messages.secure.identity import Identity
 from fedcore.messages.secure.masks import Vector
 from fedcore.messages.secure.ring import Encoded, Ring
@@ -66,7 +67,7 @@ def take_part(
     """
     ask: Any = message.content["work"]
     clients, exchange = [int(client) for client in ask["clients"]], int(ask["exchange"])
-    content, done, failed = RecordDict(), list[int](), dict[int, str]()
+    content, done, failed = RecordDict(), dict[int, Any](), dict[int, str]()
     try:
         node = Node(message, context)
         answer = node.answers(exchange, work_for)
@@ -75,8 +76,7 @@ def take_part(
         clients = []
     for client in clients:
         try:
-            content[f"from-{client}"] = answer(client)
-            done.append(client)
+            done[client] = answer(client)
         except Exception as error:  # one client fails, the node's others do not
             failed[client] = _reason(error, client)
             node.sessions.drop(client)
@@ -84,10 +84,15 @@ def take_part(
     about: dict[str, Any] = {
         "t": int(ask["t"]),
         "exchange": exchange,
-        "clients": done,
+        "clients": [*done],
         "failed": [*failed],
         "reasons": [*failed.values()],
     }
+    for client, reply in done.items():
+        if isinstance(reply, ArrayRecord):
+            content[f"masked-{client}"] = reply
+        else:
+            about |= flat({client: reply})
     content["about"] = ConfigRecord(about)
     return Message(content, reply_to=message)
 
@@ -100,7 +105,7 @@ def _reason(error: Exception, client: int) -> str:
     return failure([client], error).failed[client]
 
 
-Answer = Callable[[int], ConfigRecord | ArrayRecord]
+Answer = Callable[[int], primitives.Message | ArrayRecord]
 
 
 class Node:
@@ -109,6 +114,7 @@ class Node:
     def __init__(self, message: Message, context: Context) -> None:
         self.message, self.context = message, context
         ask: Any = message.content["work"]
+        self._arrived = by_client(ask)
         self.moment = Moment(int(ask["t"]), int(ask["k"]))
         series, self.function = str(ask["series"]), str(ask["function"])
         self.run = f"{series}/{self.moment.t}/{self.moment.k}/{self.function}"
@@ -133,10 +139,9 @@ class Node:
 
     def arrived(self, client: int) -> primitives.Message:
         """What the server has for one client. Raises Refused without it."""
-        record = self.message.content.get(f"to-{client}")
-        if not isinstance(record, ConfigRecord):
+        if client not in self._arrived:
             raise Refused("the message has no part for this client")
-        return dict(record)
+        return self._arrived[client]
 
     def identity_of(self, client: int) -> Identity | None:
         """The client's own key and certificate; None on a device that has none.
@@ -156,12 +161,12 @@ class Node:
     def _session(self, client: int) -> ClientSession:
         return self.sessions.take(client, self.run, self.identity_of(client))
 
-    def _shares(self, client: int) -> ConfigRecord:
+    def _shares(self, client: int) -> primitives.Message:
         session, roster = self._session(client), self.arrived(client)
         answer = session.shares(roster)
         check_threshold(session.terms.settings, int(roster["t"]))
         self.sessions.keep(session)
-        return ConfigRecord(answer)
+        return answer
 
     def _masked(self, client: int) -> ArrayRecord:
         session = self._session(client)
@@ -170,19 +175,19 @@ class Node:
         array = Array("uint8", vector.shape, VECTOR, vector.tobytes())
         return ArrayRecord({VECTOR: array})
 
-    def _survivors(self, client: int) -> ConfigRecord:
+    def _survivors(self, client: int) -> primitives.Message:
         session = self._session(client)
         answer = session.survivors(self.arrived(client))
         self.sessions.keep(session)
-        return ConfigRecord(answer)
+        return answer
 
-    def _unmask(self, client: int) -> ConfigRecord:
+    def _unmask(self, client: int) -> primitives.Message:
         session = self._session(client)
         answer = session.unmask(self.arrived(client))
         self.sessions.drop(client)
         # Before it leaves: from now on this message may be known in a sum.
         self.marks.write(client, self.moment, self.function)
-        return ConfigRecord(answer)
+        return answer
 
 
 class Trained:
@@ -196,8 +201,10 @@ class Trained:
         data = self._assignment.record[wire.FORMAT].data
         self._down = question_digest(data, settings_of(node.context))
         self._memory = node.store.of_kind("memory")
+        places = node.message.content.get("places")
+        self._places = by_client(places) if isinstance(places, ConfigRecord) else {}
 
-    def keys(self, client: int) -> ConfigRecord:
+    def keys(self, client: int) -> primitives.Message:
         """E1: the client's public keys, once it has trained."""
         node, assignment = self._node, self._assignment
         node.sessions.drop(client)
@@ -222,7 +229,7 @@ class Trained:
             )
         assignment.keep_state(client, state)
         node.sessions.keep(session)
-        return ConfigRecord(answer)
+        return answer
 
     def _with_noise(self, terms: Terms) -> Sending:
         """What makes integers of the message, with noise of this device's own."""
@@ -256,13 +263,9 @@ class Trained:
             terms.news or None,
         )
 
-    def _place(self, client: int) -> dict[str, Any]:
-        record = self._node.message.content.get(f"place-{client}")
-        return dict(record) if isinstance(record, ConfigRecord) else {}
-
     def _forget_void(self, client: int) -> None:
         """Delete the states of works whose message is in no sum."""
-        void = self._place(client).get("void", [])
+        void = self._places.get(client, {}).get("void", [])
         moments = [moment_of(int(number)) for number in void]
         if self._assignment.store is not None and not evaluates(self._assignment.fn):
             self._assignment.store.drop(client, moments)
@@ -275,7 +278,7 @@ class Trained:
         if terms.news.startswith("_") or not terms.news.isidentifier():
             raise Refused(f'"{terms.news[:40]}" is no function of the method')
         first = work.method.init_memory(work.task.init_params())
-        number = int(self._place(client).get("moment", -1))
+        number = int(self._places.get(client, {}).get("moment", -1))
         if number < 0:
             return None, trees.to(first, work.task.device)
         counted = moment_of(number)

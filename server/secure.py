@@ -18,6 +18,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedcore.engines.base import failure
+from fedcore.messages.secure.fields import by_client, flat
 from fedcore.messages.secure.masks import size_of
 from fedcore.messages.secure.ring import Encoded
 from fedcore.messages.secure.server_session import ServerSession
@@ -73,7 +74,7 @@ class SecretSum:
         self._taken = 0  # answers of this exchange
 
     def run(
-        self, down: ArrayRecord, places: Mapping[int, ConfigRecord]
+        self, down: ArrayRecord, places: Mapping[int, Mapping[str, Any]]
     ) -> Iterator[Reports]:
         """Exchange until the sum can be unmasked; failures, and pauses.
 
@@ -108,7 +109,7 @@ class SecretSum:
         messages: Mapping[int, Mapping[str, Any]],
         take: Callable[[int, Any], bool],
         down: ArrayRecord | None = None,
-        places: Mapping[int, ConfigRecord] | None = None,
+        places: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> Iterator[Reports]:
         mailing, t = self._mailing, int(self._work["t"])
         hosted = self._hosted(messages)
@@ -188,7 +189,7 @@ class SecretSum:
         hosted: Mapping[int, list[int]],
         messages: Mapping[int, Mapping[str, Any]],
         down: ArrayRecord | None,
-        places: Mapping[int, ConfigRecord],
+        places: Mapping[int, Mapping[str, Any]],
     ) -> dict[int, RecordDict]:
         """The message to each node."""
         contents = {}
@@ -196,12 +197,12 @@ class SecretSum:
             records: dict[str, Any] = {}
             if down is not None:
                 records["down"] = down
-            about = {**self._work, "exchange": number, "clients": clients}
-            records["work"] = ConfigRecord(about)
-            for client in clients:
-                records[f"to-{client}"] = ConfigRecord(dict(messages[client]))
-                if client in places:
-                    records[f"place-{client}"] = places[client]
+            work = {**self._work, "exchange": number, "clients": clients}
+            work |= flat({client: messages[client] for client in clients})
+            records["work"] = ConfigRecord(work)
+            if places:
+                own = flat({client: places[client] for client in clients})
+                records["places"] = ConfigRecord(own)
             contents[node] = RecordDict(records)
         return contents
 
@@ -225,14 +226,15 @@ def answers_in(
         for client, text in zip(failed[: len(asked)], reasons, strict=False):
             said.setdefault(client, _reason(str(text)))
     answers: dict[int, Answer | str] = {}
+    sent = by_client(facts)
     for client in asked:
-        record = reply.content.get(f"from-{client}")
+        record = reply.content.get(f"masked-{client}")
         if client in said:
             answers[client] = said[client]
         elif number == 3 and isinstance(record, ArrayRecord) and VECTOR in record:
             answers[client] = memoryview(record[VECTOR].data)
-        elif number != 3 and isinstance(record, ConfigRecord):
-            answers[client] = dict(record)
+        elif number != 3 and client in sent:
+            answers[client] = sent[client]
         else:
             answers[client] = MISSING
     return answers

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from cryptography.hazmat.primitives.serialization import Encoding
-from flwr.app import ConfigRecord
 from torch import Tensor
 
 from fedcore import trees
@@ -183,7 +182,7 @@ class Asking:
                 void = secret.asked - secret.failed_first - set(into.clients)
                 sums.void.update(secret.answered, void, moment)
 
-    def _places(self) -> dict[int, ConfigRecord]:
+    def _places(self) -> dict[int, dict[str, Any]]:
         """What clients are told of their own works before this one."""
         clients = self._ask.clients.tolist()
         moments = [-1] * len(clients)
@@ -191,8 +190,8 @@ class Asking:
             moments = self._ask.moments.tolist()
         places = {}
         for client, moment in zip(clients, moments, strict=True):
-            void: Any = self._sums.void.of(client)
-            places[client] = ConfigRecord({"moment": moment, "void": void})
+            void = self._sums.void.of(client)
+            places[client] = {"moment": moment, "void": void}
         return places
 
 

@@ -53,7 +53,7 @@ class Up(NamedTuple):
 
 class Change(NamedTuple):
     delta: Params  # Delta_i - y_i, in float64
-    weighed: Params | Stateless  # the same, counted 1 / p_i with known rates
+    weighed: Params | Stateless  # Delta_i - y_i, counted 1 / p_i with known rates
     loss: Tensor
 
 
@@ -78,7 +78,7 @@ class FedVARP(Method[Settings]):
 
     def news(self, up: Up, y: Params, num_examples: Tensor) -> tuple[Change, Params]:
         change = trees.sub(trees.double(up.delta), y)
-        weighed = change if self.needs_rates() else Stateless()
+        weighed = trees.sub(up.delta, y) if self.needs_rates() else Stateless()
         return Change(change, weighed, up.loss), up.delta  # y_i <- Delta_i
 
     def round(self, server: Server, r: Round) -> Server:
@@ -92,7 +92,8 @@ class FedVARP(Method[Settings]):
             fresh = trees.scale(mean.total.weighed, 1 / r.population)
         else:
             fresh = trees.scale(news, 1 / max(len(mean.clients), 1))
-        v = trees.like(trees.add(server.y, fresh), server.params)
+            fresh = trees.like(fresh, server.params)
+        v = trees.add(trees.like(server.y, fresh), fresh)
         return Server(
             trees.axpy(self.s.server_lr, v, server.params),
             trees.axpy(1 / r.population, news, server.y),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom, chisquare, kstest
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import grad, vmap
 
 from fedcore import privacy, trees
@@ -22,7 +22,8 @@ from fedcore.local import LocalWork, local_sgd, steps_run_by
 from fedcore.local_settings import LocalSettings
 from fedcore.optimizers import Training
 from fedcore.rounds.loop import run
-from fedcore.speed.recording import Recorder
+from fedcore.speed import functorch as ops
+from fedcore.speed.recording import Recorder, Recording
 from fedcore.task import Task
 from fedcore.types import Batches, Params, Tree
 from tests.helpers import assert_close as assert_all_close
@@ -151,6 +152,12 @@ def test_an_example_left_out_moves_the_sum_by_no_more_than_the_bound() -> None:
         assert norm == pytest.approx(0.5, rel=1e-12)
 
 
+def graph_of(recording: Recording) -> fx.Graph:
+    assert recording.code is not None
+    graph: fx.Graph = recording.code.__self__.graph  # type: ignore[attr-defined]
+    return graph
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_recording_computes_the_same(batched: bool) -> None:
     task, (batches, drawn) = task_of(), batches_of()
@@ -166,7 +173,13 @@ def test_a_recording_computes_the_same(batched: bool) -> None:
             else:
                 done = trained(task, (batches, drawn), **local).params
             assert_close(done, expected, 1e-13)
-    assert [r.code is not None for r in recorder._recordings.values()].count(True)
+    recordings = list(recorder._recordings.values())
+    assert recordings
+    for recording in recordings:
+        # Two norms for each weight of a linear layer, whose gradients of single
+        # examples are not in memory, and one for each bias.
+        targets = [node.target for node in graph_of(recording).nodes]
+        assert targets.count(ops.VECTOR_NORM) == 6
 
 
 def test_pieces_of_a_batch_are_one_step() -> None:

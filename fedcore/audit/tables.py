@@ -167,10 +167,12 @@ def results_of(cell: CellResult, attack: str) -> list[AttackResult]:
 def epsilon_text(privacy: dict[str, Any] | None) -> str:
     """An accountant's word on the view under audit.
 
-    An epsilon of the global model says nothing of a client's update.
+    An epsilon of the global model, or of sums, says nothing of a client's update.
     """
     if privacy is None:
         return "-"
+    if privacy["view"] == "secure_sum":
+        return "sums only"
     if privacy["view"] != "client_update":
         return "global model only"
     return describe(privacy)[0].removeprefix("epsilon ")

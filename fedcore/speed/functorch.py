@@ -56,6 +56,7 @@ MUL = aten.mul.Tensor
 ADDCMUL = aten.addcmul.default
 ADDCMUL_ = aten.addcmul_.default
 MM = aten.mm.default
+VECTOR_NORM = aten.linalg_vector_norm.default
 ADDMM = aten.addmm.default
 ADDMM_ = aten.addmm_.default
 BMM = aten.bmm.default

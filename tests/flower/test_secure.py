@@ -27,6 +27,7 @@ from flwr.common.constant import ErrorCode
 from fedcore.config import Experiment
 from fedcore.errors import RunError
 from fedcore.messages.secure.ask import Ask, Part, SecretTotal
+from fedcore.messages.secure.fields import by_client, flat
 from fedcore.messages.secure.primitives import Refused
 from fedcore.messages.secure.ring import Encoded, Ring
 from fedcore.rounds import loop
@@ -233,9 +234,7 @@ def test_a_server_killed_between_the_sum_and_its_use_asks_nobody_again(
 ) -> None:
     e = secure("scaffold", checkpoint__seconds=1e6)  # none before the end
     expected = run(e, tmp_path / "sequential")
-    weather = in_exchange(
-        4, 1, cohort_of(e, 1)[0], edited(lambda record: ConfigRecord({}))
-    )
+    weather = in_exchange(4, 1, cohort_of(e, 1)[0], edited(lambda fields: {"other": 1}))
     grid = FakeGrid(preset_of(e, tmp_path), 12, weather)
     make, check = engine_of(grid, tmp_path), SecretSums.check
 
@@ -408,10 +407,19 @@ def test_memory_is_kept_under_its_moment_and_missing_is_named(tmp_path: Path) ->
 
 
 def edited(edit: Callable[[Any], Any]) -> Edit:
+    """Weather that changes what a client answers: its fields, or its array."""
+
     def weather(reply: Message) -> list[Message]:
-        for key in list(reply.content):
-            if key.startswith("from-"):
-                reply.content[key] = edit(reply.content[key])
+        about: Any = reply.content["about"]
+        (client,) = about["clients"]
+        sent = reply.content.pop(f"masked-{client}", by_client(about).get(client))
+        others = {key: about[key] for key in about if "." not in key}
+        changed = edit(sent)
+        if isinstance(changed, ArrayRecord):
+            reply.content[f"masked-{client}"] = changed
+        else:
+            others |= flat({client: changed})
+        reply.content["about"] = ConfigRecord(others)
         return [reply]
 
     return weather
@@ -422,8 +430,8 @@ def shorter(record: Any) -> ArrayRecord:
     return ArrayRecord({"vector": Array("uint8", (len(data),), "vector", data)})
 
 
-def other_fields(record: Any) -> ConfigRecord:
-    return ConfigRecord({**record, "c": b"short"})
+def other_fields(fields: Any) -> dict[str, Any]:
+    return {**fields, "c": b"short"}
 
 
 # By what is wrong: the exchange, and the kind under which the client is left out.
@@ -433,7 +441,7 @@ LIES: dict[str, tuple[int, Edit, str]] = {
     "a vector too short": (3, edited(shorter), "bad message"),
     "a vector in another place": (
         3,
-        edited(lambda record: ConfigRecord({"vector": b"x"})),
+        edited(lambda record: {"vector": b"x"}),
         "no update",
     ),
 }
@@ -461,8 +469,8 @@ def test_wrong_shares_are_named_and_the_sum_is_exact(
     e = secure("fedavg", participation__cohort=6)
     client = cohort_of(e, 1)[2]
 
-    def wrong(record: Any) -> ConfigRecord:
-        return ConfigRecord({"shares": bytes(len(record["shares"]))})
+    def wrong(fields: Any) -> dict[str, Any]:
+        return {"shares": bytes(len(fields["shares"]))}
 
     weather = in_exchange(5, 1, client, edited(wrong))
     other = over_flower(e, tmp_path, FakeGrid(preset_of(e, tmp_path), 12, weather))
@@ -471,22 +479,21 @@ def test_wrong_shares_are_named_and_the_sum_is_exact(
 
 
 def test_what_a_reply_says_is_read_with_suspicion() -> None:
-    def reply(about: dict[str, Any], **records: Any) -> Message:
-        content = RecordDict({"about": ConfigRecord(about), **records})
+    def reply(about: dict[str, Any]) -> Message:
+        content = RecordDict({"about": ConfigRecord(about)})
         return Message(content, dst_node_id=1, message_type="train")
 
-    keys = ConfigRecord({"c": b"x"})
     good: dict[str, Any] = {"t": 3, "exchange": 1, "failed": [], "reasons": []}
-    records = {"from-1": keys, "from-7": keys}
-    found = answers_in(reply(good, **records), 1, 3, [1, 2], 9.0)
+    good |= {"1.c": b"x", "7.c": b"x"}
+    found = answers_in(reply(good), 1, 3, [1, 2], 9.0)
     assert found[1] == {"c": b"x"}
     assert str(found[2]).startswith("no update")
     assert set(found) == {1, 2}, "an answer for a client of another node"
     for other in ({"t": 2}, {"exchange": 2}, {"t": "3"}):
-        found = answers_in(reply({**good, **other}, **records), 1, 3, [1], 9.0)
+        found = answers_in(reply({**good, **other}), 1, 3, [1], 9.0)
         assert found == {1: "bad message: expected an answer to exchange 1 of t = 3"}
     said = {"failed": [1, 1, 7], "reasons": ["refused: \x1b[2J no", "x", "y"]}
-    found = answers_in(reply({**good, **said}, **records), 1, 3, [1, 2], 9.0)
+    found = answers_in(reply({**good, **said}), 1, 3, [1, 2], 9.0)
     assert found[1] == "refused: \\x1b[2J no"
     said = {"failed": [1], "reasons": ["timeout: not I"]}
     found = answers_in(reply({**good, **said}), 1, 3, [1], 9.0)

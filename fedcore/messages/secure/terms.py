@@ -85,6 +85,11 @@ class Terms(NamedTuple):
         """Fields of the message whose weights the server lists."""
         return self.rules.count(LISTED)
 
+    @property
+    def is_one_field(self) -> bool:
+        """Whether one list of weights is that of the whole message."""
+        return self.fields == ("",)
+
     def digest(self, down: bytes) -> bytes:
         """32 bytes that stand for these terms and the model of digest `down`.
 

@@ -10,6 +10,7 @@ from torch import fx
 from fedcore.speed.rewriting.convolutions import convolve_by_client
 from fedcore.speed.rewriting.fusion import fuse_sums
 from fedcore.speed.rewriting.layers import pool_by_channels, use_faster_kernels
+from fedcore.speed.rewriting.outer import multiply_outer_products
 from fedcore.speed.rewriting.simplify import drop_idle, share_repeated
 from fedcore.speed.rewriting.unfolding import unfold_by_client
 
@@ -22,6 +23,7 @@ def rewrite(graph: fx.Graph, num_clients: int, owned: tuple[bool, ...]) -> None:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     drop_idle(graph)
     share_repeated(graph)
+    multiply_outer_products(graph)
     use_faster_kernels(graph)
     unfold_by_client(graph)
     if num_clients > 1:

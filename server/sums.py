@@ -37,6 +37,7 @@ from .secure import Mailing, SecretSum
 log = logging.getLogger("fedcore")
 
 MOMENT = 1 << 16  # a moment is t times this, plus k
+LEFT_OUT = "left out of sums until the server starts anew"
 UNSIGNED = (
     "aggregation.secure without certificates of clients: a server that follows the "
     "protocol sees sums alone; one that lies to clients about their keys, or about who "
@@ -64,6 +65,9 @@ class Sums:
         self.journal = None if folder is None else Journal(folder)
         self.void = Void(folder)
         self._sizes: dict[Hashable, Size] = {}
+        # Clients whose shares did not give their secret, and why: each could spoil
+        # every sum that it is in.
+        self.spoiled: dict[int, str] = {}
         self._has_said_unsigned = False
 
     def begin(self, ask: Ask, now: tuple[int, int], work: Mapping[str, Any]) -> Asking:
@@ -143,7 +147,6 @@ class Asking:
                 yield report
         except TooFewReports as error:
             fault = str(error)
-            raise
         finally:
             # Not where it was interrupted: then the sum has not come to its end.
             is_done = bool(fault) or into.total is not None
@@ -153,12 +156,21 @@ class Asking:
                 self._sums.journal.write(*self._now, self._question, entry)
         for client, reason in self._named.items():
             yield failure([client], reason)
+        if fault:
+            raise TooFewReports(fault)
 
     def _exchange(
         self, hosted: Mapping[int, list[int]], mailing: Mailing, into: SecretTotal
     ) -> Iterator[Reports]:
         """As `run`, without those that are named at the end."""
         ask, sums = self._ask, self._sums
+        left: dict[int, list[int]] = {}
+        for node, clients in hosted.items():
+            for client in clients:
+                if client in sums.spoiled:
+                    yield failure([client], f"{sums.spoiled[client]}; {LEFT_OUT}")
+                else:
+                    left.setdefault(node, []).append(client)
         session = ServerSession(
             self._terms,
             self._digest,
@@ -171,13 +183,14 @@ class Asking:
             certificates=sums.certificates.of(ask.clients.tolist()),
         )
         moment = self._now[0] * MOMENT + self._now[1]
-        secret = SecretSum(session, mailing, hosted, self._work)
+        secret = SecretSum(session, mailing, left, self._work)
         try:
             yield from secret.run(self._record, self._places())
             into.total = secret.total()
             into.clients, into.moment = session.clients, moment
         finally:
             into.bytes_up, self._named = secret.bytes_up, secret.named
+            sums.spoiled.update(secret.spoiled)
             if not evaluates(ask.fn):
                 void = secret.asked - secret.failed_first - set(into.clients)
                 sums.void.update(secret.answered, void, moment)

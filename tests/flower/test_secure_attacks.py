@@ -23,8 +23,8 @@ from fedcore.messages.secure.ring import Ring
 from fedcore.rounds.setup import work_of
 from fedcore.types import Model
 from tests.flower.fake import FakeGrid
-from tests.flower.test_grid import preset_of
-from tests.flower.test_secure import secure
+from tests.flower.test_grid import over_flower, preset_of
+from tests.flower.test_secure import edited, facts_of, rows_of, secure
 
 CLIENTS = 5
 RING = Ring(CLIENTS, cap=64.0)
@@ -142,3 +142,22 @@ def test_a_device_is_one_client_and_no_other(
     assert device.identity_of(1) is not None
     with pytest.raises(Refused, match="asked as client 3, and this is 1"):
         device.identity_of(3)
+
+
+def test_a_client_that_spoils_a_sum_costs_one_round_and_is_named(
+    tmp_path: Path,
+) -> None:
+    """Its shares are what it said they are, and do not give its secret."""
+    e = secure("fedavg", population=CLIENTS, participation__cohort=CLIENTS, rounds=3)
+
+    def spoil(reply: Message) -> list[Message]:
+        if facts_of(reply).get("exchange") == 2 and 3 in facts_of(reply)["clients"]:
+            return edited(lambda record: {**record, "seal": bytes(16)})(reply)
+        return [reply]
+
+    grid = FakeGrid(preset_of(e, tmp_path), CLIENTS, spoil)
+    result = over_flower(e, tmp_path, grid)
+    rows = rows_of(tmp_path)
+    assert [row["skipped"] for row in rows] == [True, False, False]
+    assert [row["left_out"] for row in rows] == [{"bad message": [3]}] * 3
+    assert result.dropped == {"bad message": 3}

@@ -18,6 +18,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedcore.engines.base import failure
+from fedcore.errors import TooFewReports
 from fedcore.messages.secure.fields import by_client, flat
 from fedcore.messages.secure.masks import size_of
 from fedcore.messages.secure.ring import Encoded
@@ -71,6 +72,7 @@ class SecretSum:
         self.failed_first: set[int] = set()  # clients that said in E1 why they cannot
         self.bytes_up = 0
         self.named: dict[int, str] = {}  # clients that did wrong in E5
+        self.spoiled: dict[int, str] = {}  # those of them that spoiled the sum
         self._taken = 0  # answers of this exchange
 
     def run(
@@ -97,7 +99,14 @@ class SecretSum:
 
     def total(self) -> Encoded:
         """The sum. Raises TooFewReports where it cannot be unmasked."""
-        numbers, words = self.session.total()
+        before = set(self.session.blame)
+        try:
+            numbers, words = self.session.total()
+        except TooFewReports:
+            for client in self.session.blame.keys() - before:
+                reason = f"bad message: {self.session.blame[client]}"
+                self.named[client] = self.spoiled[client] = reason
+            raise
         return Encoded(
             torch.from_numpy(numbers.view(np.int32).copy()),
             torch.from_numpy(words.view(np.int64).copy()),

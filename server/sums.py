@@ -27,7 +27,7 @@ from fedcore.messages.secure.distributed import DistributedNoise
 from fedcore.messages.secure.identity import Authority
 from fedcore.messages.secure.server_session import ServerSession, Size
 from fedcore.messages.secure.settings import SecureSettings
-from fedcore.messages.secure.terms import LISTED, Terms
+from fedcore.messages.secure.terms import LISTED, Terms, question_digest
 from fedcore.method import evaluates
 from fedcore.reports import Reports
 
@@ -37,6 +37,7 @@ from .secure import Mailing, SecretSum
 log = logging.getLogger("fedcore")
 
 MOMENT = 1 << 16  # a moment is t times this, plus k
+LEFT_OUT = "left out of sums until the server starts anew"
 UNSIGNED = (
     "aggregation.secure without certificates of clients: a server that follows the "
     "protocol sees sums alone; one that lies to clients about their keys, or about who "
@@ -64,6 +65,9 @@ class Sums:
         self.journal = None if folder is None else Journal(folder)
         self.void = Void(folder)
         self._sizes: dict[Hashable, Size] = {}
+        # Clients whose shares did not give their secret, and why: each could spoil
+        # every sum that it is in.
+        self.spoiled: dict[int, str] = {}
         self._has_said_unsigned = False
 
     def begin(self, ask: Ask, now: tuple[int, int], work: Mapping[str, Any]) -> Asking:
@@ -101,7 +105,9 @@ class Asking:
         self._named: dict[int, str] = {}  # clients that did wrong in E5
         self._record = wire.encode(ask.down)
         data = self._record[wire.FORMAT].data
-        self._digest = hashlib.sha256(data).digest()
+        assert sums.work.sending is not None, "the run has aggregation.secure"
+        self._digest = question_digest(data, sums.work.sending.agreed)
+        model = hashlib.sha256(data).digest()
         t, k = now
         run = f"{work['series']}/{t}/{k}/{ask.fn.__name__}"
         is_signed = sums.certificates.authority is not None
@@ -109,9 +115,10 @@ class Asking:
         self._terms = terms_of(ask, run, is_signed)
         if self._noising is not None:
             self._terms = self._terms._replace(settings=self._noising.terms())
-        # What is asked; the clients, which may differ, are not in it.
+        # What is asked; the clients, which may differ, are not in it, nor are settings:
+        # a run may be gone on with for more rounds.
         question = self._terms._replace(is_signed=False)
-        self._question = question.digest(self._digest).hex()
+        self._question = question.digest(model).hex()
 
     def recalled(self) -> Entry | None:
         """What the journal has of this sum; None where it was not made before."""
@@ -140,7 +147,6 @@ class Asking:
                 yield report
         except TooFewReports as error:
             fault = str(error)
-            raise
         finally:
             # Not where it was interrupted: then the sum has not come to its end.
             is_done = bool(fault) or into.total is not None
@@ -150,12 +156,21 @@ class Asking:
                 self._sums.journal.write(*self._now, self._question, entry)
         for client, reason in self._named.items():
             yield failure([client], reason)
+        if fault:
+            raise TooFewReports(fault)
 
     def _exchange(
         self, hosted: Mapping[int, list[int]], mailing: Mailing, into: SecretTotal
     ) -> Iterator[Reports]:
         """As `run`, without those that are named at the end."""
         ask, sums = self._ask, self._sums
+        left: dict[int, list[int]] = {}
+        for node, clients in hosted.items():
+            for client in clients:
+                if client in sums.spoiled:
+                    yield failure([client], f"{sums.spoiled[client]}; {LEFT_OUT}")
+                else:
+                    left.setdefault(node, []).append(client)
         session = ServerSession(
             self._terms,
             self._digest,
@@ -168,13 +183,14 @@ class Asking:
             certificates=sums.certificates.of(ask.clients.tolist()),
         )
         moment = self._now[0] * MOMENT + self._now[1]
-        secret = SecretSum(session, mailing, hosted, self._work)
+        secret = SecretSum(session, mailing, left, self._work)
         try:
             yield from secret.run(self._record, self._places())
             into.total = secret.total()
             into.clients, into.moment = session.clients, moment
         finally:
             into.bytes_up, self._named = secret.bytes_up, secret.named
+            sums.spoiled.update(secret.spoiled)
             if not evaluates(ask.fn):
                 void = secret.asked - secret.failed_first - set(into.clients)
                 sums.void.update(secret.answered, void, moment)

@@ -183,9 +183,7 @@ class DPFedAvg(Method[Settings]):
         r.log["clip"] = bound
         return Server(params, server.clip * factor)
 
-    def _moved(
-        self, params: Params, total: Params, largest: float, r: Round
-    ) -> Params:
+    def _moved(self, params: Params, total: Params, largest: float, r: Round) -> Params:
         """theta_t + the mean of the updates with its noise.
 
         `largest` bounds the norm of one client's part of the sum.

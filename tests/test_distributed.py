@@ -29,6 +29,8 @@ from fedcore.messages.secure.distributed import (
 from fedcore.messages.secure.primitives import Refused
 from fedcore.rng import rng, seed_of
 from fedcore.rounds.loop import Interrupted, Loop, run
+from fedcore.rounds.noise import expected_clients
+from fedcore.rounds.refusals import participation_process
 from fedcore.views.run_report import write_report
 from tests.helpers import loop_of, small
 from tests.test_privacy import Stop
@@ -230,10 +232,26 @@ def test_noise_is_added_to_every_entry_and_is_the_keys() -> None:
     )
 
 
+@pytest.mark.parametrize(("population", "rate"), [(100, 0.2), (100, 0.57), (30, 0.1)])
+def test_as_many_clients_are_expected_as_a_person_would_say(
+    population: int, rate: float
+) -> None:
+    """Floats would make 19.999999999999996 of a fifth of 100, and so 19 whole ones."""
+    participation = {"name": "bernoulli", "mean": rate}
+    e = small("fedavg", population=population, participation=participation)
+    process = participation_process(e, e.build_task())
+    assert expected_clients(e, process) == round(population * rate)
+
+
 def test_a_device_draws_its_noise_from_the_operating_system(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shared = {"clip": 2.0, "noise_multiplier": 0.5, "colluding": 1, "deviation": 8192}
+    shared: dict[str, Any] = {
+        "clip": 2.0,
+        "noise_multiplier": 0.5,
+        "colluding": 1,
+        "deviation": 8192,
+    }
     told = noise(**shared).terms()
     own = DistributedSettings(clip=2.0, noise_multiplier=0.5, colluding=1)
     device = DistributedNoise.on_device(own, told, seed=3)
@@ -464,7 +482,9 @@ def test_cohorts_without_enough_clients_for_the_noise_are_skipped(
     loop = loop_of(noisy(participation=dropout), tmp_path / "a")
     sums = loop.desk.receiving.secret
     assert sums is not None
-    assert [sums.threshold(n) for n in (12, 9, 5)] == [8, 8, 8]
+    method = loop.method
+    assert [sums.threshold(method.train, n) for n in (12, 9, 5)] == [8, 8, 8]
+    assert sums.threshold(method.evaluate, 5) == 4
     half = noisy(participation={**dropout, "dropout": 0.3}, rounds=2)
     noted = run(half, tmp_path / "b")
     assert noted.final["privacy"]["noise_multiplier"] < 0.5

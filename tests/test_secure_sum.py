@@ -401,6 +401,8 @@ def test_clients_that_have_trained_are_as_many_as_devices_ask_for(
     (row,) = rows_of(tmp_path / "r")
     assert row["skipped"]
     assert "secure" not in row
+    # An evaluation, of all twelve clients, has a threshold of its own.
+    assert "client_loss" in row
 
 
 def test_clients_keep_work_that_is_in_a_sum_though_the_round_is_not_used(
@@ -428,6 +430,19 @@ def test_clients_keep_work_that_is_in_a_sum_though_the_round_is_not_used(
     first, second = kept
     assert_close(first, second, 0.0, "c_i")
     assert any(bool(x.any()) for x in trees.leaves(first))
+
+
+@pytest.mark.parametrize("is_secure", [False, True])
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+def test_an_evaluation_of_no_client_measures_none(
+    engine: str, is_secure: bool, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"engine__name": engine, "evaluation__clients": 0}
+    e = small("fedavg", rounds=1, aggregation__secure=is_secure, **settings)
+    notes = _Notes()
+    result = run(e, tmp_path / "r", observer=notes)
+    assert "client_loss" not in result.final
+    assert not [note for note in notes.notes if "not evaluated" in note]
 
 
 # Engines whose clients mask what they send

@@ -220,7 +220,7 @@ class OpenRound(Round):
         secret.check(ask, made)
         remember(self.aggregation, ask, made, self.population)
         total = recovered(ask, secret.shape(ask, zeros), made, secret.sending.noising)
-        self.tally.add_sum(fn.__name__, total, secret.threshold(len(made.clients)))
+        self.tally.add_sum(fn.__name__, total, secret.threshold(fn, len(made.clients)))
         weight = torch.tensor(total.weight, dtype=torch.float64)
         there = torch.tensor(made.clients)
         return Mean(lambda: total.message, weight, there, total.rounding)

@@ -22,6 +22,7 @@ from fedcore.messages.links import LinkSettings
 from fedcore.messages.secure import graph
 from fedcore.messages.secure.ask import Part
 from fedcore.messages.secure.sending import EXAMPLES, Unusable, refuse_integers
+from fedcore.messages.secure.settings import SecureSettings
 from fedcore.messages.vectors import layout
 from fedcore.method import Round
 from fedcore.reports import Mean, Reports, Weight, Weights, by_examples
@@ -32,7 +33,6 @@ from fedcore.types import ClientFunction, News, Params, Tree
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
-    from fedcore.messages.secure.settings import SecureSettings
     from fedcore.method import Method
 
 log = logging.getLogger("fedcore")
@@ -177,10 +177,11 @@ def _refuse_sizes(
             f"reports, and a sum needs {least}: {_why(settings)}; raise it"
         )
     evaluated = min(experiment.evaluation.clients, population)
-    if 0 < evaluated < least:
+    if 0 < evaluated < graph.LEAST:
         raise SettingsError(
-            f"{SECURE}: {evaluated} clients are evaluated, and a sum needs {least}: "
-            f"{_why(settings)}; raise evaluation.clients, or set it to 0"
+            f"{SECURE}: {evaluated} clients are evaluated, and a sum needs "
+            f"{graph.LEAST}: {_why(SecureSettings())}; raise evaluation.clients, or "
+            "set it to 0"
         )
     dropout = experiment.participation.dropout
     skipped = share_below(least, process, dropout, experiment.rounds)

@@ -28,8 +28,9 @@ A sum is divided by the number of clients that is expected, never by those that 
 On devices the noise comes from the operating system. They know C, z and a by their
 settings, and are told n0, s and d (`DistributedNoise.terms`). All six are in what
 devices sign: one whose settings differ does not take part, as its steps would be of
-another size; nor does a client that hears of a threshold below n0 + a. In a simulation noise has the run's seed, so that
-whoever knows it can take the noise off: a guarantee in form alone.
+another size; nor does a client that hears of a threshold below n0 + a. In a simulation
+noise has the run's seed, so that whoever knows it can take the noise off: a guarantee
+in form alone.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.deploy import certs
 from fedcore.engines.base import Work, failure, one_thread
-from fedcore.errors import RunError
+from fedcore.errors import FedcoreError, RunError
 from fedcore.messages import wire
 from fedcore.messages.secure import primitives
 from fedcore.messages.secure.ask import Ask, Part
@@ -80,7 +80,8 @@ def take_part(
         except Exception as error:  # one client fails, the node's others do not
             failed[client] = _reason(error, client)
             node.sessions.drop(client)
-            log.warning("client %d left a secure sum: %s", client, failed[client])
+            text = failed[client] if isinstance(error, FedcoreError) else repr(error)
+            log.warning("client %d left a secure sum: %s", client, text)
     about: dict[str, Any] = {
         "t": int(ask["t"]),
         "exchange": exchange,
@@ -102,6 +103,8 @@ def _reason(error: Exception, client: int) -> str:
         return f"refused: {error}"
     if isinstance(error, Unusable):
         return str(error)
+    if not isinstance(error, FedcoreError):  # a text of others may quote the data
+        return f"error: {type(error).__name__}; the client's own log has its text"
     return failure([client], error).failed[client]
 
 

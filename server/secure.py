@@ -9,6 +9,7 @@ a round, and its goal; the others take moments, and have a time of their own.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ PATIENCE = 60.0  # seconds for an exchange after the first, beside what it takes
 SLOWEST = 125_000.0  # bytes a second at which a masked vector has to come at least
 GRACE = 3.0  # seconds for the last signatures and shares, where there are enough
 KINDS = ("refused", "disconnected", "not finite", "bad count", "error")
+ACCUSED = re.compile(r"refused: shares of client (\d+) are not authentic")
 AWAY = ("disconnected", "timeout", "not needed")  # kinds that are nobody's fault
 
 Answer = dict[str, Any] | memoryview
@@ -73,6 +75,7 @@ class SecretSum:
         self.bytes_up = 0
         self.named: dict[int, str] = {}  # clients that did wrong in E5
         self.spoiled: dict[int, str] = {}  # those of them that spoiled the sum
+        self.accusers: dict[int, set[int]] = {}  # who says whose shares are forged
         self._taken = 0  # answers of this exchange
 
     def run(
@@ -157,6 +160,10 @@ class SecretSum:
         if isinstance(answer, str):
             if number == 1 and answer.split(":")[0] not in AWAY:
                 self.failed_first.add(client)
+            if number == 3 and (accusation := ACCUSED.fullmatch(answer)):
+                accused = int(accusation[1][:9])
+                if accused in self.asked:
+                    self.accusers.setdefault(accused, set()).add(client)
             # A client that is in the sum already is not left out of it.
             is_in = number > 3 and answer.split(":")[0] in AWAY
             return "" if is_in else answer

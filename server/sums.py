@@ -68,6 +68,7 @@ class Sums:
         # Clients whose shares did not give their secret, and why: each could spoil
         # every sum that it is in.
         self.spoiled: dict[int, str] = {}
+        self._accusers: dict[int, set[int]] = {}
         self._has_said_unsigned = False
 
     def begin(self, ask: Ask, now: tuple[int, int], work: Mapping[str, Any]) -> Asking:
@@ -87,6 +88,22 @@ class Sums:
         """Delete the sums that the run's checkpoint, of `safe` rounds, has."""
         if self.journal is not None:
             self.journal.prune(safe)
+
+    def accused(self, accusers: Mapping[int, set[int]]) -> dict[int, str]:
+        """Clients whose shares two others could not read by now: they are left out.
+
+        Those who could not had to leave the sum, so that one client might end all. The
+        word of one is not enough: it may be the one that lies.
+        """
+        found = {}
+        for client, others in accusers.items():
+            said = self._accusers.setdefault(client, set())
+            said |= others
+            if len(said) >= 2:
+                some = ", ".join(map(str, sorted(said)[:5]))
+                fault = f"its shares are not authentic, by clients {some}"
+                found[client] = self.spoiled[client] = f"bad message: {fault}"
+        return found
 
     def say_unsigned(self) -> None:
         """Say once what is not claimed where clients have no certificates."""
@@ -189,8 +206,9 @@ class Asking:
             into.total = secret.total()
             into.clients, into.moment = session.clients, moment
         finally:
-            into.bytes_up, self._named = secret.bytes_up, secret.named
+            into.bytes_up, self._named = secret.bytes_up, dict(secret.named)
             sums.spoiled.update(secret.spoiled)
+            self._named |= sums.accused(secret.accusers)
             if not evaluates(ask.fn):
                 void = secret.asked - secret.failed_first - set(into.clients)
                 sums.void.update(secret.answered, void, moment)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fedcore.client.assignment import Assignment
 from fedcore.client.marks import Marks
 from fedcore.client.secure import Node
 from fedcore.client.store import Moment, Store
@@ -161,3 +162,39 @@ def test_a_client_that_spoils_a_sum_costs_one_round_and_is_named(
     assert [row["skipped"] for row in rows] == [True, False, False]
     assert [row["left_out"] for row in rows] == [{"bad message": [3]}] * 3
     assert result.dropped == {"bad message": 3}
+
+
+def test_a_client_whose_shares_are_forged_costs_one_round_and_is_named(
+    tmp_path: Path,
+) -> None:
+    """The others cannot read them, and leave the sum."""
+    e = secure("fedavg", population=CLIENTS, participation__cohort=CLIENTS, rounds=3)
+
+    def forge(reply: Message) -> list[Message]:
+        if facts_of(reply).get("exchange") == 2 and 3 in facts_of(reply)["clients"]:
+            change = edited(lambda r: {**r, "sent": bytes(len(r["sent"]))})
+            return change(reply)
+        return [reply]
+
+    grid = FakeGrid(preset_of(e, tmp_path), CLIENTS, forge)
+    over_flower(e, tmp_path, grid)
+    rows = rows_of(tmp_path)
+    assert [row["skipped"] for row in rows] == [True, False, False]
+    assert rows[0]["left_out"]["bad message"] == [3]
+    assert [row["left_out"] for row in rows[1:]] == [{"bad message": [3]}] * 2
+
+
+def test_an_error_of_a_client_tells_no_number_of_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = attack(tmp_path)
+
+    def broken(*_: Any) -> None:
+        raise ValueError("label 17 in row 3: 0.4711")
+
+    monkeypatch.setattr(Assignment, "run", broken)
+    with pytest.raises(TooFewReports):
+        server.ask(range(5))
+    assert set(server.failed.values()) == {
+        "error: ValueError; the client's own log has its text"
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from fedcore import trees
 from fedcore.engines.base import Work, one_thread
 from fedcore.errors import RunError
+from fedcore.escapes import escaped
 from fedcore.messages import wire
 from fedcore.method import evaluates
 from fedcore.types import ClientFunction, Tree
 
 from .store import Moment, Store
+
+SERIES = re.compile(r"[A-Za-z0-9_-]*")  # names of runs, which name folders
 
 
 class Assignment:
@@ -94,9 +98,14 @@ def store_of(context: Context, ask: Any) -> Store:
     They are in the directory of this device, or in the server's if that is here.
     """
     node = context.node_config
+    series = str(ask.get("series", ""))
+    if not SERIES.fullmatch(series):
+        raise RunError(
+            f"the run's name is {escaped(series[:40])!r}: expected letters, digits, "
+            "- and _, as it names a folder on this device"
+        )
     if folder := str(node.get("state", "")):
-        federation, series = node.get("federation", ""), ask.get("series", "")
-        return Store(Path(folder), str(federation), str(series))
+        return Store(Path(folder), str(node.get("federation", "")), series)
     folder = str(ask.get("state", ""))
     if not folder or not Path(folder).is_dir():
         raise RunError(

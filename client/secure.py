@@ -18,7 +18,6 @@ whatever could show its message; the reason goes to the server, which leaves it 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from functools import lru_cache
@@ -29,9 +28,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedcore import trees
+from fedcore.config import Experiment
 from fedcore.deploy import certs
 from fedcore.engines.base import Work, failure, one_thread
-from fedcore.errors import RunError
+from fedcore.errors import FedcoreError, RunError
 from fedcore.messages import wire
 from fedcore.messages.secure import primitives
 from fedcore.messages.secure.ask import Ask, Part
@@ -42,8 +42,9 @@ from fedcore.messages.secure.identity import Identity
 from fedcore.messages.secure.masks import Vector
 from fedcore.messages.secure.ring import Encoded, Ring
 from fedcore.messages.secure.sending import Sending, Unusable
-from fedcore.messages.secure.terms import LISTED, Terms, read_offer
+from fedcore.messages.secure.terms import LISTED, Terms, question_digest, read_offer
 from fedcore.method import evaluates
+from fedcore.rounds.setup import agreed_by
 from fedcore.types import Tree
 
 from .assignment import Assignment, store_of
@@ -79,7 +80,8 @@ def take_part(
         except Exception as error:  # one client fails, the node's others do not
             failed[client] = _reason(error, client)
             node.sessions.drop(client)
-            log.warning("client %d left a secure sum: %s", client, failed[client])
+            text = failed[client] if isinstance(error, FedcoreError) else repr(error)
+            log.warning("client %d left a secure sum: %s", client, text)
     about: dict[str, Any] = {
         "t": int(ask["t"]),
         "exchange": exchange,
@@ -101,6 +103,8 @@ def _reason(error: Exception, client: int) -> str:
         return f"refused: {error}"
     if isinstance(error, Unusable):
         return str(error)
+    if not isinstance(error, FedcoreError):  # a text of others may quote the data
+        return f"error: {type(error).__name__}; the client's own log has its text"
     return failure([client], error).failed[client]
 
 
@@ -115,8 +119,8 @@ class Node:
         ask: Any = message.content["work"]
         self._arrived = by_client(ask)
         self.moment = Moment(int(ask["t"]), int(ask["k"]))
-        series, function = str(ask["series"]), str(ask["function"])
-        self.run = f"{series}/{self.moment.t}/{self.moment.k}/{function}"
+        series, self.function = str(ask["series"]), str(ask["function"])
+        self.run = f"{series}/{self.moment.t}/{self.moment.k}/{self.function}"
         self.store = store_of(context, ask)
         self.marks = Marks(self.store)
         # The warm SuperNode alone says to which federation it belongs.
@@ -143,8 +147,18 @@ class Node:
         return self._arrived[client]
 
     def identity_of(self, client: int) -> Identity | None:
-        """The client's own key and certificate; None on a device that has none."""
-        folder = str(self.context.node_config.get("certs", ""))
+        """The client's own key and certificate; None on a device that has none.
+
+        Raises Refused where the device is another client: without a certificate it
+        would believe any key.
+        """
+        node = self.context.node_config
+        nodes, own = node.get("num-partitions"), node.get("partition-id")
+        if own is not None:
+            number = client if nodes is None else client % int(str(nodes))
+            if number != int(str(own)):
+                raise Refused(f"asked as client {client}, and this is {own}")
+        folder = str(node.get("certs", ""))
         return identity_in(folder, client) if folder else None
 
     def _session(self, client: int) -> ClientSession:
@@ -175,7 +189,7 @@ class Node:
         answer = session.unmask(self.arrived(client))
         self.sessions.drop(client)
         # Before it leaves: from now on this message may be known in a sum.
-        self.marks.write(client, self.moment)
+        self.marks.write(client, self.moment, self.function)
         return answer
 
 
@@ -188,7 +202,7 @@ class Trained:
         self._node, self._sending = node, work.sending
         self._assignment = Assignment(node.message, node.context, work)
         data = self._assignment.record[wire.FORMAT].data
-        self._down = hashlib.sha256(data).digest()
+        self._down = question_digest(data, settings_of(node.context))
         self._memory = node.store.of_kind("memory")
         places = node.message.content.get("places")
         self._places = by_client(places) if isinstance(places, ConfigRecord) else {}
@@ -197,7 +211,7 @@ class Trained:
         """E1: the client's public keys, once it has trained."""
         node, assignment = self._node, self._assignment
         node.sessions.drop(client)
-        node.marks.refuse(client, node.moment)
+        node.marks.refuse(client, node.moment, node.function)
         terms, weights = read_offer(node.arrived(client))
         if terms.run != node.run:
             raise Refused(f"terms of {terms.run[:80]}, in a message for {node.run}")
@@ -273,6 +287,20 @@ class Trained:
         counted = moment_of(number)
         row = self._memory.exact(client, counted, first)
         return counted, trees.to(row, work.task.device)
+
+
+def settings_of(context: Context) -> bytes:
+    """What stands for the settings that the server sent: the others have them too.
+
+    Those of this device alone are not among them.
+    """
+    config = context.run_config
+    return _settings_in(str(config["preset"]), str(config["set"]))
+
+
+@lru_cache(maxsize=1)
+def _settings_in(preset: str, overrides: str) -> bytes:
+    return agreed_by(Experiment.load(preset, overrides.split()))
 
 
 def moment_of(number: int) -> Moment:

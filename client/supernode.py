@@ -80,12 +80,24 @@ def serve(
         federation = f"without TLS at {host}"
     else:
         federation = certs.federation_of(folder)
+    if sums_alone and not _is_certified(folder, client):
+        log.warning(
+            "client %d has no certificate: a server that lies about the keys of others "
+            "could read what it sends into sums, --secure or not; run fedcore certs "
+            "(again), and start it with --certs",
+            client,
+        )
     device = Device(state or Path(f"client-{client}-state"), federation, client)
     node = SuperNode(
         server, client, device, folder, data, settings, poll, base, sums_alone
     )
     with _stopping(node.stop):
         node.run()
+
+
+def _is_certified(folder: Path | None, client: int) -> bool:
+    """Whether the client has a certificate, by which others know its keys."""
+    return folder is not None and (folder / f"client-{client}.crt").exists()
 
 
 def _refuse_data(data: Path) -> None:

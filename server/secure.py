@@ -9,6 +9,7 @@ a round, and its goal; the others take moments, and have a time of their own.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedcore.engines.base import failure
+from fedcore.errors import TooFewReports
 from fedcore.messages.secure.fields import by_client, flat
 from fedcore.messages.secure.masks import size_of
 from fedcore.messages.secure.ring import Encoded
@@ -35,6 +37,7 @@ PATIENCE = 60.0  # seconds for an exchange after the first, beside what it takes
 SLOWEST = 125_000.0  # bytes a second at which a masked vector has to come at least
 GRACE = 3.0  # seconds for the last signatures and shares, where there are enough
 KINDS = ("refused", "disconnected", "not finite", "bad count", "error")
+ACCUSED = re.compile(r"refused: shares of client (\d+) are not authentic")
 AWAY = ("disconnected", "timeout", "not needed")  # kinds that are nobody's fault
 
 Answer = dict[str, Any] | memoryview
@@ -71,6 +74,8 @@ class SecretSum:
         self.failed_first: set[int] = set()  # clients that said in E1 why they cannot
         self.bytes_up = 0
         self.named: dict[int, str] = {}  # clients that did wrong in E5
+        self.spoiled: dict[int, str] = {}  # those of them that spoiled the sum
+        self.accusers: dict[int, set[int]] = {}  # who says whose shares are forged
         self._taken = 0  # answers of this exchange
 
     def run(
@@ -97,7 +102,14 @@ class SecretSum:
 
     def total(self) -> Encoded:
         """The sum. Raises TooFewReports where it cannot be unmasked."""
-        numbers, words = self.session.total()
+        before = set(self.session.blame)
+        try:
+            numbers, words = self.session.total()
+        except TooFewReports:
+            for client in self.session.blame.keys() - before:
+                reason = f"bad message: {self.session.blame[client]}"
+                self.named[client] = self.spoiled[client] = reason
+            raise
         return Encoded(
             torch.from_numpy(numbers.view(np.int32).copy()),
             torch.from_numpy(words.view(np.int64).copy()),
@@ -148,6 +160,10 @@ class SecretSum:
         if isinstance(answer, str):
             if number == 1 and answer.split(":")[0] not in AWAY:
                 self.failed_first.add(client)
+            if number == 3 and (accusation := ACCUSED.fullmatch(answer)):
+                accused = int(accusation[1][:9])
+                if accused in self.asked:
+                    self.accusers.setdefault(accused, set()).add(client)
             # A client that is in the sum already is not left out of it.
             is_in = number > 3 and answer.split(":")[0] in AWAY
             return "" if is_in else answer

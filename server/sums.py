@@ -27,7 +27,7 @@ from fedcore.messages.secure.distributed import DistributedNoise
 from fedcore.messages.secure.identity import Authority
 from fedcore.messages.secure.server_session import ServerSession, Size
 from fedcore.messages.secure.settings import SecureSettings
-from fedcore.messages.secure.terms import LISTED, Terms
+from fedcore.messages.secure.terms import LISTED, Terms, question_digest
 from fedcore.method import evaluates
 from fedcore.reports import Reports
 
@@ -37,6 +37,7 @@ from .secure import Mailing, SecretSum
 log = logging.getLogger("fedcore")
 
 MOMENT = 1 << 16  # a moment is t times this, plus k
+LEFT_OUT = "left out of sums until the server starts anew"
 UNSIGNED = (
     "aggregation.secure without certificates of clients: a server that follows the "
     "protocol sees sums alone; one that lies to clients about their keys, or about who "
@@ -64,6 +65,10 @@ class Sums:
         self.journal = None if folder is None else Journal(folder)
         self.void = Void(folder)
         self._sizes: dict[Hashable, Size] = {}
+        # Clients whose shares did not give their secret, and why: each could spoil
+        # every sum that it is in.
+        self.spoiled: dict[int, str] = {}
+        self._accusers: dict[int, set[int]] = {}
         self._has_said_unsigned = False
 
     def begin(self, ask: Ask, now: tuple[int, int], work: Mapping[str, Any]) -> Asking:
@@ -84,6 +89,22 @@ class Sums:
         if self.journal is not None:
             self.journal.prune(safe)
 
+    def accused(self, accusers: Mapping[int, set[int]]) -> dict[int, str]:
+        """Clients whose shares two others could not read by now: they are left out.
+
+        Those who could not had to leave the sum, so that one client might end all. The
+        word of one is not enough: it may be the one that lies.
+        """
+        found = {}
+        for client, others in accusers.items():
+            said = self._accusers.setdefault(client, set())
+            said |= others
+            if len(said) >= 2:
+                some = ", ".join(map(str, sorted(said)[:5]))
+                fault = f"its shares are not authentic, by clients {some}"
+                found[client] = self.spoiled[client] = f"bad message: {fault}"
+        return found
+
     def say_unsigned(self) -> None:
         """Say once what is not claimed where clients have no certificates."""
         if self.certificates.authority is None and not self._has_said_unsigned:
@@ -101,7 +122,9 @@ class Asking:
         self._named: dict[int, str] = {}  # clients that did wrong in E5
         self._record = wire.encode(ask.down)
         data = self._record[wire.FORMAT].data
-        self._digest = hashlib.sha256(data).digest()
+        assert sums.work.sending is not None, "the run has aggregation.secure"
+        self._digest = question_digest(data, sums.work.sending.agreed)
+        model = hashlib.sha256(data).digest()
         t, k = now
         run = f"{work['series']}/{t}/{k}/{ask.fn.__name__}"
         is_signed = sums.certificates.authority is not None
@@ -109,9 +132,10 @@ class Asking:
         self._terms = terms_of(ask, run, is_signed)
         if self._noising is not None:
             self._terms = self._terms._replace(settings=self._noising.terms())
-        # What is asked; the clients, which may differ, are not in it.
+        # What is asked; the clients, which may differ, are not in it, nor are settings:
+        # a run may be gone on with for more rounds.
         question = self._terms._replace(is_signed=False)
-        self._question = question.digest(self._digest).hex()
+        self._question = question.digest(model).hex()
 
     def recalled(self) -> Entry | None:
         """What the journal has of this sum; None where it was not made before."""
@@ -140,7 +164,6 @@ class Asking:
                 yield report
         except TooFewReports as error:
             fault = str(error)
-            raise
         finally:
             # Not where it was interrupted: then the sum has not come to its end.
             is_done = bool(fault) or into.total is not None
@@ -150,12 +173,21 @@ class Asking:
                 self._sums.journal.write(*self._now, self._question, entry)
         for client, reason in self._named.items():
             yield failure([client], reason)
+        if fault:
+            raise TooFewReports(fault)
 
     def _exchange(
         self, hosted: Mapping[int, list[int]], mailing: Mailing, into: SecretTotal
     ) -> Iterator[Reports]:
         """As `run`, without those that are named at the end."""
         ask, sums = self._ask, self._sums
+        left: dict[int, list[int]] = {}
+        for node, clients in hosted.items():
+            for client in clients:
+                if client in sums.spoiled:
+                    yield failure([client], f"{sums.spoiled[client]}; {LEFT_OUT}")
+                else:
+                    left.setdefault(node, []).append(client)
         session = ServerSession(
             self._terms,
             self._digest,
@@ -168,13 +200,15 @@ class Asking:
             certificates=sums.certificates.of(ask.clients.tolist()),
         )
         moment = self._now[0] * MOMENT + self._now[1]
-        secret = SecretSum(session, mailing, hosted, self._work)
+        secret = SecretSum(session, mailing, left, self._work)
         try:
             yield from secret.run(self._record, self._places())
             into.total = secret.total()
             into.clients, into.moment = session.clients, moment
         finally:
-            into.bytes_up, self._named = secret.bytes_up, secret.named
+            into.bytes_up, self._named = secret.bytes_up, dict(secret.named)
+            sums.spoiled.update(secret.spoiled)
+            self._named |= sums.accused(secret.accusers)
             if not evaluates(ask.fn):
                 void = secret.asked - secret.failed_first - set(into.clients)
                 sums.void.update(secret.answered, void, moment)

@@ -144,11 +144,11 @@ def test_ids_may_be_any_whole_numbers() -> None:
 
 
 def test_weights_of_the_server_are_those_of_the_roster() -> None:
-    weights = {i: (1.0 + i / 10, 1.0) for i in range(5)}
-    terms = SecureSum(range(5)).terms._replace(
+    weights = {i: (1.0 + i % 2, 1.0) for i in range(7)}
+    terms = SecureSum(range(7)).terms._replace(
         fields=("fresh", "other", "news"), rules=("listed", "examples", "listed")
     )
-    secure = SecureSum(range(5), terms=terms, weights=weights, lost={3: (4,)}).run()
+    secure = SecureSum(range(7), terms=terms, weights=weights, lost={3: (4,)}).run()
     assert secure.is_exact()
     assert not secure.refused
 

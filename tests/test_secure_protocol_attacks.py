@@ -10,7 +10,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import settings
 
 from fedcore.errors import TooFewReports
+from fedcore.messages.secure import server_session
 from fedcore.messages.secure.client_session import SENT, ClientSession
+from fedcore.messages.secure.graph import lists_fault
 from fedcore.messages.secure.identity import Identity
 from fedcore.messages.secure.primitives import Message, Refused, chunks
 from fedcore.messages.secure.server_session import ServerSession
@@ -220,14 +222,46 @@ def test_an_honest_server_asks_nobody_for_such_weights() -> None:
         SecureSum(range(6), terms=terms, weights=weights).run()
 
 
-def test_weights_are_looked_at_again_when_clients_have_left() -> None:
+def test_weights_are_looked_at_again_when_clients_have_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     terms = terms_of(6, rules=("listed",))
     weights = {i: (1.5 if i == 0 else 0.7,) for i in range(6)}
     lost = {3: (4, 5)}
     secure = SecureSum(range(6), terms=terms, weights=weights, lost=lost)
+    with pytest.raises(TooFewReports, match="expected at most a third"):
+        secure.run()
+    assert not secure.refused
+    monkeypatch.setattr(server_session, "lists_fault", lambda *_: None)
+    secure = SecureSum(range(6), terms=terms, weights=weights, lost=lost)
     with pytest.raises(TooFewReports, match="0 clients signed"):
         secure.run()
     assert "1.5 in a sum of 3.6: expected at most a third" in secure.refused[3]
+
+
+@pytest.mark.parametrize("rules", [("listed", "equally"), ("listed", "listed")])
+def test_two_sums_of_one_message_whose_difference_is_one_client_are_refused(
+    rules: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FedVARP with known rates sends one change twice, with two weights."""
+    terms = terms_of(6, fields=("weighed", "delta"), rules=rules)
+    weights = {i: (2.0 - (i == 3), 1.0)[: rules.count("listed")] for i in range(6)}
+    secure = SecureSum(range(6), terms=terms, weights=weights)
+    with pytest.raises(TooFewReports, match="the difference could be that of one"):
+        secure.run()
+    monkeypatch.setattr(server_session, "lists_fault", lambda *_: None)
+    secure = SecureSum(range(6), terms=terms, weights=weights)
+    with pytest.raises(TooFewReports):
+        secure.run()
+    assert len(secure.refused) == 6
+    assert "the difference could be that of one client" in secure.refused[0]
+
+
+def test_no_combination_of_three_lists_of_weights_is_taken() -> None:
+    lists = [[1.0] * 6, [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]]
+    assert lists_fault(lists, False, 3, 8.0) is None
+    found = lists_fault([*lists, [1.0, 2.0] * 3], False, 3, 8.0)
+    assert found == "3 lists of weights for one message: expected at most two"
 
 
 # Shares and vectors (E3)

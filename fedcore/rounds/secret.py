@@ -98,13 +98,14 @@ class SecretSums:
         `least` is the effective number of clients that there has to be.
         """
         rows = torch.searchsorted(ask.clients, clients)
+        lists = []
         for _, rule in ask.parts:
-            if not isinstance(rule, Tensor):
-                continue
-            weights = rule[rows].double().tolist()
-            fault = graph.weights_fault(weights, least, ask.ring.cap)
-            if fault is not None:
-                raise TooFewReports(f"{fault} (aggregation.secure)")
+            if isinstance(rule, Tensor):
+                lists.append(rule[rows].double().tolist())
+        is_one_field = [part.field for part in ask.parts] == [""]
+        fault = graph.lists_fault(lists, is_one_field, least, ask.ring.cap)
+        if fault is not None:
+            raise TooFewReports(f"{fault} (aggregation.secure)")
 
     def threshold(self, fn: ClientFunction, n: int) -> int:
         """t, the clients of n that have to stay to the end."""

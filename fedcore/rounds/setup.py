@@ -13,6 +13,7 @@ from torch import Tensor
 from fedcore import engines, privacy, trees
 from fedcore.engines.base import Engine, Work
 from fedcore.messages.secure.sending import Noising, Sending
+from fedcore.messages.secure.terms import settings_digest
 from fedcore.method import Method
 from fedcore.rounds import hostile, refusals
 from fedcore.rounds.canaries import Canaries, canaries_of
@@ -162,7 +163,8 @@ def work_of(
     """
     sending, rules = None, experiment.aggregation
     if rules.secure:
-        sending = Sending(method, task, rules, experiment.seed, noising)
+        agreed = agreed_by(experiment)
+        sending = Sending(method, task, rules, experiment.seed, noising, agreed)
     return Work(
         task,
         method,
@@ -175,6 +177,11 @@ def work_of(
         sending=sending,
         draws_secretly=draws_secretly,
     )
+
+
+def agreed_by(experiment: Experiment) -> bytes:
+    """What stands for the settings that all clients of a secure sum have to have."""
+    return settings_digest(experiment.model_dump(mode="json"))
 
 
 def _receiving(

@@ -307,19 +307,19 @@ def test_a_device_that_wants_sums_alone_takes_no_part_in_another_run(
 
 def test_a_mark_outlives_the_process_and_a_deleted_state(tmp_path: Path) -> None:
     store = Store(tmp_path, "f", "s")
-    Marks(store).write(3, Moment(4, 1))
+    Marks(store).write(3, Moment(4, 1), "train")
     marks = Marks(Store(tmp_path, "f", "s"))
-    marks.refuse(3, Moment(5, 0))
-    marks.refuse(2, Moment(0, 0))  # another client of this node
+    marks.refuse(3, Moment(5, 0), "train")
+    marks.refuse(2, Moment(0, 0), "train")  # another client of this node
     for at in (Moment(4, 1), Moment(4, 0), Moment(0, 5)):
         with pytest.raises(Refused, match="a sum of round 5 already"):
-            marks.refuse(3, at)
+            marks.refuse(3, at, "train")
     (tmp_path / "s" / "client-3" / "summed.json").write_text("{")
     with pytest.raises(StateError, match=r"summed.json cannot be read"):
-        marks.refuse(3, Moment(9, 0))
+        marks.refuse(3, Moment(9, 0), "train")
     (tmp_path / "s" / "forgotten").touch()
     with pytest.raises(StateError, match="was deleted on this device"):
-        marks.refuse(2, Moment(9, 0))
+        marks.refuse(2, Moment(9, 0), "train")
 
 
 # What the journal keeps

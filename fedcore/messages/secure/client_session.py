@@ -49,7 +49,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedcore.messages.secure.client_state import ClientState
-from fedcore.messages.secure.graph import LEAST, weights_fault
+from fedcore.messages.secure.graph import LEAST, lists_fault
 from fedcore.messages.secure.identity import Identity
 from fedcore.messages.secure.masks import (
     Numbers,
@@ -303,14 +303,15 @@ class ClientSession:
 
     def _check_left(self, survivors: list[int]) -> None:
         """Refuse a sum in which one client has more than a third of the weight."""
-        state = self._state
+        state, terms = self._state, self.terms
         n, remain = len(state.ids), set(survivors)
+        lists = []
         for listed in weights_by_field(state.weights, n):
             pairs = zip(state.ids, listed, strict=True)
-            left = [weight for client, weight in pairs if client in remain]
-            fault = weights_fault(left, 0, self.terms.cap)
-            if fault is not None:
-                raise Refused(fault)
+            lists.append([weight for client, weight in pairs if client in remain])
+        fault = lists_fault(lists, terms.is_one_field, 0, terms.cap)
+        if fault is not None:
+            raise Refused(fault)
 
     @exchange(5)
     def unmask(self, message: Message) -> Message:

@@ -19,6 +19,8 @@ from functools import lru_cache
 from math import ceil, comb, fsum, isfinite
 from typing import NamedTuple
 
+import numpy as np
+
 from fedcore.messages.secure.primitives import digest
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "degree",
     "degree_rule",
     "graph_fault",
+    "lists_fault",
     "neighbours_of",
     "threshold",
     "tolerated",
@@ -148,6 +151,57 @@ def weights_fault(weights: Sequence[float], least: float, cap: float) -> str | N
             f"expected at least {least:g}"
         )
     return None
+
+
+def lists_fault(
+    lists: Sequence[Sequence[float]], is_one_field: bool, least: float, cap: float
+) -> str | None:
+    """Why lists of weights that a server chose would show too much; or None.
+
+    Fields of a message may say the same of a client, and do in FedVARP: whoever has two
+    sums of it, sum_i u_i x_i and sum_i v_i x_i, has sum_i (u_i - r v_i) x_i for every r
+    as well, where most clients may be gone. So no client has more than a third of such
+    a sum either. Without `is_one_field` there are fields that are weighed equally.
+
+    >>> lists_fault([[2.0, 2.0, 2.0, 1.0]], True, 3, 8) is None
+    True
+    >>> fault = lists_fault([[2.0, 2.0, 2.0, 1.0]], False, 3, 8)
+    >>> fault[:30]
+    'of two sums with other weights'
+    """
+    for weights in lists:
+        fault = weights_fault(weights, least, cap)
+        if fault is not None:
+            return fault
+    if not lists:
+        return None
+    columns = {tuple(weights) for weights in lists}
+    if not is_one_field:
+        columns.add((1.0,) * len(lists[0]))
+    if len(columns) > 2:
+        return f"{len(columns)} lists of weights for one message: expected at most two"
+    if len(columns) == 2 and _isolates(*map(np.array, sorted(columns))):
+        return (
+            "of two sums with other weights the difference could be that of one "
+            "client: ask more clients, of whom more have the same weight"
+        )
+    return None
+
+
+def _isolates(u: np.ndarray, v: np.ndarray) -> bool:
+    """Whether some u - r v has more than a third of its sum at one client.
+
+    The share of a client is largest where another one's part is zero: it is enough to
+    look at the ratios u_i / v_i, of which there are few where weights are.
+    """
+    slack = 1e-9
+    inside = v > 0
+    for ratio in np.unique(u[inside] / v[inside]):
+        left = np.abs(u - ratio * v)
+        left[left <= slack * np.maximum(u, ratio * v)] = 0.0  # rounding alone
+        if 3 * left.max() > left.sum() * (1 + slack):
+            return True
+    return False
 
 
 def degree_rule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fedcore.messages.secure.graph import graph_fault, neighbours_of, weights_fault
+from fedcore.messages.secure.graph import graph_fault, lists_fault, neighbours_of
 from fedcore.messages.secure.identity import Identity
 from fedcore.messages.secure.primitives import (
     KEY,
@@ -88,10 +88,10 @@ class Expected(NamedTuple):
     def _check_weights(self, weights: bytes, own: int, n: int, t: int) -> None:
         """Refuse weights of which few clients have most, and another one of its own."""
         fields = weights_by_field(weights, n)
+        fault = lists_fault(fields, self.terms.is_one_field, t, self.terms.cap)
+        if fault is not None:
+            raise Refused(fault)
         for weight, listed in zip(self.weights, fields, strict=True):
-            fault = weights_fault(listed, t, self.terms.cap)
-            if fault is not None:
-                raise Refused(fault)
             if listed[own] != weight:
                 raise Refused(
                     f"a weight of {listed[own]:g} in the list, "

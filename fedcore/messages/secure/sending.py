@@ -95,9 +95,14 @@ class Sending:
         settings: AggregationSettings,
         seed: int,
         noising: Noising | None = None,
+        agreed: bytes = b"",
     ) -> None:
-        """`noising` takes the place of rounding in all but evaluations."""
+        """`noising` takes the place of rounding in all but evaluations.
+
+        `agreed` stands for the run's settings, on which its clients have to agree.
+        """
         self._method, self._seed, self.noising = method, seed, noising
+        self.agreed = agreed
         self._bounds = Bounds(settings, is_devices=False)
         self.max_examples = settings.max_examples or EXAMPLES
         self.measures = Measures(task)

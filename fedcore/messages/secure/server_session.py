@@ -27,9 +27,9 @@ from fedcore.messages.secure.graph import (
     LEAST,
     degree,
     graph_fault,
+    lists_fault,
     neighbours_of,
     threshold,
-    weights_fault,
 )
 from fedcore.messages.secure.identity import Authority
 from fedcore.messages.secure.masks import (
@@ -109,6 +109,7 @@ class ServerSession:
         self._certificates = dict(certificates or {})
         self._count_word = count_word
         self._keys: dict[int, Keys] = {}
+        self._public: set[bytes] = set()  # all keys in them
         self._shares: dict[int, Shares] = {}
         self._total: Vector | None = None
         self._added: list[int] = []
@@ -132,9 +133,11 @@ class ServerSession:
         if self.exchange != 1 or client in self._keys:
             return False
         try:
-            self._keys[client] = self._checked_keys(client, answer)
+            keys = self._checked_keys(client, answer)
         except Refused as error:
             return self._name(client, str(error))
+        self._keys[client] = keys
+        self._public |= {keys.c, keys.s}
         return True
 
     def _checked_keys(self, client: int, answer: Message) -> Keys:
@@ -142,8 +145,7 @@ class ServerSession:
         c, s = bytes_in(answer, "c", KEY), bytes_in(answer, "s", KEY)
         if bytes_in(answer, "terms", KEY) != self._terms_digest:
             raise Refused("it has another model than was sent, or other terms")
-        taken = {key for keys in self._keys.values() for key in (keys.c, keys.s)}
-        if c == s or taken & {c, s}:
+        if c == s or self._public & {c, s}:
             raise Refused("it sent a key twice, or one of another client")
         for key in (c, s):
             agreed(bytes(range(KEY)), key)  # refuses points that are none
@@ -251,6 +253,9 @@ class ServerSession:
         self.exchange = 4
         self.clients = sorted(self._added)
         self._expect(len(self.clients), "sent their vectors")
+        # As clients do: a round that they would all refuse ends here.
+        listed = [self._weights.get(client, ()) for client in self.clients]
+        _field_by_field(listed, 0, self.terms)
         return {client: {"survivors": self.clients} for client in self.clients}
 
     def add_signature(self, client: int, answer: Message) -> bool:
@@ -348,13 +353,13 @@ def _field_by_field(
     listed: Sequence[Sequence[float]], t: int, terms: Terms
 ) -> list[float]:
     """Weights of a cohort, one listed field after another. Raises TooFewReports."""
-    weights: list[float] = []
+    lists, weights = [], list[float]()
     for field in range(terms.listed):
-        of_all = [of_client[field] for of_client in listed]
-        fault = weights_fault(of_all, t, terms.cap)
-        if fault is not None:
-            raise TooFewReports(fault)
-        weights += of_all
+        lists.append([of_client[field] for of_client in listed])
+        weights += lists[-1]
+    fault = lists_fault(lists, terms.is_one_field, t, terms.cap)
+    if fault is not None:
+        raise TooFewReports(fault)
     return weights
 
 

@@ -14,14 +14,18 @@
     weights   bytes       this client's own weight in each "listed" field, float64
 
 Everything but the own weights goes into the digest that clients sign, with the digest
-of the model: no client adds to a sum of others that were told something else.
+of the model and of the run's settings (`question_digest`): no client adds to a sum of
+others that were told something else. With a step size of zero for all but one of them
+the sum would be that one's message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from math import frexp, isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,7 +44,9 @@ __all__ = [
     "LISTED",
     "RULES",
     "Terms",
+    "question_digest",
     "read_offer",
+    "settings_digest",
     "weights_by_field",
     "weights_from",
     "weights_to",
@@ -78,6 +84,11 @@ class Terms(NamedTuple):
     def listed(self) -> int:
         """Fields of the message whose weights the server lists."""
         return self.rules.count(LISTED)
+
+    @property
+    def is_one_field(self) -> bool:
+        """Whether one list of weights is that of the whole message."""
+        return self.fields == ("",)
 
     def digest(self, down: bytes) -> bytes:
         """32 bytes that stand for these terms and the model of digest `down`.
@@ -149,6 +160,29 @@ def read_offer(message: Message) -> tuple[Terms, list[float]]:
         if not isfinite(weight) or not 0 <= weight <= terms.cap:
             raise Refused(f"an own weight of {weight:g}: expected 0 to {terms.cap:g}")
     return terms, weights
+
+
+def settings_digest(settings: Mapping[str, Any]) -> bytes:
+    """32 bytes that stand for the settings of a run, as JSON has them.
+
+    But for `engine`: where the work is done is not the same for server and devices.
+
+    >>> here, there = {"seed": 1, "engine": "grid"}, {"seed": 1, "engine": "ray"}
+    >>> settings_digest(here) == settings_digest(there)
+    True
+    >>> settings_digest(here) == settings_digest({"seed": 2, "engine": "grid"})
+    False
+    """
+    same = {key: value for key, value in settings.items() if key != "engine"}
+    return digest("settings", json.dumps(same, sort_keys=True))
+
+
+def question_digest(content: bytes, settings: bytes) -> bytes:
+    """32 bytes that stand for what clients are sent, and the settings of their run.
+
+    `content` are the bytes of the model, `settings` what `settings_digest` gives.
+    """
+    return digest("question", hashlib.sha256(content).digest(), settings)
 
 
 def weights_to(weights: Sequence[float]) -> bytes:

@@ -179,6 +179,9 @@ def show_picture(rows: list[Row]) -> None:
         plain = statistics.fmean(rows[0].accuracies)
         axes.axhline(plain, linestyle="--", color="grey", label="no noise")
         axes.set(xlabel="epsilon", ylabel="test accuracy", xscale="log")
+        axes.minorticks_off()
+        marked = sorted({row.epsilon for row in rows if row.epsilon is not None})
+        axes.set_xticks(marked, [f"{epsilon:.3g}" for epsilon in marked])
         axes.legend(frameon=False, loc="lower right")
         print(svg(figure))
 

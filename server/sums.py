@@ -194,7 +194,7 @@ class Asking:
             sums.size(ask),
             weights=weights_of(ask),
             neighbours=sums.settings.neighbours,
-            least=sums.settings.threshold,
+            least=None if evaluates(ask.fn) else sums.settings.threshold,
             floor=0 if self._noising is None else self._noising.least,
             authority=sums.certificates.authority,
             certificates=sums.certificates.of(ask.clients.tolist()),

@@ -18,7 +18,9 @@ Choices: flat clipping, over all tensors of the update together; uniform weights
          estimator with the fixed denominator q W, whose sensitivity is C / (q N) (the
          paper's other one divides by who came, at least q W_min).
 Noise:   N(0, sigma^2) on the mean of every round, on one that nobody attended too.
-         Drawn from the run's seed: a simulation.
+         Drawn from the run's seed: a simulation. In a secure sum messages are rounded
+         after they are clipped, and may be longer than C by that: noise is z times as
+         large as the longest one.
 Sends:   the clipped difference and nothing else: a loss would be neither clipped nor
          noised.
 Guards:  the sequence of global models; the server itself reads every update. For noise
@@ -161,28 +163,32 @@ class DPFedAvg(Method[Settings]):
 
     def round(self, server: Server, r: Round) -> Server:
         if isinstance(server.clip, Stateless):
-            down = Model(server.params)
-            total = r.mean(self.train, r.cohort, down, equally).total.delta
-            params = self._moved(server.params, total, self.s.clip, r)
+            mean = r.mean(self.train, r.cohort, Model(server.params), equally)
+            largest = self.s.clip + mean.rounding
+            params = self._moved(server.params, mean.total.delta, largest, r)
             return server._replace(params=params)
         guide = Down(server.params, server.clip)
-        mean = r.mean(self.train_within, r.cohort, guide, equally).total
-        bound = server.clip.item()
-        params = self._moved(server.params, mean.delta, bound, r)
+        mean = r.mean(self.train_within, r.cohort, guide, equally)
+        total, bound = mean.total, server.clip.item()
+        largest = bound + mean.rounding
+        params = self._moved(server.params, total.delta, largest, r)
         expected = self._expected_clients(r)
         noise = rng(r.seed, "dp bit noise", r.t).standard_normal()
         if self.s.noise_multiplier == 0:
             noise = 0.0
-        count = mean.within.item() + self._bit_noise(expected) * noise
+        count = total.within.item() + self._bit_noise(expected) * noise
         b = 0.5 + count / expected
         assert self.s.quantile is not None
         factor = math.exp(-self.s.clip_lr * (b - self.s.quantile))
         r.log["clip"] = bound
         return Server(params, server.clip * factor)
 
-    def _moved(self, params: Params, total: Params, bound: float, r: Round) -> Params:
-        """theta_t + the mean of the updates with its noise."""
-        deviation = self._multiplier(self._expected_clients(r)) * bound
+    def _moved(self, params: Params, total: Params, largest: float, r: Round) -> Params:
+        """theta_t + the mean of the updates with its noise.
+
+        `largest` bounds the norm of one client's part of the sum.
+        """
+        deviation = self._multiplier(self._expected_clients(r)) * largest
         draw = rng(r.seed, "dp noise", r.t)
 
         def noisy(x: Tensor) -> Tensor:

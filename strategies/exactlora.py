@@ -317,13 +317,11 @@ class ExactLoRA(Method[Settings]):
     # Before the run
 
     def refuses(self, setting: Setting) -> str | None:
+        products = "it takes the product of every client's factors"
         if setting == "secure":
-            return "it takes the product of every client's factors"
+            return products
         if setting == "rule":
-            return (
-                "it takes the product of every client's factors, and a robust mean of "
-                "factors depends on how a client writes its product"
-            )
+            return f"{products}, and their robust mean depends on how it is written"
         if setting == "moments" and self.s.form != "fedex":
             return (
                 "its clients begin each round with other factors than those that the "

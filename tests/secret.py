@@ -58,6 +58,7 @@ class Weighing(Method[Settings]):
             "by field": {"delta": every_other},
             "isolating": {"delta": given},
             "one": (r.cohort == r.cohort[0]).double(),
+            "steep": torch.where(r.cohort <= r.cohort[1], 3.0, 1.0),
             "unequal": torch.where(r.cohort == r.cohort[0], 2.0, 1.0),
             "custom": by_first_letters,
         }[self.s.weighting]

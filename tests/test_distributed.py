@@ -29,6 +29,8 @@ from fedcore.messages.secure.distributed import (
 from fedcore.messages.secure.primitives import Refused
 from fedcore.rng import rng, seed_of
 from fedcore.rounds.loop import Interrupted, Loop, run
+from fedcore.rounds.noise import expected_clients
+from fedcore.rounds.refusals import participation_process
 from fedcore.views.run_report import write_report
 from tests.helpers import loop_of, small
 from tests.test_privacy import Stop
@@ -230,15 +232,30 @@ def test_noise_is_added_to_every_entry_and_is_the_keys() -> None:
     )
 
 
+@pytest.mark.parametrize(("population", "rate"), [(100, 0.2), (100, 0.57), (30, 0.1)])
+def test_as_many_clients_are_expected_as_a_person_would_say(
+    population: int, rate: float
+) -> None:
+    """Floats would make 19.999999999999996 of a fifth of 100, and so 19 whole ones."""
+    participation = {"name": "bernoulli", "mean": rate}
+    e = small("fedavg", population=population, participation=participation)
+    process = participation_process(e, e.build_task())
+    assert expected_clients(e, process) == round(population * rate)
+
+
 def test_a_device_draws_its_noise_from_the_operating_system(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told = noise(colluding=1, deviation=8192).terms()
+    shared: dict[str, Any] = {
+        "clip": 2.0,
+        "noise_multiplier": 0.5,
+        "colluding": 1,
+        "deviation": 8192,
+    }
+    told = noise(**shared).terms()
     own = DistributedSettings(clip=2.0, noise_multiplier=0.5, colluding=1)
     device = DistributedNoise.on_device(own, told, seed=3)
-    assert device == noise(
-        clip=2.0, noise_multiplier=0.5, colluding=1, deviation=8192, is_secret=True
-    )
+    assert device == noise(**shared, is_secret=True)
     vector = torch.zeros(1000, dtype=torch.float64)
     once, again = (device.numbers(vector, "train", 0, 1) for _ in range(2))
     assert not torch.equal(once, again)
@@ -264,8 +281,13 @@ def test_a_device_draws_its_noise_from_the_operating_system(
         ({"honest": True}, "honest of True"),
         ({"honest": 3.5}, "honest of 3.5"),
         ({"deviation": 1}, "deviation of 1 steps"),
+        ({"clip": 2.0}, "clip of 2, and by this client's settings 1"),
+        ({"clip": None}, "expected honest, colluding, deviation, num_entries, clip"),
+        ({"noise_multiplier": 0.5}, "noise_multiplier of 0.5, and by this client's"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier of nan: expected"),
+        ({"clip": 1}, "clip of 1: expected"),
         ({"colluding": -1}, "colluding of -1"),
-        ({"colluding": 1}, "1 clients may collude, and by this client's settings 0"),
+        ({"colluding": 1}, "colluding of 1, and by this client's settings 0"),
     ],
 )
 def test_a_device_refuses_terms_that_nobody_can_agree_to(
@@ -460,7 +482,9 @@ def test_cohorts_without_enough_clients_for_the_noise_are_skipped(
     loop = loop_of(noisy(participation=dropout), tmp_path / "a")
     sums = loop.desk.receiving.secret
     assert sums is not None
-    assert [sums.threshold(n) for n in (12, 9, 5)] == [8, 8, 8]
+    method = loop.method
+    assert [sums.threshold(method.train, n) for n in (12, 9, 5)] == [8, 8, 8]
+    assert sums.threshold(method.evaluate, 5) == 4
     half = noisy(participation={**dropout, "dropout": 0.3}, rounds=2)
     noted = run(half, tmp_path / "b")
     assert noted.final["privacy"]["noise_multiplier"] < 0.5

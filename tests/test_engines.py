@@ -101,6 +101,10 @@ def test_pieces_hold_every_client_once_and_the_heaviest_come_first() -> None:
     assert len(pieces) <= 4
 
 
+def test_there_are_no_pieces_of_no_work() -> None:
+    assert _pieces(np.empty(0), 4) == []
+
+
 def test_ray_packs_by_what_clients_took_when_they_were_last_there(
     tmp_path: Path,
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine, Work
 from fedcore.errors import RunError, SettingsError
@@ -181,6 +182,29 @@ def test_rounding_is_drawn_anew_for_each_message(
 
 
 # Nothing but sums
+
+
+def test_noise_of_a_server_is_as_long_as_a_message_that_was_rounded_up(
+    tmp_path: Path,
+) -> None:
+    """DP-FedAvg: a message of norm C may be longer by a step in every entry."""
+    reach, noise = 2.0**28, []
+    for is_secure in (False, True):
+        settings: dict[str, Any] = {"rounds": 1, "min_reports": 0}
+        settings["participation"] = {"name": "uniform"}
+        settings |= {"aggregation__secure": is_secure, "method__clip": 1.0}
+        if is_secure:
+            settings["secure__reach"] = reach
+        moved = []
+        for z in (0.0, 1.0):
+            e = small("dpfedavg", method__noise_multiplier=z, **settings)
+            folder = tmp_path / f"{is_secure}-{z}"
+            moved.append(trees.ravel(run(e, folder).params).double())
+        noise.append((moved[1] - moved[0]).norm())
+    step = Ring(12, reach, 1.0).step
+    longest = 1.0 + step * math.sqrt(len(moved[0]))
+    assert longest > 2
+    assert float(noise[1] / noise[0]) == pytest.approx(longest, rel=1e-4)
 
 
 def test_a_row_has_sums_and_no_number_of_a_client(tmp_path: Path) -> None:
@@ -373,6 +397,63 @@ def test_clients_forget_work_whose_sum_is_not_known(tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
+def test_clients_that_have_trained_are_as_many_as_devices_ask_for(
+    tmp_path: Path,
+) -> None:
+    """Of five clients two say at once that they cannot; four have to stay."""
+    settings: dict[str, Any] = {"secure__threshold": 4, "rounds": 1}
+    settings |= {"adversary__attack": "absent", "adversary__clients": [0, 3]}
+    trace = tmp_path / "trace"
+    trace.write_text("0 1 2 3 4\n")
+    settings["participation"] = {"name": "trace", "file": trace}
+    run(secure(**settings), tmp_path / "r")
+    (row,) = rows_of(tmp_path / "r")
+    assert row["skipped"]
+    assert "secure" not in row
+    # An evaluation, of all twelve clients, has a threshold of its own.
+    assert "client_loss" in row
+
+
+def test_clients_keep_work_that_is_in_a_sum_though_the_round_is_not_used(
+    tmp_path: Path,
+) -> None:
+    """As devices do, who hear of the sum alone."""
+    kept = []
+    for min_reports in (1, 12):
+        e = secure(
+            "scaffold",
+            rounds=1,
+            min_reports=min_reports,
+            participation={"name": "uniform"},
+            adversary__attack="absent",
+            adversary__clients=[1],
+        )
+        loop = loop_of(e, tmp_path / f"{min_reports}")
+        row = loop.round()
+        assert row["skipped"] == (min_reports == 12)
+        assert "train" in row["secure"]
+        assert loop.engine.states is not None
+        everybody = torch.tensor(loop.engine.states.clients())
+        kept.append(loop.engine.states.gather(everybody))
+        loop.close()
+    first, second = kept
+    assert_close(first, second, 0.0, "c_i")
+    assert any(bool(x.any()) for x in trees.leaves(first))
+
+
+@pytest.mark.parametrize("is_secure", [False, True])
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+def test_an_evaluation_of_no_client_measures_none(
+    engine: str, is_secure: bool, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"engine__name": engine, "evaluation__clients": 0}
+    e = small("fedavg", rounds=1, aggregation__secure=is_secure, **settings)
+    notes = _Notes()
+    result = run(e, tmp_path / "r", observer=notes)
+    assert "client_loss" not in result.final
+    assert not [note for note in notes.notes if "not evaluated" in note]
+
+
 # Engines whose clients mask what they send
 
 
@@ -386,6 +467,25 @@ def test_an_engine_with_masks_gives_the_same_bits(tmp_path: Path) -> None:
         assert len(loop.memory.clients()) == 0  # the server remembers nobody
         bytes_up = rows_of(tmp_path / f"{name}-masked")[0]["bytes_up"]
         assert bytes_up == rows_of(tmp_path / name)[0]["bytes_up"] + 5 * 1000
+
+
+def test_a_sum_that_clients_unmask_is_used(tmp_path: Path) -> None:
+    """When clients are gone its weights are those of fewer, and still of no one."""
+
+    def make(work: Work, states: StateStore) -> Engine:
+        engine = Masking(work, states)
+        engine.lost = {0: {5, 6, 7}}
+        return engine
+
+    trace = tmp_path / "trace"
+    trace.write_text("0 1 2 3 4 5 6 7\n")
+    settings = {"participation": {"name": "trace", "file": trace}}
+    e = secure(WEIGHING, method__weighting="steep", rounds=1, **settings)
+    run_on(e, tmp_path / "r", make)
+    (row,) = rows_of(tmp_path / "r")
+    assert not row["skipped"]
+    assert row["secure"]["train"]["clients"] == 5
+    assert row["secure"]["train"]["weight"] == 9
 
 
 def test_clients_outside_a_sum_remember_what_was_before(tmp_path: Path) -> None:
@@ -450,6 +550,15 @@ def test_a_sum_whose_masks_stay_is_not_used(tmp_path: Path) -> None:
             "of the rounds have fewer than 3 clients",
         ),
         ("fedlaw", {}, "does not fit fedlaw"),
+        (
+            "dpfedavg",
+            {
+                "min_reports": 0,
+                "participation": {"name": "bernoulli", "mean": 0.6},
+                "method__noise_multiplier": 1.0,
+            },
+            "fewer than 3 clients is skipped, which tells how many were there",
+        ),
         (WEIGHING, {"method__weighting": "custom"}, "by_first_letters makes weights"),
         ("tests.secret:Integers", {}, '"seen/histogram" is int64 of shape'),
         ("tests.secret:Single", {}, "Single takes single updates of train"),

@@ -238,7 +238,7 @@ class Scoring:
         }
         if truth is not None:
             shares = metrics.label_accuracy(found, truth.y)
-            chance = self._chance(truth.y, outputs)
+            chance = _chance(truth.y, outputs, self.public_y)
             accuracy = shares["accuracy"]
             above = max(0.0, (accuracy - chance) / max(1 - chance, 1e-9))
             result["accuracy"] = accuracy
@@ -247,15 +247,6 @@ class Scoring:
             result["chance"] = chance
             result["grade"] = metrics.letter(above)
         return result
-
-    def _chance(self, y: Tensor, outputs: int) -> float:
-        """The label accuracy of a guess by the classes of the public data."""
-        guess = torch.bincount(self.public_y, minlength=outputs).double()
-        if len(self.public_y) == 0:
-            guess = torch.ones(outputs, dtype=torch.float64)  # nothing is known
-        even = (guess / guess.sum() * len(y)).round()
-        counts = torch.bincount(y, minlength=len(guess))
-        return float(1 - 0.5 * (even - counts).abs().sum().item() / len(y))
 
     def _membership(self, i: int) -> MembershipResult | None:
         seen, truth, before, own = self.subjects[i]
@@ -329,6 +320,16 @@ class Scoring:
                 many = min(times * int(counts[label]), len(of_class))
                 rows += draw.choice(of_class, many, replace=False).tolist()
         return rows
+
+
+def _chance(y: Tensor, outputs: int, public_y: Tensor) -> float:
+    """The label accuracy of a guess by the classes of public data."""
+    guess = torch.bincount(public_y, minlength=outputs).double()
+    if len(public_y) == 0:
+        guess = torch.ones(outputs, dtype=torch.float64)  # nothing is known
+    even = (guess / guess.sum() * len(y)).round()
+    counts = torch.bincount(y, minlength=len(guess))
+    return float(1 - 0.5 * (even - counts).abs().sum().item() / len(y))
 
 
 def summarise(clients: Sequence[ClientResult]) -> Summary:

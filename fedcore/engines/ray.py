@@ -384,6 +384,8 @@ def _pieces(work: np.ndarray, count: int) -> list[list[int]]:
 
     The heaviest come first, so that no long one starts last.
     """
+    if len(work) == 0:
+        return []
     order = np.argsort(-work, kind="stable").tolist()
     # Every client costs something.
     heavy = np.sort(work)[::-1] + max(float(work.mean()), 1e-9) / 100

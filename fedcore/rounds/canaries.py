@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -322,8 +322,8 @@ class PlantedRound(OpenRound):
         if canaries.view == "secure_sum":
             seen = Seen(canaries.changes(fn, down, total))
             self.planted.scores += canaries.scores(seen, self.t, down.params)
-            return Mean(lambda: total, mean.weight, mean.clients)
-        return Mean(lambda: total, mean.weight + number, mean.clients)
+            return replace(mean, make_total=lambda: total)
+        return replace(mean, make_total=lambda: total, weight=mean.weight + number)
 
     def row(self, before: Params, after: Params) -> dict[str, Any]:
         """The scores of the round, as metrics.jsonl has them; none, nothing.

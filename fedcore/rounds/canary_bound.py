@@ -27,7 +27,7 @@ has a second part, as canaries of one round share the length of one noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,7 @@ __all__ = [
     "gaussian_delta",
     "gaussian_epsilon",
     "measured",
+    "measured_in",
 ]
 
 REPORTED, ALARMING = 0.95, 0.999
@@ -197,6 +198,24 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
         return 0.0
     high = mu * mu / 2 + 40 * mu
     return float(brentq(lambda e: gaussian_delta(e, mu) - delta, 0.0, high))
+
+
+def measured_in(
+    rows: Sequence[dict[str, Any]], note: Callable[[str, str], None]
+) -> dict[str, Any]:
+    """The part of the last of a run's rows that canaries have in it.
+
+    Nothing where it has no guarantee, or canaries were in no round yet. An alarm is
+    noted, by its kind and text.
+    """
+    scores = Scores.joined(rows)
+    if "privacy" not in rows[-1] or scores.number == 0:
+        return {}
+    found = measured(scores, rows[-1]["privacy"])
+    if found["alarm"]:
+        text, meaning = describe(found)
+        note("canaries", f"canaries: {text}; {meaning}")
+    return {"canaries": found}
 
 
 def measured(scores: Scores, claimed: dict[str, Any]) -> dict[str, Any]:

@@ -220,9 +220,10 @@ class OpenRound(Round):
         secret.check(ask, made)
         remember(self.aggregation, ask, made, self.population)
         total = recovered(ask, secret.shape(ask, zeros), made, secret.sending.noising)
-        self.tally.add_sum(fn.__name__, total, secret.threshold(len(made.clients)))
+        self.tally.add_sum(fn.__name__, total, secret.threshold(fn, len(made.clients)))
         weight = torch.tensor(total.weight, dtype=torch.float64)
-        return Mean(lambda: total.message, weight, torch.tensor(made.clients))
+        there = torch.tensor(made.clients)
+        return Mean(lambda: total.message, weight, there, total.rounding)
 
     def _added(
         self, secret: SecretSums, call: Call, ask: Ask, made: SecretTotal

@@ -173,6 +173,8 @@ class Evaluation:
     ) -> dict[str, dict[str, float]]:
         """Statistics of each metric over the evaluated clients."""
         secret = self._desk.receiving.secret
+        if len(self._clients) == 0:  # evaluation.clients = 0
+            return {}
         if secret is not None:
             return self._in_secret(secret, fn, server, t, failed)
         statistics = {}

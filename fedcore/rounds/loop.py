@@ -48,6 +48,7 @@ from fedcore.storage.json import without_nan
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
+    from fedcore.method import Method
 
 __all__ = ["Interrupted", "Loop", "Observer", "Quiet", "Result", "run"]
 
@@ -129,8 +130,7 @@ class Loop:
         if back_to is not None:
             refuse_same_noise_twice(experiment, parts.mechanism, bool(self._changed))
         self.task, self.method, self.process = parts.task, parts.method, parts.process
-        self.rates = parts.rates
-        self.engine, self.memory = parts.engine, parts.memory
+        self.rates, self.engine, self.memory = parts.rates, parts.engine, parts.memory
         self.stores, self.canaries = parts.stores, parts.canaries
         self.clients = ClientTable(folder)
         self.captures = Captures(folder, experiment, self.method)
@@ -253,8 +253,10 @@ class Loop:
         server, problem = self._attempt(r)
         if problem is not None:
             self.memory.rollback()
-            if tally.is_secret and self.engine.states is not None:
-                self.engine.states.rollback()  # what nobody knows did not happen
+            if tally.is_secret and not tally.sums and self.engine.states is not None:
+                # Devices forget work that is in no sum, and keep what is in one,
+                # whatever became of the round.
+                self.engine.states.rollback()
             server, tally.is_skipped = self.state.server, True
             self._last_problem = problem
             message = f"round {t + 1} left the model as it was: {problem}"
@@ -283,7 +285,8 @@ class Loop:
         if problem is None and isinstance(r, PlantedRound):
             row |= r.row(self.state.server.params, server.params)
         row |= self._evaluation.due(after, self.folder)
-        row |= self._measured_privacy(row)
+        if self.canaries is not None:
+            row |= canary_bound.measured_in([*self.history.rows, row], self.notes.once)
         # Last, so that a stop within the evaluation leaves the whole round undone. A
         # client has done its work, whatever became of the round.
         for store in self.stores.values():
@@ -317,38 +320,8 @@ class Loop:
             return r
         return PlantedRound(**vars(r), canaries=self.canaries, planted=Planted())
 
-    def _measured_privacy(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What canaries say of the guarantee in this row, where there are both."""
-        if self.canaries is None or "privacy" not in row:
-            return {}
-        scores = canary_bound.Scores.joined([*self.history.rows, row])
-        if scores.number == 0:
-            return {}
-        found = canary_bound.measured(scores, row["privacy"])
-        if found["alarm"]:
-            text, meaning = canary_bound.describe(found)
-            self.notes.once("canaries", f"canaries: {text}; {meaning}")
-        return {"canaries": found}
-
     def _attempt(self, r: OpenRound) -> tuple[Any, str | None]:
-        """(the server's state after the round, why it cannot be used)."""
-        seed, device = self.experiment.seed, self.task.device
-        try:
-            with torch_seed(seed, "server", r.t, device=device):
-                server = self.method.round(self.state.server, r)
-        except TooFewReports as error:
-            is_secret = self.desk.receiving.secret is not None  # and says more itself
-            if r.tally.failed and not r.tally.reported and not is_secret:
-                return None, "no client sent a usable update"
-            return None, str(error)
-        server = trees.to(server, self.task.device)
-        reports, needed = len(r.tally.reported), self.experiment.min_reports
-        if len(r.cohort) and reports < needed:
-            return None, f"{reports} reports, expected at least {needed}"
-        if not bool(trees.finite(server)):
-            r.tally.is_broken = True
-            return None, "the mean of finite updates is not finite"
-        return server, None
+        return attempted(self.experiment, self.method, self.state.server, r)
 
     def _hopeless(self) -> str | None:
         """Why the run had better end.
@@ -369,6 +342,29 @@ class Loop:
         """Measures of the current state: of the test set, and over clients."""
         state, rounds = self.state, self.experiment.rounds
         return self._evaluation.row(state.server, state.t - 1, state.t == rounds)
+
+
+def attempted(
+    experiment: Experiment, method: Method[Any], before: Any, r: OpenRound
+) -> tuple[Any, str | None]:
+    """(the server's state after a round, why it cannot be used)."""
+    device = r.task.device
+    try:
+        with torch_seed(experiment.seed, "server", r.t, device=device):
+            server = method.round(before, r)
+    except TooFewReports as error:
+        is_secret = experiment.aggregation.secure  # and says more itself
+        if r.tally.failed and not r.tally.reported and not is_secret:
+            return None, "no client sent a usable update"
+        return None, str(error)
+    server = trees.to(server, device)
+    reports, needed = len(r.tally.reported), experiment.min_reports
+    if len(r.cohort) and reports < needed:
+        return None, f"{reports} reports, expected at least {needed}"
+    if not bool(trees.finite(server)):
+        r.tally.is_broken = True
+        return None, "the mean of finite updates is not finite"
+    return server, None
 
 
 def _first_state(parts: Parts) -> State:

@@ -8,6 +8,7 @@ noise than is accounted for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fedcore.method import Method
 
 NOISE = "defence.distributed"
+DIGITS = 9  # of an expected number of clients
 HALF = 2**31  # numbers of a sum from here on would wrap around
 
 
@@ -78,11 +80,13 @@ def expected_clients(experiment: Experiment, process: Process) -> float:
     excess of the reports that a round waits for.
     """
     if process.rates is not None:
-        size = float(process.rates.sum())
+        size = math.fsum(process.rates)
     else:
         sizes = [len(process.members(t)) for t in range(experiment.rounds)]
         size = float(np.mean(sizes))
-    size *= 1 - experiment.participation.dropout
+    # 100 clients at a rate of 0.2 are 20, and no rounding of floats makes them fewer:
+    # the threshold is that of whole clients.
+    size = round(size * (1 - experiment.participation.dropout), DIGITS)
     goal = experiment.engine.report_goal
     if experiment.engine.name == "grid" and goal is not None:
         return min(size, float(goal))

@@ -31,6 +31,7 @@ from fedcore.messages.secure.reading import Counts
 from fedcore.messages.secure.ring import Ring, power_of_two
 from fedcore.messages.secure.sending import OWN, Sending, Unusable
 from fedcore.messages.secure.settings import SecureSettings
+from fedcore.method import evaluates
 from fedcore.reports import Reports, Weight, Weights, by_examples, equally
 from fedcore.types import ClientFunction, Memory, News, Tree
 
@@ -80,36 +81,53 @@ class SecretSums:
     def refuse(self, ask: Ask, clients: Tensor) -> None:
         """Raises TooFewReports where a sum of these clients would show too much.
 
-        `clients` are some of those that were asked, ascending.
+        `clients` are some of those that were asked, ascending: all of them, and later
+        those that have trained, as devices are asked to go on (the second exchange).
         """
         n = len(clients)
         k = graph.degree(n, self.settings.neighbours)
-        t = self.threshold(n)
+        t = self.threshold(ask.fn, n)
         fault = graph.graph_fault(n, k, t)
         if fault is not None:
             raise TooFewReports(f"{fault} (aggregation.secure)")
+        self._refuse_weights(ask, clients, t)
+
+    def _refuse_weights(self, ask: Ask, clients: Tensor, least: int) -> None:
+        """Refuse weights by the server that single one of these clients out.
+
+        `least` is the effective number of clients that there has to be.
+        """
         rows = torch.searchsorted(ask.clients, clients)
         lists = []
         for _, rule in ask.parts:
             if isinstance(rule, Tensor):
                 lists.append(rule[rows].double().tolist())
         is_one_field = [part.field for part in ask.parts] == [""]
-        fault = graph.lists_fault(lists, is_one_field, t, ask.ring.cap)
+        fault = graph.lists_fault(lists, is_one_field, least, ask.ring.cap)
         if fault is not None:
             raise TooFewReports(f"{fault} (aggregation.secure)")
 
-    def threshold(self, n: int) -> int:
+    def threshold(self, fn: ClientFunction, n: int) -> int:
         """t, the clients of n that have to stay to the end."""
-        if self.settings.threshold is not None:
-            return self.settings.threshold
         usual = graph.threshold(n, self.settings.neighbours)
+        if evaluates(fn):
+            return usual
+        t = self.settings.threshold or usual
         noising = self.sending.noising
-        return usual if noising is None else max(usual, noising.least)
+        return t if noising is None else max(t, noising.least)
 
     def check(self, ask: Ask, made: SecretTotal) -> None:
-        """Raises TooFewReports where a sum is not to be used."""
-        self.refuse(ask, torch.tensor(made.clients, dtype=torch.int64))
-        assert made.total is not None
+        """Raises TooFewReports where a sum is not to be used.
+
+        No more is asked of the clients in it than they ask themselves before they
+        unmask it: they keep what came of the work that it holds.
+        """
+        if made.total is None or len(made.clients) < graph.LEAST:
+            raise TooFewReports(
+                f"a sum of {len(made.clients)} clients: expected at least "
+                f"{graph.LEAST} (aggregation.secure)"
+            )
+        self._refuse_weights(ask, torch.tensor(made.clients), 0)
         counted = Counts.of(made.total).clients
         if counted != len(made.clients):
             raise TooFewReports(
@@ -135,7 +153,8 @@ class SecretSums:
         """Add the messages of reports in this process, in any grouping and order.
 
         Yields what the server is told beside the sum: who is in it, and who is not.
-        `memory` has what clients remember, where the method has news.
+        `memory` has what clients remember, where the method has news. Raises
+        TooFewReports where devices would not go on, once they have trained.
         """
         heard: set[int] = set()
         for report in reports:
@@ -144,6 +163,7 @@ class SecretSums:
             heard.update(readout.clients.tolist())
             yield readout
         into.clients = sorted(heard)
+        self.refuse(ask, torch.tensor(into.clients, dtype=torch.int64))
 
     def _added(
         self, ask: Ask, report: Reports, into: SecretTotal, memory: Memory | None

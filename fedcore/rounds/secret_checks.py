@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcore import trees
+from fedcore import privacy, trees
 from fedcore.engines.base import Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.errors import SettingsError
@@ -21,6 +22,7 @@ from fedcore.messages.links import LinkSettings
 from fedcore.messages.secure import graph
 from fedcore.messages.secure.ask import Part
 from fedcore.messages.secure.sending import EXAMPLES, Unusable, refuse_integers
+from fedcore.messages.secure.settings import SecureSettings
 from fedcore.messages.vectors import layout
 from fedcore.method import Round
 from fedcore.reports import Mean, Reports, Weight, Weights, by_examples
@@ -31,7 +33,6 @@ from fedcore.types import ClientFunction, News, Params, Tree
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
-    from fedcore.messages.secure.settings import SecureSettings
     from fedcore.method import Method
 
 log = logging.getLogger("fedcore")
@@ -67,6 +68,42 @@ def refuse_secret(
             "messages are as long as whole ones, and a sum shows entries that one "
             "client alone has sent"
         )
+
+
+def refuse_telling_skips(
+    experiment: Experiment,
+    mechanism: privacy.Mechanism | None,
+    process: Process,
+    population: int,
+) -> None:
+    """Raises SettingsError where rounds without a sum would tell who was there.
+
+    The accountant of `global_model` knows of rounds with noise alone. A round that is
+    skipped leaves the model as it was, and so says that few took part. With p the
+    chance of such a round in the run, delta' = delta + (1 + e^epsilon) p.
+    """
+    is_due = mechanism is not None and mechanism.view == "global_model"
+    if not experiment.aggregation.secure or not is_due or mechanism is None:
+        return
+    z, q, rounds = mechanism.noise_multiplier, mechanism.sample_rate, experiment.rounds
+    if z == 0:
+        return
+    delta = experiment.defence.delta or privacy.default_delta(population)
+    dropout = experiment.participation.dropout
+    least = max(graph.LEAST, experiment.secure.threshold or 0)
+    chance = rounds * share_below(least, process, dropout, rounds)
+    epsilon = privacy.epsilon_rdp(z, q, rounds, delta)
+    if math.log1p(math.exp(-epsilon)) + epsilon + _log(chance) > _log(delta / 100):
+        raise SettingsError(
+            f"{SECURE} with {experiment.method.name}: a round of fewer than {least} "
+            f"clients is skipped, which tells how many were there, and with a chance "
+            f"of {chance:.2g} there is one in this run: too much beside delta = "
+            f"{delta:.2g}; ask more clients"
+        )
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
 
 
 def refuse_change(changed: Mapping[str, list[Any]], folder: Path) -> None:
@@ -140,10 +177,11 @@ def _refuse_sizes(
             f"reports, and a sum needs {least}: {_why(settings)}; raise it"
         )
     evaluated = min(experiment.evaluation.clients, population)
-    if 0 < evaluated < least:
+    if 0 < evaluated < graph.LEAST:
         raise SettingsError(
-            f"{SECURE}: {evaluated} clients are evaluated, and a sum needs {least}: "
-            f"{_why(settings)}; raise evaluation.clients, or set it to 0"
+            f"{SECURE}: {evaluated} clients are evaluated, and a sum needs "
+            f"{graph.LEAST}: {_why(SecureSettings())}; raise evaluation.clients, or "
+            "set it to 0"
         )
     dropout = experiment.participation.dropout
     skipped = share_below(least, process, dropout, experiment.rounds)

@@ -22,7 +22,7 @@ from fedcore.rounds.noise import distributed_noise, mechanism_of
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.secret import SecretSums
-from fedcore.rounds.secret_checks import refuse_secret
+from fedcore.rounds.secret_checks import refuse_secret, refuse_telling_skips
 from fedcore.split import split
 from fedcore.statistics import refuse_shared, statistic_names
 from fedcore.storage.faults import writing
@@ -98,10 +98,8 @@ def prepare(
     work.adversary.refuse(method, experiment.method.name)
     hostile.refuse(experiment, work, process, note)
     refuse_secret(experiment, work, process, params, note)
-    noising = distributed_noise(experiment, work, process, params, note)
-    if noising is not None:
-        mechanism = mechanism_of(noising)
-        work = work_of(experiment, task, method, noising)
+    refuse_telling_skips(experiment, mechanism, process, task.population)
+    work, mechanism = _with_noise(experiment, work, process, params, mechanism, note)
     if statistic_names(task.model):
         server = method.init_server(params, task.population)
         refuse_shared(task.model, server.params)
@@ -130,6 +128,25 @@ def prepare(
         receiving=_receiving(experiment, work, process, folder),
         canaries=canaries_of(experiment, work, mechanism),
     )
+
+
+def _with_noise(
+    experiment: Experiment,
+    work: Work,
+    process: Process,
+    params: Params,
+    mechanism: privacy.Mechanism | None,
+    note: Callable[[str], None],
+) -> tuple[Work, privacy.Mechanism | None]:
+    """The work of clients that add noise to secure sums, and its mechanism.
+
+    As they were where clients add none. Raises SettingsError.
+    """
+    noising = distributed_noise(experiment, work, process, params, note)
+    if noising is None:
+        return work, mechanism
+    noisy = work_of(experiment, work.task, work.method, noising)
+    return noisy, mechanism_of(noising)
 
 
 def work_of(

@@ -22,7 +22,8 @@ from fedcore.rounds.trouble import FAILING, LONG, Trouble
 from fedcore.rounds.watch import clients_text
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.memory import size_text
-from fedcore.views.figures import STYLE, thin
+from fedcore.views.evaluation_table import evaluation_table
+from fedcore.views.figures import STYLE
 from fedcore.views.page import Fact, render
 from fedcore.views.run_figures import partition_text, sections
 from fedcore.views.run_record import RunRecord, read_run
@@ -103,7 +104,7 @@ def _page(run: RunRecord) -> str:
         dropped=_dropped(run),
         troubles=_troubles(run.troubles),
         num_troubles=len(run.troubles),
-        evaluations=_evaluations(run),
+        evaluations=evaluation_table(run),
         samples=_samples(run.history),
         config=(run.folder / "config.toml").read_text(),
         environment=environment,
@@ -413,41 +414,3 @@ def _samples(history: History) -> list[tuple[str, str]]:
             when = f"after round {number}" if number else "before the first round"
             samples.append((when, row["sample"]))
     return samples
-
-
-def _evaluations(run: RunRecord) -> list[list[str]]:
-    """A row for each evaluation, the head first; empty without one."""
-    tests, clients = set(), set()
-    prefixes = ("test_", *(f"{name}_" for name in run.history.extra_tests))
-    for row in run.history:
-        for key, value in row.items():
-            if key.startswith(prefixes):
-                tests.add(key)
-            elif key.startswith("client_") and isinstance(value, dict):
-                clients.add(key)
-    order = list(run.history.measures)
-
-    def place(key: str) -> tuple[int, str, bool, str]:
-        kind, _, name = key.partition("_")
-        number = order.index(name) if name in order else len(order)
-        return number, name, kind != "test", kind
-
-    head = ["round", "sent"]
-    for key in sorted(tests, key=place):
-        head.append(key.replace("_", " "))
-    for key in sorted(clients, key=place):
-        name = key.replace("_", " ")
-        head += [f"{name} {part}" for part in CLIENT_PARTS]
-    sent = run.history.sent()
-    rows = run.history.evaluations
-    evaluated = [row for row in rows if row.keys() & (tests | clients)]
-    body = []
-    for row in thin(evaluated):
-        line = [str(row["round"]), size_text(float(sent[row["round"]]))]
-        for key in sorted(tests, key=place):
-            line.append(value_text(key.partition("_")[2], row.get(key), 2))
-        for key in sorted(clients, key=place):
-            measure, spread = key.removeprefix("client_"), row.get(key) or {}
-            line += [value_text(measure, spread.get(part), 2) for part in CLIENT_PARTS]
-        body.append(line)
-    return [head, *body] if body else []

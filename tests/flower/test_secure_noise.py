@@ -73,12 +73,14 @@ def test_devices_draw_other_noise_each_time_and_the_run_says_so(
     ("changes", "reason"),
     [
         ({"honest": 5}, "a threshold of 4 clients: noise is counted on from 5"),
-        ({"colluding": 1}, "1 clients may collude, and by this client's settings 0"),
+        ({"colluding": 1}, "colluding of 1, and by this client's settings 0"),
         ({"deviation": 7}, "a deviation of 7 steps"),
+        ({"clip": 2.0}, "clip of 2, and by this client's settings"),
+        ({"noise_multiplier": 0.25}, "noise_multiplier of 0.25, and by this client's"),
     ],
 )
 def test_a_server_that_asks_for_less_noise_gets_no_sum(
-    changes: dict[str, int],
+    changes: dict[str, float],
     reason: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

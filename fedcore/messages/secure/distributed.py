@@ -26,9 +26,11 @@ secret. No rotation of the message: 32 bits hold every entry as it is.
 A sum is divided by the number of clients that is expected, never by those that came.
 
 On devices the noise comes from the operating system. They know C, z and a by their
-settings, and are told n0, s and d (`DistributedNoise.terms`); a client that hears of a
-threshold below n0 + a does not go on. In a simulation noise has the run's seed, so that
-whoever knows it can take the noise off: a guarantee in form alone.
+settings, and are told n0, s and d (`DistributedNoise.terms`). All six are in what
+devices sign: one whose settings differ does not take part, as its steps would be of
+another size; nor does a client that hears of a threshold below n0 + a. In a simulation
+noise has the run's seed, so that whoever knows it can take the noise off: a guarantee
+in form alone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -57,6 +59,7 @@ DEVIATION, FINE_DEVIATION = 1024, 8192  # s, and where messages are long
 LONG = 300.0  # sqrt(d / n0) z, from which on the steps are finer
 TRIES = 1000  # of rounding, each accepted with a chance of 1 - beta at least
 TOLD = ("honest", "colluding", "deviation", "num_entries")
+SHARED = ("clip", "noise_multiplier")  # from the settings, the same for all
 BLOCK = 1 << 15  # numbers at a time, so that float64 copies of them stay in the cache
 
 
@@ -171,8 +174,12 @@ class DistributedNoise:
         return rng(self.seed, f"noise {function}", t, client).bytes(32)
 
     def terms(self) -> str:
-        """n0, a, s and d, as devices are told them: the text of an agreement of all."""
-        told = {name: getattr(self, name) for name in TOLD}
+        """n0, a, s, d, C and z: the text of an agreement of all, which devices sign.
+
+        With another C or z one client's steps would be of another size, and the sum
+        of all would be wrong.
+        """
+        told = {name: getattr(self, name) for name in (*TOLD, *SHARED)}
         return json.dumps(told, sort_keys=True)
 
     @classmethod
@@ -189,18 +196,13 @@ class DistributedNoise:
                 f"a deviation of {told['deviation']} steps: expected {DEVIATION} or "
                 f"{FINE_DEVIATION}"
             )
-        if told["colluding"] != settings.colluding:
-            raise Refused(
-                f"{told['colluding']} clients may collude, and by this client's "
-                f"settings {settings.colluding}"
-            )
-        return cls(
-            settings.clip,
-            settings.noise_multiplier,
-            seed=seed,
-            is_secret=True,
-            **told,
-        )
+        for name in ("colluding", *SHARED):
+            if told[name] != getattr(settings, name):
+                raise Refused(
+                    f"distributed.{name} of {told[name]:g}, and by this client's "
+                    f"settings {getattr(settings, name):g}"
+                )
+        return cls(**told, seed=seed, is_secret=True)
 
 
 def check_threshold(terms: str, t: int) -> None:
@@ -219,15 +221,20 @@ def check_threshold(terms: str, t: int) -> None:
         )
 
 
-def _told(terms: str) -> dict[str, int]:
+def _told(terms: str) -> dict[str, Any]:
+    """The agreement that `DistributedNoise.terms` wrote. Raises Refused."""
+    names = (*TOLD, *SHARED)
     try:
         told = json.loads(terms)
     except ValueError:
         told = None
-    if not isinstance(told, dict) or sorted(told) != sorted(TOLD):
-        raise Refused(f"noise by terms of {terms[:80]!r}: expected {', '.join(TOLD)}")
-    for name, value in told.items():
-        least = 0 if name == "colluding" else 1
+    if not isinstance(told, dict) or sorted(told) != sorted(names):
+        raise Refused(f"noise by terms of {terms[:80]!r}: expected {', '.join(names)}")
+    for name in SHARED:
+        if type(told[name]) is not float or not 0 < told[name] < math.inf:
+            raise Refused(f"{name} of {str(told[name])[:20]}: expected above 0")
+    for name in TOLD:
+        value, least = told[name], 0 if name == "colluding" else 1
         if type(value) is not int or not least <= value < 2**31:
             raise Refused(f"{name} of {str(value)[:20]}: expected a whole number")
     return told

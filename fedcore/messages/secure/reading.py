@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Recovered(NamedTuple):
     counts: Counts
     scalars: dict[str, float]  # by name: the mean over clients with examples
     num_entries: int  # of all vectors of one message
+    rounding: float  # what it adds to the norm of one w_i up_i at most
 
 
 def recovered(
@@ -56,13 +58,14 @@ def recovered(
     if noising is not None:
         weight = noising.divisor
     places, leaves = layout(shape, axes=0), trees.leaves(shape)
-    numbers = _Pieces(total.numbers)
+    numbers, square = _Pieces(total.numbers), 0.0
     for name, vector in zip(places.names, places.vectors, strict=True):
         ring = ask.ring._replace(cap=cap_of(rule_of(ask.parts, name), ask.ring.cap))
         step = ring.step if noising is None else noising.step
         for place in vector:
             like = leaves[place]
             leaves[place] = (numbers.take(like).double() * step).to(like)
+            square += like.numel() * step**2  # an entry is off by one step at most
     numbers.assert_empty()
     words = _Pieces(values_of(total.words[OWN:]))
     paths, logged = list(trees.flatten(shape)), dict[str, float]()
@@ -76,7 +79,9 @@ def recovered(
         leaves[place] = shared.to(like.device, dtype)
     words.assert_empty()
     message = with_leaves(shape, leaves)
-    return Recovered(message, weight, counts, _named(logged), len(total.numbers))
+    return Recovered(
+        message, weight, counts, _named(logged), len(total.numbers), math.sqrt(square)
+    )
 
 
 def _named(values: dict[str, float]) -> dict[str, float]:

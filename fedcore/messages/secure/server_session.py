@@ -190,16 +190,13 @@ class ServerSession:
         near = neighbours_of(ids, k, ring_seed(self.terms.run, ids))
         session = session_of(self._terms_digest, roster)
         self._plan = Plan(ids, t, near, session)
-        return {client: roster | self._signed(near[client]) for client in ids}
-
-    def _signed(self, near: list[int]) -> Message:
-        """Certificates and signatures of a client's neighbours."""
-        if self._authority is None:
-            return {"certificates": [], "signatures": []}
-        return {
-            "certificates": [self._certificates[other] for other in near],
-            "signatures": [self._keys[other].signature for other in near],
-        }
+        rosters: dict[int, Message] = {}
+        for client in ids:
+            signed: Message = {"certificates": [], "signatures": []}
+            if self._authority is not None:
+                signed = _signed(near[client], self._keys, self._certificates)
+            rosters[client] = roster | signed
+        return rosters
 
     @property
     def plan(self) -> Plan:
@@ -330,6 +327,16 @@ class ServerSession:
         """Note what a client did wrong; its answer is not taken."""
         self.blame.setdefault(client, reason)
         return False
+
+
+def _signed(
+    near: Sequence[int], keys: Mapping[int, Keys], certificates: Mapping[int, bytes]
+) -> Message:
+    """Certificates of a client's neighbours, and signatures of their keys."""
+    return {
+        "certificates": [certificates[other] for other in near],
+        "signatures": [keys[other].signature for other in near],
+    }
 
 
 def _certificate_of(client: int, certificates: Mapping[int, bytes]) -> bytes:

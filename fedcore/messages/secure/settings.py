@@ -28,7 +28,8 @@ class SecureSettings(BaseModel):
     threshold: int | None = Field(
         None,
         ge=2,
-        description="t, neighbours that have to stay to the end; default: two thirds",
+        description="t, neighbours that have to stay to the end of a round; default, "
+        "and in evaluations: two thirds",
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ import torch
 from fedcore import trees
 from fedcore.config import Experiment
 from fedcore.engines.base import Engine, Work
-from fedcore.errors import SettingsError
+from fedcore.errors import RunError, SettingsError
 from fedcore.messages.secure.ring import Ring
 from fedcore.reports import by_examples
 from fedcore.rounds.client_table import read_clients
@@ -349,6 +349,15 @@ def test_a_sum_that_would_show_a_client_is_not_made(
     said = [note for note in notes.notes if "left the model as it was" in note]
     assert len(said) == 1
     assert re.search(found, said[0]), said
+
+
+def test_a_run_whose_sums_would_all_show_a_client_ends_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    """Two lists of weights are one too many: their difference is one client's."""
+    e = secure(WEIGHING, rounds=6, method__weighting="isolating")
+    with pytest.raises(RunError, match=r"in a row; the last: of two sums with other"):
+        run(e, tmp_path / "r")
 
 
 class _Notes(Quiet):

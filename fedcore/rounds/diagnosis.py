@@ -30,10 +30,14 @@ GROWN = 1e2  # times what the model was at the start
 NO_LR = "a smaller step size does not help"
 
 
-def fruitless_text(history: History) -> str:
-    """The rounds without a usable update at the end of a run, and their reasons."""
+def fruitless_text(history: History, problem: str) -> str:
+    """The rounds without a usable update at the end of a run, and their reasons.
+
+    `problem` is what the last one was skipped for: it is said where no client is at
+    fault.
+    """
     counts = history.rows[-1]["dropped"].items()
-    reasons = ", ".join(f"{reason} ({n})" for reason, n in counts)
+    reasons = ", ".join(f"{reason} ({n})" for reason, n in counts) or problem
     return (
         f"round {len(history)}: no usable update in {history.fruitless} round(s) in a "
         f"row; the last: {reasons}"

@@ -153,6 +153,7 @@ class Loop:
         self._watch = Watch(self.notes, experiment.checkpoint.jump)
         self._watch.resume(folder, self.history)
         self._stop = StopRequest(folder, experiment.rounds)
+        self._last_problem = ""  # why a round left the model as it was
         self._last_exchange: Exchange | None = None  # of the last round
         self.desk = Desk(
             self.engine,
@@ -257,6 +258,7 @@ class Loop:
                 # whatever became of the round.
                 self.engine.states.rollback()
             server, tally.is_skipped = self.state.server, True
+            self._last_problem = problem
             message = f"round {t + 1} left the model as it was: {problem}"
             self.notes.once("skipped", message)
         missing = self.captures.end(t)
@@ -333,7 +335,8 @@ class Loop:
             return None
         work, states = self.desk.work, self.engine.states
         told = causes(work, states, self._last_exchange, self.state.t - 1)
-        return "; ".join([fruitless_text(self.history), *told])
+        text = fruitless_text(self.history, self._last_problem)
+        return "; ".join([text, *told])
 
     def evaluate(self) -> dict[str, Any]:
         """Measures of the current state: of the test set, and over clients."""

@@ -135,7 +135,13 @@ def test_a_device_is_one_client_and_no_other(
     certs.make(tmp_path, ["localhost"], 2)
     place = {"partition-id": 1, "certs": str(tmp_path / "client-1")}
     node: dict[str, Any] = {"state": str(tmp_path / "device"), **place, **more}
-    work = {"function": "train", "t": 0, "k": 0, "series": "s", "clients": [3]}
+    work: dict[str, Any] = {
+        "function": "train",
+        "t": 0,
+        "k": 0,
+        "series": "s",
+        "clients": [3],
+    }
     message = Message(
         RecordDict({"work": ConfigRecord(work)}), dst_node_id=1, message_type="train"
     )

@@ -13,10 +13,11 @@ from fedcore.engines.base import Work, one_thread
 from fedcore.errors import RunError
 from fedcore.escapes import escaped
 from fedcore.messages import wire
+from fedcore.messages.moment import Moment
 from fedcore.method import evaluates
 from fedcore.types import ClientFunction, Tree
 
-from .store import Moment, Store
+from .store import Store
 
 SERIES = re.compile(r"[A-Za-z0-9_-]*")  # names of runs, which name folders
 

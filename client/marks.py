@@ -16,11 +16,12 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from fedcore.messages.moment import Moment
 from fedcore.messages.secure.primitives import Refused
 from fedcore.storage.checkpoint import sync_folder, write_atomically
 from fedcore.storage.faults import writing
 
-from .store import Moment, StateError, Store
+from .store import StateError, Store
 
 NAME = "summed.json"
 

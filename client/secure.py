@@ -33,6 +33,7 @@ from fedcore.deploy import certs
 from fedcore.engines.base import Work, failure, one_thread
 from fedcore.errors import FedcoreError, RunError
 from fedcore.messages import wire
+from fedcore.messages.moment import Moment
 from fedcore.messages.secure import primitives
 from fedcore.messages.secure.ask import Ask, Part
 from fedcore.messages.secure.client_session import ClientSession, Refused
@@ -50,12 +51,10 @@ from fedcore.types import Tree
 from .assignment import Assignment, store_of
 from .marks import Marks
 from .sessions import Sessions
-from .store import Moment
 
 log = logging.getLogger("fedcore")
 
 VECTOR = "vector"
-MOMENT = 1 << 16  # a moment is t times this, plus k
 
 
 def take_part(
@@ -269,7 +268,7 @@ class Trained:
     def _forget_void(self, client: int) -> None:
         """Delete the states of works whose message is in no sum."""
         void = self._places.get(client, {}).get("void", [])
-        moments = [moment_of(int(number)) for number in void]
+        moments = [Moment.of(int(number)) for number in void]
         if self._assignment.store is not None and not evaluates(self._assignment.fn):
             self._assignment.store.drop(client, moments)
 
@@ -284,7 +283,7 @@ class Trained:
         number = int(self._places.get(client, {}).get("moment", -1))
         if number < 0:
             return None, trees.to(first, work.task.device)
-        counted = moment_of(number)
+        counted = Moment.of(number)
         row = self._memory.exact(client, counted, first)
         return counted, trees.to(row, work.task.device)
 
@@ -301,15 +300,6 @@ def settings_of(context: Context) -> bytes:
 @lru_cache(maxsize=1)
 def _settings_in(preset: str, overrides: str) -> bytes:
     return agreed_by(Experiment.load(preset, overrides.split()))
-
-
-def moment_of(number: int) -> Moment:
-    """The moment that one number of a message stands for.
-
-    >>> moment_of(3 * 65536 + 1)
-    Moment(t=3, k=1)
-    """
-    return Moment(number // MOMENT, number % MOMENT)
 
 
 def _words(encoded: Encoded) -> tuple[Any, Any]:

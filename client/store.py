@@ -24,14 +24,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from fedcore import trees
 from fedcore.errors import FedcoreError
+from fedcore.messages.moment import Moment
 from fedcore.storage.checkpoint import sync_folder, write_atomically
 from fedcore.storage.faults import writing
+from fedcore.storage.tensors import read_tensors
 from fedcore.types import Tree
 
 
@@ -41,13 +42,6 @@ class StateError(FedcoreError):
 
 # In the place of a run's states: it is not gone on with as if there had been none.
 FORGOTTEN = "forgotten"
-
-
-class Moment(NamedTuple):
-    """A client's work: in round t, the k-th that it was given in it; both from 0."""
-
-    t: int
-    k: int
 
 
 class Stored(NamedTuple):
@@ -203,12 +197,8 @@ class Store:
     def _read(self, client: int, at: Moment, like: Tree) -> Stored:
         file = self._file(client, at)
         what_to_do = f"restore it from a copy, or delete {file.parent} to start anew"
-        flat: dict[str, Tensor] = {}
         try:
-            with safe_open(file, framework="pt") as content:
-                facts = content.metadata() or {}
-                for name in content.keys():  # noqa: SIM118  it is no dict
-                    flat[name] = content.get_tensor(name)
+            flat, facts = read_tensors(file)
         except Exception as error:
             raise StateError(f"{file} is damaged ({error}): {what_to_do}") from error
         for key, expected in self._owner(client).items():

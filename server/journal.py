@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from fedcore.messages.secure.ask import SecretTotal
 from fedcore.messages.secure.ring import Encoded
 from fedcore.storage.checkpoint import sync_folder, write_atomically
 from fedcore.storage.faults import writing
+from fedcore.storage.tensors import read_tensors
 
 log = logging.getLogger("fedcore")
 
@@ -54,11 +53,8 @@ class Journal:
         if not file.exists():
             return None
         try:
-            with safe_open(file, framework="pt") as content:
-                facts = json.loads((content.metadata() or {})["facts"])
-                tensors: dict[str, Tensor] = {}
-                for name in content.keys():  # noqa: SIM118  it is no dict
-                    tensors[name] = content.get_tensor(name)
+            tensors, metadata = read_tensors(file)
+            facts = json.loads(metadata["facts"])
         except Exception as error:  # of safetensors' own kinds
             log.warning("%s is damaged, and is not used: %s", file, error)
             return None

@@ -22,6 +22,7 @@ from fedcore.engines.base import Work, failure, one_thread
 from fedcore.engines.message_shape import message_shape
 from fedcore.errors import TooFewReports
 from fedcore.messages import wire
+from fedcore.messages.moment import Moment
 from fedcore.messages.secure.ask import Ask, SecretTotal
 from fedcore.messages.secure.distributed import DistributedNoise
 from fedcore.messages.secure.identity import Authority
@@ -36,7 +37,6 @@ from .secure import Mailing, SecretSum
 
 log = logging.getLogger("fedcore")
 
-MOMENT = 1 << 16  # a moment is t times this, plus k
 LEFT_OUT = "left out of sums until the server starts anew"
 UNSIGNED = (
     "aggregation.secure without certificates of clients: a server that follows the "
@@ -199,7 +199,7 @@ class Asking:
             authority=sums.certificates.authority,
             certificates=sums.certificates.of(ask.clients.tolist()),
         )
-        moment = self._now[0] * MOMENT + self._now[1]
+        moment = Moment(*self._now).number
         secret = SecretSum(session, mailing, left, self._work)
         try:
             yield from secret.run(self._record, self._places())

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
-from fedcore.client.store import Moment, Store
+from fedcore.client.store import Store
 from fedcore.server.grid import GridEngine
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
@@ -31,6 +31,7 @@ from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.errors import SettingsError
 from fedcore.messages import wire
+from fedcore.messages.moment import Moment
 from fedcore.rounds.loop import Interrupted, Loop, Quiet, Result, run
 from fedcore.split import split
 from fedcore.tasks import build_task

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from fedcore.reports import Reports
 from fedcore.rng import rng
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.faults import writing
+from fedcore.storage.tensors import read_tensors
 from fedcore.types import ClientFunction, Params, Tree
 
 if TYPE_CHECKING:
@@ -167,10 +168,8 @@ def _pack(kept: Sequence[Exchange]) -> bytes:
 
 
 def _unpack(file: Path) -> list[Exchange]:
-    with safe_open(file, "pt") as opened:
-        names = opened.keys()
-        tensors = {name: opened.get_tensor(name) for name in names}
-        headers = json.loads(opened.metadata()["exchanges"])
+    tensors, metadata = read_tensors(file)
+    headers = json.loads(metadata["exchanges"])
     kept = []
     for header in headers:
         down, up = _prefixes(header)

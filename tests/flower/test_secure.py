@@ -15,7 +15,7 @@ import fedcore.server.secure
 import pytest
 import torch
 from fedcore.client.marks import Marks
-from fedcore.client.store import Moment, StateError, Store
+from fedcore.client.store import StateError, Store
 from fedcore.server.app import _checkpointed as checkpointed
 from fedcore.server.grid import GridEngine
 from fedcore.server.journal import Entry, Journal, Void
@@ -26,6 +26,7 @@ from flwr.common.constant import ErrorCode
 
 from fedcore.config import Experiment
 from fedcore.errors import RunError
+from fedcore.messages.moment import Moment
 from fedcore.messages.secure.ask import Ask, Part, SecretTotal
 from fedcore.messages.secure.fields import by_client, flat
 from fedcore.messages.secure.primitives import Refused

@@ -11,13 +11,14 @@ import torch
 from fedcore.client.assignment import Assignment
 from fedcore.client.marks import Marks
 from fedcore.client.secure import Node
-from fedcore.client.store import Moment, Store
+from fedcore.client.store import Store
 from fedcore.server.grid import GridEngine
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedcore.config import Experiment
 from fedcore.deploy import certs
 from fedcore.errors import TooFewReports
+from fedcore.messages.moment import Moment
 from fedcore.messages.secure.ask import Ask, Part, SecretTotal
 from fedcore.messages.secure.primitives import Refused
 from fedcore.messages.secure.ring import Ring

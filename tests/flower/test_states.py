@@ -10,11 +10,12 @@ import pytest
 import torch
 from fedcore.client.device import Device
 from fedcore.client.states import tidy
-from fedcore.client.store import Moment, StateError, Store
+from fedcore.client.store import StateError, Store
 from typer.testing import CliRunner
 
 from fedcore.cli import app
 from fedcore.errors import SettingsError
+from fedcore.messages.moment import Moment
 
 INITIAL = {"c": torch.zeros(3)}
 DAY = 86400

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from fedcore.client.device import Device
-from fedcore.client.store import Moment, StateError, Store
+from fedcore.client.store import StateError, Store
 
 from fedcore import trees
 from fedcore.errors import SettingsError
+from fedcore.messages.moment import Moment
 
 INITIAL = {"c": torch.zeros(3), "n": torch.tensor(0)}
 

@@ -21,8 +21,8 @@ class ClientState:
 
     exchange: int = 0  # the last one that was answered
     # E1: c_u and the seed of s_u, their public keys, and what is to be added up.
-    c: Secret = Secret()  # noqa: RUF009 - bytes, never changed
-    seed: Secret = Secret()  # noqa: RUF009
+    c: Secret = field(default_factory=Secret)
+    seed: Secret = field(default_factory=Secret)
     public: bytes = b""  # c_pk and s_pk
     numbers: int = 0  # d, words of 32 bits at the beginning of `vector`
     vector: Vector | None = None
@@ -34,7 +34,7 @@ class ClientState:
     mask_keys: dict[int, bytes] = field(default_factory=dict)  # s_pk by neighbour
     certificates: dict[int, bytes] = field(default_factory=dict)  # by neighbour
     shared: dict[int, Secret] = field(default_factory=dict)  # X25519(c_u, c_v)
-    b: Secret = Secret()  # noqa: RUF009
+    b: Secret = field(default_factory=Secret)
     # E2 and E3: shares of b_v and of seed_v by v; of the own seed none.
     held: dict[int, Secret] = field(default_factory=dict)
     survivors: list[int] = field(default_factory=list)  # E4

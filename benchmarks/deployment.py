@@ -117,7 +117,7 @@ def faults(number: int, seed: int, clients: int = 4) -> bool:
     """Kill and cut at random; whether no round, report or bit is lost in the end.
 
     For that a round waits for a client that went away in it (`engine.rejoin_timeout`),
-    and none is left out (no `round_timeout`). A gate keeps the run from ending before
+    and none is left out (no `deadline_s`). A gate keeps the run from ending before
     the last fault.
     """
     draw = random.Random(seed)

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from fedcore import methods
+from fedcore.clock.settings import ClockSettings, ScheduleSettings, Synchronous
 from fedcore.data.partition import Dirichlet, PartitionSettings
 from fedcore.data.text.settings import TextSettings
 from fedcore.errors import SettingsError
@@ -76,11 +77,6 @@ class EngineSettings(_Section):
         ge=0,
         description="ray: share of a GPU a worker holds, e.g. 0.25; on cuda default 1",
     )
-    round_timeout: float = Field(
-        3600.0,
-        gt=0,
-        description="grid: seconds after which a round goes on without late clients",
-    )
     rejoin_timeout: float = Field(
         0.0,
         ge=0,
@@ -92,12 +88,6 @@ class EngineSettings(_Section):
         ge=1,
         description="grid: nodes that must be there for a round to start; "
         "default: all, for 120 s, and then any",
-    )
-    report_goal: int | None = Field(
-        None,
-        ge=1,
-        description="grid: a round ends with this many reports; "
-        "ask more clients than that to over-sample",
     )
     message_limit_mb: float = Field(
         512.0,
@@ -113,6 +103,12 @@ class EvaluationSettings(_Section):
         5,
         ge=1,
         description="rounds between evaluations; the last round is always evaluated",
+    )
+    every_s: float | None = Field(
+        None,
+        gt=0,
+        description="simulated seconds between evaluations, instead of `every`: the "
+        "first round that ends at or after each multiple of it",
     )
     clients: int = Field(
         1000,
@@ -241,6 +237,8 @@ class Experiment(_Section):
     aggregation: AggregationSettings = AggregationSettings()
     secure: SecureSettings = SecureSettings()
     adversary: AdversarySettings = AdversarySettings()
+    clock: ClockSettings = ClockSettings()
+    schedule: ScheduleSettings = Synchronous()
     min_reports: int = Field(
         1,
         ge=0,
@@ -311,7 +309,7 @@ class Experiment(_Section):
             )
         return settings.model_validate(dict(value))
 
-    @field_validator("model", "partition", "participation", mode="before")
+    @field_validator("model", "partition", "participation", "schedule", mode="before")
     @classmethod
     def _named(cls, value: Any, info: ValidationInfo) -> Any:
         """A section without a name is of the default kind."""

@@ -61,6 +61,8 @@ a `Tuning`: minibatches to fine-tune on, and the held-out examples.
 """
 
 Setting = Literal[
+    "buffered",
+    "discount",
     "rule",
     "secure",
     "distributed",
@@ -75,6 +77,7 @@ Setting = Literal[
 ]
 """Settings of a run that a method may have a reason to refuse.
 
+"buffered" is a schedule of buffered answers, "discount" weights by staleness in it,
 "rule" is a robust rule in the place of the mean, "secure" a sum of which the server
 sees nothing else, "distributed" noise of the clients in such a sum; the others are
 those of `[local]`.
@@ -263,6 +266,13 @@ class Method(Generic[S]):
     remembers: ClassVar[bool] = False
     """Whether its sums hold the last message of every client (`news`)."""
 
+    buffered: ClassVar[bool] = False
+    """Whether a buffer of answers to several versions of the model can be its round.
+
+    It can where a round is one exchange of training, whose mean or memory makes the
+    server's step, and neither rounds nor cohorts are counted.
+    """
+
     works_unasked: ClassVar[bool] = False
     """Whether clients outside the cohort work too, by themselves."""
 
@@ -321,6 +331,10 @@ class Method(Generic[S]):
         """Why a run of this method cannot have a setting; None where it can."""
         if setting == "moments" and self.passes() > 1:
             return "it trains more than once a round"
+        if setting == "buffered" and not self.buffered:
+            return "its step needs a cohort that worked on one version of the model"
+        if setting == "discount" and self.remembers:
+            return "it remembers updates as they are, and weighs none by its age"
         if setting == "rule" and (self.needs_updates or self.remembers):
             return (
                 "its step is a sum of messages that it remembers, so that a poisoned "

@@ -25,6 +25,9 @@ class Reports(NamedTuple):
     num_examples: Tensor  # [n] float32, the examples that the work was done on
     # Clients that did not report, with the reason.
     failed: Mapping[int, str] = MappingProxyType({})
+    # s(tau) of each, [n] float64, where answers to older versions of the model weigh
+    # less; None where all of them are fresh.
+    discount: Tensor | None = None
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -160,7 +163,12 @@ class Mean:
 class RunningSum:
     """sum_i w_i up_i as updates come in: one model of memory, whatever the cohort."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts_discount: bool = False) -> None:
+        """With `counts_discount` the weight that divides has the discounts in it, too.
+
+        Without, an old update makes the whole step smaller.
+        """
+        self._counts_discount = counts_discount
         self._total: Tree = None
         self._weight = torch.zeros((), dtype=torch.float64)
         self._clients: list[Tensor] = []
@@ -193,11 +201,15 @@ class RunningSum:
         """Single updates, with one weight each, [n]."""
         if len(reports.clients) == 0:
             return
+        discounted = weights
+        if reports.discount is not None:
+            discounted = weights * reports.discount.to(weights)
         if self._total is None:
-            self._total = trees.weighted_sum(reports.up, weights)
+            self._total = trees.weighted_sum(reports.up, discounted)
         else:
-            trees.add_weighted_(self._total, reports.up, weights)
-        self._count(reports.clients, weights)
+            trees.add_weighted_(self._total, reports.up, discounted)
+        counted = discounted if self._counts_discount else weights
+        self._count(reports.clients, counted)
 
     def add_sum(self, clients: Tensor, total: Tree, weights: Tensor) -> None:
         """The weighted sum of the updates of these clients, made elsewhere."""

@@ -20,7 +20,8 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedcore.config import EngineSettings, Experiment
+from fedcore.clock.settings import goal_of
+from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.errors import FedcoreError, RunError, SettingsError
 from fedcore.rounds import loop
@@ -37,6 +38,7 @@ RUN_DIR = "FEDCORE_RUN_DIR"  # set by `fedcore server`
 CERTS_DIR = "FEDCORE_CERTS_DIR"  # by `fedcore server` too, where it has TLS
 OUTCOME = "outcome.json"  # the end of the run: {"exit_status", "error", "result"}
 SERIES = "series.json"  # the name by which clients know the run, from start to end
+ROUND_TIMEOUT = 3600.0  # seconds, where the schedule has no deadline
 WATCH = "waiting.json"  # the clients whose answers the round waits for
 
 app = ServerApp()
@@ -65,7 +67,7 @@ def _simulate(grid: Grid, context: Context) -> None:
 
     def engine(work: Work) -> GridEngine:
         securing = Securing(experiment.secure)
-        return _engine(grid, work, experiment.engine, state=state, securing=securing)
+        return _engine(grid, work, experiment, state=state, securing=securing)
 
     with Terminal() as terminal:
         result = loop.run(experiment, folder, observer=terminal, engine=engine)
@@ -100,7 +102,7 @@ def _deploy(grid: Grid, folder: Path) -> None:
                 return _engine(
                     grid,
                     work,
-                    experiment.engine,
+                    experiment,
                     series=series,
                     safe=lambda: _checkpointed(folder),
                     watch=folder / WATCH,
@@ -121,14 +123,15 @@ def _deploy(grid: Grid, folder: Path) -> None:
 
 
 def _engine(
-    grid: Grid, work: Work, settings: EngineSettings, **places: Any
+    grid: Grid, work: Work, experiment: Experiment, **places: Any
 ) -> GridEngine:
+    settings, schedule = experiment.engine, experiment.schedule
     return GridEngine(
         grid,
         work,
-        settings.round_timeout,
+        getattr(schedule, "deadline_s", None) or ROUND_TIMEOUT,
         min_clients=settings.min_clients,
-        report_goal=settings.report_goal,
+        report_goal=goal_of(schedule),
         rejoin=settings.rejoin_timeout,
         limit=settings.message_limit_mb * 1e6,
         **places,

@@ -456,7 +456,7 @@ def test_the_version_is_the_one_in_pyproject() -> None:
     ("overrides", "kept"),
     [
         (["engine.name=vectorised"], {"engine": {"device": "cpu", "workers": 2}}),
-        (["engine.name=grid"], {"engine": {"round_timeout": 60.0}}),
+        (["engine.name=grid"], {"engine": {"rejoin_timeout": 60.0}}),
         (["participation.name=uniform"], {"participation": {"cohort": 10}}),
         (["options.name=foo"], {"options": {"base": "x", "name": "foo"}}),
         (
@@ -480,7 +480,7 @@ def test_choosing_a_kind_drops_only_the_settings_of_another_kind(
 ) -> None:
     values = {
         "method": {"name": "fedavg"},
-        "engine": {"device": "cpu", "workers": 2, "round_timeout": 60},
+        "engine": {"device": "cpu", "workers": 2, "rejoin_timeout": 60},
         "participation": {"cohort": 10},
         "local": {"epochs": 3},
         "options": {"base": "x"},

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedcore.clock.settings import goal_of
 from fedcore.engines.base import Work
 from fedcore.errors import SettingsError
 from fedcore.messages.aggregation.aggregator import Aggregator
@@ -84,10 +85,10 @@ def refuse(
     has_proxy = task.proxy is not None
     refuse_impossible(settings, asked, largest=largest, has_proxy=has_proxy)
     least = Rule(settings, experiment.seed).least(settings.f(asked))
-    goal = experiment.engine.report_goal
-    if experiment.engine.name == "grid" and goal is not None and goal < least:
+    goal = goal_of(experiment.schedule)
+    if goal is not None and goal < least:
         raise SettingsError(
-            f"engine.report_goal = {goal}: a round ends with so many reports, and "
+            f"schedule.goal = {goal}: a round ends with so many reports, and "
             f'aggregation.rule = "{settings.rule}" needs {least}; those who attack '
             "answer first: raise it"
         )

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from fedcore import privacy
+from fedcore.clock.settings import goal_of
 from fedcore.engines.base import Work
 from fedcore.errors import SettingsError
 from fedcore.messages.secure import graph
@@ -87,8 +88,8 @@ def expected_clients(experiment: Experiment, process: Process) -> float:
     # 100 clients at a rate of 0.2 are 20, and no rounding of floats makes them fewer:
     # the threshold is that of whole clients.
     size = round(size * (1 - experiment.participation.dropout), DIGITS)
-    goal = experiment.engine.report_goal
-    if experiment.engine.name == "grid" and goal is not None:
+    goal = goal_of(experiment.schedule)
+    if goal is not None:
         return min(size, float(goal))
     return size
 

@@ -211,9 +211,14 @@ def stored(folder: Path | str) -> dict[str, Any]:
     if not os.path.isfile(file):
         raise SettingsError(f"{folder} is no run directory: expected config.toml in it")
     try:
-        return parse_toml(read_text(file, str(file), "the settings of a run"))
+        settings = parse_toml(read_text(file, str(file), "the settings of a run"))
     except ValueError as error:
         raise SettingsError(f"{file} is damaged: {error}") from error
+    engine = settings.get("engine")
+    if isinstance(engine, dict):  # of an earlier fedcore: they were of devices only
+        for key in ("round_timeout", "report_goal"):
+            engine.pop(key, None)
+    return settings
 
 
 def _changed_settings(experiment: Experiment, folder: Path) -> dict[str, list[Any]]:

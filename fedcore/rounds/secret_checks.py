@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcore import privacy, trees
+from fedcore.clock.settings import goal_of
 from fedcore.engines.base import Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.errors import SettingsError
@@ -170,10 +171,10 @@ def _refuse_sizes(
             f"{least}: {_why(settings)}; ask more clients"
         )
     _refuse_graph(settings, largest)
-    goal = experiment.engine.report_goal
-    if experiment.engine.name == "grid" and goal is not None and goal < least:
+    goal = goal_of(experiment.schedule)
+    if goal is not None and goal < least:
         raise SettingsError(
-            f"engine.report_goal = {goal} with {SECURE}: a round ends with so many "
+            f"schedule.goal = {goal} with {SECURE}: a round ends with so many "
             f"reports, and a sum needs {least}: {_why(settings)}; raise it"
         )
     evaluated = min(experiment.evaluation.clients, population)

@@ -23,6 +23,12 @@ __all__ = ["Origin", "Schema", "explain", "near_keys", "or_text", "shown"]
 Section = type[BaseModel]
 FEW = 5  # keys that a hint names at most
 
+MOVED = {
+    "engine.round_timeout": "schedule.deadline_s",
+    "engine.report_goal": "schedule.goal",
+}
+"""Settings that have another place now."""
+
 
 class Origin(NamedTuple):
     """Where settings come from."""
@@ -220,6 +226,8 @@ def _is_in(key: str, section: str) -> bool:
 
 def _hint(path: list[str], schema: Schema) -> str:
     """What a person may have meant by a key that is unknown."""
+    if (key := ".".join(path)) in MOVED:
+        return f"; it is now {MOVED[key]}, for every engine"
     if len(path) > 1:
         kinds = schema.kinds_with(path[0], path[-1]) if len(path) == 2 else []
         if kinds:

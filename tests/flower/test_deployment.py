@@ -225,7 +225,7 @@ def test_a_late_client_is_left_out_at_the_deadline_and_its_answer_is_counted(
 ) -> None:
     gate = Gate(tmp_path)
     with federation(tmp_path, 4) as f:
-        limits = ["engine.round_timeout=30", "min_reports=2", "rounds=4"]
+        limits = ["schedule.deadline_s=30", "min_reports=2", "rounds=4"]
         limits += ["evaluation.clients=0", ALL, gate.TASK]
         f.server("fedavg", *SMALL, *limits, **gate.path)
         for i in range(4):
@@ -244,7 +244,7 @@ def test_a_late_client_is_left_out_at_the_deadline_and_its_answer_is_counted(
 def test_over_sampling_ends_a_round_at_its_goal(tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with federation(tmp_path, 4) as f:
-        goal = ["engine.report_goal=3", "rounds=3", "evaluation.clients=0"]
+        goal = ["schedule.goal=3", "rounds=3", "evaluation.clients=0"]
         f.server("fedavg", *SMALL, *goal, ALL, gate.TASK, **gate.path)
         for i in range(4):
             f.client(i, **(gate.environment if i == 1 else gate.path))

@@ -201,7 +201,7 @@ def test_ten_thousand_clients_keep_their_state_out_of_the_memory_of_every_proces
             rounds = {len(cohorts)}
             participation = {{name = "trace", file = "{tmp_path / "trace"}"}}
             evaluation = {{every = 1000, clients = 500}}
-            engine.round_timeout = {PATIENCE}
+            schedule.deadline_s = {PATIENCE}
             """
         )
         peaks: dict[int, int] = {}

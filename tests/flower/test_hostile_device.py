@@ -42,7 +42,7 @@ DEFENCE = [
 ]
 SERVER = [
     f"engine.min_clients={DEVICES}",
-    f"engine.round_timeout={PATIENCE}",  # every lie has an answer
+    f"schedule.deadline_s={PATIENCE}",  # every lie has an answer
     "checkpoint.seconds=0",
     "min_reports=5",
 ]

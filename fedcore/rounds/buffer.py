@@ -72,6 +72,7 @@ class BufferedRounds(Timing):
         if kept is not self._last:
             self._source.begin(kept)
             self._live = _versions(kept)
+        self._last = None  # until this update has come to its end
 
     def ask(
         self, fn: ClientFunction, clients: Tensor, down: Tree, absent: frozenset[int]

@@ -42,7 +42,9 @@ def timing_of(
         raise NotImplementedError
     windows = Windows.of(clock) if clock.windows is not None else None
     if isinstance(schedule, Buffered):
-        durations = Durations(clock, work.task.population, experiment.seed)
+        durations = Durations(
+            clock, work.task.population, experiment.seed, experiment.local.batch_size
+        )
         queue = Queue(
             schedule,
             work.task.population,

@@ -124,7 +124,9 @@ class ClockedRounds(Timing):
         clock, schedule = experiment.clock, experiment.schedule
         assert isinstance(schedule, Synchronous)
         self._work, self._engine, self._windows = work, engine, windows
-        self.durations = Durations(clock, work.task.population, experiment.seed)
+        self.durations = Durations(
+            clock, work.task.population, experiment.seed, experiment.local.batch_size
+        )
         self._deadline = microseconds(schedule.deadline_s)
         self._goal, self._finishes = schedule.goal, clock.stragglers == "finish"
         self._server_us = round(clock.server_s * SECOND)

@@ -45,7 +45,7 @@ def read_numbers(setting: str, file: Path, columns: Sequence[str]) -> dict[str, 
     if kind is None:
         raise SettingsError(
             f"{setting} = {file}: found a file named *{file.suffix}, expected *.csv or "
-            "*.parquet; convert it, and see docs/time.md for how (a pickle is never "
+            "*.parquet; convert it, as docs/device-traces.md does (a pickle is never "
             "read: it can run any code)"
         )
     if not file.is_file():

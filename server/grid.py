@@ -27,6 +27,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.clock.arrivals import Arrival
 from fedcore.engines.base import Work, failure
 from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout, added
@@ -271,6 +272,10 @@ class GridEngine:
 
     def describe(self) -> str:
         return f"grid of {len(self._nodes.by_partition)} Flower nodes"
+
+    def arrivals(self) -> list[Arrival]:
+        """Works that have ended since the last call."""
+        return []
 
     def close(self) -> None:
         if self._safe is not None:

@@ -168,7 +168,7 @@ def test_a_resumed_run_has_the_same_bits_and_the_same_epsilon(tmp_path: Path) ->
 
 def test_messages_of_devices_that_train_again_count_twice(tmp_path: Path) -> None:
     rate = {"clip": 0.5, "noise": 0.8, "rate": 0.2}
-    state = State(2, None, None, torch.tensor([2, 0]), {}, {})
+    state = State(2, None, None, torch.tensor([2, 0]), {}, {}, {})
     (tmp_path / "metrics.jsonl").write_text("{}\n{}\n{}\n")  # of three rounds
     simulated = small("fedavg", local__dp=rate)
     assert sent_again(simulated, state, tmp_path).tolist() == [2, 0]

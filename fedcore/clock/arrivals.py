@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -20,3 +21,22 @@ class Arrival(NamedTuple):
     bytes_up: int
     steps: int
     work_us: int  # by the device's own clock; 0 in a simulation
+
+
+class Arrivals:
+    """The rows of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.rows: list[Arrival] = []
+
+    def add(self, arrivals: list[Arrival]) -> None:
+        self.rows += arrivals
+
+    def write(self, number: int) -> None:
+        pass
+
+    def cut(self, number: int) -> None:
+        pass
+
+    def merge(self) -> None:
+        pass

@@ -121,8 +121,10 @@ def _filtered(
     good = torch.tensor([not fault for fault in faults])
     rows = good.to(report.num_examples.device)
     clients = report.clients[good]
+    discount = None if report.discount is None else report.discount[good]
+    up, num_examples = trees.at((report.up, report.num_examples), rows)
     return (
-        Reports(clients, trees.at(report.up, rows), report.num_examples[rows], failed),
+        Reports(clients, up, num_examples, failed, discount, report.version),
         readout._replace(
             clients=clients,
             num_examples=readout.num_examples[good],

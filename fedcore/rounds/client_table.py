@@ -53,8 +53,16 @@ class ClientTable:
         self._flags: dict[str, array[int]] = {}  # such as "clipped": 0 or 1
         self._numbers = {"client": array("d"), "num_examples": array("d")}
 
-    def add(self, number: int, function: str, readout: Readout) -> None:
+    def add(
+        self,
+        number: int,
+        function: str,
+        readout: Readout,
+        version: int | None = None,
+    ) -> None:
         """The rows of one report, of round `number` (from 1 on).
+
+        `version` is that of the model which they got, where it may be an older one.
 
         The work is that of the new rows, however many there are already.
         """
@@ -67,6 +75,8 @@ class ClientTable:
             for name, values in readout.metrics.items():
                 columns[name] = values.double().masked_fill(is_empty, math.nan)
         numbers = {name: values.tolist() for name, values in columns.items()}
+        if version is not None:
+            numbers["version"] = [version] * n
         self._extend(number, [function] * n, [""] * n, numbers)
 
     def close_round(self, number: int, tally: Tally) -> None:

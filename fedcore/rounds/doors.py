@@ -41,6 +41,7 @@ from fedcore.rounds.secret import (
     with_moments,
 )
 from fedcore.rounds.tally import Tally
+from fedcore.rounds.timing import Timing
 from fedcore.types import ClientFunction, News, Tree
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ class Desk:
     notes: Notes
     stop: StopRequest
     receiving: Receiving
+    timing: Timing = field(default_factory=Timing)
+    # Whether the weight that divides a mean has the discounts of old answers in it.
+    counts_discount: bool = False
 
     def heard(self, t: int, failed: Mapping[int, str]) -> None:
         """Name the clients that were left out in round t, each reason once.
@@ -147,7 +151,8 @@ class OpenRound(Round):
             roster = roster_of(weight, clients, there)
             return self._in_secret(secret, call, roster, news)
         clients = self._ask(fn, clients, down)
-        call, total = Call(fn, clients, down, asked, weigh), RunningSum()
+        call = Call(fn, clients, down, asked, weigh)
+        total = RunningSum(self.desk.counts_discount)
         aggregator = self.desk.receiving.aggregator
         if aggregator is not None and not evaluates(fn):
             return self._by_rule(aggregator, call)
@@ -165,7 +170,8 @@ class OpenRound(Round):
         desk = self.desk
         is_attacked = desk.work.adversary.is_due(fn, self.t)
         is_bounded = desk.receiving.bounds.clip is not None and not evaluates(fn)
-        return desk.captures.wanted or is_attacked or is_bounded
+        has_waited = desk.timing.is_buffering and not evaluates(fn)
+        return desk.captures.wanted or is_attacked or is_bounded or has_waited
 
     def _capped(self, weigh: Weight) -> Weight:
         """The weights of clients that claim no more examples than the cap."""
@@ -182,11 +188,20 @@ class OpenRound(Round):
         assert not isinstance(weigh, Mapping)
         if not aggregator.uses_weights:
             call = call._replace(weigh=equally)
-        with closing(aggregator.gather(call.clients)) as gathered:
+        clients, asked = call.clients, call.asked
+        if self.desk.timing.is_buffered:  # a rule is about the answers in the buffer
+            clients, asked = (
+                torch.tensor(sorted(self.tally.asked)),
+                len(self.tally.asked),
+            )
+        with closing(aggregator.gather(clients)) as gathered:
             for reports in self._received(call):
-                gathered.add(reports, weigh(reports.clients, reports.num_examples))
+                weights = weigh(reports.clients, reports.num_examples)
+                if reports.discount is not None and aggregator.uses_weights:
+                    weights = weights * reports.discount.to(weights)
+                gathered.add(reports, weights)
             own, state = self._own_message(call)
-            verdict = aggregator.judge(gathered, name, self.t, call.asked, kept, own)
+            verdict = aggregator.judge(gathered, name, self.t, asked, kept, own)
         kept.update(state)
         kept.update(verdict.kept)
         for vector, aggregated in verdict.aggregated.items():
@@ -251,9 +266,11 @@ class OpenRound(Round):
     def _received(self, call: Call) -> Iterator[Reports]:
         """Usable updates, within the server's bounds; everything is counted."""
         fn, clients, down, *_ = call
-        if len(clients) == 0:
+        if self.desk.timing.is_buffering and not evaluates(fn):
+            reports = self.desk.timing.answers(fn, down)
+        elif len(clients) == 0:
             return
-        if self.desk.work.adversary.is_due(fn, self.t):
+        elif self.desk.work.adversary.is_due(fn, self.t):
             reports = self._attacked(call)
         else:
             reports = self.desk.engine.each(fn, clients, down, self.t)
@@ -262,7 +279,7 @@ class OpenRound(Round):
             self.tally.add_norms(bounded.norms)
             self.tally.clipped.update(bounded.clipped)
             self.desk.captures.add(self.t, fn, down, bounded.reports)
-            self._count(fn, down, readout)
+            self._count(fn, down, readout, usable.version)
             yield bounded.reports
 
     def _attacked(self, call: Call) -> Iterator[Reports]:
@@ -301,32 +318,41 @@ class OpenRound(Round):
         if not trees.leaves(down):  # work without a message cannot be missed
             self._refuse_twice(fn, clients)
             return clients
-        if self.absent:
-            is_there = [client not in self.absent for client in clients.tolist()]
-            clients = clients[is_there]
-        self.tally.asked.update(clients.tolist())
-        self.tally.bytes_down += len(clients) * trees.nbytes(down)
-        self._refuse_twice(fn, clients)
-        return clients
+        timing = self.desk.timing
+        asked = timing.ask(fn, clients, down, self.absent)
+        self.tally.asked.update(asked.members)
+        self.tally.bytes_down += asked.messages * trees.nbytes(down)
+        if asked.left_out:
+            self.tally.leave_out(fn, asked.left_out)
+            self.desk.heard(self.t, asked.left_out)
+        if not timing.is_buffered:  # a client gets a version once
+            self._refuse_twice(fn, asked.clients)
+        return asked.clients
 
     def _refuse_twice(self, fn: ClientFunction, clients: Tensor) -> None:
         if self.tally.hides_scalars and not evaluates(fn):
             self.tally.refuse_twice(fn, clients)
 
-    def _count(self, fn: ClientFunction, down: Tree, readout: Readout) -> None:
+    def _count(
+        self,
+        fn: ClientFunction,
+        down: Tree,
+        readout: Readout,
+        version: int | None = None,
+    ) -> None:
         desk, tally = self.desk, self.tally
         if not evaluates(fn):
             tally.remember(fn, down, readout)
         desk.heard(self.t, readout.failed)
         if tally.hides_scalars:
             readout = readout._replace(metrics={})
-        tally.add(fn, readout)
+        tally.add(fn, readout, version)
         tally.capped.update(
             desk.receiving.bounds.over(readout.clients, readout.num_examples)
         )
         desk.observer.client_done(self.t, len(tally.reported), len(tally.asked))
         if len(readout.clients) and not tally.is_secret:
-            desk.table.add(self.t + 1, fn.__name__, readout)
+            desk.table.add(self.t + 1, fn.__name__, readout, version)
 
     def zero_message(
         self, fn: ClientFunction, down: Tree, news: News | None = None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedcore import trees
+from fedcore.clock.arrivals import Arrivals
 from fedcore.errors import RunError, TooFewReports
 from fedcore.rng import torch_seed
 from fedcore.rounds import canary_bound
@@ -132,9 +133,10 @@ class Loop:
         self.task, self.method, self.process = parts.task, parts.method, parts.process
         self.rates, self.engine, self.memory = parts.rates, parts.engine, parts.memory
         self.stores, self.canaries = parts.stores, parts.canaries
-        self.clients = ClientTable(folder)
+        self.clients, self.arrivals = ClientTable(folder), Arrivals(folder)
+        self.timing = parts.timing
         self.captures = Captures(folder, experiment, self.method)
-        self.saving = Saving(checkpoint, parts, self.clients)
+        self.saving = Saving(checkpoint, parts, [self.clients, self.arrivals])
         self.state = self._first_or_restored(parts, header)
         # Lines that were logged after the checkpoint go: those rounds are run again.
         self.history = History.read(folder / "metrics.jsonl", self.state.t)
@@ -150,6 +152,7 @@ class Loop:
         write_settings(folder, experiment, self.task.base_sha256)
         self.history.write(folder / "metrics.jsonl")
         self.clients.cut(self.state.t)
+        self.arrivals.cut(self.state.t)
         self._watch = Watch(self.notes, experiment.checkpoint.jump)
         self._watch.resume(folder, self.history)
         self._stop = StopRequest(folder, experiment.rounds)
@@ -164,6 +167,8 @@ class Loop:
             self.notes,
             self._stop,
             parts.receiving,
+            parts.timing,
+            getattr(experiment.schedule, "normalise", "count") == "weights",
         )
         self._evaluation = Evaluation(experiment, parts, self.desk)
 
@@ -181,6 +186,7 @@ class Loop:
             self.engine.close()
             if is_writable:
                 self.clients.merge()
+                self.arrivals.merge()
         finally:
             if self._lock is not None:
                 self._lock.close()
@@ -246,11 +252,15 @@ class Loop:
         """One round: the row that metrics.jsonl gets. Replaces `self.state`."""
         before = self._evaluation.before(self.state, self.folder)
         begin, late, t = time.perf_counter(), self.engine.late, self.state.t
-        cohort, participation = self.process.sample(t, self.state.participation)
+        self.timing.begin(t, self.state.timing)
+        drawn = self.timing.cohort(self.process, t, self.state.participation)
+        cohort, participation = drawn
         self.captures.begin(t, cohort)
         r = self.open_round(t, cohort)
         tally = r.tally
         server, problem = self._attempt(r)
+        for _ in self.timing.late_work():
+            self.desk.heard(t, {})
         if problem is not None:
             self.memory.rollback()
             if tally.is_secret and not tally.sums and self.engine.states is not None:
@@ -267,13 +277,16 @@ class Loop:
         tally.failed |= dict.fromkeys(r.absent, "dropout")
         watched = self._watch.close_round(t + 1, tally)
         self.clients.close_round(t + 1, tally)
+        spent = self.timing.end(tally)
+        self.arrivals.add(spent.arrivals)
         sent = tally.messages(self.state.sent)
         kept = (r.aggregation, r.adversary)
         if problem is not None:
             kept = (self.state.aggregation, self.state.adversary)
-        after = State(t + 1, server, participation, sent, *kept)
+        after = State(t + 1, server, participation, sent, *kept, spent.kept)
         now = time.perf_counter()
         row: dict[str, Any] = {"round": t + 1, **before, **tally.row(), **watched}
+        row |= spent.row
         if self._changed:
             row["changed"], self._changed = self._changed, {}
         row["seconds"] = round(now - begin, 4)
@@ -358,8 +371,9 @@ def attempted(
             return None, "no client sent a usable update"
         return None, str(error)
     server = trees.to(server, device)
-    reports, needed = len(r.tally.reported), experiment.min_reports
-    if len(r.cohort) and reports < needed:
+    reports, needed = r.tally.num_reports, experiment.min_reports
+    is_somebody_asked = len(r.cohort) > 0 or r.desk.timing.is_buffered
+    if is_somebody_asked and reports < needed:
         return None, f"{reports} reports, expected at least {needed}"
     if not bool(trees.finite(server)):
         r.tally.is_broken = True
@@ -375,4 +389,4 @@ def _first_state(parts: Parts) -> State:
     counts_messages = mechanism is not None and mechanism.counts_messages
     counts_messages |= parts.work.local.dp.is_active
     sent = torch.zeros(population if counts_messages else 0, dtype=torch.int64)
-    return State(0, trees.to(server, device), parts.process.start(), sent, {}, {})
+    return State(0, trees.to(server, device), parts.process.start(), sent, {}, {}, {})

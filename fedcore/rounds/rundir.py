@@ -108,15 +108,19 @@ def _refuse_taken(folder: Path) -> None:
         )
 
 
+FILES = ("metrics.jsonl", "clients.parquet", "arrivals.parquet", "report.html")
+FOLDERS = ("checkpoint", "clients", "arrivals", "captures")
+
+
 def clear_start(folder: Path) -> None:
     """Delete the files of a run that came to no round; other files stay.
 
     Raises SettingsError where a round was done.
     """
     _refuse_taken(folder)
-    for name in ("metrics.jsonl", "clients.parquet", "report.html"):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoint", "clients", "captures"):
+    for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

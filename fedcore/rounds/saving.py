@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedcore import __version__, trees
+from fedcore.clock.arrivals import Arrivals
 from fedcore.errors import SettingsError
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.rundir import refuse_other_base
@@ -24,6 +25,7 @@ from fedcore.types import Tree
 
 log = logging.getLogger("fedcore")
 
+KEPT = ("aggregation", "adversary", "timing")  # parts of the state, tensors by name
 FULL = (errno.ENOSPC, errno.EDQUOT)  # errors that room helps against
 
 
@@ -40,16 +42,20 @@ class State(NamedTuple):
     # that is skipped leaves them as they were.
     aggregation: dict[str, Tensor]
     adversary: dict[str, Tensor]
+    timing: dict[str, Tensor]  # where time stands; a round that is skipped takes some
 
 
 class Saving:
     """Writes and reads the checkpoints of one run."""
 
     def __init__(
-        self, checkpoint: Checkpoint, parts: Parts, table: ClientTable
+        self,
+        checkpoint: Checkpoint,
+        parts: Parts,
+        tables: Sequence[ClientTable | Arrivals],
     ) -> None:
         self._checkpoint, self._engine = checkpoint, parts.engine
-        self._stores, self._table, self._start = parts.stores, table, parts.start
+        self._stores, self._tables, self._start = parts.stores, tables, parts.start
         self._base = parts.task.base_sha256
         self._saved = self._best_saved = time.perf_counter()
         self._best: float | None = None  # the lowest score of a checkpoint
@@ -93,7 +99,8 @@ class Saving:
             header[name] = store.clients()
             kept = set(store.in_use()) - store.changed
             unchanged |= {f"{name}-{number}" for number in kept}
-        self._table.write(state.t)
+        for table in self._tables:
+            table.write(state.t)
         try:
             parts = self._parts(state)
             self._checkpoint.save(state.t, header, parts, unchanged, score)
@@ -118,7 +125,7 @@ class Saving:
         yield "participation", trees.flatten(state.participation)
         if len(state.sent):
             yield "sent", {"": state.sent}
-        for name in ("aggregation", "adversary"):
+        for name in KEPT:
             if kept := getattr(state, name):
                 yield name, kept
         for name, store in self._stores.items():
@@ -154,9 +161,9 @@ class Saving:
         for name, store in self._stores.items():
             if name in header:
                 store.load(header[name], partial(self._block, name))
-        aggregation, adversary = self._kept("aggregation"), self._kept("adversary")
         server = trees.to(server, device)
-        return State(t, server, participation, sent, aggregation, adversary)
+        kept = [self._kept(name) for name in KEPT]
+        return State(t, server, participation, sent, *kept)
 
     def go_back(self) -> None:
         """Forget the checkpoints after the one that was restored."""

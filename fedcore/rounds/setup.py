@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedcore import engines, privacy, trees
+from fedcore.clock.settings import goal_of
 from fedcore.engines.base import Engine, Work
 from fedcore.messages.secure.sending import Noising, Sending
 from fedcore.messages.secure.terms import settings_digest
@@ -21,8 +22,10 @@ from fedcore.rounds.doors import Receiving
 from fedcore.rounds.noise import distributed_noise, mechanism_of
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
+from fedcore.rounds.schedules import timing_of
 from fedcore.rounds.secret import SecretSums
 from fedcore.rounds.secret_checks import refuse_secret, refuse_telling_skips
+from fedcore.rounds.timing import Timing
 from fedcore.split import split
 from fedcore.statistics import refuse_shared, statistic_names
 from fedcore.storage.faults import writing
@@ -58,6 +61,7 @@ class Parts(NamedTuple):
     memory: StateStore  # rows that the server keeps of single clients
     receiving: Receiving
     canaries: Canaries | None  # planted to measure what the run gives away
+    timing: Timing
 
     @property
     def stores(self) -> dict[str, StateStore]:
@@ -65,7 +69,7 @@ class Parts(NamedTuple):
         stores = {"memory": self.memory}
         if self.engine.states is not None:
             stores["clients"] = self.engine.states
-        return stores
+        return stores | self.timing.stores()
 
 
 def prepare(
@@ -114,6 +118,7 @@ def prepare(
     if advice:
         note(advice)
     spill = partial(_spill, folder, "memory")
+    timing = timing_of(experiment, work, engine, params, partial(_spill, folder))
     return Parts(
         task=task,
         method=method,
@@ -127,6 +132,7 @@ def prepare(
         memory=StateStore(memory_row, ram, spill, task.device),
         receiving=_receiving(experiment, work, process, folder),
         canaries=canaries_of(experiment, work, mechanism),
+        timing=timing,
     )
 
 
@@ -211,8 +217,11 @@ def _note_population(
 
 def _arrival_rates(experiment: Experiment, process: Process) -> Tensor | None:
     """How often each client's update arrives: it takes part, and does not drop out."""
-    if process.rates is None:
-        return None
+    schedule = experiment.schedule
+    is_selective = goal_of(schedule) is not None or experiment.clock.windows is not None
+    is_selective |= getattr(schedule, "deadline_s", None) is not None
+    if process.rates is None or is_selective:
+        return None  # who takes part need not arrive
     return torch.from_numpy(process.rates * (1 - experiment.participation.dropout))
 
 

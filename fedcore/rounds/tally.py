@@ -45,6 +45,9 @@ class Tally:
     reported: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)  # client -> kind of reason
     failed_in: dict[int, str] = field(default_factory=dict)  # client -> function
+    # (client, version that its work started from) -> kind of reason
+    failed_work: dict[tuple[int, int | None], str] = field(default_factory=dict)
+    again: int = 0  # reports of clients beside their first one, of other versions
     reasons: dict[str, str] = field(default_factory=dict)  # kind -> the first in full
     # Clients whose message was longer than the bound on its norm, and those whose
     # number of examples was above the cap.
@@ -65,24 +68,37 @@ class Tally:
     means: dict[str, float] = field(default_factory=dict)  # of scalars in such sums
     # The first exchange of the round that failed, or the first at all.
     exchange: Exchange | None = None
-    # By client function: the clients that sent a message.
-    senders: dict[str, set[int]] = field(default_factory=dict)
+    # By client function and version: the clients that sent a message.
+    senders: dict[tuple[str, int | None], set[int]] = field(default_factory=dict)
 
-    def add(self, fn: ClientFunction, readout: Readout) -> None:
-        """Count the clients that answered to `fn`, or failed in it."""
+    @property
+    def num_reports(self) -> int:
+        """Reports, where a client may have several: of several versions."""
+        return len(self.reported) + self.again
+
+    def add(
+        self, fn: ClientFunction, readout: Readout, version: int | None = None
+    ) -> None:
+        """Count the clients that answered to `fn`, or failed in it.
+
+        `version` is that of the model which they got, where it may be an older one.
+        """
         clients = readout.clients.tolist()
         self.bytes_up += readout.nbytes
         for client, reason in readout.failed.items():
             kind = reason.split(":")[0]
             self.failed[client], self.failed_in[client] = kind, fn.__name__
+            self.failed_work[client, version] = kind
             self.reasons.setdefault(kind, reason)
         if not readout.has_message:  # work without a message is no report
             return
         if not evaluates(fn):
             # Messages that did not arrive may have been read by others.
-            senders = self.senders.setdefault(fn.__name__, set())
+            senders = self.senders.setdefault((fn.__name__, version), set())
             senders.update(clients, readout.failed)
         self.asked.update(clients)
+        if version is not None:
+            self.again += len(self.reported.intersection(clients))
         self.reported.update(clients)
         # A client without examples has no loss, and counts in no median of losses.
         has_examples = readout.num_examples > 0
@@ -91,6 +107,18 @@ class Tally:
             values = column if is_whole else column[has_examples]
             if len(values):
                 self.values.setdefault(name, array("d")).extend(values.tolist())
+
+    def leave_out(self, fn: ClientFunction, reasons: dict[int, str]) -> None:
+        """Count clients whose answers are not waited for.
+
+        They send them all the same, later.
+        """
+        for client, reason in reasons.items():
+            kind = reason.split(":")[0]
+            self.failed[client], self.failed_in[client] = kind, fn.__name__
+            self.reasons.setdefault(kind, reason)
+        senders = self.senders.setdefault((fn.__name__, None), set())
+        senders.update(reasons)
 
     def add_norms(self, norms: dict[str, Tensor]) -> None:
         """Norms of clients' vectors, [n], by name."""
@@ -127,7 +155,9 @@ class Tally:
         Noise has a key of function, round and client: the difference of two messages of
         one key would be bare.
         """
-        again = self.senders.get(fn.__name__, set()).intersection(clients.tolist())
+        again = self.senders.get((fn.__name__, None), set()).intersection(
+            clients.tolist()
+        )
         if again:
             raise RunError(
                 f"noise for privacy: the method asks client {min(again)} for "
@@ -150,7 +180,7 @@ class Tally:
             dropped["server not finite"] += 1
         row: dict[str, Any] = {
             "cohort": len(self.asked),
-            "reports": len(self.reported),
+            "reports": self.num_reports,
             "dropped": dict(dropped),
             "skipped": self.is_skipped,
         }

@@ -1,0 +1,389 @@
+"""Buffered rounds: a server update takes the answers of several versions of the model.
+
+Who works when follows from the clock alone (`fedcore.clock.queue`), before any work is
+computed. So the clients that get a version are computed when it is sent, in one call of
+the engine, and what they bring waits in a store (`Flight`). Where clients keep state
+they are computed when they are back, by version, from a ring of the messages that they
+were sent (`Ring`): a client in flight must not have the state that it will have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcore import trees
+from fedcore.clock.arrivals import Arrival
+from fedcore.clock.queue import Arrived, Item, Update
+from fedcore.clock.settings import Buffered
+from fedcore.clock.staleness import discount
+from fedcore.engines.base import Engine, Work, failure
+from fedcore.method import Method, Round, evaluates
+from fedcore.reports import Mean, Reports
+from fedcore.rounds.participation import Process
+from fedcore.rounds.sources import Sizes, Source
+from fedcore.rounds.tally import Tally
+from fedcore.rounds.timing import SECOND, Asked, Kept, Shapes, Spent, Timing, share
+from fedcore.storage.rows import ROWS, StateStore
+from fedcore.types import ClientFunction, Stateless, Tree
+
+if TYPE_CHECKING:
+    from fedcore.task import Task
+
+LONGEST = 200  # bytes of the reason of a failure that waits
+
+
+class BufferedRounds(Timing):
+    """Server updates of a buffered schedule, in a simulation."""
+
+    is_buffered = True
+
+    def __init__(
+        self, settings: Buffered, source: Source, work: Work, engine: Engine
+    ) -> None:
+        self.settings, self._source = settings, source
+        self._work, self._engine = work, engine
+        self._shapes = Shapes(work)
+        self._last: Kept | None = None
+        self.keeps_last_only = False  # of a client's answers in one buffer
+        self.flight: Flight | None = None
+        self.ring: Ring | None = None
+
+    def stores(self) -> dict[str, StateStore]:
+        if self.ring is not None:
+            return {"ring": self.ring.store}
+        return {} if self.flight is None else {"flight": self.flight.store}
+
+    def cohort(self, process: Process, t: int, state: Tree) -> tuple[Tensor, Tree]:
+        """Nobody: who works is not drawn by the round."""
+        return torch.empty(0, dtype=torch.int64), state
+
+    def begin(self, t: int, kept: Kept) -> None:
+        self._t, self._order = t, int(kept.get("order", 0))
+        self._before, self.is_buffering = int(kept.get("now", 0)), False
+        self._update = Update([], [], self._before)
+        self._fn: ClientFunction | None = None
+        if kept is not self._last:
+            self._source.begin(kept)
+            self._live = _versions(kept)
+
+    def ask(
+        self, fn: ClientFunction, clients: Tensor, down: Tree, absent: frozenset[int]
+    ) -> Asked:
+        if evaluates(fn):
+            return super().ask(fn, clients, down, absent)
+        assert self._fn is None, "a buffered method has one exchange"
+        self._fn = fn
+        self._sizes = Sizes(trees.nbytes(down), self._shapes.nbytes(fn, down, self._t))
+        update = self._source.update(self._t, self._work, fn, self._sizes)
+        if self.keeps_last_only:
+            update = update._replace(arrived=_last_of_each(update.arrived))
+        self._update = update
+        fresh = []
+        for item, outcome in update.arrived:
+            if item.version == self._t and not outcome:
+                fresh.append(item.client)
+        # All that was sent is back, and nothing else: as a synchronous round.
+        is_whole = fresh == update.sent and len(fresh) == len(update.arrived)
+        self.is_buffering = not is_whole
+        members = [arrived.item.client for arrived in update.arrived]
+        sent = torch.tensor(update.sent, dtype=torch.int64)
+        return Asked(sent, members, len(update.sent), {})
+
+    def answers(self, fn: ClientFunction, down: Tree) -> Iterator[Reports]:
+        for item, outcome in self._update.arrived:
+            if outcome:
+                yield failure([item.client], outcome)._replace(version=item.version)
+        arrived = [item for item, outcome in self._update.arrived if not outcome]
+        by_version = []
+        for version, items in groupby(arrived, key=lambda item: item.version):
+            by_version.append((version, list(items)))
+        if self.ring is not None:
+            yield from self._computed_now(self.ring, fn, down, by_version)
+        else:
+            assert self.flight is not None
+            yield from self._computed_before(self.flight, fn, down, by_version)
+
+    def _computed_now(
+        self,
+        ring: Ring,
+        fn: ClientFunction,
+        down: Tree,
+        by_version: Sequence[tuple[int, list[Item]]],
+    ) -> Iterator[Reports]:
+        """What clients with a state bring: computed in the state that they are in."""
+        for version, items in by_version:
+            clients = torch.tensor([item.client for item in items])
+            started = down if version == self._t else ring.get(self._live[version])
+            for reports in self._engine.each(fn, clients, started, version):
+                yield self._of_version(reports, version)
+        free = self._free_in_ring()
+        if any(item.version == self._t for item in self._source.in_flight()):
+            self._live[self._t] = free
+            ring.put(free, down)
+
+    def _free_in_ring(self) -> int:
+        """A place in the ring; those of versions without work in flight are free."""
+        needed = {item.version for item in self._source.in_flight()}
+        for version in [*self._live]:
+            if version not in needed:
+                del self._live[version]
+        taken = set(self._live.values())
+        return next(place for place in range(len(taken) + 1) if place not in taken)
+
+    def _computed_before(
+        self,
+        flight: Flight,
+        fn: ClientFunction,
+        down: Tree,
+        by_version: Sequence[tuple[int, list[Item]]],
+    ) -> Iterator[Reports]:
+        """What clients without state bring: it was computed when they were asked."""
+        fresh: set[int] = set()
+        for version, items in by_version:
+            if version == self._t:
+                fresh = {item.client for item in items}
+                continue
+            for start in range(0, len(items), ROWS):
+                yield from self._waited(flight, version, items[start : start + ROWS])
+        slot_of: dict[int, int] = {}
+        for item in self._source.in_flight():
+            if item.version == self._t:
+                slot_of[item.client] = item.slot
+        sent = torch.tensor(self._update.sent, dtype=torch.int64)
+        if len(sent) == 0:
+            return
+        for reports in self._engine.each(fn, sent, down, self._t):
+            now, later = _divided(reports, fresh)
+            flight.put(later, slot_of)
+            yield self._of_version(now, self._t)
+
+    def _waited(
+        self, flight: Flight, version: int, items: list[Item]
+    ) -> Iterator[Reports]:
+        reports = flight.take([item.slot for item in items])
+        clients = torch.tensor([item.client for item in items])
+        failed = {}
+        for place, reason in reports.failed.items():
+            failed[items[place].client] = reason
+        arrived = reports._replace(clients=clients[reports.clients], failed=failed)
+        yield self._of_version(arrived, version)
+
+    def _of_version(self, reports: Reports, version: int) -> Reports:
+        tau = self._t - version
+        weights = None
+        if tau and self.settings.staleness != "constant":
+            one = discount(self.settings, torch.tensor([tau]))
+            weights = one.expand(len(reports.clients))
+        return reports._replace(version=version, discount=weights)
+
+    def end(self, tally: Tally) -> Spent:
+        update, t = self._update, self._t
+        counted = [item for item, outcome in update.arrived if not outcome]
+        arrivals = self._recorded(tally)
+        wasted = worked = 0
+        for arrival, (item, _) in zip(arrivals, update.arrived, strict=True):
+            worked += item.finish - item.sent
+            if arrival.outcome:
+                wasted += item.finish - item.sent
+        under_way = self._source.in_flight()
+        room = self.settings.concurrency * (update.now - self._before)
+        busy = 0
+        for item in under_way:
+            busy += update.now - max(item.sent, self._before)
+        for item, _ in update.arrived:
+            busy += item.finish - max(item.sent, self._before)
+        row: dict[str, Any] = {
+            "time_s": update.now / SECOND,
+            "idle": share(room - busy, room),
+            "late_share": share(len(arrivals) - len(counted), len(arrivals)),
+            "wasted_share": share(wasted, worked),
+            "in_flight": len(under_way),
+        }
+        if counted:
+            tau = torch.tensor([t - item.version for item in counted])
+            mean, most = float(tau.double().mean()), int(tau.max())
+            row["staleness"] = {"mean": mean, "max": most}
+            row["server_discount"] = float(discount(self.settings, tau).mean())
+        kept = self._source.kept()
+        kept["order"] = torch.tensor(self._order + len(arrivals))
+        live = [[version, place] for version, place in self._live.items()]
+        kept["ring"] = torch.tensor(live, dtype=torch.int64).reshape(-1, 2)
+        self._last = kept
+        return Spent(row, kept, sorted(arrivals, key=lambda row: row.order))
+
+    def _recorded(self, tally: Tally) -> list[Arrival]:
+        """The rows of this update, in the order of `arrived`."""
+        update, rows = self._update, list[Arrival]()
+        if self._fn is None:
+            return rows
+        clients = np.array([item.client for item, _ in update.arrived], dtype=np.int64)
+        steps = self._work.steps(self._fn, clients).tolist() if len(clients) else []
+        times = [(item.finish, item.n) for item, _ in update.arrived]
+        place_of = {time: place for place, time in enumerate(sorted(times))}
+        for (item, outcome), count in zip(update.arrived, steps, strict=True):
+            kind = outcome or tally.failed_work.get((item.client, item.version), "")
+            order = self._order + place_of[item.finish, item.n]
+            arrival = Arrival(
+                self._t + 1,
+                order,
+                item.client,
+                item.version,
+                self._fn.__name__,
+                item.sent,
+                -1 if outcome in ("dropout", "unavailable") else item.finish,
+                kind.split(":")[0],
+                *self._sizes,
+                count,
+                0,
+            )
+            rows.append(arrival)
+        return rows
+
+
+class Flight:
+    """What clients bring that are not back yet, a row for each piece of work."""
+
+    def __init__(self, store: StateStore) -> None:
+        """`store` has rows as `row_of` makes them, by slot."""
+        self.store = store
+
+    @staticmethod
+    def row_of(message: Tree) -> dict[str, Tree]:
+        """An empty row, for messages like this one."""
+        return {
+            "up": trees.zeros_like(message),
+            "num_examples": torch.zeros(()),
+            "reason": torch.zeros(LONGEST, dtype=torch.uint8),
+        }
+
+    def put(self, reports: Reports, slot_of: dict[int, int]) -> None:
+        """Keep these reports, and failures, in the slots of their clients."""
+        n = len(reports.clients)
+        if n:
+            slots = [slot_of[client] for client in reports.clients.tolist()]
+            rows = {
+                "up": reports.up,
+                "num_examples": reports.num_examples,
+                "reason": torch.zeros(n, LONGEST, dtype=torch.uint8),
+            }
+            self.store.put(slots, rows)
+        for client, reason in reports.failed.items():
+            row = dict(self.store.initial)
+            text = reason.encode()[:LONGEST]
+            row["reason"] = torch.zeros(LONGEST, dtype=torch.uint8)
+            row["reason"][: len(text)] = torch.tensor([*text], dtype=torch.uint8)
+            one = trees.map(lambda x: x[None], row)
+            self.store.put([slot_of[client]], one)
+
+    def take(self, slots: list[int]) -> Reports:
+        """The reports in these slots; clients, and failed, are places in `slots`."""
+        rows = self.store.gather(slots)
+        texts = [bytes(row.tolist()) for row in rows["reason"].cpu()]
+        failed = {}
+        for place, text in enumerate(texts):
+            if reason := text.rstrip(b"\0").decode(errors="replace"):
+                failed[place] = reason
+        good = torch.tensor([place not in failed for place in range(len(slots))])
+        there = good.to(rows["num_examples"].device)
+        up, counts = trees.at((rows["up"], rows["num_examples"]), there)
+        return Reports(torch.arange(len(slots))[good], up, counts, failed)
+
+
+class Ring:
+    """The messages of versions from which work is in flight, by place."""
+
+    def __init__(self, store: StateStore) -> None:
+        self.store = store
+
+    def put(self, place: int, down: Tree) -> None:
+        """Keep the message of a version."""
+        self.store.put([place], trees.map(lambda x: x[None], down))
+
+    def get(self, place: int) -> Tree:
+        """The message of a version."""
+        return self.store.get(place)
+
+
+def _versions(kept: Kept) -> dict[int, int]:
+    """Places in the ring by version."""
+    found: dict[int, int] = {}
+    for version, place in kept.get("ring", torch.empty(0, 2)).tolist():
+        found[int(version)] = int(place)
+    return found
+
+
+def _divided(reports: Reports, fresh: set[int]) -> tuple[Reports, Reports]:
+    """(those of clients in `fresh`, the others); failures too."""
+    is_fresh = torch.tensor(
+        [i in fresh for i in reports.clients.tolist()], dtype=torch.bool
+    )
+    halves = []
+    for rows in (is_fresh, ~is_fresh):
+        there = rows.to(reports.num_examples.device)
+        up, counts = reports.up, reports.num_examples
+        if len(rows):
+            up, counts = trees.at((up, counts), there)
+        halves.append(Reports(reports.clients[rows], up, counts))
+    failed_now, failed_later = dict[int, str](), dict[int, str]()
+    for client, reason in reports.failed.items():
+        (failed_now if client in fresh else failed_later)[client] = reason
+    now, later = halves
+    return now._replace(failed=failed_now), later._replace(failed=failed_later)
+
+
+def _last_of_each(arrived: list[Arrived]) -> list[Arrived]:
+    """The same, where a client's last answer takes the place of those before it."""
+    last = {a.item.client: a.item.version for a in arrived if not a.outcome}
+    kept = []
+    for item, outcome in arrived:
+        is_old = not outcome and item.version != last[item.client]
+        kept.append(Arrived(item, "superseded" if is_old else outcome))
+    return kept
+
+
+class _Found(Exception):
+    """The first exchange of a method's round."""
+
+    def __init__(self, fn: ClientFunction, down: Tree) -> None:
+        super().__init__()
+        self.fn, self.down = fn, down
+
+
+class _Probe(Round):
+    """A round whose doors do nothing but say what was asked for."""
+
+    def mean(self, fn: Any, clients: Tensor, down: Tree, *_: Any, **__: Any) -> Mean:
+        raise _Found(fn, down)
+
+    def each(self, fn: Any, clients: Tensor, down: Tree) -> Iterator[Reports]:
+        raise _Found(fn, down)
+
+
+def first_exchange(
+    method: Method[Any], server: Any, task: Task
+) -> tuple[ClientFunction, Tree]:
+    """(the client function of a method's first exchange, the message that it gets)."""
+    nobody = torch.empty(0, dtype=torch.int64)
+    memory = _NoMemory()
+    probe = _Probe(0, nobody, task.population, task, memory, 0)
+    try:
+        method.round(server, probe)
+    except _Found as found:
+        return found.fn, found.down
+    raise TypeError(f"{type(method).__name__} asks no client for anything")
+
+
+class _NoMemory:
+    """The memory of a round that comes to nothing."""
+
+    def gather(self, clients: Tensor) -> Tree:
+        return Stateless()
+
+    def put(self, clients: Tensor, rows: Tree) -> None:
+        pass

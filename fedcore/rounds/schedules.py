@@ -1,0 +1,88 @@
+"""The timing of a run, as its settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedcore import trees
+from fedcore.clock.durations import Durations
+from fedcore.clock.queue import Queue
+from fedcore.clock.settings import Buffered, Replay
+from fedcore.clock.windows import Windows
+from fedcore.engines.base import Engine, Work
+from fedcore.engines.message_shape import message_shape
+from fedcore.rounds.buffer import BufferedRounds, Flight, Ring, first_exchange
+from fedcore.rounds.sources import ClockSource, Source
+from fedcore.rounds.timing import SECOND, ClockedRounds, FieldRounds, Timing
+from fedcore.storage.rows import StateStore
+from fedcore.types import Params
+
+if TYPE_CHECKING:
+    from fedcore.config import Experiment
+
+
+def timing_of(
+    experiment: Experiment,
+    work: Work,
+    engine: Engine,
+    params: Params,
+    spill: Callable[[str], Path],
+) -> Timing:
+    """The timing of a run; `spill(name)` is a directory for rows of that name.
+
+    Raises SettingsError where a file of the clock cannot be used.
+    """
+    clock, schedule = experiment.clock, experiment.schedule
+    if experiment.engine.name == "grid":
+        return FieldRounds(engine)
+    if isinstance(schedule, Replay):
+        raise NotImplementedError
+    windows = Windows.of(clock) if clock.windows is not None else None
+    if isinstance(schedule, Buffered):
+        durations = Durations(clock, work.task.population, experiment.seed)
+        queue = Queue(
+            schedule,
+            work.task.population,
+            experiment.seed,
+            dropout=experiment.participation.dropout,
+            windows=windows,
+        )
+        source = ClockSource(queue, durations, round(clock.server_s * SECOND))
+        slots = schedule.concurrency
+        return buffered(
+            experiment, schedule, source, slots, work, engine, params, spill
+        )
+    if not clock.is_on:
+        return Timing()
+    return ClockedRounds(experiment, work, engine, windows)
+
+
+def buffered(
+    experiment: Experiment,
+    settings: Buffered,
+    source: Source,
+    slots: int,
+    work: Work,
+    engine: Engine,
+    params: Params,
+    spill: Callable[[str], Path],
+) -> BufferedRounds:
+    """Rounds of this source, with room for so many works in flight."""
+    timing = BufferedRounds(settings, source, work, engine)
+    timing.keeps_last_only = experiment.aggregation.rule != "mean"
+    ram = int(experiment.checkpoint.state_ram_gb * 1e9)
+    task, states = work.task, engine.states
+    server = work.method.init_server(trees.to(params, task.device), task.population)
+    fn, down = first_exchange(work.method, server, task)
+    if states is not None and not states.is_stateless:
+        row = trees.zeros_like(down)
+        store = StateStore(row, ram, partial(spill, "ring"), task.device)
+        timing.ring = Ring(store)
+    else:
+        row = Flight.row_of(message_shape(work, fn, down, 0))
+        store = StateStore(row, ram, partial(spill, "flight"), task.device)
+        timing.flight = Flight(store)
+    return timing

@@ -1,0 +1,63 @@
+"""Where the updates of a buffered schedule come from: a clock, or a recorded run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fedcore.clock.durations import Durations
+from fedcore.clock.queue import Item, Queue, Update
+from fedcore.engines.base import Work
+from fedcore.rounds.timing import Kept
+from fedcore.types import ClientFunction
+
+
+class Sizes(NamedTuple):
+    """Bytes of the messages of a piece of work."""
+
+    down: int
+    up: int
+
+
+class Source:
+    """Updates one after another."""
+
+    def begin(self, kept: Kept) -> None:
+        """Go on from what a round has kept."""
+
+    def update(self, t: int, work: Work, fn: ClientFunction, sizes: Sizes) -> Update:
+        """What happens up to server update t + 1."""
+        raise NotImplementedError
+
+    def in_flight(self) -> list[Item]:
+        """Work that is under way after the update, with its slots."""
+        raise NotImplementedError
+
+    def kept(self) -> Kept:
+        """What a checkpoint keeps."""
+        raise NotImplementedError
+
+
+class ClockSource(Source):
+    """A queue on a simulated clock."""
+
+    def __init__(self, queue: Queue, durations: Durations, server_us: int) -> None:
+        self._queue, self._durations, self._server_us = queue, durations, server_us
+
+    def begin(self, kept: Kept) -> None:
+        if "queue" in kept:
+            self._queue.restore(kept)
+
+    def update(self, t: int, work: Work, fn: ClientFunction, sizes: Sizes) -> Update:
+        def durations(clients: np.ndarray) -> np.ndarray:
+            steps = work.steps(fn, clients)
+            return self._durations.of(clients, t, steps, *sizes)
+
+        return self._queue.advance(t, durations, self._server_us)
+
+    def in_flight(self) -> list[Item]:
+        return self._queue.in_flight
+
+    def kept(self) -> Kept:
+        return self._queue.tensors()

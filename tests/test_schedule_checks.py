@@ -12,6 +12,7 @@ from fedcore.clock.settings import Buffered
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
 from fedcore.rounds import refusals
+from fedcore.rounds.loop import run
 from fedcore.rounds.participation import UniformProcess
 from fedcore.rounds.schedule_checks import refuse_schedule
 from tests.helpers import NEEDS, STRATEGIES
@@ -134,6 +135,10 @@ def test_weights_of_a_cohort_are_refused_for_a_buffer(
             'adversary.attack = "backdoor"',
         ),
         ({"min_reports": 3}, "min_reports = 3: a buffer has 2 answers"),
+        (
+            {"aggregation": {"rule": "krum", "byzantine": 1}},
+            'aggregation.rule = "krum" with f = 1 malicious clients needs 5 answers',
+        ),
     ],
 )
 def test_settings_about_cohorts_are_refused_beside_a_buffer(
@@ -165,10 +170,10 @@ def test_more_clients_than_there_are_cannot_work(name: str, reason: str) -> None
 
 
 def test_the_population_that_counts_is_the_tasks() -> None:
-    task = "tests.methods:with_an_empty_client"  # of 11, whatever is asked for
-    schedule = {**BUFFER, "concurrency": 12}
+    task = "tests.methods:with_an_empty_client"  # of 12, whatever is asked for
+    schedule = {**BUFFER, "concurrency": 13}
     experiment = experiment_of(task=task, options={}, schedule=schedule)
-    assert "schedule.concurrency = 12: the population is 11" in refusal(experiment)
+    assert "schedule.concurrency = 13: the population is 12" in refusal(experiment)
 
 
 def test_the_size_of_a_cohort_is_said_not_to_apply() -> None:
@@ -212,7 +217,10 @@ def test_who_drops_out_needs_a_deadline() -> None:
     for schedule in ({}, {"goal": 3}):
         message = refusal(experiment_of(participation=participation, schedule=schedule))
         assert message.startswith("participation.dropout = 0.2 with a clock: ")
-    with_deadline = {"schedule": {"deadline_s": 60.0}, "participation": participation}
+    with_deadline: dict[str, Any] = {
+        "schedule": {"deadline_s": 60.0},
+        "participation": participation,
+    }
     assert checked(experiment_of(**with_deadline)) == []
     assert checked(experiment_of(clock={}, participation=participation)) == []
 
@@ -301,3 +309,36 @@ def test_a_presets_path_to_a_buffer_needs_no_more_than_two_settings(
     assert isinstance(experiment.schedule, Buffered)
     notes = checked(experiment)
     assert [note.split(" ")[0] for note in notes] == ["participation.cohort"]
+
+
+# A whole run
+
+
+def test_a_run_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    experiment = experiment_of("scaffold", schedule=BUFFER, rounds=2)
+    with pytest.raises(SettingsError, match="does not fit scaffold"):
+        run(experiment, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rule_is_about_as_many_answers_as_a_buffer_has(tmp_path: Path) -> None:
+    rule = {"rule": "krum", "byzantine": 1}
+    settings: dict[str, Any] = {"aggregation": rule, "rounds": 2}
+    schedule = {**BUFFER, "buffer": 5}
+    experiment = experiment_of(schedule=schedule, **settings)
+    assert len(run(experiment, tmp_path / "run").history) == 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"schedule.buffer": 3}, {"schedule.deadline_s": 9.0}, {"clock.step_s": 2.0}],
+)
+def test_time_does_not_change_when_a_run_goes_on(
+    changed: dict[str, Any], tmp_path: Path
+) -> None:
+    schedule = {} if "schedule.deadline_s" in changed else BUFFER
+    experiment = experiment_of(schedule=schedule, rounds=2)
+    run(experiment, tmp_path / "run")
+    again = experiment.model_copy(update={"rounds": 3, **changed})
+    with pytest.raises(SettingsError, match=next(iter(changed)).split(".")[0]):
+        run(again, resume=tmp_path / "run")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fedcore.clock.settings import Buffered, Synchronous
 from fedcore.errors import SettingsError
 from fedcore.messages.adversary.settings import AdversarySettings
+from fedcore.messages.aggregation.checks import named
+from fedcore.messages.aggregation.rule import Rule
 from fedcore.rounds.participation import Process, Uniform, UniformProcess
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def refuse_schedule(
     if isinstance(schedule, Buffered):
         refuse_buffered(experiment, method)
         _refuse_sizes(experiment, schedule, task.population)
+        _refuse_rule(experiment, schedule)
         _note_cohort(experiment, schedule, note)
     if isinstance(schedule, Synchronous):
         _refuse_goal(experiment, schedule, process)
@@ -167,6 +170,20 @@ def _refuse_sizes(experiment: Experiment, schedule: Buffered, population: int) -
             f"min_reports = {experiment.min_reports}: a buffer has "
             f"{schedule.buffer} answers (schedule.buffer), so that every server "
             "update would be skipped: set it to at most that"
+        )
+
+
+def _refuse_rule(experiment: Experiment, schedule: Buffered) -> None:
+    """Refuse a buffer with too few answers for the rule that makes one of them."""
+    settings = experiment.aggregation
+    if settings.is_mean:
+        return
+    f = settings.f(schedule.buffer)
+    least = Rule(settings, experiment.seed).least(f)
+    if schedule.buffer < least:
+        raise SettingsError(
+            f"schedule.buffer = {schedule.buffer}: {named(settings)} with f = {f} "
+            f"malicious clients needs {least} answers: raise it, or lower f"
         )
 
 

@@ -43,7 +43,7 @@ class Zipf(_Settings):
     name: Literal["zipf"] = "zipf"
     base: float = Field(gt=0, description="the smallest value")
     a: float = Field(2.0, gt=1, description="exponent: P(Z = k) falls as k^-a")
-    cap: int = Field(1000, ge=1, description="the largest Z")
+    cap: int = Field(1000, ge=1, le=10**6, description="the largest Z")
 
 
 class TwoClass(_Settings):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedcore.clock.durations import Durations
 from fedcore.clock.settings import Buffered
 from fedcore.config import Experiment
 from fedcore.errors import SettingsError
@@ -271,6 +272,34 @@ def test_a_first_round_of_all_clients_is_said_to_miss_the_late_ones() -> None:
     notes = checked(experiment_of("fedamd", schedule={"deadline_s": 50.0}))
     assert len(notes) == 1
     assert "fedamd asks every client in its first round" in notes[0]
+
+
+def test_a_deadline_that_nobody_meets_is_refused() -> None:
+    local = {"steps": 5}
+    checked(experiment_of(local=local, schedule={"deadline_s": 5.0}))
+    message = refusal(experiment_of(local=local, schedule={"deadline_s": 4.9}))
+    assert message == (
+        "schedule.deadline_s = 4.9: 8 of 8 clients need longer than that; the fastest "
+        "needs 5 s, half of them 5 s: raise it"
+    )
+    with_jitter = {**CLOCK, "jitter": 0.1}
+    notes = checked(
+        experiment_of(local=local, schedule={"deadline_s": 4.9}, clock=with_jitter)
+    )
+    assert "8 of 8 clients need longer than that on average, and are seldom" in notes[0]
+
+
+def test_clients_that_a_deadline_silences_are_counted() -> None:
+    clock = {"step_s": {"name": "two_class", "value": 1.0, "share": 0.5}}
+    experiment = experiment_of(
+        clock=clock, local={"steps": 5}, schedule={"deadline_s": 10.0}
+    )
+    everybody = np.arange(8)
+    durations = Durations(experiment.clock, 8, experiment.seed)
+    slow = (durations.expected(everybody, np.full(8, 5), 0, 0) > 10).sum()
+    assert 0 < slow < 8
+    (text,) = checked(experiment)
+    assert f"{slow} of 8 clients need longer than that, and are never heard" in text
 
 
 # Cohorts among those who are there

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from fedcore.clock.durations import Durations
 from fedcore.clock.settings import Buffered, Synchronous
 from fedcore.errors import SettingsError
 from fedcore.messages.adversary.settings import AdversarySettings
@@ -25,6 +28,7 @@ __all__ = ["refuse_buffered", "refuse_schedule"]
 Note = Callable[[str], None]
 
 BUFFERED = 'schedule.name = "buffered"'
+MOST = 100_000  # clients that are looked at, one by one
 CLOCK = "clock.step_s, the seconds of one local step, e.g. --set clock.step_s=0.05"
 
 
@@ -56,6 +60,7 @@ def refuse_schedule(
             _refuse_endless(experiment, schedule)
             _refuse_two_who(experiment, process)
             _note_unheard(experiment, schedule, method, note)
+            _refuse_deadline(experiment, schedule, task, method, note)
 
 
 def _refuse_without_clock(experiment: Experiment) -> None:
@@ -281,3 +286,38 @@ def _note_unheard(
                 f"{name} = {value}: {experiment.method.name} asks every client in its "
                 "first round, and has to do without those who do not answer in time"
             )
+
+
+def _refuse_deadline(
+    experiment: Experiment,
+    schedule: Synchronous,
+    task: Task,
+    method: Method[Any],
+    note: Note,
+) -> None:
+    """Refuse a deadline that no client meets; say who never does.
+
+    Local steps and latency alone: what messages take comes on top. Raises
+    SettingsError for files of the clock that cannot be used, too.
+    """
+    deadline = schedule.deadline_s
+    if deadline is None:
+        return
+    clients = np.arange(min(task.population, MOST))
+    steps = method.passes() * task.data.steps(clients, "train", experiment.local)
+    durations = Durations(experiment.clock, task.population, experiment.seed)
+    needed = durations.expected(clients, steps, 0, 0)
+    late = int((needed > deadline).sum())
+    of_all = f"{late} of {len(clients)} clients need longer than that"
+    if late == len(clients) and experiment.clock.jitter == 0:
+        raise SettingsError(
+            f"schedule.deadline_s = {deadline:g}: {of_all}; the fastest needs "
+            f"{needed.min():.3g} s, half of them {np.median(needed):.3g} s: raise it"
+        )
+    if late:
+        on_average = " on average" if experiment.clock.jitter else ""
+        note(
+            f"schedule.deadline_s = {deadline:g}: {of_all}{on_average}, and are "
+            f"{'seldom' if on_average else 'never'} heard, whatever their weight; half "
+            f"of all need {np.median(needed):.3g} s"
+        )

@@ -28,9 +28,9 @@ class Reports(NamedTuple):
     # s(tau) of each, [n] float64, where answers to older versions of the model weigh
     # less; None where all of them are fresh.
     discount: Tensor | None = None
-    # The version of the model, by its number of server updates, that the work started
-    # from; None: this round's.
-    version: int | None = None
+    # The version of the model, by its number of server updates, that the work of each
+    # client, failed ones too, started from; None: this round's.
+    versions: Mapping[int, int] | None = None
 
     @property
     def metrics(self) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ def _filtered(
     discount = None if report.discount is None else report.discount[good]
     up, num_examples = trees.at((report.up, report.num_examples), rows)
     return (
-        Reports(clients, up, num_examples, failed, discount, report.version),
+        Reports(clients, up, num_examples, failed, discount, report.versions),
         readout._replace(
             clients=clients,
             num_examples=readout.num_examples[good],

@@ -9,7 +9,7 @@ were sent (`Ring`): a client in flight must not have the state that it will have
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class BufferedRounds(Timing):
         self._shapes = Shapes(work)
         self._last: Kept | None = None
         self.keeps_last_only = False  # of a client's answers in one buffer
+        self.piece = ROWS  # reports that are handed on together, at most
         self.flight: Flight | None = None
         self.ring: Ring | None = None
 
@@ -71,6 +72,7 @@ class BufferedRounds(Timing):
         if kept is not self._last:
             self._source.begin(kept)
             self._live = _versions(kept)
+        self._last = None  # until this update has come to its end
 
     def ask(
         self, fn: ClientFunction, clients: Tensor, down: Tree, absent: frozenset[int]
@@ -96,36 +98,32 @@ class BufferedRounds(Timing):
         return Asked(sent, members, len(update.sent), {})
 
     def answers(self, fn: ClientFunction, down: Tree) -> Iterator[Reports]:
+        arrived = []
         for item, outcome in self._update.arrived:
             if outcome:
-                yield failure([item.client], outcome)._replace(version=item.version)
-        arrived = [item for item, outcome in self._update.arrived if not outcome]
-        by_version = []
-        for version, items in groupby(arrived, key=lambda item: item.version):
-            by_version.append((version, list(items)))
+                lost = failure([item.client], outcome)
+                yield lost._replace(versions={item.client: item.version})
+            else:
+                arrived.append(item)
         if self.ring is not None:
-            yield from self._computed_now(self.ring, fn, down, by_version)
+            yield from self._computed_now(self.ring, fn, down, arrived)
         else:
             assert self.flight is not None
-            yield from self._computed_before(self.flight, fn, down, by_version)
+            yield from self._computed_before(self.flight, fn, down, arrived)
 
     def _computed_now(
-        self,
-        ring: Ring,
-        fn: ClientFunction,
-        down: Tree,
-        by_version: Sequence[tuple[int, list[Item]]],
+        self, ring: Ring, fn: ClientFunction, down: Tree, arrived: list[Item]
     ) -> Iterator[Reports]:
         """What clients with a state bring: computed in the state that they are in."""
-        for version, items in by_version:
+        for version, items in groupby(arrived, key=lambda item: item.version):
             clients = torch.tensor([item.client for item in items])
             started = down if version == self._t else ring.get(self._live[version])
             for reports in self._engine.each(fn, clients, started, version):
-                yield self._of_version(reports, version)
-        free = self._free_in_ring()
+                ids = [*reports.clients.tolist(), *reports.failed]
+                yield self._aged(reports, dict.fromkeys(ids, version))
         if any(item.version == self._t for item in self._source.in_flight()):
-            self._live[self._t] = free
-            ring.put(free, down)
+            self._live[self._t] = place = self._free_in_ring()
+            ring.put(place, down)
 
     def _free_in_ring(self) -> int:
         """A place in the ring; those of versions without work in flight are free."""
@@ -137,20 +135,14 @@ class BufferedRounds(Timing):
         return next(place for place in range(len(taken) + 1) if place not in taken)
 
     def _computed_before(
-        self,
-        flight: Flight,
-        fn: ClientFunction,
-        down: Tree,
-        by_version: Sequence[tuple[int, list[Item]]],
+        self, flight: Flight, fn: ClientFunction, down: Tree, arrived: list[Item]
     ) -> Iterator[Reports]:
         """What clients without state bring: it was computed when they were asked."""
-        fresh: set[int] = set()
-        for version, items in by_version:
-            if version == self._t:
-                fresh = {item.client for item in items}
-                continue
-            for start in range(0, len(items), ROWS):
-                yield from self._waited(flight, version, items[start : start + ROWS])
+        waited = [item for item in arrived if item.version < self._t]
+        for items in _pieces(waited, self.piece):
+            reports = flight.take([item.slot for item in items])
+            yield self._aged(reports, {item.client: item.version for item in items})
+        fresh = {item.client for item in arrived if item.version == self._t}
         slot_of: dict[int, int] = {}
         for item in self._source.in_flight():
             if item.version == self._t:
@@ -161,26 +153,16 @@ class BufferedRounds(Timing):
         for reports in self._engine.each(fn, sent, down, self._t):
             now, later = _divided(reports, fresh)
             flight.put(later, slot_of)
-            yield self._of_version(now, self._t)
+            ids = [*now.clients.tolist(), *now.failed]
+            yield self._aged(now, dict.fromkeys(ids, self._t))
 
-    def _waited(
-        self, flight: Flight, version: int, items: list[Item]
-    ) -> Iterator[Reports]:
-        reports = flight.take([item.slot for item in items])
-        clients = torch.tensor([item.client for item in items])
-        failed = {}
-        for place, reason in reports.failed.items():
-            failed[items[place].client] = reason
-        arrived = reports._replace(clients=clients[reports.clients], failed=failed)
-        yield self._of_version(arrived, version)
-
-    def _of_version(self, reports: Reports, version: int) -> Reports:
-        tau = self._t - version
+    def _aged(self, reports: Reports, versions: dict[int, int]) -> Reports:
+        """The reports with their versions, and their weight by age where one is old."""
+        tau = [self._t - versions[client] for client in reports.clients.tolist()]
         weights = None
-        if tau and self.settings.staleness != "constant":
-            one = discount(self.settings, torch.tensor([tau]))
-            weights = one.expand(len(reports.clients))
-        return reports._replace(version=version, discount=weights)
+        if any(tau) and self.settings.staleness != "constant":
+            weights = discount(self.settings, torch.tensor(tau))
+        return reports._replace(versions=versions, discount=weights)
 
     def end(self, tally: Tally) -> Spent:
         update, t = self._update, self._t
@@ -257,6 +239,7 @@ class Flight:
     def row_of(message: Tree) -> dict[str, Tree]:
         """An empty row, for messages like this one."""
         return {
+            "client": torch.tensor(0),
             "up": trees.zeros_like(message),
             "num_examples": torch.zeros(()),
             "reason": torch.zeros(LONGEST, dtype=torch.uint8),
@@ -268,6 +251,7 @@ class Flight:
         if n:
             slots = [slot_of[client] for client in reports.clients.tolist()]
             rows = {
+                "client": reports.clients,
                 "up": reports.up,
                 "num_examples": reports.num_examples,
                 "reason": torch.zeros(n, LONGEST, dtype=torch.uint8),
@@ -278,21 +262,24 @@ class Flight:
             text = reason.encode()[:LONGEST]
             row["reason"] = torch.zeros(LONGEST, dtype=torch.uint8)
             row["reason"][: len(text)] = torch.tensor([*text], dtype=torch.uint8)
+            row["client"] = torch.tensor(client)
             one = trees.map(lambda x: x[None], row)
             self.store.put([slot_of[client]], one)
 
     def take(self, slots: list[int]) -> Reports:
-        """The reports in these slots; clients, and failed, are places in `slots`."""
+        """The reports, and failures, that wait in these slots."""
         rows = self.store.gather(slots)
-        texts = [bytes(row.tolist()) for row in rows["reason"].cpu()]
+        ids, reasons = rows["client"].tolist(), rows["reason"].cpu()
         failed = {}
-        for place, text in enumerate(texts):
-            if reason := text.rstrip(b"\0").decode(errors="replace"):
-                failed[place] = reason
-        good = torch.tensor([place not in failed for place in range(len(slots))])
-        there = good.to(rows["num_examples"].device)
-        up, counts = trees.at((rows["up"], rows["num_examples"]), there)
-        return Reports(torch.arange(len(slots))[good], up, counts, failed)
+        for place in reasons[:, 0].nonzero().flatten().tolist():
+            text = bytes(reasons[place].tolist()).rstrip(b"\0")
+            failed[ids[place]] = text.decode(errors="replace")
+        up, counts, clients = rows["up"], rows["num_examples"], torch.tensor(ids)
+        if failed:
+            good = torch.tensor([client not in failed for client in ids])
+            clients = clients[good]
+            up, counts = trees.at((up, counts), good.to(counts.device))
+        return Reports(clients, up, counts, failed)
 
 
 class Ring:
@@ -316,6 +303,18 @@ def _versions(kept: Kept) -> dict[int, int]:
     for version, place in kept.get("ring", torch.empty(0, 2)).tolist():
         found[int(version)] = int(place)
     return found
+
+
+def _pieces(items: list[Item], size: int) -> Iterator[list[Item]]:
+    """The items in their order, so many at a time at most, and no client twice."""
+    piece: list[Item] = []
+    for item in items:
+        if len(piece) == size or any(item.client == other.client for other in piece):
+            yield piece
+            piece = []
+        piece.append(item)
+    if piece:
+        yield piece
 
 
 def _divided(reports: Reports, fresh: set[int]) -> tuple[Reports, Reports]:

@@ -58,11 +58,11 @@ class ClientTable:
         number: int,
         function: str,
         readout: Readout,
-        version: int | None = None,
+        versions: Mapping[int, int] | None = None,
     ) -> None:
         """The rows of one report, of round `number` (from 1 on).
 
-        `version` is that of the model which they got, where it may be an older one.
+        `versions` of the model that each one got, where they may be older ones.
 
         The work is that of the new rows, however many there are already.
         """
@@ -75,8 +75,8 @@ class ClientTable:
             for name, values in readout.metrics.items():
                 columns[name] = values.double().masked_fill(is_empty, math.nan)
         numbers = {name: values.tolist() for name, values in columns.items()}
-        if version is not None:
-            numbers["version"] = [version] * n
+        if versions is not None:
+            numbers["version"] = [versions[i] for i in readout.clients.tolist()]
         self._extend(number, [function] * n, [""] * n, numbers)
 
     def close_round(self, number: int, tally: Tally) -> None:

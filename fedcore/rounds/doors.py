@@ -279,7 +279,7 @@ class OpenRound(Round):
             self.tally.add_norms(bounded.norms)
             self.tally.clipped.update(bounded.clipped)
             self.desk.captures.add(self.t, fn, down, bounded.reports)
-            self._count(fn, down, readout, usable.version)
+            self._count(fn, down, readout, usable.versions)
             yield bounded.reports
 
     def _attacked(self, call: Call) -> Iterator[Reports]:
@@ -338,7 +338,7 @@ class OpenRound(Round):
         fn: ClientFunction,
         down: Tree,
         readout: Readout,
-        version: int | None = None,
+        versions: Mapping[int, int] | None = None,
     ) -> None:
         desk, tally = self.desk, self.tally
         if not evaluates(fn):
@@ -346,13 +346,13 @@ class OpenRound(Round):
         desk.heard(self.t, readout.failed)
         if tally.hides_scalars:
             readout = readout._replace(metrics={})
-        tally.add(fn, readout, version)
+        tally.add(fn, readout, versions)
         tally.capped.update(
             desk.receiving.bounds.over(readout.clients, readout.num_examples)
         )
         desk.observer.client_done(self.t, len(tally.reported), len(tally.asked))
         if len(readout.clients) and not tally.is_secret:
-            desk.table.add(self.t + 1, fn.__name__, readout, version)
+            desk.table.add(self.t + 1, fn.__name__, readout, versions)
 
     def zero_message(
         self, fn: ClientFunction, down: Tree, news: News | None = None

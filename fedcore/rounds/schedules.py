@@ -73,6 +73,8 @@ def buffered(
     """Rounds of this source, with room for so many works in flight."""
     timing = BufferedRounds(settings, source, work, engine)
     timing.keeps_last_only = experiment.aggregation.rule != "mean"
+    if experiment.engine.name != "vectorised" and (experiment.engine.chunk or 1) == 1:
+        timing.piece = 1  # as the engine hands them on, and a server of devices does
     ram = int(experiment.checkpoint.state_ram_gb * 1e9)
     task, states = work.task, engine.states
     server = work.method.init_server(trees.to(params, task.device), task.population)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -68,8 +68,8 @@ class Tally:
     means: dict[str, float] = field(default_factory=dict)  # of scalars in such sums
     # The first exchange of the round that failed, or the first at all.
     exchange: Exchange | None = None
-    # By client function and version: the clients that sent a message.
-    senders: dict[tuple[str, int | None], set[int]] = field(default_factory=dict)
+    # By client function: the messages of each client.
+    senders: dict[str, Counter[int]] = field(default_factory=dict)
 
     @property
     def num_reports(self) -> int:
@@ -77,27 +77,31 @@ class Tally:
         return len(self.reported) + self.again
 
     def add(
-        self, fn: ClientFunction, readout: Readout, version: int | None = None
+        self,
+        fn: ClientFunction,
+        readout: Readout,
+        versions: Mapping[int, int] | None = None,
     ) -> None:
         """Count the clients that answered to `fn`, or failed in it.
 
-        `version` is that of the model which they got, where it may be an older one.
+        `versions` of the model that each one got, where they may be older ones.
         """
         clients = readout.clients.tolist()
         self.bytes_up += readout.nbytes
         for client, reason in readout.failed.items():
             kind = reason.split(":")[0]
             self.failed[client], self.failed_in[client] = kind, fn.__name__
+            version = None if versions is None else versions[client]
             self.failed_work[client, version] = kind
             self.reasons.setdefault(kind, reason)
         if not readout.has_message:  # work without a message is no report
             return
         if not evaluates(fn):
             # Messages that did not arrive may have been read by others.
-            senders = self.senders.setdefault((fn.__name__, version), set())
-            senders.update(clients, readout.failed)
+            senders = self.senders.setdefault(fn.__name__, Counter())
+            senders.update([*clients, *readout.failed])
         self.asked.update(clients)
-        if version is not None:
+        if versions is not None:
             self.again += len(self.reported.intersection(clients))
         self.reported.update(clients)
         # A client without examples has no loss, and counts in no median of losses.
@@ -117,8 +121,7 @@ class Tally:
             kind = reason.split(":")[0]
             self.failed[client], self.failed_in[client] = kind, fn.__name__
             self.reasons.setdefault(kind, reason)
-        senders = self.senders.setdefault((fn.__name__, None), set())
-        senders.update(reasons)
+        self.senders.setdefault(fn.__name__, Counter()).update([*reasons])
 
     def add_norms(self, norms: dict[str, Tensor]) -> None:
         """Norms of clients' vectors, [n], by name."""
@@ -155,9 +158,8 @@ class Tally:
         Noise has a key of function, round and client: the difference of two messages of
         one key would be bare.
         """
-        again = self.senders.get((fn.__name__, None), set()).intersection(
-            clients.tolist()
-        )
+        senders = self.senders.get(fn.__name__, Counter())
+        again = senders.keys() & set(clients.tolist())
         if again:
             raise RunError(
                 f"noise for privacy: the method asks client {min(again)} for "
@@ -170,7 +172,9 @@ class Tally:
         after = before.clone()
         if len(before):
             for senders in self.senders.values():
-                after[[client for client in senders if 0 <= client < len(before)]] += 1
+                for client, number in senders.items():
+                    if 0 <= client < len(before):
+                        after[client] += number
         return after
 
     def row(self) -> dict[str, Any]:

@@ -67,18 +67,29 @@ class StateStore:
         """Rows stacked, [n, ...], in the order of `clients`."""
         if self.is_stateless:
             return self.initial
-        rows: list[Tree] = []
-        touched: set[int] = set()
-        for client in _ids(clients):
+        places: dict[
+            int, list[int]
+        ] = {}  # of rows, by number of the block; -1: initial
+        inside: dict[int, list[int]] = {}
+        ids = _ids(clients)
+        for place, client in enumerate(ids):
             row = self._pending.get(client, self.row_of.get(client))
-            if row is None:
-                rows.append(self.initial)
-            else:
-                rows.append(trees.at(self.blocks[row // ROWS], row % ROWS))
-                touched.add(row // ROWS)
-        stacked = trees.stack(rows)
-        self.blocks.release(touched)
+            number, at = (-1, 0) if row is None else divmod(row, ROWS)
+            places.setdefault(number, []).append(place)
+            inside.setdefault(number, []).append(at)
+        stacked = trees.map(lambda x: x.new_empty((len(ids), *x.shape)), self.initial)
+        for number, targets in places.items():
+            source, rows = self._one_block, inside[number]
+            if number >= 0:
+                source = self.blocks[number]
+            _copy_rows(stacked, targets, source, rows)
+        self.blocks.release(number for number in places if number >= 0)
         return trees.to(stacked, self._device)
+
+    @property
+    def _one_block(self) -> Tree:
+        """The initial row, as a block of its own."""
+        return trees.map(lambda x: x[None], self.initial)
 
     def put(self, clients: Tensor | list[int], rows: Tree) -> None:
         """New rows, stacked [n, ...], from any device.
@@ -88,18 +99,17 @@ class StateStore:
         if self.is_stateless:
             return
         rows = trees.to(rows, CPU)
-        touched: set[int] = set()
-        for i, client in enumerate(_ids(clients)):
+        places: dict[int, list[int]] = {}  # of new rows, by number of the block
+        inside: dict[int, list[int]] = {}
+        for place, client in enumerate(_ids(clients)):
             if client in self._pending:
                 self._replaced.append(self._pending[client])
             row = self._pending[client] = self._take_free_row()
-            touched.add(row // ROWS)
-            trees.map(
-                lambda block, new, at=row % ROWS, i=i: block[at].copy_(new[i]),
-                self.blocks[row // ROWS],
-                rows,
-            )
-        self.blocks.release(touched)
+            places.setdefault(row // ROWS, []).append(place)
+            inside.setdefault(row // ROWS, []).append(row % ROWS)
+        for number, targets in inside.items():
+            _copy_rows(self.blocks[number], targets, rows, places[number])
+        self.blocks.release(places)
 
     def commit(self) -> None:
         """Keep what was written since the last `commit`."""
@@ -227,6 +237,18 @@ class Blocks:
         for number in numbers:
             for piece in self._maps.get(number, []):
                 piece.madvise(mmap.MADV_DONTNEED)
+
+
+def _copy_rows(to: Tree, targets: list[int], source: Tree, rows: list[int]) -> None:
+    """Copy these rows of `source` over those of `to`; each tensor [n, ...]."""
+    if len(rows) == 1:
+        target, row = targets[0], rows[0]
+        trees.map(lambda x, new: x[target].copy_(new[row]), to, source)
+        return
+    into, of = torch.tensor(targets), torch.tensor(rows)
+    trees.map(
+        lambda x, new: x.index_copy_(0, into, new.index_select(0, of)), to, source
+    )
 
 
 def _zeros(row: Tensor) -> Tensor:

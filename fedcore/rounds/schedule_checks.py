@@ -305,7 +305,9 @@ def _refuse_deadline(
         return
     clients = np.arange(min(task.population, MOST))
     steps = method.passes() * task.data.steps(clients, "train", experiment.local)
-    durations = Durations(experiment.clock, task.population, experiment.seed)
+    durations = Durations(
+        experiment.clock, task.population, experiment.seed, experiment.local.batch_size
+    )
     needed = durations.expected(clients, steps, 0, 0)
     late = int((needed > deadline).sum())
     of_all = f"{late} of {len(clients)} clients need longer than that"

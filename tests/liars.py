@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.config import Experiment
+from fedcore.clock.arrivals import Arrival
 from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
 from fedcore.method import evaluates
@@ -36,6 +37,10 @@ class Lying(Sequential):
     ) -> None:
         super().__init__(work, states)
         self.liars, self.lie, self.in_evaluation = liars, lie, in_evaluation
+
+    def arrivals(self) -> list[Arrival]:
+        """As of an engine whose clients are devices."""
+        return []
 
     def each(
         self, fn: ClientFunction, clients: Tensor, down: Tree, t: int

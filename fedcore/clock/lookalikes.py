@@ -2,7 +2,7 @@
 
 Real traces may not be passed on. Here speeds, bandwidths and latencies are log-normal,
 and clients charge their devices by night, most of them, and now and then by day. The
-numbers are made up; only their shape is that of what was published (a few devices ten
+numbers are made up; only their shape is that of what was published (a few devices many
 times slower than most, and far fewer of them there at noon than at midnight).
 """
 

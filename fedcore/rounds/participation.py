@@ -141,6 +141,18 @@ class UniformProcess(Process):
             draw.choice(self.population, self.size, replace=False, shuffle=False)
         )
 
+    def among(self, t: int, there: np.ndarray) -> np.ndarray:
+        """The cohort of round t from `there`, the ids that are there, ascending.
+
+        All of them where they are no more than a cohort; that of `members` where
+        everybody is there.
+        """
+        if len(there) <= self.size:
+            return there
+        draw = rng(self.seed, "participation", t)
+        places = draw.choice(len(there), self.size, replace=False, shuffle=False)
+        return np.sort(there[places])
+
 
 class _Rates(_Settings):
     """Settings of the processes with a rate p_i for each client."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedcore import privacy
+from fedcore.clock.settings import Buffered
 from fedcore.errors import SettingsError
 from fedcore.local_settings import LocalSettings
 from fedcore.messages.links import LinkSettings
@@ -49,7 +50,11 @@ def participation_process(experiment: Experiment, task: Task) -> Process:
             )
         return task.data.label_counts(classes)
 
-    settings = experiment.participation
+    settings, schedule = experiment.participation, experiment.schedule
+    if isinstance(schedule, Buffered):
+        # Whoever is idle works; rules are about as many answers as a buffer has.
+        size = min(schedule.buffer, task.population)
+        return UniformProcess(task.population, experiment.seed, size)
     if isinstance(settings, Uniform) and (settings.cohort or 0) > task.population:
         raise SettingsError(_too_large_a_cohort(experiment, task))
     process = settings.process(task.population, experiment.seed, label_counts)

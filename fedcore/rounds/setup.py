@@ -22,6 +22,7 @@ from fedcore.rounds.doors import Receiving
 from fedcore.rounds.noise import distributed_noise, mechanism_of
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
+from fedcore.rounds.schedule_checks import refuse_schedule
 from fedcore.rounds.schedules import timing_of
 from fedcore.rounds.secret import SecretSums
 from fedcore.rounds.secret_checks import refuse_secret, refuse_telling_skips
@@ -93,6 +94,7 @@ def prepare(
     method = experiment.build_method()
     refusals.refuse_training(experiment, task, method)
     process = refusals.participation_process(experiment, task)
+    refuse_schedule(experiment, task, method, process, note)
     refusals.refuse_unknown_rates(experiment, method, process)
     mechanism = refusals.noise_mechanism(experiment, method, process)
     if experiment.finetune.epochs:

@@ -68,6 +68,7 @@ def torch_seed(
 
 # Many generators at once: NumPy's own seeding, vectorised over keys.
 
+_FEW = 12  # keys that NumPy itself is faster for
 _PCG = 0x2360ED051FC65DA44385DF649FCCF645  # the multiplier of PCG64 (O'Neill 2014)
 _POOL = 4  # words of NumPy's SeedSequence, whose constants follow (O'Neill, 2015)
 _INIT_A, _MULT_A = 0x43B0D7E5, 0x931E8875
@@ -111,7 +112,15 @@ def uniforms(seed: int, purpose: str, ids: np.ndarray) -> npt.NDArray[np.float64
     >>> few.shape, bool((few[1] == uniforms(7, "clock", np.array([[12]]))).all())
     ((2, 4), True)
     """
-    words = np.stack(_state(_entropy(seed, purpose, ids)), axis=1)
+    _refuse_wide(ids)
+    if len(ids) <= _FEW:
+        state: list[npt.NDArray[np.uint64]] = [np.empty(0, dtype=np.uint64)]
+        for row in ids.tolist():
+            sequence = _sequence(seed, purpose, tuple(row))
+            state.append(sequence.generate_state(4, np.uint64).astype(np.uint64))
+        words = np.concatenate(state).reshape(-1, 4)
+    else:
+        words = np.stack(_state(_entropy(seed, purpose, ids)), axis=1)
     # The middles of 2^52 equal parts: neither 0 nor 1 is among them. With a bit more,
     # the last middle would be rounded to 1.
     middles = (words >> np.uint64(12)).astype(np.float64) + 0.5
@@ -120,17 +129,21 @@ def uniforms(seed: int, purpose: str, ids: np.ndarray) -> npt.NDArray[np.float64
 
 def _entropy(seed: int, purpose: str, ids: np.ndarray) -> list[Words]:
     """The words of the keys (seed, purpose, *row), each uint32 [n]."""
-    if (ids >> 32).any():
-        raise ValueError(
-            "ids of generators are from 0 to 2^32 - 1; "
-            f"found {ids.min()} to {ids.max()}"
-        )
+    _refuse_wide(ids)
     entropy: list[Words] = []
     for word in [*_words(seed), *_words(zlib.crc32(purpose.encode()))]:
         entropy.append(np.full(len(ids), word, dtype=np.uint32))
     for column in ids.T:
         entropy.append(column.astype(np.uint32))
     return entropy
+
+
+def _refuse_wide(ids: np.ndarray) -> None:
+    if (ids >> 32).any():
+        raise ValueError(
+            "ids of generators are from 0 to 2^32 - 1; "
+            f"found {ids.min()} to {ids.max()}"
+        )
 
 
 def _words(n: int) -> list[int]:

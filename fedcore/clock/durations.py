@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from fedcore.clock.devices import Devices
+from fedcore.clock.files import Floats, Ints
 from fedcore.clock.settings import (
     ClockSettings,
     Constant,
@@ -27,12 +28,10 @@ from fedcore.clock.settings import (
     TwoClass,
     Zipf,
 )
+from fedcore.errors import SettingsError
 from fedcore.rng import uniforms
 
 __all__ = ["LONGEST", "Durations"]
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 LONGEST = 10**14
 """Microseconds (three years) that a piece of work takes at most, whatever is drawn: a
@@ -48,25 +47,45 @@ _COLUMNS = {"step_s": 0, "down_mbps": 1, "up_mbps": 2, "latency_s": 3}
 class Durations:
     """Durations of the work of a population's clients.
 
-    Raises SettingsError for a file of devices that cannot be used.
+    The columns of the file `clock.trace` win over the other settings. batch_size:
+    examples of a step, for a file with seconds of an example. Raises SettingsError for
+    a file that cannot be used.
 
     >>> durations = Durations(ClockSettings(step_s=0.5, latency_s=1), 3, seed=0)
     >>> durations.of(np.array([0, 2]), 0, np.array([4, 6]), 0, 0).tolist()
     [4000000, 5000000]
     """
 
-    def __init__(self, settings: ClockSettings, population: int, seed: int) -> None:
+    def __init__(
+        self,
+        settings: ClockSettings,
+        population: int,
+        seed: int,
+        batch_size: int | None = None,
+    ) -> None:
         self._seed, self._jitter = seed, settings.jitter
+        self._devices: Devices | None = None
+        names: set[str] = set()
+        if settings.trace is not None:
+            self._devices = Devices(settings.trace, population, batch_size)
+            names = self._devices.names
+            if settings.step_s is None and "step_s" not in names:
+                raise SettingsError(
+                    f"clock.trace = {settings.trace}: found columns "
+                    f"{', '.join(sorted(names))}, expected step_s or example_s among "
+                    "them; or set clock.step_s"
+                )
         self._drawn: dict[str, _Drawn] = {}
         for name, column in _COLUMNS.items():
             quantity = getattr(settings, name)
-            if quantity is not None:
+            if quantity is not None and name not in names:
                 self._drawn[name] = _Drawn(quantity, column)
+        self._names = names | self._drawn.keys()
 
     @property
     def needs_bytes_up(self) -> bool:
         """Whether the bytes that a client sends matter; where not, 0 will do."""
-        return "up_mbps" in self._drawn
+        return "up_mbps" in self._names
 
     def of(
         self,
@@ -80,13 +99,13 @@ class Durations:
 
         steps [n]: local steps of each; bytes of the messages to and from one client.
         """
-        jitter = np.ones(len(clients))
+        work = np.asarray(steps, dtype=np.float64)
         if self._jitter > 0:
             versions = np.full(len(clients), version)
             keys = np.stack([versions, clients], axis=1)
             draws = uniforms(self._seed, "clock work", keys)
-            jitter = np.exp(self._jitter * _normal(draws[:, 0]))
-        seconds = self._seconds(clients, steps * jitter, bytes_down, bytes_up)
+            work = work * np.exp(self._jitter * _normal(draws[:, 0]))
+        seconds = self._seconds(clients, work, bytes_down, bytes_up)
         microseconds = np.rint(np.minimum(seconds * _SECOND, LONGEST))
         return microseconds.astype(np.int64)
 
@@ -94,8 +113,8 @@ class Durations:
         self, clients: Ints, steps: Ints, bytes_down: int, bytes_up: int
     ) -> Floats:
         """E[d] over versions, in seconds: float64 [n]."""
-        jitter = math.exp(self._jitter**2 / 2)
-        return self._seconds(clients, steps * jitter, bytes_down, bytes_up)
+        work = np.asarray(steps, dtype=np.float64) * math.exp(self._jitter**2 / 2)
+        return self._seconds(clients, work, bytes_down, bytes_up)
 
     def _seconds(
         self, clients: Ints, steps: Floats, bytes_down: int, bytes_up: int
@@ -117,6 +136,9 @@ class Durations:
         else:
             draws = np.empty((len(clients), len(_COLUMNS)))
         found: dict[str, Floats] = {}
+        if self._devices is not None:
+            for name in self._devices.names:
+                found[name] = self._devices.of(name, clients)
         for name, drawn in self._drawn.items():
             found[name] = drawn.of(draws[:, drawn.column])
         return found
@@ -144,12 +166,14 @@ class _Drawn:
         if isinstance(quantity, Constant):
             return np.full(len(uniform), quantity.value)
         if isinstance(quantity, LogNormal):
-            return quantity.median * np.exp(quantity.sigma * _normal(uniform))
+            spread: Floats = np.exp(quantity.sigma * _normal(uniform))
+            return quantity.median * spread
         if isinstance(quantity, TwoClass):
             is_slow = uniform < quantity.share
-            return quantity.value * np.where(is_slow, quantity.factor, 1.0)
+            factor: Floats = np.where(is_slow, quantity.factor, 1.0)
+            return quantity.value * factor
         rank = 1 + np.searchsorted(self._below, uniform)
-        return quantity.base * rank
+        return quantity.base * rank.astype(np.float64)
 
 
 def _normal(uniform: Floats) -> Floats:

@@ -46,7 +46,10 @@ def expected_seconds(
     """
     clients = np.arange(task.population)
     steps = method.passes() * task.data.steps(clients, "train", experiment.local)
-    durations = Durations(experiment.clock, task.population, experiment.seed)
+    batch_size = experiment.local.batch_size
+    durations = Durations(
+        experiment.clock, task.population, experiment.seed, batch_size
+    )
     return durations.expected(clients, steps, 0, 0)
 
 

@@ -40,12 +40,15 @@ def timing_of(
         return FieldRounds(engine)
     if isinstance(schedule, Replay):
         raise NotImplementedError
+    if not clock.is_on:
+        return Timing()
+    population, batch_size = work.task.population, experiment.local.batch_size
+    durations = Durations(clock, population, experiment.seed, batch_size)
     windows = Windows.of(clock) if clock.windows is not None else None
     if isinstance(schedule, Buffered):
-        durations = Durations(clock, work.task.population, experiment.seed)
         queue = Queue(
             schedule,
-            work.task.population,
+            population,
             experiment.seed,
             dropout=experiment.participation.dropout,
             windows=windows,
@@ -55,9 +58,7 @@ def timing_of(
         return buffered(
             experiment, schedule, source, slots, work, engine, params, spill
         )
-    if not clock.is_on:
-        return Timing()
-    return ClockedRounds(experiment, work, engine, windows)
+    return ClockedRounds(experiment, work, engine, durations, windows)
 
 
 def buffered(

@@ -119,12 +119,13 @@ class ClockedRounds(Timing):
         experiment: Experiment,
         work: Work,
         engine: Engine,
+        durations: Durations,
         windows: Windows | None,
     ) -> None:
         clock, schedule = experiment.clock, experiment.schedule
         assert isinstance(schedule, Synchronous)
         self._work, self._engine, self._windows = work, engine, windows
-        self.durations = Durations(clock, work.task.population, experiment.seed)
+        self._durations = durations
         self._deadline = microseconds(schedule.deadline_s)
         self._goal, self._finishes = schedule.goal, clock.stragglers == "finish"
         self._server_us = round(clock.server_s * SECOND)
@@ -166,7 +167,7 @@ class ClockedRounds(Timing):
             trees.nbytes(down),
             self._shapes.nbytes(fn, down, self._t),
         )
-        works = self.durations.of(ids, self._t, steps, bytes_down, bytes_up)
+        works = self._durations.of(ids, self._t, steps, bytes_down, bytes_up)
         waits = np.zeros_like(works)
         for place, client in enumerate(ids.tolist()):
             if client in self._busy:

@@ -53,7 +53,7 @@ def oldest_in_flight(state: State) -> int:
     versions = []
     if "queue" in state.timing:
         versions = state.timing["queue"][:, 3].tolist()
-    return min([*versions, state.t])
+    return int(min([*versions, state.t]))
 
 
 class Saving:

@@ -20,6 +20,7 @@ __all__ = ["DEVICE_COLUMNS", "Devices"]
 
 DEVICE_COLUMNS = ("client", "step_s", "example_s", "down_mbps", "up_mbps", "latency_s")
 _SETTING = "clock.trace"
+_LEAST, _MOST = 1e-9, 1e9  # as in the settings: no product of such numbers overflows
 
 
 class Devices:
@@ -33,13 +34,12 @@ class Devices:
     def __init__(self, file: Path, population: int, batch_size: int | None) -> None:
         columns = read_numbers(_SETTING, file, DEVICE_COLUMNS)
         for name, values in columns.items():
-            if name == "latency_s":
-                is_good, expected = values >= 0, "seconds, 0 or above"
-            elif name != "client":
-                is_good, expected = values > 0, "a number above 0"
-            else:
-                continue
-            refuse_values(_SETTING, file, name, values, is_good, expected)
+            if name != "client":
+                least = 0 if name == "latency_s" else _LEAST
+                is_good = (values >= least) & (values <= _MOST)
+                expected = f"{_MOST:g} at most, and "
+                expected += "0 or above" if least == 0 else f"above 0 ({least:g})"
+                refuse_values(_SETTING, file, name, values, is_good, expected)
         self._columns = columns
         self._row_of: Ints | None = None
         if "client" in columns:

@@ -74,30 +74,39 @@ def exchange(
     has_reported = np.zeros(len(clients), bool)
     has_reported[first] = True
     work = np.minimum(durations, time)
-    late: dict[int, str] = {}
-    busy: dict[int, int] = {}
-    for place in np.flatnonzero(~has_reported).tolist():
-        client, duration = int(clients[place]), int(durations[place])
-        if client in lost:
-            late[client] = UNAVAILABLE
-        elif client not in silent:
-            late[client] = _reason(duration, deadline)
-        if finishes and duration > time:
-            busy[client] = duration - time
+    left = np.flatnonzero(~has_reported)
+    late, busy = _left_out(clients[left], durations[left], time, deadline, silent, lost)
     return Exchange(
         reported=np.sort(clients[first]).astype(np.int64),
         late=late,
         time=time,
         worked=int(work.sum()),
         wasted=int(work[~has_reported].sum()),
-        busy=busy,
+        busy=busy if finishes else {},
     )
 
 
-def _reason(duration: int, deadline: int | None) -> str:
-    if deadline is not None and duration > deadline:
-        return too_late(deadline / _SECOND)
-    return NOT_NEEDED
+def _left_out(
+    clients: np.ndarray,
+    durations: np.ndarray,
+    time: int,
+    deadline: int | None,
+    silent: frozenset[int],
+    lost: frozenset[int],
+) -> tuple[dict[int, str], dict[int, int]]:
+    """(reasons of the late, time after `time` that each works on) of the others."""
+    after_deadline = NOT_NEEDED if deadline is None else too_late(deadline / _SECOND)
+    late: dict[int, str] = {}
+    busy: dict[int, int] = {}
+    for client, duration in zip(clients.tolist(), durations.tolist(), strict=True):
+        if client in lost:
+            late[client] = UNAVAILABLE
+        elif client not in silent:
+            is_over = deadline is not None and duration > deadline
+            late[client] = after_deadline if is_over else NOT_NEEDED
+        if duration > time:
+            busy[client] = duration - time
+    return late, busy
 
 
 def too_late(seconds: float) -> str:

@@ -5,6 +5,7 @@ Nothing in a file is ever run: a pickle, which could run anything, is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,16 +36,16 @@ _HOW = {".csv": "CSV", ".parquet": "Parquet"}
 def read_numbers(setting: str, file: Path, columns: Sequence[str]) -> dict[str, Floats]:
     """The columns of a file that are there, by name: finite numbers, float64 [rows].
 
-    The first row is row 1; that of the names, in CSV, is not counted. `setting` is the
-    name under which the user gave the file. Raises SettingsError for a file that is no
-    such table, for columns other than `columns`, and for the first row with anything
-    but numbers.
+    The first row is row 1; empty lines, and that of the names, are not counted.
+    `setting` is the name under which the user gave the file. Raises SettingsError for a
+    file that is no such table, for columns other than `columns`, and for the first row
+    with anything but numbers.
     """
     kind = _HOW.get(file.suffix.lower())
     if kind is None:
         raise SettingsError(
             f"{setting} = {file}: found a file named *{file.suffix}, expected *.csv or "
-            "*.parquet; convert it, and see docs/time.md for how (a pickle is never "
+            "*.parquet; convert it, as docs/device-traces.md does (a pickle is never "
             "read: it can run any code)"
         )
     if not file.is_file():
@@ -53,6 +54,8 @@ def read_numbers(setting: str, file: Path, columns: Sequence[str]) -> dict[str, 
         table = _parquet(file) if kind == "Parquet" else _csv(file)
     except Exception as error:  # damaged bytes bring about whatever pyarrow raises
         reason = str(error).strip().partition("\n")[0]
+        # Arrow counts the line of the names as a row.
+        reason = re.sub(r"Row #(\d+)", lambda row: f"row {int(row[1]) - 1}", reason)
         raise SettingsError(
             f"{setting} = {file}: {reason}; expected {kind} with columns out of "
             f"{', '.join(columns)}"
@@ -103,7 +106,8 @@ def _refuse_names(
         if name not in columns:
             raise SettingsError(
                 f'{setting} = {file}: found a column "{name}", expected columns out of '
-                f"{', '.join(columns)}; rename it or take it out"
+                f"{', '.join(columns)}, named in the first line; rename it or take it "
+                "out"
             )
         if names.count(name) > 1:
             raise SettingsError(

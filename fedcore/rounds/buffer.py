@@ -179,7 +179,7 @@ class BufferedRounds(Timing):
         for item in under_way:
             busy += update.now - max(item.sent, self._before)
         for item, _ in update.arrived:
-            busy += item.finish - max(item.sent, self._before)
+            busy += max(item.finish - max(item.sent, self._before), 0)
         row: dict[str, Any] = {
             "time_s": update.now / SECOND,
             "idle": share(room - busy, room),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.config import Experiment
 from fedcore.clock.arrivals import Arrival
+from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
 from fedcore.method import evaluates

@@ -20,7 +20,7 @@ from fedcore.config import Experiment
 from fedcore.data.federated import Examples, FederatedData
 from fedcore.rounds.loop import run
 from fedcore.task import Task
-from tests.helpers import NEEDS, loop_of, small
+from tests.helpers import loop_of, small
 
 SIZES = (2, 3, 7)  # examples, local steps, and seconds, of each client
 CENTRES = (1.0, -2.0, 4.0)  # c_i of its objective (x - c_i)^2 / 2
@@ -270,9 +270,7 @@ def test_where_all_are_equally_fast_a_buffer_is_a_round(
         "local": {"batch_size": 4, "steps": 2},
         "rounds": 4,
         "engine": {"name": "sequential"},
-        **NEEDS.get(name, {}),
     }
-    settings.pop("method", None)
     plain = run(small(name, **settings), tmp_path / "plain")
     settings["clock"] = {"step_s": 1.0}
     settings["schedule"] = {"name": "buffered", "buffer": 4, "concurrency": 4}
@@ -292,9 +290,7 @@ def test_personal_parts_follow_the_clients_own_last_work(
         "clock": {"step_s": {"name": "lognormal", "median": 1.0}},
         "schedule": {"name": "buffered", "buffer": 2, "concurrency": 6},
         "engine": {"name": "sequential"},
-        **NEEDS.get(name, {}),
     }
-    settings.pop("method", None)
     made = loop_of(small(name, **settings), tmp_path)
     heard: set[int] = set()
     for _ in range(5):

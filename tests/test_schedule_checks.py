@@ -14,7 +14,7 @@ from fedcore.config import Experiment
 from fedcore.errors import SettingsError
 from fedcore.rounds import refusals
 from fedcore.rounds.loop import run
-from fedcore.rounds.participation import UniformProcess
+from fedcore.rounds.participation import Tiers, UniformProcess
 from fedcore.rounds.schedule_checks import refuse_schedule
 from tests.helpers import NEEDS, STRATEGIES
 
@@ -338,6 +338,52 @@ def test_a_presets_path_to_a_buffer_needs_no_more_than_two_settings(
     assert isinstance(experiment.schedule, Buffered)
     notes = checked(experiment)
     assert [note.split(" ")[0] for note in notes] == ["participation.cohort"]
+
+
+# Tiers
+
+
+def test_tiers_are_clients_of_like_speed() -> None:
+    seconds = np.random.default_rng(0).lognormal(size=53)
+    process = Tiers(tiers=5, cohort=6).of_speeds(seconds, seed=2)
+    by_speed = np.argsort(seconds)
+    tier_of = np.empty(53, dtype=np.int64)
+    for number, tier in enumerate(np.array_split(by_speed, 5)):
+        tier_of[tier] = number
+    counts, tiers = np.zeros(53), np.zeros(5)
+    for t in range(4000):
+        cohort = process.members(t)
+        assert len(cohort) == process.largest == 6
+        assert bool((np.diff(cohort) > 0).all())
+        assert len({*tier_of[cohort].tolist()}) == 1
+        counts[cohort] += 1
+        tiers[tier_of[cohort[0]]] += 1
+    assert np.abs(tiers - 800).max() < 120  # deviation 25
+    assert process.rates is not None
+    # Clients of a tier come together with it, and again each by itself.
+    assert np.abs(counts / 4000 - process.rates).max() < 0.03
+
+
+def test_rounds_of_tiers_wait_less(tmp_path: Path) -> None:
+    clock = {"step_s": {"name": "lognormal", "median": 1.0, "sigma": 1.5}}
+    passed = []
+    for name in ("uniform", "tiers"):
+        participation = {"name": name, "cohort": 4}
+        experiment = experiment_of(
+            clock=clock, participation=participation, population=40, rounds=20
+        )
+        passed.append(run(experiment, tmp_path / name).history[-1]["time_s"])
+    assert passed[1] < 0.7 * passed[0]
+
+
+def test_tiers_need_a_clock_and_enough_clients() -> None:
+    participation = {"name": "tiers", "tiers": 4, "cohort": 2}
+    assert checked(experiment_of(participation=participation)) == []
+    for settings in ({"clock": {}}, {"engine": {"name": "grid"}}):
+        message = refusal(experiment_of(participation=participation, **settings))
+        assert message.startswith('participation.name = "tiers" sorts clients by ')
+    message = refusal(experiment_of(participation={**participation, "cohort": 3}))
+    assert "8 clients in 4 tiers are 2 in the smallest" in message
 
 
 # A whole run

@@ -103,11 +103,11 @@ class Queue:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps between two updates, int64."""
-        queue = torch.tensor(self.in_flight, dtype=torch.int64).reshape(-1, 6)
+        rows = np.array(self.in_flight, dtype=np.int64).reshape(-1, 6)
         return {
             "now": torch.tensor(self.now),
             "n": torch.tensor(self._n),
-            "queue": queue,
+            "queue": torch.from_numpy(rows),
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

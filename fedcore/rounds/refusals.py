@@ -19,7 +19,8 @@ from fedcore.local_settings import LocalSettings
 from fedcore.messages.links import LinkSettings
 from fedcore.method import TRAINING
 from fedcore.rounds import example_privacy
-from fedcore.rounds.participation import Process, Uniform, UniformProcess
+from fedcore.rounds.participation import Process, Tiers, Uniform, UniformProcess
+from fedcore.rounds.schedule_checks import expected_seconds, has_clock
 from fedcore.statistics import statistic_names
 
 if TYPE_CHECKING:
@@ -57,7 +58,11 @@ def participation_process(experiment: Experiment, task: Task) -> Process:
         return UniformProcess(task.population, experiment.seed, size)
     if isinstance(settings, Uniform) and (settings.cohort or 0) > task.population:
         raise SettingsError(_too_large_a_cohort(experiment, task))
-    process = settings.process(task.population, experiment.seed, label_counts)
+    if isinstance(settings, Tiers) and has_clock(experiment):
+        seconds = expected_seconds(experiment, task, experiment.build_method())
+        process = settings.of_speeds(seconds, experiment.seed)
+    else:
+        process = settings.process(task.population, experiment.seed, label_counts)
     process.check(experiment.rounds)
     if isinstance(process, UniformProcess) and process.size < experiment.min_reports:
         raise SettingsError(

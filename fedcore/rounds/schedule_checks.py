@@ -28,8 +28,29 @@ __all__ = ["refuse_buffered", "refuse_schedule"]
 Note = Callable[[str], None]
 
 BUFFERED = 'schedule.name = "buffered"'
-MOST = 100_000  # clients that are looked at, one by one
 CLOCK = "clock.step_s, the seconds of one local step, e.g. --set clock.step_s=0.05"
+
+
+def has_clock(experiment: Experiment) -> bool:
+    """Whether the run's time is simulated: devices take the time that they take."""
+    return experiment.clock.is_on and experiment.engine.name != "grid"
+
+
+def expected_seconds(
+    experiment: Experiment, task: Task, method: Method[Any]
+) -> np.ndarray:
+    """Seconds that local steps and latency are expected to take, [population].
+
+    What messages take comes on top. Raises SettingsError for files of the clock that
+    cannot be used.
+    """
+    clients = np.arange(task.population)
+    steps = method.passes() * task.data.steps(clients, "train", experiment.local)
+    batch_size = experiment.local.batch_size
+    durations = Durations(
+        experiment.clock, task.population, experiment.seed, batch_size
+    )
+    return durations.expected(clients, steps, 0, 0)
 
 
 def refuse_schedule(
@@ -56,7 +77,7 @@ def refuse_schedule(
     if isinstance(schedule, Synchronous):
         _refuse_goal(experiment, schedule, process)
         _refuse_rates(experiment, schedule, method)
-        if not is_grid and experiment.clock.is_on:
+        if has_clock(experiment):
             _refuse_endless(experiment, schedule)
             _refuse_two_who(experiment, process)
             _note_unheard(experiment, schedule, method, note)
@@ -295,23 +316,14 @@ def _refuse_deadline(
     method: Method[Any],
     note: Note,
 ) -> None:
-    """Refuse a deadline that no client meets; say who never does.
-
-    Local steps and latency alone: what messages take comes on top. Raises
-    SettingsError for files of the clock that cannot be used, too.
-    """
+    """Refuse a deadline that no client meets; say how many never do."""
     deadline = schedule.deadline_s
     if deadline is None:
         return
-    clients = np.arange(min(task.population, MOST))
-    steps = method.passes() * task.data.steps(clients, "train", experiment.local)
-    durations = Durations(
-        experiment.clock, task.population, experiment.seed, experiment.local.batch_size
-    )
-    needed = durations.expected(clients, steps, 0, 0)
+    needed = expected_seconds(experiment, task, method)
     late = int((needed > deadline).sum())
-    of_all = f"{late} of {len(clients)} clients need longer than that"
-    if late == len(clients) and experiment.clock.jitter == 0:
+    of_all = f"{late} of {len(needed)} clients need longer than that"
+    if late == len(needed) and experiment.clock.jitter == 0:
         raise SettingsError(
             f"schedule.deadline_s = {deadline:g}: {of_all}; the fastest needs "
             f"{needed.min():.3g} s, half of them {np.median(needed):.3g} s: raise it"

@@ -298,7 +298,7 @@ class Loop:
             row["first_round_s"] = round(now - self.begin, 3)
         if problem is None and isinstance(r, PlantedRound):
             row |= r.row(self.state.server.params, server.params)
-        row |= self._evaluation.due(after, self.folder)
+        row |= self._evaluation.due(self.state, after, self.folder)
         if self.canaries is not None:
             row |= canary_bound.measured_in([*self.history.rows, row], self.notes.once)
         # Last, so that a stop within the evaluation leaves the whole round undone. A

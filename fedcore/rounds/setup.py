@@ -92,10 +92,7 @@ def prepare(
         task.to(engines.task_device(experiment.engine))
     task.check()
     method = experiment.build_method()
-    refusals.refuse_training(experiment, task, method)
-    process = refusals.participation_process(experiment, task)
-    refuse_schedule(experiment, task, method, process, note)
-    refusals.refuse_unknown_rates(experiment, method, process)
+    process = _process(experiment, task, method, note)
     mechanism = refusals.noise_mechanism(experiment, method, process)
     if experiment.finetune.epochs:
         # Refused now, not after the last round.
@@ -136,6 +133,20 @@ def prepare(
         canaries=canaries_of(experiment, work, mechanism),
         timing=timing,
     )
+
+
+def _process(
+    experiment: Experiment,
+    task: Task,
+    method: Method[Any],
+    note: Callable[[str], None],
+) -> Process:
+    """The participation process. Raises SettingsError where no round would go well."""
+    refusals.refuse_training(experiment, task, method)
+    process = refusals.participation_process(experiment, task)
+    refuse_schedule(experiment, task, method, process, note)
+    refusals.refuse_unknown_rates(experiment, method, process)
+    return process
 
 
 def _with_noise(

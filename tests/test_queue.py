@@ -311,9 +311,11 @@ def test_what_is_too_old_is_not_counted() -> None:
 # Windows
 
 
-def windows_of(*rows: tuple[int, int, int], period: int, pauses: bool = False) -> Any:
-    columns = [np.array(column) for column in zip(*rows, strict=True)]
-    return Windows(*columns, period, pauses=pauses)
+def windows_of(
+    *rows: tuple[int, int, int], period: int, pauses: bool = False
+) -> Windows:
+    kinds, starts, ends = np.array(rows).T
+    return Windows(kinds, starts, ends, period, pauses=pauses)
 
 
 def test_work_is_given_to_those_who_are_there() -> None:
@@ -408,7 +410,9 @@ def test_durations_of_clients_do_not_know_of_buffers_and_populations() -> None:
         queue = Queue(schedule, population, seed=4)
         for t in range(25):
 
-            def work(clients: np.ndarray, t: int = t, durations: Any = durations) -> Any:
+            def work(
+                clients: np.ndarray, t: int = t, durations: Any = durations
+            ) -> Any:
                 return durations.of(clients, t, np.full(len(clients), 3), 0, 0)
 
             for item, _ in queue.advance(t, work).arrived:

@@ -155,8 +155,8 @@ def windows_of(week: list[list[bool]], pauses: bool) -> Windows:
         for time, is_there in enumerate(own):
             if is_there:
                 rows.append((kind, time, time + 1))
-    columns = [np.array(column) for column in zip(*rows, strict=True)]
-    return Windows(*columns, len(week[0]), pauses=pauses)
+    kinds, starts, ends = np.array(rows).T
+    return Windows(kinds, starts, ends, len(week[0]), pauses=pauses)
 
 
 @settings(derandomize=True, max_examples=150)
@@ -204,7 +204,8 @@ def test_the_queue_is_the_simple_one(
         def work(clients: np.ndarray, t: int = t, seen: Any = given_to) -> np.ndarray:
             assert clients.tolist() == sorted(clients.tolist())
             seen += clients.tolist()
-            return np.array(table[t])[clients]
+            durations: np.ndarray = np.array(table[t])[clients]
+            return durations
 
         update = queue.advance(t, work, server)
         sent, done, now = simple.update(t)

@@ -31,7 +31,8 @@ def run(queue: Queue, number: int, scale: np.ndarray, spread: str) -> list[Updat
             factor = draw.exponential(1.0, n)
         if spread == "lognormal":
             factor = draw.lognormal(-0.5, 1.0, n)
-        return np.rint(SECOND * scale[clients] * factor).astype(np.int64) + 1
+        durations: np.ndarray = np.rint(SECOND * scale[clients] * factor)
+        return durations.astype(np.int64) + 1
 
     return [queue.advance(t, work) for t in range(number)]
 

@@ -51,7 +51,9 @@ def test_weights_are_1_when_fresh_and_never_grow(
     name: str, a: float, b: int, tau: list[int]
 ) -> None:
     ages = torch.tensor([0, *sorted(tau)])
-    weights = discount(Buffered.model_validate({"staleness": name, "a": a, "b": b}), ages)
+    weights = discount(
+        Buffered.model_validate({"staleness": name, "a": a, "b": b}), ages
+    )
     assert weights.dtype == torch.float64
     assert weights[0] == 1
     assert bool((weights[1:] <= weights[:-1]).all())

@@ -106,7 +106,7 @@ class EvaluationSettings(_Section):
     )
     every_s: float | None = Field(
         None,
-        gt=0,
+        ge=1e-6,
         description="simulated seconds between evaluations, instead of `every`: the "
         "first round that ends at or after each multiple of it",
     )

@@ -20,6 +20,7 @@ __all__ = [
     "seed_of",
     "streams",
     "torch_seed",
+    "uniforms",
 ]
 
 Words = npt.NDArray[np.uint32]
@@ -67,6 +68,7 @@ def torch_seed(
 
 # Many generators at once: NumPy's own seeding, vectorised over keys.
 
+_FEW = 12  # keys that NumPy itself is faster for
 _PCG = 0x2360ED051FC65DA44385DF649FCCF645  # the multiplier of PCG64 (O'Neill 2014)
 _POOL = 4  # words of NumPy's SeedSequence, whose constants follow (O'Neill, 2015)
 _INIT_A, _MULT_A = 0x43B0D7E5, 0x931E8875
@@ -82,17 +84,7 @@ def streams(seed: int, purpose: str, ids: np.ndarray) -> Iterator[np.random.Gene
     A generator is good until the next one is asked for. Raises ValueError for ids that
     are negative, or have more than 32 bits.
     """
-    if (ids >> 32).any():
-        raise ValueError(
-            "ids of generators are from 0 to 2^32 - 1; "
-            f"found {ids.min()} to {ids.max()}"
-        )
-    entropy: list[Words] = []
-    for word in [*_words(seed), *_words(zlib.crc32(purpose.encode()))]:
-        entropy.append(np.full(len(ids), word, dtype=np.uint32))
-    for column in ids.T:
-        entropy.append(column.astype(np.uint32))
-    state = _state(entropy)
+    state = _state(_entropy(seed, purpose, ids))
     bits = np.random.PCG64()
     generator = np.random.Generator(bits)
     for a, b, c, d in zip(*(word.tolist() for word in state), strict=True):
@@ -106,6 +98,52 @@ def streams(seed: int, purpose: str, ids: np.ndarray) -> Iterator[np.random.Gene
             "uinteger": 0,
         }
         yield generator
+
+
+def uniforms(seed: int, purpose: str, ids: np.ndarray) -> npt.NDArray[np.float64]:
+    """Four uniform numbers in (0, 1) for each row of `ids` [n, k]: float64 [n, 4].
+
+    A row of them is a function of (seed, purpose, *row) and of nothing else; one number
+    of a key cannot be told from chance by the others. They are made from the words that
+    would seed `rng(seed, purpose, *row)`: use another purpose for each of the two.
+    Raises ValueError for ids that are negative, or have more than 32 bits.
+
+    >>> few = uniforms(7, "clock", np.array([[3], [12]]))
+    >>> few.shape, bool((few[1] == uniforms(7, "clock", np.array([[12]]))).all())
+    ((2, 4), True)
+    """
+    _refuse_wide(ids)
+    if len(ids) <= _FEW:
+        state: list[npt.NDArray[np.uint64]] = [np.empty(0, dtype=np.uint64)]
+        for row in ids.tolist():
+            sequence = _sequence(seed, purpose, tuple(row))
+            state.append(sequence.generate_state(4, np.uint64).astype(np.uint64))
+        words = np.concatenate(state).reshape(-1, 4)
+    else:
+        words = np.stack(_state(_entropy(seed, purpose, ids)), axis=1)
+    # The middles of 2^52 equal parts: neither 0 nor 1 is among them. With a bit more,
+    # the last middle would be rounded to 1.
+    middles = (words >> np.uint64(12)).astype(np.float64) + 0.5
+    return middles * 2.0**-52
+
+
+def _entropy(seed: int, purpose: str, ids: np.ndarray) -> list[Words]:
+    """The words of the keys (seed, purpose, *row), each uint32 [n]."""
+    _refuse_wide(ids)
+    entropy: list[Words] = []
+    for word in [*_words(seed), *_words(zlib.crc32(purpose.encode()))]:
+        entropy.append(np.full(len(ids), word, dtype=np.uint32))
+    for column in ids.T:
+        entropy.append(column.astype(np.uint32))
+    return entropy
+
+
+def _refuse_wide(ids: np.ndarray) -> None:
+    if (ids >> 32).any():
+        raise ValueError(
+            "ids of generators are from 0 to 2^32 - 1; "
+            f"found {ids.min()} to {ids.max()}"
+        )
 
 
 def _words(n: int) -> list[int]:

@@ -112,6 +112,11 @@ class ADMM(Method[Settings]):
         return self.s.solver == "exact"
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered":
+            return (
+                "a client's z follows every model that it hears of, and a step from "
+                "an older one than the server's is another algorithm"
+            )
         if setting in TRAINING and self.s.solver == "exact":
             return 'method.solver = "exact" takes no local steps'
         if setting == "secure" and self.s.solver == "exact":

@@ -119,6 +119,11 @@ class CLU(Method[Settings]):
         return self.s.solver == "exact"
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered":
+            return (
+                "clients that are not asked work on in every round, which a server "
+                "update is not"
+            )
         if setting in TRAINING and self.s.solver == "exact":
             return 'method.solver = "exact" takes no local steps'
         if setting == "secure" and self.s.solver == "exact":

@@ -37,6 +37,8 @@ class Settings(MethodSettings):
 
 
 class Ditto(Method[Settings]):
+    buffered = True
+
     def init_client(self, params: Params) -> Own:
         return Own.start(params)
 

@@ -211,6 +211,11 @@ class DPFedAvg(Method[Settings]):
         return float((z**-2 - (2 * self._bit_noise(expected)) ** -2) ** -0.5)
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered":
+            return (
+                "its accountant assumes that a client joins a round by a coin of its "
+                "own, and who comes into a buffer depends on who is fast"
+            )
         if setting == "distributed":
             return (
                 "its server adds noise already: take fedavg with method.weighting = "

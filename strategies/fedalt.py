@@ -67,6 +67,8 @@ class Settings(PersonalSettings):
 
 
 class FedAlt(Partial[Settings]):
+    buffered = True
+
     def refuses(self, setting: Setting) -> str | None:
         if setting == "moments":
             return "it trains u and v one after the other"

@@ -96,6 +96,11 @@ class FedAMD(Method[Settings]):
         return True
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered":
+            return (
+                "a round is two exchanges: gradients of anchors, and then the work of "
+                "miners that start from them"
+            )
         if setting in TRAINING:
             return "its steps are a recursion of gradients of its own"
         return super().refuses(setting)

@@ -66,6 +66,8 @@ class FedAU(Method[Settings]):
         return Up(trees.sub_(y, down.params), loss), state
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered":
+            return "its weights count the rounds between two answers of a client"
         if setting == "secure" and self.s.cutoff is None:
             return (
                 "without method.cutoff nothing bounds the weight of a client: set it, "

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import Method, MethodSettings, Round, Setting, on_client
 from fedcore.reports import by_examples, equally
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless
@@ -48,6 +48,8 @@ class Up(NamedTuple):
 
 
 class FedAvg(Method[Settings]):
+    buffered = True
+
     @on_client
     def train(
         self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches
@@ -55,6 +57,15 @@ class FedAvg(Method[Settings]):
         # ClientUpdate
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub_(w, down.params), loss), state
+
+    def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered" and self.s.weighting in ("all", "known"):
+            divisor = "N p_k" if self.needs_rates() else "N"
+            return (
+                f'method.weighting = "{self.s.weighting}" divides by {divisor}, which '
+                'stands for the cohort of a round: set it to "participating"'
+            )
+        return super().refuses(setting)
 
     def needs_rates(self) -> bool:
         return self.s.weighting == "known"

@@ -231,6 +231,8 @@ class FedLAW(Method[Settings]):
         )
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered":
+            return "it fits the weights of all models of one cohort"
         if setting == "optimizer" and self.s.momentum:
             return "method.momentum is SGD's; set it to 0"
         if setting == "secure":

@@ -74,6 +74,8 @@ class Up(NamedTuple):
 
 
 class FedOpt(Method[Settings]):
+    buffered = True
+
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, self._optimizer().init(params))
 

@@ -37,6 +37,8 @@ class Up(NamedTuple):
 
 
 class FedProx(Method[Settings]):
+    buffered = True
+
     @on_client
     def train(
         self, task: Task, t: Tensor, down: Model, state: Stateless, batches: Batches

@@ -49,6 +49,8 @@ class Settings(PersonalSettings):
 
 
 class FedSim(Partial[Settings]):
+    buffered = True
+
     @on_client
     def train(
         self, task: Task, t: Tensor, down: Model, state: Personal, batches: Batches

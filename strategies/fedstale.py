@@ -128,6 +128,10 @@ class FedStale(Method[Settings]):
         return self.s.rates == "known"
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered":
+            if self.needs_rates():
+                return "its weights are 1 / p_i, and a buffer has no such rates"
+            return "its weights count the rounds between two answers of a client"
         if setting == "secure" and self.s.weights == "examples":
             return (
                 'method.weights = "examples" makes messages as large as clients have '

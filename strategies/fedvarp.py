@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedcore import trees
 from fedcore.local import local_sgd
-from fedcore.method import Method, MethodSettings, Round, on_client
+from fedcore.method import Method, MethodSettings, Round, Setting, on_client
 from fedcore.reports import Weight, equally
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params, Stateless
@@ -59,6 +59,7 @@ class Change(NamedTuple):
 
 class FedVARP(Method[Settings]):
     remembers = True
+    buffered = True
 
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.zeros_like(params, torch.float64))
@@ -72,6 +73,14 @@ class FedVARP(Method[Settings]):
     ) -> tuple[Up, Stateless]:
         w, _, loss = local_sgd(task.loss, down.params, batches, self.s.local_lr)
         return Up(trees.sub_(w, down.params), loss), state
+
+    def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered" and self.needs_rates():
+            return (
+                'method.weighting = "known" divides by N p_i, and a buffer has no such '
+                'rates: set it to "participating"'
+            )
+        return super().refuses(setting)
 
     def needs_rates(self) -> bool:
         return self.s.weighting == "known"

@@ -49,6 +49,7 @@ class Up(NamedTuple):
 
 class Mifa(Method[Settings]):
     remembers = True
+    buffered = True
 
     def init_server(self, params: Params, population: int) -> Server:
         return Server(params, trees.zeros_like(params, torch.float64))

@@ -42,6 +42,8 @@ class Settings(MethodSettings):
 
 
 class PFedMe(Method[Settings]):
+    buffered = True
+
     def init_client(self, params: Params) -> Own:
         return Own.start(params)
 

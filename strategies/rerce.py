@@ -129,6 +129,11 @@ class RERCE(Method[Settings]):
         )
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered":
+            return (
+                "its server sends what the last cohort changed, divided by the size "
+                "of this one, and a buffer's clients got several versions of that"
+            )
         is_exact = self.s.solver == "exact"
         if setting in TRAINING and is_exact:
             return 'method.solver = "exact" takes no local steps'

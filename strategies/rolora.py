@@ -74,6 +74,11 @@ class RoLoRA(Method[Settings]):
         return Up(trees.sub_(y, start), loss)
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered":
+            return (
+                "it trains another factor in every second round, and a buffer would "
+                "hold changes of both"
+            )
         if setting == "moments":
             return "it trains other parameters in every second round"
         return super().refuses(setting)

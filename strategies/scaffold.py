@@ -55,6 +55,11 @@ class Scaffold(Method[Settings]):
         return True
 
     def refuses(self, setting: Setting) -> str | None:
+        if setting == "buffered":
+            return (
+                "its server moves c by |S| / N, the share of clients that worked on "
+                "one version of the model"
+            )
         if setting in STEPS:
             return "its control variates are differences divided by K eta_l"
         return super().refuses(setting)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.clock.arrivals import Arrival
 from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.engines.sequential import Sequential
@@ -36,6 +37,10 @@ class Lying(Sequential):
     ) -> None:
         super().__init__(work, states)
         self.liars, self.lie, self.in_evaluation = liars, lie, in_evaluation
+
+    def arrivals(self) -> list[Arrival]:
+        """As of an engine whose clients are devices."""
+        return []
 
     def each(
         self, fn: ClientFunction, clients: Tensor, down: Tree, t: int

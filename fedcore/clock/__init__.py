@@ -2,7 +2,10 @@
 
     settings      the sections [clock] and [schedule]
     durations     seconds of every client's work, from distributions or a file
+    devices       the file's side of it: a trace of speeds and bandwidths
     windows       when clients are there
+    files         tables of numbers, read from CSV or Parquet
+    lookalikes    files that look like traces of the field
     exchange      a synchronous exchange: who answers in time, and what it takes
     queue         the buffered schedule: work in flight, in order of its end
     staleness     the weight of an update by the age of its model

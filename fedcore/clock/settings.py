@@ -26,14 +26,16 @@ class Constant(_Settings):
     """The same for every client."""
 
     name: Literal["constant"] = "constant"
-    value: float = Field(gt=0, description="c")
+    value: float = Field(ge=1e-9, le=1e9, description="c")
 
 
 class LogNormal(_Settings):
     """median exp(sigma z_i), z_i ~ N(0, 1); the mean is median exp(sigma^2 / 2)."""
 
     name: Literal["lognormal"] = "lognormal"
-    median: float = Field(gt=0, description="half of the clients are below it")
+    median: float = Field(
+        ge=1e-9, le=1e9, description="half of the clients are below it"
+    )
     sigma: float = Field(1.0, ge=0, le=10, description="of the logarithm")
 
 
@@ -41,17 +43,17 @@ class Zipf(_Settings):
     """base min(Z_i, cap), Z_i ~ Zipf(a): most clients at the base, few far above."""
 
     name: Literal["zipf"] = "zipf"
-    base: float = Field(gt=0, description="the smallest value")
+    base: float = Field(ge=1e-9, le=1e9, description="the smallest value")
     a: float = Field(2.0, gt=1, description="exponent: P(Z = k) falls as k^-a")
-    cap: int = Field(1000, ge=1, description="the largest Z")
+    cap: int = Field(1000, ge=1, le=10**6, description="the largest Z")
 
 
 class TwoClass(_Settings):
     """value, and with probability `share` value times `factor`."""
 
     name: Literal["two_class"] = "two_class"
-    value: float = Field(gt=0, description="c, of the usual clients")
-    factor: float = Field(10.0, gt=0, description="of the others")
+    value: float = Field(ge=1e-9, le=1e9, description="c, of the usual clients")
+    factor: float = Field(10.0, ge=1e-9, le=1e9, description="of the others")
     share: float = Field(0.1, ge=0, le=1, description="q, share of the others")
 
 

@@ -17,8 +17,6 @@ from fedcore.engines.readout import Readout, read_finite
 from fedcore.errors import RunError, SettingsError
 from fedcore.messages.aggregation.aggregator import Aggregator
 from fedcore.messages.aggregation.bounds import Bounds
-from fedcore.messages.secure.ask import Ask, MaskingEngine, SecretTotal
-from fedcore.messages.secure.reading import recovered
 from fedcore.method import Round, evaluates
 from fedcore.reports import (
     Mean,
@@ -33,13 +31,8 @@ from fedcore.reports import (
     weights_of,
 )
 from fedcore.rounds.reference import Reference
-from fedcore.rounds.secret import (
-    SecretSums,
-    masked,
-    remember,
-    roster_of,
-    with_moments,
-)
+from fedcore.rounds.secret import SecretSums, roster_of
+from fedcore.rounds.secret_mean import mean_in_secret
 from fedcore.rounds.tally import Tally
 from fedcore.rounds.timing import Timing
 from fedcore.types import ClientFunction, News, Tree
@@ -149,7 +142,7 @@ class OpenRound(Round):
             there = self._ask(fn, clients, down)
             call = Call(fn, there, down, asked, weigh)
             roster = roster_of(weight, clients, there)
-            return self._in_secret(secret, call, roster, news)
+            return mean_in_secret(self, secret, call, roster, news)
         clients = self._ask(fn, clients, down)
         call = Call(fn, clients, down, asked, weigh)
         total = RunningSum(self.desk.counts_discount)
@@ -208,61 +201,6 @@ class OpenRound(Round):
             self.tally.aggregation[name, vector] = aggregated
         return verdict.mean
 
-    def _in_secret(
-        self,
-        secret: SecretSums,
-        call: Call,
-        roster: Weight | Tensor | Weights,
-        news: News | None,
-    ) -> Mean:
-        """The mean of messages of which nothing but the sum can be read.
-
-        Raises TooFewReports where it would show too much of one client.
-        """
-        fn, clients, down, *_ = call
-
-        def zeros() -> Tree:
-            return self.zero_message(fn, down, news)
-
-        if len(clients) == 0:
-            return RunningSum().mean(zeros)
-        ask = secret.ask(fn, clients, down, self.t, roster, news)
-        secret.refuse(ask, clients)
-        made = SecretTotal()
-        for readout in self._added(secret, call, ask, made):
-            self._count_secret(fn, down, readout)
-        self.tally.bytes_up += made.bytes_up
-        secret.check(ask, made)
-        remember(self.aggregation, ask, made, self.population)
-        total = recovered(ask, secret.shape(ask, zeros), made, secret.sending.noising)
-        guarded = secret.guard(fn, len(made.clients), len(clients))
-        self.tally.add_sum(fn.__name__, total, guarded)
-        weight = torch.tensor(total.weight, dtype=torch.float64)
-        there = torch.tensor(made.clients)
-        return Mean(lambda: total.message, weight, there, total.rounding)
-
-    def _added(
-        self, secret: SecretSums, call: Call, ask: Ask, made: SecretTotal
-    ) -> Iterator[Readout]:
-        """Fill `made`: on devices under masks, in this process in the clear."""
-        engine = self.desk.engine
-        if isinstance(engine, MaskingEngine):
-            yield from masked(engine, with_moments(ask, self.aggregation), made)
-            return
-        if self.desk.work.adversary.is_due(ask.fn, self.t):
-            reports = self._attacked(call)
-        else:
-            reports = engine.each(ask.fn, ask.clients, ask.down, self.t)
-        yield from secret.add_up(ask, reports, made, self.memory)
-
-    def _count_secret(self, fn: ClientFunction, down: Tree, readout: Readout) -> None:
-        """As `_count`, of clients of whom nothing but their presence is known."""
-        desk, tally = self.desk, self.tally
-        tally.remember(fn, down, readout)
-        desk.heard(self.t, readout.failed)
-        tally.add(fn, readout)
-        desk.observer.client_done(self.t, len(tally.reported), len(tally.asked))
-
     def _received(self, call: Call) -> Iterator[Reports]:
         """Usable updates, within the server's bounds; everything is counted."""
         fn, clients, down, *_ = call
@@ -271,7 +209,7 @@ class OpenRound(Round):
         elif len(clients) == 0:
             return
         elif self.desk.work.adversary.is_due(fn, self.t):
-            reports = self._attacked(call)
+            reports = self.attacked(call)
         else:
             reports = self.desk.engine.each(fn, clients, down, self.t)
         for usable, readout in read_finite(reports):
@@ -282,7 +220,7 @@ class OpenRound(Round):
             self._count(fn, down, readout, usable.versions)
             yield bounded.reports
 
-    def _attacked(self, call: Call) -> Iterator[Reports]:
+    def attacked(self, call: Call) -> Iterator[Reports]:
         """The reports with those of malicious clients replaced, once all are in."""
         fn, clients, down, asked, weigh = call
         arrived: list[Reports] = []

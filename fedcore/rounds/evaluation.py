@@ -24,6 +24,7 @@ from fedcore.rounds.rundir import PERCENTILES
 from fedcore.rounds.saving import State
 from fedcore.rounds.secret import SecretSums, measured
 from fedcore.rounds.setup import Parts, starts_trained
+from fedcore.rounds.timing import SECOND, now_of
 from fedcore.types import ClientFunction, Model
 
 if TYPE_CHECKING:
@@ -76,13 +77,14 @@ class Evaluation:
         drawn = draw.choice(population, wanted, replace=False, shuffle=False)
         return torch.from_numpy(np.sort(drawn))
 
-    def due(self, state: State, folder: Path) -> dict[str, Any]:
+    def due(self, before: State, state: State, folder: Path) -> dict[str, Any]:
         """The row of a state of the run in `folder`, in rounds that are evaluated.
 
-        And the guarantee of its privacy. A failure says what to do.
+        And the guarantee of its privacy. `before`: the state before the round. A
+        failure says what to do.
         """
         t, rounds = state.t, self._experiment.rounds
-        if t % self._experiment.evaluation.every and t != rounds:
+        if not self._is_due(before, state):
             return {}
         begin = time.perf_counter()
         try:
@@ -97,6 +99,16 @@ class Evaluation:
             row |= self._examples.spent(state.sent, t == rounds)
         row["evaluation_s"] = round(time.perf_counter() - begin, 4)
         return row
+
+    def _is_due(self, before: State, after: State) -> bool:
+        """Whether the round between these states ends with an evaluation."""
+        settings = self._experiment.evaluation
+        if after.t == self._experiment.rounds:
+            return True
+        if settings.every_s is None:
+            return after.t % settings.every == 0
+        every = round(settings.every_s * SECOND)
+        return now_of(after.timing) // every > now_of(before.timing) // every
 
     def before(self, state: State, folder: Path) -> dict[str, Any]:
         """Before the first round the `baseline`: measures of the model at its start.

@@ -102,6 +102,18 @@ class History:
         return np.cumsum([0, *sent])
 
     @property
+    def times(self) -> np.ndarray | None:
+        """Seconds on the run's clock at the end of each round. [rounds + 1]
+
+        Before the first, none. The clock is a simulated one, or that of devices; None
+        for a run without one.
+        """
+        times = [row.get("time_s") for row in self.rows]
+        if None in times or not times:
+            return None
+        return np.array([0.0, *times])
+
+    @property
     def baseline(self) -> Row:
         """The evaluation before the first round, as of round 0.
 

@@ -16,7 +16,7 @@ from fedcore.clock.arrivals import Arrivals
 from fedcore.errors import RunError, TooFewReports
 from fedcore.rng import torch_seed
 from fedcore.rounds import canary_bound
-from fedcore.rounds.canaries import Planted, PlantedRound
+from fedcore.rounds.canaries import PlantedRound
 from fedcore.rounds.captures import Captures
 from fedcore.rounds.client_table import ClientTable
 from fedcore.rounds.diagnosis import causes, fruitless_text
@@ -25,7 +25,7 @@ from fedcore.rounds.evaluation import Evaluation
 from fedcore.rounds.example_privacy import sent_again
 from fedcore.rounds.history import History
 from fedcore.rounds.observer import Notes, Observer, Quiet
-from fedcore.rounds.participation import answering
+from fedcore.rounds.opening import opened
 from fedcore.rounds.refusals import refuse_same_noise_twice
 from fedcore.rounds.result import Result, outcome
 from fedcore.rounds.rundir import (
@@ -41,7 +41,7 @@ from fedcore.rounds.secret import moments_alone
 from fedcore.rounds.secret_checks import refuse_change
 from fedcore.rounds.setup import MakeEngine, Parts, prepare
 from fedcore.rounds.signals import Interrupted, StopRequest, signals
-from fedcore.rounds.tally import Exchange, Tally
+from fedcore.rounds.tally import Exchange
 from fedcore.rounds.watch import Watch
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.storage.faults import Lines, Unwritable
@@ -130,8 +130,9 @@ class Loop:
         parts = prepare(experiment, folder, make_engine, observer.note)
         if back_to is not None:
             refuse_same_noise_twice(experiment, parts.mechanism, bool(self._changed))
+        self._parts = parts
         self.task, self.method, self.process = parts.task, parts.method, parts.process
-        self.rates, self.engine, self.memory = parts.rates, parts.engine, parts.memory
+        self.engine, self.memory = parts.engine, parts.memory
         self.stores, self.canaries = parts.stores, parts.canaries
         self.clients, self.arrivals = ClientTable(folder), Arrivals(folder)
         self.timing = parts.timing
@@ -297,7 +298,7 @@ class Loop:
             row["first_round_s"] = round(now - self.begin, 3)
         if problem is None and isinstance(r, PlantedRound):
             row |= r.row(self.state.server.params, server.params)
-        row |= self._evaluation.due(after, self.folder)
+        row |= self._evaluation.due(self.state, after, self.folder)
         if self.canaries is not None:
             row |= canary_bound.measured_in([*self.history.rows, row], self.notes.once)
         # Last, so that a stop within the evaluation leaves the whole round undone. A
@@ -309,29 +310,7 @@ class Loop:
 
     def open_round(self, t: int, cohort: torch.Tensor) -> OpenRound:
         """Round t with this cohort, whose doors lead to the engine."""
-        experiment = self.experiment
-        members = frozenset(cohort.tolist())
-        dropout, seed = experiment.participation.dropout, experiment.seed
-        present = frozenset(answering(cohort, dropout, seed, t).tolist())
-        hides_scalars = experiment.defence.noise_multiplier > 0
-        hides_scalars |= experiment.local.dp.is_active
-        r = OpenRound(
-            t,
-            cohort,
-            self.task.population,
-            self.task,
-            self.memory,
-            seed,
-            self.rates,
-            desk=self.desk,
-            tally=Tally(set(members), hides_scalars, experiment.aggregation.secure),
-            absent=members - present,
-            aggregation=dict(self.state.aggregation),
-            adversary=dict(self.state.adversary),
-        )
-        if self.canaries is None:
-            return r
-        return PlantedRound(**vars(r), canaries=self.canaries, planted=Planted())
+        return opened(self.experiment, self._parts, self.desk, self.state, t, cohort)
 
     def _attempt(self, r: OpenRound) -> tuple[Any, str | None]:
         return attempted(self.experiment, self.method, self.state.server, r)

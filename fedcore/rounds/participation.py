@@ -141,6 +141,18 @@ class UniformProcess(Process):
             draw.choice(self.population, self.size, replace=False, shuffle=False)
         )
 
+    def among(self, t: int, there: np.ndarray) -> np.ndarray:
+        """The cohort of round t from `there`, the ids that are there, ascending.
+
+        All of them where they are no more than a cohort; that of `members` where
+        everybody is there.
+        """
+        if len(there) <= self.size:
+            return there
+        draw = rng(self.seed, "participation", t)
+        places = draw.choice(len(there), self.size, replace=False, shuffle=False)
+        return np.sort(there[places])
+
 
 class _Rates(_Settings):
     """Settings of the processes with a rate p_i for each client."""
@@ -349,8 +361,60 @@ class _TraceProcess(Process):
         return self.cohorts[t]
 
 
+class Tiers(_Settings):
+    """Cohorts of clients that are about equally fast (TiFL, Chai et al., HPDC 2020).
+
+    Clients are sorted by the seconds that the clock expects of their work, and cut into
+    q tiers; every round draws a tier, uniformly, and its cohort from that tier.
+    """
+
+    name: Literal["tiers"] = "tiers"
+    tiers: int = Field(5, ge=1, description="q, tiers of about equally many clients")
+    cohort: int = Field(10, ge=1, description="clients a round, of one tier")
+
+    def process(self, population: int, seed: int, counts: LabelCounts) -> Process:
+        """Raises SettingsError: without a clock nobody is faster than others."""
+        raise SettingsError(
+            'participation.name = "tiers" sorts clients by the time that a simulated '
+            "clock expects of them: set clock.step_s, the seconds of one local step"
+        )
+
+    def of_speeds(self, seconds: np.ndarray, seed: int) -> Process:
+        """The process for clients that need so many seconds each, [population].
+
+        Raises SettingsError where a tier has fewer clients than a cohort.
+        """
+        smallest = len(seconds) // self.tiers
+        if smallest < self.cohort:
+            raise SettingsError(
+                f"participation.cohort = {self.cohort}: {len(seconds)} clients in "
+                f"{self.tiers} tiers are {smallest} in the smallest; lower it, or "
+                "participation.tiers"
+            )
+        return _TiersProcess(seconds, seed, self.tiers, self.cohort)
+
+
+class _TiersProcess(Process):
+    def __init__(self, seconds: np.ndarray, seed: int, q: int, size: int) -> None:
+        super().__init__(len(seconds), seed)
+        self.size, by_speed = size, np.argsort(seconds, kind="stable")
+        self.tiers = [np.sort(tier) for tier in np.array_split(by_speed, q)]
+        self.rates = np.empty(self.population)
+        for tier in self.tiers:
+            self.rates[tier] = size / len(tier) / q
+
+    @property
+    def largest(self) -> int:
+        return self.size
+
+    def members(self, t: int) -> np.ndarray:
+        draw = rng(self.seed, "participation", t)
+        tier = self.tiers[int(draw.integers(len(self.tiers)))]
+        return np.sort(draw.choice(tier, self.size, replace=False, shuffle=False))
+
+
 ParticipationSettings = Annotated[
-    Uniform | Bernoulli | Markov | Cyclic | Trace, Field(discriminator="name")
+    Uniform | Bernoulli | Markov | Cyclic | Trace | Tiers, Field(discriminator="name")
 ]
 
 

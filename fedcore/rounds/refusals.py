@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from fedcore import privacy
+from fedcore.clock.settings import Buffered
 from fedcore.errors import SettingsError
 from fedcore.local_settings import LocalSettings
 from fedcore.messages.links import LinkSettings
 from fedcore.method import TRAINING
 from fedcore.rounds import example_privacy
-from fedcore.rounds.participation import Process, Uniform, UniformProcess
+from fedcore.rounds.participation import Process, Tiers, Uniform, UniformProcess
+from fedcore.rounds.schedule_checks import expected_seconds, has_clock
 from fedcore.statistics import statistic_names
 
 if TYPE_CHECKING:
@@ -49,10 +51,18 @@ def participation_process(experiment: Experiment, task: Task) -> Process:
             )
         return task.data.label_counts(classes)
 
-    settings = experiment.participation
+    settings, schedule = experiment.participation, experiment.schedule
+    if isinstance(schedule, Buffered):
+        # Whoever is idle works; rules are about as many answers as a buffer has.
+        size = min(schedule.buffer, task.population)
+        return UniformProcess(task.population, experiment.seed, size)
     if isinstance(settings, Uniform) and (settings.cohort or 0) > task.population:
         raise SettingsError(_too_large_a_cohort(experiment, task))
-    process = settings.process(task.population, experiment.seed, label_counts)
+    if isinstance(settings, Tiers) and has_clock(experiment):
+        seconds = expected_seconds(experiment, task, experiment.build_method())
+        process = settings.of_speeds(seconds, experiment.seed)
+    else:
+        process = settings.process(task.population, experiment.seed, label_counts)
     process.check(experiment.rounds)
     if isinstance(process, UniformProcess) and process.size < experiment.min_reports:
         raise SettingsError(

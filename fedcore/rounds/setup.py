@@ -22,6 +22,7 @@ from fedcore.rounds.doors import Receiving
 from fedcore.rounds.noise import distributed_noise, mechanism_of
 from fedcore.rounds.participation import Process
 from fedcore.rounds.result import params_sha256
+from fedcore.rounds.schedule_checks import refuse_schedule
 from fedcore.rounds.schedules import timing_of
 from fedcore.rounds.secret import SecretSums
 from fedcore.rounds.secret_checks import refuse_secret, refuse_telling_skips
@@ -91,9 +92,7 @@ def prepare(
         task.to(engines.task_device(experiment.engine))
     task.check()
     method = experiment.build_method()
-    refusals.refuse_training(experiment, task, method)
-    process = refusals.participation_process(experiment, task)
-    refusals.refuse_unknown_rates(experiment, method, process)
+    process = _process(experiment, task, method, note)
     mechanism = refusals.noise_mechanism(experiment, method, process)
     if experiment.finetune.epochs:
         # Refused now, not after the last round.
@@ -134,6 +133,20 @@ def prepare(
         canaries=canaries_of(experiment, work, mechanism),
         timing=timing,
     )
+
+
+def _process(
+    experiment: Experiment,
+    task: Task,
+    method: Method[Any],
+    note: Callable[[str], None],
+) -> Process:
+    """The participation process. Raises SettingsError where no round would go well."""
+    refusals.refuse_training(experiment, task, method)
+    process = refusals.participation_process(experiment, task)
+    refuse_schedule(experiment, task, method, process, note)
+    refusals.refuse_unknown_rates(experiment, method, process)
+    return process
 
 
 def _with_noise(

@@ -7,7 +7,6 @@ round to round is in it, but in tensors that are in the checkpoint.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,12 +118,13 @@ class ClockedRounds(Timing):
         experiment: Experiment,
         work: Work,
         engine: Engine,
+        durations: Durations,
         windows: Windows | None,
     ) -> None:
         clock, schedule = experiment.clock, experiment.schedule
         assert isinstance(schedule, Synchronous)
         self._work, self._engine, self._windows = work, engine, windows
-        self.durations = Durations(clock, work.task.population, experiment.seed)
+        self._durations = durations
         self._deadline = microseconds(schedule.deadline_s)
         self._goal, self._finishes = schedule.goal, clock.stragglers == "finish"
         self._server_us = round(clock.server_s * SECOND)
@@ -166,7 +166,7 @@ class ClockedRounds(Timing):
             trees.nbytes(down),
             self._shapes.nbytes(fn, down, self._t),
         )
-        works = self.durations.of(ids, self._t, steps, bytes_down, bytes_up)
+        works = self._durations.of(ids, self._t, steps, bytes_down, bytes_up)
         waits = np.zeros_like(works)
         for place, client in enumerate(ids.tolist()):
             if client in self._busy:
@@ -263,29 +263,6 @@ class ClockedRounds(Timing):
                 )
             )
         return arrivals
-
-
-class FieldRounds(Timing):
-    """Rounds of devices, on the clock of the server."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def begin(self, t: int, kept: Kept) -> None:
-        self._before, self._begin = now_of(kept), time.perf_counter()
-        self._order = int(kept.get("order", 0))
-
-    def end(self, tally: Tally) -> Spent:
-        passed = round((time.perf_counter() - self._begin) * SECOND)
-        now = self._before + passed
-        arrivals = []
-        for number, arrival in enumerate(self._engine.arrivals(), self._order):
-            arrivals.append(arrival._replace(order=number))
-        kept = {
-            "now": torch.tensor(now),
-            "order": torch.tensor(self._order + len(arrivals)),
-        }
-        return Spent({"time_s": now / SECOND}, kept, arrivals)
 
 
 NOBODY = torch.empty(0, 2, dtype=torch.int64)

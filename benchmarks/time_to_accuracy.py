@@ -17,6 +17,7 @@ import argparse
 import csv
 import json
 import math
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ from matplotlib.figure import Figure
 from benchmarks.tables import mean_and_std, print_table
 from fedcore import Experiment
 from fedcore.clock.durations import Durations
+from fedcore.clock.lookalikes import lookalike_windows
 from fedcore.rng import rng
 from fedcore.rounds.loop import run
 from fedcore.task import Task
@@ -150,18 +152,11 @@ def without_none(values: Any) -> Any:
 
 
 def windows_file(out: Path) -> Path:
-    """Each client is there once a day: from any hour on, for 4 to 20 hours."""
+    """Hours in which clients are there: most by night, some by day."""
     file = out / "windows.csv"
     if not file.exists():
-        draw = rng(0, "hours")
-        begins, lengths = draw.uniform(0, 24, 1000), draw.uniform(4, 20, 1000)
-        rows = []
-        for client in range(1000):
-            begin, end = begins[client], begins[client] + lengths[client]
-            if end > 24:  # over midnight: two windows of the day
-                rows.append((client, 0.0, (end - 24) * HOUR))
-            rows.append((client, begin * HOUR, min(end, 24) * HOUR))
-        write_csv(file, ("client", "start_s", "end_s"), rows)
+        out.mkdir(parents=True, exist_ok=True)
+        lookalike_windows(file, clients=1000)
     return file
 
 
@@ -193,26 +188,35 @@ def task_of(seed: int) -> Task:
 
 def run_to(experiment: Experiment, folder: Path, horizon: float) -> None:
     """Run until the simulated time has passed the horizon, and go on where it was."""
-    done, passed = progress(folder)
-    while passed < horizon:
+    done, passed, is_whole = progress(folder)
+    while passed < horizon or not is_whole:
         rounds = first_guess(experiment, horizon)
         if done:  # a little more than the pace so far would need
-            rounds = math.ceil(done * horizon / passed * 1.02) + 1
-        longer = experiment.model_copy(update={"rounds": max(rounds, done + 1)})
+            rounds = max(math.ceil(done * horizon / passed * 1.02), done)
+            rounds += passed < horizon
+        longer = experiment.model_copy(update={"rounds": rounds})
         if (folder / "checkpoint").exists():
             result = run(longer, resume=folder)
         else:
+            shutil.rmtree(folder, ignore_errors=True)  # it was stopped too early
             result = run(longer, folder)
-        torch.save(result.params, folder / "params.pt")
-        done, passed = progress(folder)
+        last = {"round": len(result.history), "params": result.params}
+        torch.save(last, folder / "last.pt")
+        done, passed, is_whole = progress(folder)
 
 
-def progress(folder: Path) -> tuple[int, float]:
-    """(rounds, simulated seconds) of a run that has ended, as far as it was to go."""
-    if not (folder / "params.pt").exists():
-        return 0, 0.0
-    last = rows_of(folder)[-1]
-    return last["round"], last["time_s"]
+def progress(folder: Path) -> tuple[int, float, bool]:
+    """(rounds, simulated seconds, whether the last parameters are those of the end)."""
+    if not (folder / "metrics.jsonl").exists():
+        return 0, 0.0, False
+    rows = rows_of(folder)
+    if not rows:
+        return 0, 0.0, False
+    is_whole = False
+    if (folder / "last.pt").exists():
+        last = torch.load(folder / "last.pt", weights_only=True)
+        is_whole = last["round"] == rows[-1]["round"]
+    return rows[-1]["round"], rows[-1]["time_s"], is_whole
 
 
 def first_guess(experiment: Experiment, horizon: float) -> int:
@@ -248,8 +252,8 @@ def outcome_of(
     accuracy = np.array([row["test_accuracy"] for row in measured])
     ages = [row["staleness"]["mean"] for row in rows if "staleness" in row]
     task, slow = task_of(seed), slowest_fifth(experiment)
-    params = torch.load(folder / "params.pt", weights_only=True)
-    works, share = heard(folder, slow, study.horizon)
+    params = torch.load(folder / "last.pt", weights_only=True)["params"]
+    works, share = heard(folder, slow, len(rows))
     held_out = np.concatenate([task.data.rows(client, "test") for client in slow])
     test = task.data.test
     assert test is not None
@@ -285,13 +289,15 @@ def slowest_fifth(experiment: Experiment) -> np.ndarray:
     return np.sort(np.argsort(expected, kind="stable")[-200:])
 
 
-def heard(folder: Path, slow: np.ndarray, horizon: float) -> tuple[int, float]:
-    """(usable answers up to the horizon, the share of these clients in them)."""
-    columns = ["client", "outcome", "back_us"]
-    table = pq.read_table(folder / "arrivals.parquet", columns=columns)
-    outcome = np.array(table["outcome"].to_pylist())
-    is_good = (outcome == "") & (table["back_us"].to_numpy() <= horizon * 1e6)
-    clients = table["client"].to_numpy()[is_good]
+def heard(folder: Path, slow: np.ndarray, rounds: int) -> tuple[int, float]:
+    """(usable answers up to this round, the share of these clients in them)."""
+    columns = ["round", "client", "function", "left_out"]
+    table = pq.read_table(folder / "clients.parquet", columns=columns)
+    is_usable = (table["round"].to_numpy() <= rounds) & (
+        np.array(table["left_out"].to_pylist()) == ""
+    )
+    is_usable &= np.array(table["function"].to_pylist()) == "train"
+    clients = table["client"].to_numpy()[is_usable]
     return len(clients), float(np.isin(clients, slow).mean())
 
 

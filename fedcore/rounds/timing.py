@@ -7,7 +7,6 @@ round to round is in it, but in tensors that are in the checkpoint.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -264,29 +263,6 @@ class ClockedRounds(Timing):
                 )
             )
         return arrivals
-
-
-class FieldRounds(Timing):
-    """Rounds of devices, on the clock of the server."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def begin(self, t: int, kept: Kept) -> None:
-        self._before, self._begin = now_of(kept), time.perf_counter()
-        self._order = int(kept.get("order", 0))
-
-    def end(self, tally: Tally) -> Spent:
-        passed = round((time.perf_counter() - self._begin) * SECOND)
-        now = self._before + passed
-        arrivals = []
-        for number, arrival in enumerate(self._engine.arrivals(), self._order):
-            arrivals.append(arrival._replace(order=number))
-        kept = {
-            "now": torch.tensor(now),
-            "order": torch.tensor(self._order + len(arrivals)),
-        }
-        return Spent({"time_s": now / SECOND}, kept, arrivals)
 
 
 NOBODY = torch.empty(0, 2, dtype=torch.int64)

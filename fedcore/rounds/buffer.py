@@ -139,7 +139,9 @@ class BufferedRounds(Timing):
         for item in self._source.in_flight():
             if item.version == self._t:
                 slot_of[item.client] = item.slot
-        sent = torch.tensor(self._update.sent, dtype=torch.int64)
+        # Who has gone away by now, or dropped out, has worked for nothing.
+        needed = [i for i in self._update.sent if i in fresh or i in slot_of]
+        sent = torch.tensor(needed, dtype=torch.int64)
         if len(sent) == 0:
             return
         for reports in self._engine.each(fn, sent, down, self._t):

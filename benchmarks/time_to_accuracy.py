@@ -7,7 +7,7 @@ python -m benchmarks.time_to_accuracy --tied
     the same, where the slowest clients are those that hold most of classes 8 and 9
 
 Every schedule has the same simulated horizon (--hours), and as many trials of step
-sizes, of half that time on a seed of their own. Runs in --out (default: runs/time) are read, or gone on
+sizes, of half that time on a seed of their own. Runs in --out are read, or gone on
 with: stop it in any way, and call it again.
 """
 
@@ -65,14 +65,8 @@ def synchronous(asked: int, **schedule: Any) -> dict[str, Any]:
 
 
 def buffered(buffer: int, staleness: str, method: str = "fedavg") -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "schedule": {
-            "name": "buffered",
-            "buffer": buffer,
-            "concurrency": 30,
-            "staleness": staleness,
-        }
-    }
+    schedule = {"name": "buffered", "buffer": buffer, "concurrency": 30}
+    settings: dict[str, Any] = {"schedule": {**schedule, "staleness": staleness}}
     if method != "fedavg":
         settings["method"] = {"name": method}
     return settings

@@ -137,14 +137,12 @@ class BufferedRounds(Timing):
         fresh = {item.client for item in arrived if item.version == self._t}
         slot_of: dict[int, int] = {}
         for item in self._source.in_flight():
-            if item.version == self._t:
+            if item.version == self._t and item.slot >= 0:
                 slot_of[item.client] = item.slot
-        # Who has gone away by now, or dropped out, has worked for nothing.
-        needed = [i for i in self._update.sent if i in fresh or i in slot_of]
-        sent = torch.tensor(needed, dtype=torch.int64)
-        if len(sent) == 0:
+        useful = sorted(fresh | slot_of.keys())  # others drop out, or are lost
+        if not useful:
             return
-        for reports in self._engine.each(fn, sent, down, self._t):
+        for reports in self._engine.each(fn, torch.tensor(useful), down, self._t):
             now, later = _divided(reports, fresh)
             flight.put(later, slot_of)
             ids = [*now.clients.tolist(), *now.failed]

@@ -63,6 +63,8 @@ class Timing:
     is_buffering = False
     # Whether a client's work of another round may answer in this one.
     is_buffered = False
+    # Reasons to leave a client out that are to be expected.
+    usual: frozenset[str] = frozenset()
 
     def stores(self) -> dict[str, StateStore]:
         """Rows that are in the checkpoint, by the name of their part."""
@@ -112,6 +114,8 @@ class _Exchange(NamedTuple):
 
 class ClockedRounds(Timing):
     """Synchronous rounds on a simulated clock (specification: docs/time.md)."""
+
+    usual = frozenset(("timeout",))
 
     def __init__(
         self,

@@ -137,12 +137,12 @@ class BufferedRounds(Timing):
         fresh = {item.client for item in arrived if item.version == self._t}
         slot_of: dict[int, int] = {}
         for item in self._source.in_flight():
-            if item.version == self._t:
+            if item.version == self._t and item.slot >= 0:
                 slot_of[item.client] = item.slot
-        sent = torch.tensor(self._update.sent, dtype=torch.int64)
-        if len(sent) == 0:
+        useful = sorted(fresh | slot_of.keys())  # others drop out, or are lost
+        if not useful:
             return
-        for reports in self._engine.each(fn, sent, down, self._t):
+        for reports in self._engine.each(fn, torch.tensor(useful), down, self._t):
             now, later = _divided(reports, fresh)
             flight.put(later, slot_of)
             ids = [*now.clients.tolist(), *now.failed]
@@ -160,10 +160,9 @@ class BufferedRounds(Timing):
         under_way = self._source.in_flight()
         room = self.settings.concurrency * (update.now - self._before)
         busy = 0
-        for item in under_way:
-            busy += update.now - max(item.sent, self._before)
-        for item, _ in update.arrived:
-            busy += max(item.finish - max(item.sent, self._before), 0)
+        for item in [*under_way, *[item for item, _ in update.arrived]]:
+            end = min(item.finish, update.now)  # it may wait for the server afterwards
+            busy += max(end - max(item.sent, self._before), 0)
         row: dict[str, Any] = {
             "time_s": update.now / SECOND,
             "idle": share(room - busy, room),

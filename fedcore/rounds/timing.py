@@ -63,6 +63,8 @@ class Timing:
     is_buffering = False
     # Whether a client's work of another round may answer in this one.
     is_buffered = False
+    # Reasons to leave a client out that are to be expected.
+    usual: frozenset[str] = frozenset()
 
     def stores(self) -> dict[str, StateStore]:
         """Rows that are in the checkpoint, by the name of their part."""
@@ -113,6 +115,8 @@ class _Exchange(NamedTuple):
 class ClockedRounds(Timing):
     """Synchronous rounds on a simulated clock (specification: docs/time.md)."""
 
+    usual = frozenset(("timeout",))
+
     def __init__(
         self,
         experiment: Experiment,
@@ -160,6 +164,8 @@ class ClockedRounds(Timing):
     ) -> Asked:
         if evaluates(fn) or len(clients) == 0:  # an evaluation takes no time
             return super().ask(fn, clients, down, absent)
+        for _ in self.late_work():  # a client ends its work before it begins another
+            pass
         ids, begin = clients.numpy(), self._now
         steps = self._work.steps(fn, ids)
         bytes_down, bytes_up = (

@@ -20,7 +20,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedcore.clock.settings import goal_of
+from fedcore.clock.settings import Buffered, goal_of
 from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.errors import FedcoreError, RunError, SettingsError
@@ -126,10 +126,13 @@ def _engine(
     grid: Grid, work: Work, experiment: Experiment, **places: Any
 ) -> GridEngine:
     settings, schedule = experiment.engine, experiment.schedule
+    timeout = getattr(schedule, "deadline_s", None) or ROUND_TIMEOUT
+    if isinstance(schedule, Buffered):  # an evaluation waits behind a client's work
+        timeout = schedule.max_age_s
     return GridEngine(
         grid,
         work,
-        getattr(schedule, "deadline_s", None) or ROUND_TIMEOUT,
+        timeout,
         min_clients=settings.min_clients,
         report_goal=goal_of(schedule),
         min_reports=experiment.min_reports,

@@ -11,6 +11,7 @@ import fedcore.server.buffering
 import fedcore.server.nodes
 import fedcore.server.post
 import pytest
+from fedcore.server.app import Safe
 from fedcore.server.grid import GridEngine
 from flwr.app import ConfigRecord, Message
 from flwr.common.constant import ErrorCode
@@ -363,3 +364,21 @@ def test_a_server_that_starts_anew_sends_what_was_in_flight_again(
         assert before == after
     answered = second.update(5)
     assert set(answered) <= {(v, c) for c, v in again}
+
+
+def test_devices_keep_states_as_long_as_work_from_them_may_be_asked_for_again(
+    tmp_path: Path,
+) -> None:
+    e = experiment("ditto", rounds=8, schedule={"buffer": 3, "concurrency": 6})
+    pace = {i: 10 + 30 * i for i in range(NODES)}
+    field = Field(tmp_path, e, pace)
+    safe = Safe(field.folder)
+    assert safe() == 0
+    field.loop.observer = killer = StopAfter(6)
+    killer.engine = field.engine
+    with pytest.raises(Stop):
+        field.loop.run()
+    field.loop.close()
+    oldest = min(version for _, version in killer.out)
+    assert oldest < 5
+    assert safe() == oldest

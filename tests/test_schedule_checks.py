@@ -260,6 +260,23 @@ def test_rates_are_not_known_where_clients_may_be_late(
     assert checked(experiment_of(name, **settings)) == []
 
 
+def test_noise_for_one_client_is_not_enough_where_it_displaces_another() -> None:
+    participation = {"name": "bernoulli", "mean": 0.5}
+    for noise, engine in [(1.0, "vectorised"), (1.0, "grid"), (0.0, "vectorised")]:
+        experiment = experiment_of(
+            "dpfedavg",
+            method={"name": "dpfedavg", "noise_multiplier": noise},
+            participation=participation,
+            engine={"name": engine},
+            clock=CLOCK if engine == "vectorised" else {},
+            schedule={"goal": 3},
+        )
+        if noise:
+            assert "puts a slower one out of it" in refusal(experiment)
+        else:
+            assert checked(experiment) == []
+
+
 def test_windows_and_a_process_of_rounds_do_not_go_together() -> None:
     clock = {**CLOCK, "windows": "windows.csv"}
     participation = {"name": "markov"}

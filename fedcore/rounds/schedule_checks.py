@@ -77,6 +77,7 @@ def refuse_schedule(
     if isinstance(schedule, Synchronous):
         _refuse_goal(experiment, schedule, process)
         _refuse_rates(experiment, schedule, method)
+        _refuse_displaced(experiment, schedule, method, process)
         if has_clock(experiment):
             _refuse_endless(experiment, schedule)
             _refuse_two_who(experiment, process)
@@ -268,6 +269,28 @@ def _refuse_rates(
                 f"{experiment.method.name} ask for: leave it out, or take fedau, "
                 "which estimates them"
             )
+
+
+def _refuse_displaced(
+    experiment: Experiment,
+    schedule: Synchronous,
+    method: Method[Any],
+    process: Process,
+) -> None:
+    """Refuse a server's noise where a client that joins puts another one out."""
+    if schedule.goal is None:
+        return
+    try:
+        mechanism = method.mechanism(process)
+    except SettingsError:
+        return  # of the process: said elsewhere
+    if mechanism is not None and mechanism.noise_multiplier > 0:
+        raise SettingsError(
+            f"schedule.goal = {schedule.goal} with {experiment.method.name}: a client "
+            "that joins a round puts a slower one out of it, so that it changes the "
+            "sum by two bounds, and the accountant knows of one: set "
+            "schedule.deadline_s instead"
+        )
 
 
 def _refuse_endless(experiment: Experiment, schedule: Synchronous) -> None:

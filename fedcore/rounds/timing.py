@@ -164,6 +164,8 @@ class ClockedRounds(Timing):
     ) -> Asked:
         if evaluates(fn) or len(clients) == 0:  # an evaluation takes no time
             return super().ask(fn, clients, down, absent)
+        for _ in self.late_work():  # a client ends its work before it begins another
+            pass
         ids, begin = clients.numpy(), self._now
         steps = self._work.steps(fn, ids)
         bytes_down, bytes_up = (

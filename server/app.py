@@ -132,6 +132,7 @@ def _engine(
         getattr(schedule, "deadline_s", None) or ROUND_TIMEOUT,
         min_clients=settings.min_clients,
         report_goal=goal_of(schedule),
+        min_reports=experiment.min_reports,
         rejoin=settings.rejoin_timeout,
         limit=settings.message_limit_mb * 1e6,
         **places,

@@ -270,3 +270,16 @@ def test_settings_of_a_buffer_are_in_the_settings_of_the_run() -> None:
     run = buffered("fedavg", 3, 8)
     assert isinstance(run.schedule, Buffered)
     assert Experiment.parse(run.model_dump(mode="json")) == run
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+def test_who_drops_out_frees_its_place_and_is_not_counted(
+    engine: str, tmp_path: Path
+) -> None:
+    settings = {"participation": {"name": "uniform", "dropout": 0.4}}
+    run = loop_of(
+        buffered("fedavg", 3, 8, engine={"name": engine}, **settings), tmp_path
+    )
+    rows = [run.round() for _ in range(8)]
+    assert sum(row["dropped"].get("dropout", 0) for row in rows) > 5
+    assert {row["reports"] for row in rows} == {3}

@@ -304,3 +304,23 @@ def recorded_so_far(made: Any) -> Schedule:
     """As `recorded`, of a run that goes on."""
     made.arrivals.merge()
     return recorded(made.folder)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedvarp", "ditto"])
+def test_who_drops_out_in_the_update_that_sent_the_model_is_no_answer(
+    name: str, tmp_path: Path
+) -> None:
+    staleness = "constant" if name == "fedvarp" else "sqrt"
+    schedule = {"name": "buffered", "buffer": 6, "concurrency": 6}
+    experiment = small(
+        name,
+        population=24,
+        participation={"name": "uniform", "dropout": 0.4},
+        local={"batch_size": 4, "steps": 2},
+        rounds=8,
+        clock={"step_s": {"name": "lognormal", "median": 1.0}},
+        schedule={**schedule, "staleness": staleness},
+    )
+    rows = run(experiment, tmp_path).history
+    assert all(row["reports"] == 6 for row in rows)
+    assert sum(row["dropped"].get("dropout", 0) for row in rows) > 8

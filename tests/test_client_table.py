@@ -20,10 +20,10 @@ from torch import Tensor
 from fedcore.config import CheckpointSettings
 from fedcore.engines.readout import Readout
 from fedcore.messages.aggregation.aggregator import Aggregated
-from fedcore.rounds import client_table
 from fedcore.rounds.client_table import ClientTable, read_clients
 from fedcore.rounds.loop import run
 from fedcore.rounds.tally import Tally
+from fedcore.storage import pieces
 from tests.helpers import small
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +115,7 @@ def test_a_checkpoint_writes_what_is_new_however_long_the_run_was(
 def test_joining_holds_a_bounded_number_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_table, "ROW_GROUP", 2 * COHORT)
+    monkeypatch.setattr(pieces, "ROW_GROUP", 2 * COHORT)
     written(tmp_path / "a", 10).merge()
     file = tmp_path / "a" / "clients.parquet"
     assert pq.read_metadata(file).num_row_groups > 4

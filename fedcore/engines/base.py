@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
+from fedcore.clock.arrivals import Arrival
+from fedcore.clock.queue import Item
+from fedcore.clock.settings import Buffered
 from fedcore.dpsgd import ExampleDraws, SampledBatches, widened
 from fedcore.engines.readout import Readout, added, read
 from fedcore.engines.run_client import run_client
@@ -85,6 +89,56 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back what the engine holds."""
+        ...
+
+
+def stamp() -> int:
+    """Microseconds on a clock of this process, for the times of arrivals in the field.
+
+    They begin anywhere; the run's own time begins with the run.
+    """
+    return time.monotonic_ns() // 1000
+
+
+class FieldEngine(Protocol):
+    """An engine of devices, whose answers come when they come."""
+
+    def arrivals(self) -> list[Arrival]:
+        """Work that has come to its end since the last call, in order of arrival.
+
+        Times are those of `stamp`. A client that is too late has a row in its round,
+        and another with the outcome "late" in the round in which its answer comes.
+        """
+        ...
+
+
+class BufferedGrid(FieldEngine, Protocol):
+    """Devices that are given work as others bring theirs back."""
+
+    def buffer(
+        self,
+        fn: ClientFunction,
+        down: Tree,
+        t: int,
+        settings: Buffered,
+        pending: list[Item],
+        down_of: Callable[[int], Tree],
+    ) -> Iterator[Reports]:
+        """Give work on version t to idle clients until the buffer is full.
+
+        Reports of single clients follow, with `versions`, ascending by version and
+        client; reports of nobody before them are pauses, in which the run may be
+        stopped. `pending` is the work that a run which is gone on with had in flight,
+        and `down_of(version)` the message that it starts from: it is sent again.
+        """
+        ...
+
+    def sent(self) -> list[int]:
+        """Clients that got the version of the last `buffer`, ascending."""
+        ...
+
+    def in_flight(self) -> list[Item]:
+        """Work that no buffer has taken yet, by `n`; `finish` is -1."""
         ...
 
 

@@ -9,7 +9,7 @@ were sent (`Ring`): a client in flight must not have the state that it will have
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,8 @@ class BufferedRounds(Timing):
         self._fn: ClientFunction | None = None
         if kept is not self._last:
             self._source.begin(kept)
-            self._live = _versions(kept)
+            if self.ring is not None:
+                self.ring.restore(kept)
         self._last = None  # until this update has come to its end
 
     def ask(
@@ -117,22 +118,12 @@ class BufferedRounds(Timing):
         """What clients with a state bring: computed in the state that they are in."""
         for version, items in groupby(arrived, key=lambda item: item.version):
             clients = torch.tensor([item.client for item in items])
-            started = down if version == self._t else ring.get(self._live[version])
+            started = down if version == self._t else ring.get(version)
             for reports in self._engine.each(fn, clients, started, version):
                 ids = [*reports.clients.tolist(), *reports.failed]
-                yield self._aged(reports, dict.fromkeys(ids, version))
-        if any(item.version == self._t for item in self._source.in_flight()):
-            self._live[self._t] = place = self._free_in_ring()
-            ring.put(place, down)
-
-    def _free_in_ring(self) -> int:
-        """A place in the ring; those of versions without work in flight are free."""
+                yield aged(reports, self._t, dict.fromkeys(ids, version), self.settings)
         needed = {item.version for item in self._source.in_flight()}
-        for version in [*self._live]:
-            if version not in needed:
-                del self._live[version]
-        taken = set(self._live.values())
-        return next(place for place in range(len(taken) + 1) if place not in taken)
+        ring.keep(self._t, down, needed)
 
     def _computed_before(
         self, flight: Flight, fn: ClientFunction, down: Tree, arrived: list[Item]
@@ -141,28 +132,21 @@ class BufferedRounds(Timing):
         waited = [item for item in arrived if item.version < self._t]
         for items in _pieces(waited, self.piece):
             reports = flight.take([item.slot for item in items])
-            yield self._aged(reports, {item.client: item.version for item in items})
+            versions = {item.client: item.version for item in items}
+            yield aged(reports, self._t, versions, self.settings)
         fresh = {item.client for item in arrived if item.version == self._t}
         slot_of: dict[int, int] = {}
         for item in self._source.in_flight():
-            if item.version == self._t:
+            if item.version == self._t and item.slot >= 0:
                 slot_of[item.client] = item.slot
-        sent = torch.tensor(self._update.sent, dtype=torch.int64)
-        if len(sent) == 0:
+        useful = sorted(fresh | slot_of.keys())  # others drop out, or are lost
+        if not useful:
             return
-        for reports in self._engine.each(fn, sent, down, self._t):
+        for reports in self._engine.each(fn, torch.tensor(useful), down, self._t):
             now, later = _divided(reports, fresh)
             flight.put(later, slot_of)
             ids = [*now.clients.tolist(), *now.failed]
-            yield self._aged(now, dict.fromkeys(ids, self._t))
-
-    def _aged(self, reports: Reports, versions: dict[int, int]) -> Reports:
-        """The reports with their versions, and their weight by age where one is old."""
-        tau = [self._t - versions[client] for client in reports.clients.tolist()]
-        weights = None
-        if any(tau) and self.settings.staleness != "constant":
-            weights = discount(self.settings, torch.tensor(tau))
-        return reports._replace(versions=versions, discount=weights)
+            yield aged(now, self._t, dict.fromkeys(ids, self._t), self.settings)
 
     def end(self, tally: Tally) -> Spent:
         update, t = self._update, self._t
@@ -176,10 +160,9 @@ class BufferedRounds(Timing):
         under_way = self._source.in_flight()
         room = self.settings.concurrency * (update.now - self._before)
         busy = 0
-        for item in under_way:
-            busy += update.now - max(item.sent, self._before)
-        for item, _ in update.arrived:
-            busy += max(item.finish - max(item.sent, self._before), 0)
+        for item in [*under_way, *[item for item, _ in update.arrived]]:
+            end = min(item.finish, update.now)  # it may wait for the server afterwards
+            busy += max(end - max(item.sent, self._before), 0)
         row: dict[str, Any] = {
             "time_s": update.now / SECOND,
             "idle": share(room - busy, room),
@@ -187,15 +170,11 @@ class BufferedRounds(Timing):
             "wasted_share": share(wasted, worked),
             "in_flight": len(under_way),
         }
-        if counted:
-            tau = torch.tensor([t - item.version for item in counted])
-            mean, most = float(tau.double().mean()), int(tau.max())
-            row["staleness"] = {"mean": mean, "max": most}
-            row["server_discount"] = float(discount(self.settings, tau).mean())
+        row |= ages(self.settings, t, [item.version for item in counted])
         kept = self._source.kept()
         kept["order"] = torch.tensor(self._order + len(arrivals))
-        live = [[version, place] for version, place in self._live.items()]
-        kept["ring"] = torch.tensor(live, dtype=torch.int64).reshape(-1, 2)
+        if self.ring is not None:
+            kept["ring"] = self.ring.kept()
         self._last = kept
         return Spent(row, kept, sorted(arrivals, key=lambda row: row.order))
 
@@ -226,6 +205,29 @@ class BufferedRounds(Timing):
             )
             rows.append(arrival)
         return rows
+
+
+def aged(
+    reports: Reports, t: int, versions: Mapping[int, int], settings: Buffered
+) -> Reports:
+    """The reports with their versions; and their weights, where one of them is old."""
+    tau = [t - versions[client] for client in reports.clients.tolist()]
+    weights = None
+    if any(tau) and settings.staleness != "constant":
+        weights = discount(settings, torch.tensor(tau))
+    return reports._replace(versions=versions, discount=weights)
+
+
+def ages(settings: Buffered, t: int, versions: list[int]) -> dict[str, Any]:
+    """Columns about the age of the answers in a buffer, of these versions."""
+    if not versions:
+        return {}
+    tau = torch.tensor([t - version for version in versions])
+    mean, most = float(tau.double().mean()), int(tau.max())
+    return {
+        "staleness": {"mean": mean, "max": most},
+        "server_discount": float(discount(settings, tau).mean()),
+    }
 
 
 class Flight:
@@ -283,26 +285,34 @@ class Flight:
 
 
 class Ring:
-    """The messages of versions from which work is in flight, by place."""
+    """The messages of versions from which work is in flight, by place in a store."""
 
     def __init__(self, store: StateStore) -> None:
         self.store = store
+        self._places: dict[int, int] = {}  # by version
 
-    def put(self, place: int, down: Tree) -> None:
-        """Keep the message of a version."""
-        self.store.put([place], trees.map(lambda x: x[None], down))
+    def restore(self, kept: Kept) -> None:
+        """Go on from what `kept` has of it."""
+        rows = kept["ring"].tolist() if "ring" in kept else []
+        self._places = dict(rows)
 
-    def get(self, place: int) -> Tree:
+    def kept(self) -> Tensor:
+        """Versions and their places, int64 [versions, 2]."""
+        return torch.tensor([*self._places.items()], dtype=torch.int64).reshape(-1, 2)
+
+    def keep(self, version: int, down: Tree, needed: Set[int]) -> None:
+        """Keep this message, if its version is one of those that are needed."""
+        self._places = {v: place for v, place in self._places.items() if v in needed}
+        if version not in needed:
+            return
+        taken = set(self._places.values())
+        free = next(place for place in range(len(taken) + 1) if place not in taken)
+        self._places[version] = free
+        self.store.put([free], trees.map(lambda x: x[None], down))
+
+    def get(self, version: int) -> Tree:
         """The message of a version."""
-        return self.store.get(place)
-
-
-def _versions(kept: Kept) -> dict[int, int]:
-    """Places in the ring by version."""
-    found: dict[int, int] = {}
-    for version, place in kept.get("ring", torch.empty(0, 2)).tolist():
-        found[int(version)] = int(place)
-    return found
+        return self.store.get(self._places[version])
 
 
 def _pieces(items: list[Item], size: int) -> Iterator[list[Item]]:

@@ -2,28 +2,21 @@
 
 A client that was left out of a round has a row too, with the reason in `left_out`.
 
-A run writes the table in pieces. `clients/000012.parquet` holds the rows from the piece
-before it up to round 12, so that a checkpoint costs as much as is new in it. When a run
-ends or is stopped, `merge` joins the pieces to the one file `clients.parquet`; after a
-kill they stay, and `read_clients` reads both. A resumed run drops the rows of rounds
-that it runs again (`cut`), and goes on from there.
+A run writes the table in pieces (`fedcore.storage.pieces`).
 """
 
 from __future__ import annotations
 
-import io
-import logging
 import math
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcore.storage.checkpoint import replacing, write_atomically
-from fedcore.storage.faults import writing
+from fedcore.storage.pieces import Pieces
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,12 +24,6 @@ if TYPE_CHECKING:
     from fedcore.engines.readout import Readout
     from fedcore.messages.aggregation.aggregator import Aggregated
     from fedcore.rounds.tally import Tally
-
-log = logging.getLogger("fedcore")
-
-TABLE = "clients.parquet"
-PIECES = "clients"
-ROW_GROUP = 2**17  # rows that are in memory at a time while pieces are joined
 
 
 class ClientTable:
@@ -160,17 +147,10 @@ class ClientTable:
 
     def write(self, number: int) -> None:
         """Write a piece with the rows up to round `number` that no piece has yet."""
-        import pyarrow.parquet as pq
-
         rows = bisect_right(self._rounds, number)
         if rows == 0:
             return
-        file = self.folder / PIECES / _piece_name(int(self._rounds[rows - 1]))
-        with writing(file.parent):
-            file.parent.mkdir(exist_ok=True)
-        content = io.BytesIO()
-        pq.write_table(self._first(rows), content, compression="zstd")
-        write_atomically(file, content.getvalue())
+        _pieces(self.folder).write(self._first(rows), int(self._rounds[rows - 1]))
         del self._rounds[:rows], self._functions[:rows], self._left_out[:rows]
         for column in self._numbers.values():
             del column[:rows]
@@ -182,33 +162,11 @@ class ClientTable:
 
         A file that cannot be read is put aside, with a warning: it costs its own rows.
         """
-        import pyarrow as pa
-
-        for file in [*_pieces(self.folder), self.folder / TABLE]:
-            if not file.exists():
-                continue
-            try:
-                _cut_file(file, number)
-            except (OSError, pa.ArrowException) as error:
-                aside = file.replace(file.with_name(f"{file.name}.damaged"))
-                message = "%s cannot be read (%s): its rows are left out; it is now %s"
-                log.warning(message, file, error, aside.name)
+        _pieces(self.folder).cut(number)
 
     def merge(self) -> None:
         """Join the pieces to `clients.parquet`; where that fails, they stay."""
-        import pyarrow as pa
-
-        pieces = _pieces(self.folder)
-        if not pieces:
-            return
-        try:
-            _join(self.folder)
-            for piece in pieces:
-                piece.unlink()
-            if not any((self.folder / PIECES).iterdir()):
-                (self.folder / PIECES).rmdir()
-        except (OSError, pa.ArrowException) as error:
-            log.warning("%s: the rows of clients stay in pieces: %s", pieces[0], error)
+        _pieces(self.folder).merge()
 
     def _first(self, rows: int) -> pa.Table:
         """The first rows in memory, as a table."""
@@ -242,7 +200,6 @@ def read_clients(
     `up_to` select rows, `columns` those columns that are there. Raises OSError or
     pyarrow's ArrowException for a file that cannot be read.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     wanted = pc.scalar(True)
@@ -250,145 +207,17 @@ def read_clients(
         wanted &= pc.field("function") == function
     if up_to is not None:
         wanted &= pc.field("round") <= up_to
-    tables: list[pa.Table] = []
-    for piece in _pieces(folder):
-        try:
-            tables.append(_read(piece, wanted, columns))
-        except FileNotFoundError:
-            continue  # joined in this moment, and read below
-    if (folder / TABLE).exists():
-        joined = _read(folder / TABLE, wanted, columns)
-        last = _last_round(folder / TABLE)
-        newer = pc.field("round") > last
-        tables = [joined, *(table.filter(newer) for table in tables)]
-    if not tables:
-        return _base_schema().empty_table()
-    schema = _common_schema([table.schema for table in tables])
-    return pa.concat_tables(_filled(table, schema) for table in tables)
+    return _pieces(folder).read(wanted, columns)
 
 
-def _read(file: Path, wanted: pa.Expression, columns: Sequence[str] | None) -> pa.Table:
-    """The rows of one file that are wanted, in those of `columns` that it has."""
-    import pyarrow.parquet as pq
-
-    there = None
-    if columns is not None:
-        names = pq.read_schema(file).names
-        there = [name for name in names if name in {*columns, *_base_schema().names}]
-    return pq.read_table(file, columns=there, filters=wanted)
-
-
-def _pieces(folder: Path) -> list[Path]:
-    """The files of the pieces, in order of rounds."""
-    return sorted((folder / PIECES).glob("*.parquet"), key=lambda file: int(file.stem))
-
-
-def _piece_name(last_round: int) -> str:
-    return f"{last_round:06d}.parquet"
-
-
-def _last_round(file: Path) -> int:
-    """The largest round in a file, from its footer; 0 for an empty table."""
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_metadata(file)
-    column = metadata.schema.names.index("round")
-    last = 0
-    for group in range(metadata.num_row_groups):
-        statistics = metadata.row_group(group).column(column).statistics
-        last = max(last, statistics.max)
-    return last
-
-
-def _cut_file(file: Path, number: int) -> None:
-    """Leave the rows up to round `number` in a file, and no file without rows."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    if _last_round(file) <= number:
-        return
-    rows = pq.read_table(file, filters=pc.field("round") <= number)
-    shorter = file
-    if file.name != TABLE and len(rows) > 0:
-        # A piece is named by its last round; the next one may take the name it had.
-        shorter = file.with_name(_piece_name(pc.max(rows["round"]).as_py()))
-    if len(rows) > 0:
-        with replacing(shorter) as sink:
-            pq.write_table(rows, sink, compression="zstd")
-    if len(rows) == 0 or shorter != file:
-        file.unlink()
-
-
-def _join(folder: Path) -> None:
-    """Replace `clients.parquet` by its rows and those of the newer pieces."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = folder / TABLE
-    files = _pieces(folder)
-    if table.exists():
-        last = _last_round(table)  # pieces up to it were joined before a kill
-        files = [table, *(file for file in files if int(file.stem) > last)]
-    schema = _common_schema([pq.read_schema(file) for file in files])
-    with (
-        replacing(table) as sink,
-        pq.ParquetWriter(sink, schema, compression="zstd") as writer,
-    ):
-        waiting: list[pa.Table] = []
-        num_waiting = 0
-        for rows in _batches(files, schema):
-            waiting.append(rows)
-            num_waiting += len(rows)
-            if num_waiting >= ROW_GROUP:
-                writer.write_table(pa.concat_tables(waiting))
-                waiting, num_waiting = [], 0
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting))
-
-
-def _batches(files: list[Path], schema: pa.Schema) -> Iterator[pa.Table]:
-    """The rows of files one after another, at most ROW_GROUP of them at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for file in files:
-        with pq.ParquetFile(file) as source:
-            for batch in source.iter_batches(ROW_GROUP):
-                yield _filled(pa.Table.from_batches([batch]), schema)
-
-
-def _base_schema() -> pa.Schema:
+def _pieces(folder: Path) -> Pieces:
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("round", pa.int32()),
-            ("function", pa.string()),
-            ("client", pa.int64()),
-            ("num_examples", pa.float64()),
-            ("left_out", pa.string()),
-        ]
-    )
-
-
-def _common_schema(schemas: list[pa.Schema]) -> pa.Schema:
-    """Every column of any of them, in the order in which they appeared."""
-    import pyarrow as pa
-
-    plain = [schema.remove_metadata() for schema in schemas]
-    return pa.unify_schemas([_base_schema(), *plain])
-
-
-def _filled(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Rows with the columns of `schema`; those that they lack are NaN, "" or false."""
-    import pyarrow as pa
-
-    empty = {pa.string(): "", pa.bool_(): False}
-    columns = []
-    for field in schema:
-        if field.name in rows.column_names:
-            columns.append(rows[field.name])
-        else:
-            value = pa.scalar(empty.get(field.type, math.nan), field.type)
-            columns.append(pa.repeat(value, len(rows)))
-    return pa.table(columns, schema=schema)
+    columns = [
+        ("round", pa.int32()),
+        ("function", pa.string()),
+        ("client", pa.int64()),
+        ("num_examples", pa.float64()),
+        ("left_out", pa.string()),
+    ]
+    return Pieces(folder, "clients", "round", pa.schema(columns))

@@ -154,7 +154,8 @@ class Loop:
         self.history.write(folder / "metrics.jsonl")
         self.clients.cut(self.state.t)
         self.arrivals.cut(self.state.t)
-        self._watch = Watch(self.notes, experiment.checkpoint.jump)
+        jump, usual = experiment.checkpoint.jump, self.timing.usual
+        self._watch = Watch(self.notes, jump, usual)
         self._watch.resume(folder, self.history)
         self._stop = StopRequest(folder, experiment.rounds)
         self._last_problem = ""  # why a round left the model as it was

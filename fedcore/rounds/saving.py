@@ -45,6 +45,17 @@ class State(NamedTuple):
     timing: dict[str, Tensor]  # where time stands; a round that is skipped takes some
 
 
+def oldest_in_flight(state: State) -> int:
+    """The oldest version from which work is under way, t where none is.
+
+    Clients are not asked for work of earlier rounds again.
+    """
+    versions = []
+    if "queue" in state.timing:
+        versions = state.timing["queue"][:, 3].tolist()
+    return int(min([*versions, state.t]))
+
+
 class Saving:
     """Writes and reads the checkpoints of one run."""
 
@@ -87,6 +98,7 @@ class Saving:
         metrics.sync()
         header: dict[str, Any] = {
             "round": state.t,
+            "safe": oldest_in_flight(state),
             "engine": self._engine.choices,
             "fedcore": __version__,
             "initial": self._start.sha256 if self._start else None,

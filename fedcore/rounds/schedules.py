@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fedcore import trees
 from fedcore.clock.durations import Durations
 from fedcore.clock.queue import Queue
 from fedcore.clock.settings import Buffered, Replay
 from fedcore.clock.windows import Windows
-from fedcore.engines.base import Engine, Work
+from fedcore.engines.base import BufferedGrid, Engine, Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.rounds.buffer import BufferedRounds, Flight, Ring, first_exchange
+from fedcore.rounds.field import BufferedField, FieldRounds
 from fedcore.rounds.sources import ClockSource, Source
-from fedcore.rounds.timing import SECOND, ClockedRounds, FieldRounds, Timing
+from fedcore.rounds.timing import SECOND, ClockedRounds, Timing
 from fedcore.storage.rows import StateStore
-from fedcore.types import Params
+from fedcore.types import ClientFunction, Params, Tree
 
 if TYPE_CHECKING:
     from fedcore.config import Experiment
@@ -37,7 +38,7 @@ def timing_of(
     """
     clock, schedule = experiment.clock, experiment.schedule
     if experiment.engine.name == "grid":
-        return FieldRounds(engine)
+        return _field(experiment, work, cast("BufferedGrid", engine), params, spill)
     if isinstance(schedule, Replay):
         raise NotImplementedError
     if not clock.is_on:
@@ -78,14 +79,41 @@ def buffered(
         timing.piece = 1  # as the engine hands them on, and a server of devices does
     ram = int(experiment.checkpoint.state_ram_gb * 1e9)
     task, states = work.task, engine.states
-    server = work.method.init_server(trees.to(params, task.device), task.population)
-    fn, down = first_exchange(work.method, server, task)
+    fn, down = _first_exchange(work, params)
     if states is not None and not states.is_stateless:
-        row = trees.zeros_like(down)
-        store = StateStore(row, ram, partial(spill, "ring"), task.device)
-        timing.ring = Ring(store)
+        timing.ring = _ring(experiment, work, down, spill)
     else:
         row = Flight.row_of(message_shape(work, fn, down, 0))
         store = StateStore(row, ram, partial(spill, "flight"), task.device)
         timing.flight = Flight(store)
     return timing
+
+
+def _field(
+    experiment: Experiment,
+    work: Work,
+    engine: BufferedGrid,
+    params: Params,
+    spill: Callable[[str], Path],
+) -> Timing:
+    """The timing of devices."""
+    schedule = experiment.schedule
+    if not isinstance(schedule, Buffered):
+        return FieldRounds(engine)
+    _, down = _first_exchange(work, params)
+    return BufferedField(schedule, engine, _ring(experiment, work, down, spill))
+
+
+def _first_exchange(work: Work, params: Params) -> tuple[ClientFunction, Tree]:
+    task = work.task
+    server = work.method.init_server(trees.to(params, task.device), task.population)
+    return first_exchange(work.method, server, task)
+
+
+def _ring(
+    experiment: Experiment, work: Work, down: Tree, spill: Callable[[str], Path]
+) -> Ring:
+    """Room for messages like `down`."""
+    ram = int(experiment.checkpoint.state_ram_gb * 1e9)
+    row = trees.zeros_like(down)
+    return Ring(StateStore(row, ram, partial(spill, "ring"), work.task.device))

@@ -7,7 +7,6 @@ round to round is in it, but in tensors that are in the checkpoint.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +63,8 @@ class Timing:
     is_buffering = False
     # Whether a client's work of another round may answer in this one.
     is_buffered = False
+    # Reasons to leave a client out that are to be expected.
+    usual: frozenset[str] = frozenset()
 
     def stores(self) -> dict[str, StateStore]:
         """Rows that are in the checkpoint, by the name of their part."""
@@ -114,6 +115,8 @@ class _Exchange(NamedTuple):
 class ClockedRounds(Timing):
     """Synchronous rounds on a simulated clock (specification: docs/time.md)."""
 
+    usual = frozenset(("timeout",))
+
     def __init__(
         self,
         experiment: Experiment,
@@ -161,6 +164,8 @@ class ClockedRounds(Timing):
     ) -> Asked:
         if evaluates(fn) or len(clients) == 0:  # an evaluation takes no time
             return super().ask(fn, clients, down, absent)
+        for _ in self.late_work():  # a client ends its work before it begins another
+            pass
         ids, begin = clients.numpy(), self._now
         steps = self._work.steps(fn, ids)
         bytes_down, bytes_up = (
@@ -264,29 +269,6 @@ class ClockedRounds(Timing):
                 )
             )
         return arrivals
-
-
-class FieldRounds(Timing):
-    """Rounds of devices, on the clock of the server."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def begin(self, t: int, kept: Kept) -> None:
-        self._before, self._begin = now_of(kept), time.perf_counter()
-        self._order = int(kept.get("order", 0))
-
-    def end(self, tally: Tally) -> Spent:
-        passed = round((time.perf_counter() - self._begin) * SECOND)
-        now = self._before + passed
-        arrivals = []
-        for number, arrival in enumerate(self._engine.arrivals(), self._order):
-            arrivals.append(arrival._replace(order=number))
-        kept = {
-            "now": torch.tensor(now),
-            "order": torch.tensor(self._order + len(arrivals)),
-        }
-        return Spent({"time_s": now / SECOND}, kept, arrivals)
 
 
 NOBODY = torch.empty(0, 2, dtype=torch.int64)

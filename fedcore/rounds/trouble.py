@@ -22,8 +22,10 @@ __all__ = ["FAILING", "NO_FAULT", "Trouble", "failing_clients", "troubles"]
 FAILING = 8
 """Rounds in a row without a usable update, after which a client is failing."""
 
-NO_FAULT = frozenset(("dropout", "not needed"))
-"""Reasons that are none of the client's: simulated, or the round had enough reports."""
+NO_FAULT = frozenset(
+    ("dropout", "not needed", "late", "stale", "superseded", "unavailable")
+)
+"""Reasons that are none of the client's: simulated, or the server had no use for it."""
 
 LIGHT = 0.5
 """The weight, of the mean, below which a client gives trouble."""

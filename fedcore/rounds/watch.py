@@ -72,9 +72,14 @@ class Jump(NamedTuple):
 class Watch:
     """Counts over the rounds of one run, and what the user is told of them."""
 
-    def __init__(self, notes: Notes, jump: float) -> None:
-        """`jump` is the factor between two test losses from which on they jump."""
-        self._notes, self._factor = notes, jump
+    def __init__(
+        self, notes: Notes, jump: float, usual: frozenset[str] = frozenset()
+    ) -> None:
+        """`jump` is the factor between two test losses from which on they jump.
+
+        Clients that are left out for a `usual` reason are counted, and not named.
+        """
+        self._notes, self._factor, self._usual = notes, jump, usual
         # Clients left out of their last round: how often in a row, and why.
         self._failing: dict[int, tuple[int, str]] = {}
         self._told: set[tuple[int, str]] = set()
@@ -140,7 +145,8 @@ class Watch:
         """Name all clients of a kind of reason where one is new in it."""
         kinds: dict[str, list[int]] = {}
         for client, kind in _faults(tally.failed).items():
-            kinds.setdefault(kind, []).append(client)
+            if kind not in self._usual:
+                kinds.setdefault(kind, []).append(client)
         for kind, clients in kinds.items():
             reason = tally.reasons.get(kind, kind)
             self._name(number, kind, clients, f"left out: {reason}")

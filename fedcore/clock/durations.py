@@ -89,7 +89,7 @@ class Durations:
             if quantity is not None and name not in names:
                 self._drawn[name] = _Drawn(quantity)
         self.needs_bytes_up = "up_mbps" in names | self._drawn.keys()
-        # A row for each client, of zeros until it is asked. Of many more clients few are
+        # A row for each client, of zeros until it is asked. Of many clients few are
         # asked twice, and rows far apart in memory are not found faster than drawn.
         kept = population if population <= _KEPT else 0
         self._rows = np.zeros((kept, len(_DEFAULTS)))

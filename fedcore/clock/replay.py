@@ -24,6 +24,7 @@ from fedcore.errors import SettingsError
 
 __all__ = ["Recorded", "ReplayPlan"]
 
+TOO_LATE = ("timeout", "not needed")  # outcomes of work that was done all the same
 SILENT_OF = {outcome: slot for slot, outcome in OUTCOMES.items()}
 
 
@@ -36,7 +37,7 @@ class Recorded(NamedTuple):
     reported: Ints
     left_out: dict[int, str]  # the kind of reason of all others that were asked
     moved: Ints  # those of them who did their work all the same, too late
-    end: int  # microseconds: when the last report was in
+    end: int  # microseconds: when the server went on
 
 
 class ReplayPlan:
@@ -70,6 +71,7 @@ class ReplayPlan:
         self._refuse_twice()
         self._finish = self._ends()
         self._now = self._times()
+        self._starts = np.unique(self._sent)
         self._slot, self.slots = self._places()
         self._flight: tuple[int, dict[int, Item]] = (-1, {})  # update, by row
 
@@ -152,23 +154,37 @@ class ReplayPlan:
         is_second = self._outcome[rows] == LATE
         first, second = rows[~is_second], rows[is_second]
         first = first[np.argsort(self._client[first], kind="stable")]
-        asked = self._client[first]
-        back = self._back[first].copy()
-        came = np.isin(asked, self._client[second])
-        late = dict(
-            zip(self._client[second].tolist(), self._back[second].tolist(), strict=True)
-        )
-        back[came] = [late[client] for client in asked[came].tolist()]
-        usable = self._usable[first]
+        asked, sent = self._client[first], self._sent[first]
+        back, usable = self._back[first].copy(), self._usable[first]
+        place_of = {client: place for place, client in enumerate(asked.tolist())}
+        for row in second.tolist():
+            place = place_of.get(int(self._client[row]))
+            if place is not None:
+                back[place] = self._back[row]
         left_out = {}
         for row in first[~usable].tolist():
             left_out[int(self._client[row])] = str(self._outcome[row])
-        is_late = np.isin(self._outcome[first], ("timeout", "not needed"))
-        moved = asked[~usable & is_late & (back != NEVER)]
-        end = int(max(self._sent[first].max(initial=0), back[usable].max(initial=0)))
-        return Recorded(
-            asked, self._sent[first], back, asked[usable], left_out, moved, end
-        )
+        is_late = np.isin(self._outcome[first].astype(str), TOO_LATE)
+        moved = asked[is_late & (back != NEVER)]
+        end = max(int(sent.max(initial=0)), int(back[usable].max(initial=0)))
+        if is_late.any() or len(asked) == 0:
+            end = max(end, self._next_start(t, sent))
+        return Recorded(asked, sent, back, asked[usable], left_out, moved, end)
+
+    def time(self, t: int) -> int:
+        """Microseconds at the end of round t."""
+        if t >= self.last_update:
+            raise self._over(t)
+        return int(self._now[t])
+
+    def _next_start(self, t: int, sent: Ints) -> int:
+        """When the exchange after one whose work was sent at `sent` began; or 0."""
+        following = int(np.searchsorted(self._starts, sent.max(initial=0), "right"))
+        if following == len(self._starts):
+            return 0
+        start = int(self._starts[following])
+        is_next_round = start > self._now[t] - self._server_us
+        return start - self._server_us * is_next_round
 
     # Rows
 
@@ -202,12 +218,21 @@ class ReplayPlan:
         return ends
 
     def _times(self) -> Ints:
-        """When each update was made: int64 [updates]."""
+        """When each update was made, with the server's time after it: int64 [updates].
+
+        A synchronous round without an answer in time ends when the next one begins.
+        """
         now, times = 0, np.empty(self.last_update, dtype=np.int64)
         for t in range(self.last_update):
             rows = self._rows_of(t)
             ends = self._finish[rows.start : rows.stop]
+            if not self.is_buffered:
+                ends = ends[self._usable[rows.start : rows.stop]]
             now = max(now, int(ends.max(initial=0))) + self._server_us
+            if not self.is_buffered and t + 1 < self.last_update:
+                following = self._with_version(t + 1)
+                if len(following):
+                    now = max(now, int(self._sent[following].min()))
             times[t] = now
         return times
 

@@ -14,7 +14,7 @@ __all__ = [
     "Replay",
     "ScheduleSettings",
     "Synchronous",
-    "buffered_of",
+    "followed",
     "goal_of",
 ]
 
@@ -207,14 +207,10 @@ def goal_of(schedule: Synchronous | Buffered | Replay) -> int | None:
     return schedule.goal if isinstance(schedule, Synchronous) else None
 
 
-def buffered_of(schedule: Synchronous | Buffered | Replay) -> Buffered | None:
-    """The settings of a buffer, of the run or of one that it follows; else None.
+def followed(schedule: Synchronous | Buffered | Replay) -> Synchronous | Buffered:
+    """The schedule itself; of a replay, that of the run that it follows.
 
-    >>> buffered_of(Synchronous()) is None
-    True
-    >>> buffered_of(Replay(file=Path("runs/a"), of=Buffered(buffer=4))).buffer
+    >>> followed(Replay(file=Path("runs/a"), of=Buffered(buffer=4))).buffer
     4
     """
-    if isinstance(schedule, Replay):
-        schedule = schedule.of
-    return schedule if isinstance(schedule, Buffered) else None
+    return schedule.of if isinstance(schedule, Replay) else schedule

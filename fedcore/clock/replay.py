@@ -37,7 +37,7 @@ class Recorded(NamedTuple):
     reported: Ints
     left_out: dict[int, str]  # the kind of reason of all others that were asked
     moved: Ints  # those of them who did their work all the same, too late
-    end: int  # microseconds: when the server went on
+    end: int  # microseconds: when the last report was in
 
 
 class ReplayPlan:
@@ -58,7 +58,8 @@ class ReplayPlan:
         self._sent = table["sent_us"].to_numpy()
         self._back = table["back_us"].to_numpy()
         self._function = np.array(table["function"].to_pylist(), dtype=object)
-        self._outcome = np.array(table["outcome"].to_pylist(), dtype=object)
+        kinds = [text.partition(":")[0] for text in table["outcome"].to_pylist()]
+        self._outcome = np.array(kinds, dtype=object)
         self._usable: np.ndarray = self._outcome == ""
         self.last_update = int(self._update[-1])
         self.is_buffered = isinstance(settings.of, Buffered)
@@ -71,7 +72,6 @@ class ReplayPlan:
         self._refuse_twice()
         self._finish = self._ends()
         self._now = self._times()
-        self._starts = np.unique(self._sent)
         self._slot, self.slots = self._places()
         self._flight: tuple[int, dict[int, Item]] = (-1, {})  # update, by row
 
@@ -167,8 +167,6 @@ class ReplayPlan:
         is_late = np.isin(self._outcome[first].astype(str), TOO_LATE)
         moved = asked[is_late & (back != NEVER)]
         end = max(int(sent.max(initial=0)), int(back[usable].max(initial=0)))
-        if is_late.any() or len(asked) == 0:
-            end = max(end, self._next_start(t, sent))
         return Recorded(asked, sent, back, asked[usable], left_out, moved, end)
 
     def time(self, t: int) -> int:
@@ -176,15 +174,6 @@ class ReplayPlan:
         if t >= self.last_update:
             raise self._over(t)
         return int(self._now[t])
-
-    def _next_start(self, t: int, sent: Ints) -> int:
-        """When the exchange after one whose work was sent at `sent` began; or 0."""
-        following = int(np.searchsorted(self._starts, sent.max(initial=0), "right"))
-        if following == len(self._starts):
-            return 0
-        start = int(self._starts[following])
-        is_next_round = start > self._now[t] - self._server_us
-        return start - self._server_us * is_next_round
 
     # Rows
 

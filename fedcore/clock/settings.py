@@ -14,7 +14,7 @@ __all__ = [
     "Replay",
     "ScheduleSettings",
     "Synchronous",
-    "followed",
+    "buffered_of",
     "goal_of",
 ]
 
@@ -207,10 +207,20 @@ def goal_of(schedule: Synchronous | Buffered | Replay) -> int | None:
     return schedule.goal if isinstance(schedule, Synchronous) else None
 
 
-def followed(schedule: Synchronous | Buffered | Replay) -> Synchronous | Buffered:
-    """The schedule itself; of a replay, that of the run that it follows.
+def buffered_of(schedule: Synchronous | Buffered | Replay) -> Buffered | None:
+    """The settings of a buffer, of the run or of one that it follows; else None.
 
-    >>> followed(Replay(file=Path("runs/a"), of=Buffered(buffer=4))).buffer
+    >>> buffered_of(Synchronous()) is None
+    True
+    >>> buffered_of(Replay(file=Path("runs/a"), of=Buffered(buffer=4))).buffer
     4
     """
-    return schedule.of if isinstance(schedule, Replay) else schedule
+    if isinstance(schedule, Replay):
+        schedule = schedule.of
+    return schedule if isinstance(schedule, Buffered) else None
+
+
+def counts_discount(schedule: Synchronous | Buffered | Replay) -> bool:
+    """Whether the weight that divides a mean has the discounts of old answers in it."""
+    buffered = buffered_of(schedule)
+    return buffered is not None and buffered.normalise == "weights"

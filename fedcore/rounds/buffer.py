@@ -160,10 +160,9 @@ class BufferedRounds(Timing):
         under_way = self._source.in_flight()
         room = self.settings.concurrency * (update.now - self._before)
         busy = 0
-        for item in under_way:
-            busy += update.now - max(item.sent, self._before)
-        for item, _ in update.arrived:
-            busy += max(item.finish - max(item.sent, self._before), 0)
+        for item in [*under_way, *[item for item, _ in update.arrived]]:
+            end = min(item.finish, update.now)  # it may wait for the server afterwards
+            busy += max(end - max(item.sent, self._before), 0)
         row: dict[str, Any] = {
             "time_s": update.now / SECOND,
             "idle": share(room - busy, room),

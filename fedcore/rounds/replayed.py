@@ -119,7 +119,6 @@ class ReplayedRounds(Timing):
     def end(self, tally: Tally) -> Spent:
         arrivals: list[Arrival] = []
         worked = wasted = room = 0
-        self._now = max(self._now, self._plan.time(self._t))
         for each in self._exchanges:
             arrivals += recorded(each, tally, self._t, self._order + len(arrivals))
             sent, end = int(each.sent.min(initial=self._now)), self._now
@@ -129,6 +128,7 @@ class ReplayedRounds(Timing):
             worked += int(took.sum())
             wasted += int(took[is_late].sum())
             room += len(took) * (end - sent)
+        self._now = max(self._now, self._plan.time(self._t))  # with the server's
         row = {
             "time_s": self._now / SECOND,
             "idle": share(room - worked, room),

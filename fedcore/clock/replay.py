@@ -51,7 +51,7 @@ class ReplayPlan:
         """
         self.file = settings.file
         table = read_arrivals(settings.file)
-        self._server_us = server_us
+        self.server_us = server_us
         self._update = table["update"].to_numpy()
         self._client = table["client"].to_numpy()
         self._version = table["version"].to_numpy()
@@ -69,7 +69,8 @@ class ReplayPlan:
         # Rows by version, in order of arrival within one.
         self._by_version = np.argsort(self._version, kind="stable")
         self._versions = self._version[self._by_version]
-        self._refuse_twice()
+        if self.is_buffered:
+            self._refuse_twice()
         self._finish = self._ends()
         self._now = self._times()
         self._slot, self.slots = self._places()
@@ -145,21 +146,26 @@ class ReplayPlan:
             raise self._over(t)
         return np.unique(self._client[self._with_version(t)])
 
-    def exchange(self, t: int, function: str) -> Recorded:
-        """Who was asked for this function's work in round t, and who reported."""
+    def exchange(self, t: int, function: str, number: int = 0) -> Recorded:
+        """Who was asked for this function's work in round t, and who reported.
+
+        `number` counts the exchanges of a round that have the same function, from 0 on.
+        Nobody was asked in one that is not there.
+        """
         if t >= self.last_update:
             raise self._over(t)
         rows = self._with_version(t)
         rows = rows[self._function[rows] == function]
         is_second = self._outcome[rows] == LATE
-        first, second = rows[~is_second], rows[is_second]
+        exchanges = self._exchanges(rows[~is_second])
+        first = exchanges[number] if number < len(exchanges) else rows[:0]
         first = first[np.argsort(self._client[first], kind="stable")]
         asked, sent = self._client[first], self._sent[first]
         back, usable = self._back[first].copy(), self._usable[first]
         place_of = {client: place for place, client in enumerate(asked.tolist())}
-        for row in second.tolist():
+        for row in rows[is_second].tolist():
             place = place_of.get(int(self._client[row]))
-            if place is not None:
+            if place is not None and sent[place] == self._sent[row]:
                 back[place] = self._back[row]
         left_out = {}
         for row in first[~usable].tolist():
@@ -168,6 +174,22 @@ class ReplayPlan:
         moved = asked[is_late & (back != NEVER)]
         end = max(int(sent.max(initial=0)), int(back[usable].max(initial=0)))
         return Recorded(asked, sent, back, asked[usable], left_out, moved, end)
+
+    def _exchanges(self, rows: Ints) -> list[Ints]:
+        """The rows of each exchange out of those of a round with the same function.
+
+        The next one begins with a client that was asked before.
+        """
+        exchanges: list[list[int]] = []
+        asked = set[int]()
+        for row in rows.tolist():
+            client = int(self._client[row])
+            if not exchanges or client in asked:
+                exchanges.append([])
+                asked = set()
+            exchanges[-1].append(row)
+            asked.add(client)
+        return [np.array(exchange, dtype=np.int64) for exchange in exchanges]
 
     def time(self, t: int) -> int:
         """Microseconds at the end of round t."""
@@ -217,7 +239,7 @@ class ReplayPlan:
             ends = self._finish[rows.start : rows.stop]
             if not self.is_buffered:
                 ends = ends[self._usable[rows.start : rows.stop]]
-            now = max(now, int(ends.max(initial=0))) + self._server_us
+            now = max(now, int(ends.max(initial=0))) + self.server_us
             if not self.is_buffered and t + 1 < self.last_update:
                 following = self._with_version(t + 1)
                 if len(following):

@@ -24,6 +24,7 @@ from fedcore.errors import SettingsError
 
 __all__ = ["Recorded", "ReplayPlan"]
 
+TOO_LATE = ("timeout", "not needed")  # outcomes of work that was done all the same
 SILENT_OF = {outcome: slot for slot, outcome in OUTCOMES.items()}
 
 
@@ -57,7 +58,8 @@ class ReplayPlan:
         self._sent = table["sent_us"].to_numpy()
         self._back = table["back_us"].to_numpy()
         self._function = np.array(table["function"].to_pylist(), dtype=object)
-        self._outcome = np.array(table["outcome"].to_pylist(), dtype=object)
+        kinds = [text.partition(":")[0] for text in table["outcome"].to_pylist()]
+        self._outcome = np.array(kinds, dtype=object)
         self._usable: np.ndarray = self._outcome == ""
         self.last_update = int(self._update[-1])
         self.is_buffered = isinstance(settings.of, Buffered)
@@ -152,23 +154,26 @@ class ReplayPlan:
         is_second = self._outcome[rows] == LATE
         first, second = rows[~is_second], rows[is_second]
         first = first[np.argsort(self._client[first], kind="stable")]
-        asked = self._client[first]
-        back = self._back[first].copy()
-        came = np.isin(asked, self._client[second])
-        late = dict(
-            zip(self._client[second].tolist(), self._back[second].tolist(), strict=True)
-        )
-        back[came] = [late[client] for client in asked[came].tolist()]
-        usable = self._usable[first]
+        asked, sent = self._client[first], self._sent[first]
+        back, usable = self._back[first].copy(), self._usable[first]
+        place_of = {client: place for place, client in enumerate(asked.tolist())}
+        for row in second.tolist():
+            place = place_of.get(int(self._client[row]))
+            if place is not None:
+                back[place] = self._back[row]
         left_out = {}
         for row in first[~usable].tolist():
             left_out[int(self._client[row])] = str(self._outcome[row])
-        is_late = np.isin(self._outcome[first], ("timeout", "not needed"))
-        moved = asked[~usable & is_late & (back != NEVER)]
-        end = int(max(self._sent[first].max(initial=0), back[usable].max(initial=0)))
-        return Recorded(
-            asked, self._sent[first], back, asked[usable], left_out, moved, end
-        )
+        is_late = np.isin(self._outcome[first].astype(str), TOO_LATE)
+        moved = asked[is_late & (back != NEVER)]
+        end = max(int(sent.max(initial=0)), int(back[usable].max(initial=0)))
+        return Recorded(asked, sent, back, asked[usable], left_out, moved, end)
+
+    def time(self, t: int) -> int:
+        """Microseconds at the end of round t."""
+        if t >= self.last_update:
+            raise self._over(t)
+        return int(self._now[t])
 
     # Rows
 
@@ -202,12 +207,21 @@ class ReplayPlan:
         return ends
 
     def _times(self) -> Ints:
-        """When each update was made: int64 [updates]."""
+        """When each update was made, with the server's time after it: int64 [updates].
+
+        A synchronous round without an answer in time ends when the next one begins.
+        """
         now, times = 0, np.empty(self.last_update, dtype=np.int64)
         for t in range(self.last_update):
             rows = self._rows_of(t)
             ends = self._finish[rows.start : rows.stop]
+            if not self.is_buffered:
+                ends = ends[self._usable[rows.start : rows.stop]]
             now = max(now, int(ends.max(initial=0))) + self._server_us
+            if not self.is_buffered and t + 1 < self.last_update:
+                following = self._with_version(t + 1)
+                if len(following):
+                    now = max(now, int(self._sent[following].min()))
             times[t] = now
         return times
 

@@ -128,6 +128,7 @@ class ReplayedRounds(Timing):
             worked += int(took.sum())
             wasted += int(took[is_late].sum())
             room += len(took) * (end - sent)
+        self._now = max(self._now, self._plan.time(self._t))  # with the server's
         row = {
             "time_s": self._now / SECOND,
             "idle": share(room - worked, room),

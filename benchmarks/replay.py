@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from fedcore.clock.fit import fit
 
 from fedcore.clock.arrivals import read_arrivals
+from fedcore.clock.fit import fit
 from fedcore.config import Experiment
 from fedcore.rounds.loop import run
 from fedcore.rounds.rundir import stored

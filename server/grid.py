@@ -24,6 +24,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flwr.serverapp import Grid
+from torch import Tensor
+
 from fedcore import trees
 from fedcore.clock.arrivals import Arrival
 from fedcore.clock.queue import Item
@@ -36,8 +39,6 @@ from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.rows import StateStore
 from fedcore.types import ClientFunction, Tree
-from flwr.serverapp import Grid
-from torch import Tensor
 
 from .buffering import Buffer, Given
 from .flights import Flights

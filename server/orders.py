@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
+from flwr.app import ConfigRecord, Message, RecordDict
+
 from fedcore import trees
 from fedcore.clock.settings import Buffered
 from fedcore.engines.base import Work
@@ -15,7 +17,6 @@ from fedcore.messages import wire
 from fedcore.storage.faults import writing
 from fedcore.storage.memory import size_text
 from fedcore.types import ClientFunction, Tree
-from flwr.app import ConfigRecord, Message, RecordDict
 
 from .flights import Parcels
 from .replies import Reader, Reading

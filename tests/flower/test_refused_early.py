@@ -11,9 +11,9 @@ from typing import Any
 import fedcore.client.supernode
 import fedcore.server.link
 import fedcore.server.serve
-import fedcore.storage.memory
 import pytest
 
+import fedcore.storage.memory
 from fedcore.config import Experiment
 from fedcore.deploy import certs
 from fedcore.errors import RunError, SettingsError

@@ -28,7 +28,8 @@ pytestmark = [
 
 
 def rows(f: Federation) -> list[dict[str, Any]]:
-    return read_arrivals(f.run).to_pylist()
+    found: list[dict[str, Any]] = read_arrivals(f.run).to_pylist()
+    return found
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedvarp", "ditto"])

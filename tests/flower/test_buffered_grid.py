@@ -43,9 +43,8 @@ class PacedGrid(FakeGrid):
         messages = list(messages)
         for message in messages:
             if message.metadata.message_type == "train":
-                work = message.content["work"]
-                assert isinstance(work, ConfigRecord)
-                self.work.append(dict(work))
+                work: dict[str, Any] = dict(message.content["work"])  # type: ignore[call-overload]
+                self.work.append(work)
                 down = message.content["down"].object_id
                 for client in work["clients"]:
                     self.downs[client, work["t"]] = down

@@ -187,6 +187,11 @@ class Comparison:
         kind = "client" if self.is_personal else "test"
         return f"{kind}_{self.measure}"
 
+    @property
+    def judging_column(self) -> str:
+        """The measure that judges the runs, as a column of the table."""
+        return "client_mean" if self.is_personal else f"test_{self.measure}"
+
     @cached_property
     def horizon(self) -> float | None:
         """The end of the shortest run by its own clock; None where one has none."""
@@ -239,13 +244,19 @@ class Comparison:
         for runs in self.runs.values():
             for run in runs:
                 kinds += run.history.extra_tests
-        tests = {}
+        columns = {}
         for kind in dict.fromkeys(kinds):
             for name in self.measures:
-                tests[f"{kind}_{name}"] = f"{kind} {name}"
-        if self.horizon is not None and not self.has_equal_ends:
-            tests[AT_HORIZON] = f"at {seconds_text(self.horizon)}"
-        return tests | REST
+                columns[f"{kind}_{name}"] = f"{kind} {name}"
+        columns |= REST
+        if self.horizon is None or self.has_equal_ends:
+            return columns
+        ordered = {}
+        for key, name in columns.items():
+            ordered[key] = name
+            if key == self.judging_column:
+                ordered[AT_HORIZON] = f"at {seconds_text(self.horizon)}"
+        return ordered
 
     @property
     def is_personal(self) -> bool:

@@ -279,7 +279,8 @@ def time_to(hours: np.ndarray, accuracy: np.ndarray, target: float) -> float:
 def slowest_fifth(experiment: Experiment) -> np.ndarray:
     """The fifth of the clients whose work takes longest, by id."""
     clients = np.arange(1000)
-    durations = Durations(experiment.clock, 1000, experiment.seed)
+    batch_size = experiment.local.batch_size
+    durations = Durations(experiment.clock, 1000, experiment.seed, batch_size)
     expected = durations.expected(clients, np.full(1000, 5), 0, 0)
     return np.sort(np.argsort(expected, kind="stable")[-200:])
 

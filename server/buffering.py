@@ -142,5 +142,5 @@ class Buffer:
         for landed in sorted(self.arrived, key=key):
             client, version = landed.flight.client, landed.flight.version
             for text in landed.complaints:
-                yield complaint(client, text)
+                yield complaint([client], text)
             yield report(client, landed.answer)._replace(versions={client: version})

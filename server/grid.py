@@ -145,7 +145,7 @@ class GridEngine:
                 continue
             node, reply = node_reply
             if node in heard:
-                yield failure(hosted[node], twice(t))
+                yield complaint(hosted[node], twice(t))
                 continue
             heard.add(node)
             reading = reader.read(reply, hosted[node])
@@ -157,7 +157,7 @@ class GridEngine:
             waited_for -= set(hosted[node])
             self._note_waiting(waited_for)
             for client, text in reading.complaints.items():
-                yield complaint(client, text)
+                yield complaint([client], text)
             while todo and todo[0] in answers:
                 client = todo.pop(0)
                 yield report(client, answers.pop(client))

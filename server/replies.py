@@ -38,9 +38,10 @@ def report(client: int, answer: Answer) -> Reports:
     return Reports(torch.tensor([client]), stacked, torch.tensor([float(count)]))
 
 
-def complaint(client: int, text: str) -> Reports:
-    """A fault of a client beside its answer: of no work that it was given."""
-    return failure([client], text)._replace(versions={client: NO_WORK})
+def complaint(clients: list[int], text: str) -> Reports:
+    """A fault of clients beside their answers: of no work that they were given."""
+    versions = dict.fromkeys(clients, NO_WORK)
+    return failure(clients, text)._replace(versions=versions)
 
 
 class Measure(NamedTuple):

@@ -218,3 +218,9 @@ def buffered_of(schedule: Synchronous | Buffered | Replay) -> Buffered | None:
     if isinstance(schedule, Replay):
         schedule = schedule.of
     return schedule if isinstance(schedule, Buffered) else None
+
+
+def counts_discount(schedule: Synchronous | Buffered | Replay) -> bool:
+    """Whether the weight that divides a mean has the discounts of old answers in it."""
+    buffered = buffered_of(schedule)
+    return buffered is not None and buffered.normalise == "weights"

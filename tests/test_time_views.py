@@ -25,7 +25,7 @@ from fedcore.rounds import loop, slow_clients, time_summary
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.rounds.slow_clients import Heard, Speeds, group, heard_clients
-from fedcore.views import figures, time_to
+from fedcore.views import figures, run_figures, time_to
 from fedcore.views.compare import compare, show
 from fedcore.views.compare_page import table
 from fedcore.views.comparison import Comparison, Run, timed_curve
@@ -330,8 +330,10 @@ def test_the_report_has_curves_by_time_and_who_was_heard(
     assert "Staleness by round" in drawn
     assert drawn & common == {"Simulated seconds a round", "Arrivals by speed"}
     assert shares not in drawn  # nobody waits, and nothing is wasted
+    # No method logged the mean weight by age.
+    assert run_figures._method(History(buffered.history)) == []
     page = Page(late / "report.html")
-    assert "Who was heard, by speed" in page.words
+    assert "Clients by speed: who was heard" in page.words
     slow = deadline.time["slowest_fifth"]
     assert f"slowest fifth of the clients sent {100 * slow['arrivals']:.3g}%" in (
         page.words

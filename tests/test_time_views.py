@@ -502,6 +502,21 @@ def test_json_has_what_the_table_has(compared: Comparison) -> None:
         assert entry["slowest_fifth_arrivals"]["mean"] <= 1
 
 
+def test_personal_models_are_compared_by_what_clients_get(tmp_path: Path) -> None:
+    """The test set is nobody's there: the mean over clients counts."""
+    rows = history([0.1] * 4).rows
+    for row, mean in zip(rows, (0.2, 0.4, 0.6, 0.8), strict=True):
+        row |= {"client_accuracy": {"mean": mean, "std": 0.1}, "evaluation_s": 0.1}
+    experiment = clocked(method="ditto")
+    runs = {"ditto": [Run(0, tmp_path, History(rows))]}
+    one = Comparison(tmp_path, 1, {"ditto": experiment}, runs, wanted=0.6)
+    found = one.time_to("ditto")
+    assert found is not None
+    assert found.values == [4.0]  # (0.4 + 0.6 + 0.8) / 3
+    head = table(one)[0]
+    assert head.index("time to 60%") == head.index("client mean") + 1
+
+
 def test_the_page_draws_time_and_bytes(compared: Comparison) -> None:
     page = compared.folder / "compare.html"
     assert titles(page)[:2] == [

@@ -146,14 +146,20 @@ class Comparison:
     failed: dict[str, str] = field(default_factory=dict)  # "label, seed s" -> why
     wanted: float | None = None  # value of the measure whose time is looked for
 
+    @cached_property
+    def _values(self) -> dict[str, list[dict[str, float | None]]]:
+        """Every measure of every run, by label: they are asked for one by one."""
+        found: dict[str, list[dict[str, float | None]]] = {}
+        for label, runs in self.runs.items():
+            found[label] = [run.values(self.measure) for run in runs]
+        return found
+
     def stat(self, label: str, measure: str) -> Stat | None:
         """A measure over the seeds; None where the task has no such measure."""
-        values = []
-        horizon = self.horizon
-        for run in self.runs[label]:
-            if measure != AT_HORIZON:
-                value = run.values(self.measure).get(measure)
-            elif horizon is not None:
+        values, horizon = [], self.horizon
+        for run, of_run in zip(self.runs[label], self._values[label], strict=True):
+            value = of_run.get(measure)
+            if measure == AT_HORIZON and horizon is not None:
                 value = value_at(run.history, self.judging_key, horizon)
             if value is not None:
                 values.append(value)

@@ -89,6 +89,15 @@ Target = Annotated[
         help="with a clock: the value, e.g. 0.9, whose simulated time is told",
     ),
 ]
+Replay = Annotated[
+    Path | None,
+    typer.Option(
+        "--replay",
+        metavar="RUN",
+        help="a run directory, or its arrivals.parquet: take the answers that came "
+        "there, in their order; without PRESET with the settings of that run",
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="print one JSON object and nothing else on stdout"),
@@ -104,9 +113,13 @@ def run(
     out: Out = None,
     resume: Resume = None,
     round_: Round = None,
+    replay: Replay = None,
     json_: Json = False,
 ) -> None:
-    """Train, and write a run directory with a report. --resume needs no PRESET."""
+    """Train, and write a run directory with a report.
+
+    --resume and --replay need no PRESET.
+    """
     with importing():
         from fedcore.rounds import loop
         from fedcore.views.terminal import Terminal, show_result
@@ -121,8 +134,16 @@ def run(
             f"--round {round_} without --resume: expected --resume DIR, the run that "
             "is to go back"
         )
+    if replay is not None and resume is not None:
+        raise SettingsError(
+            f"--replay {replay} and --resume {resume}: a resumed run goes on with the "
+            "schedule that it has; give one of the two"
+        )
     with _interruptible(), Terminal() as terminal:
-        experiment = _experiment(preset, set_, engine, seed, resume)
+        if replay is None:
+            experiment = _experiment(preset, set_, engine, seed, resume)
+        else:
+            experiment = _replaying(replay, preset, set_, engine, seed)
         result = loop.run(experiment, out, resume, terminal, back_to=round_)
     # Its import takes half a second, with the plots: not before the first round.
     from fedcore.views.run_report import write_or_note
@@ -254,6 +275,36 @@ def report(run_dir: RunDir) -> None:
     print(printable(str(write_report(run_dir))))
 
 
+clock = App("Simulated time: what a recorded run says of its devices.")
+app.add_typer(clock, name="clock")
+
+
+@clock.command("fit")
+def clock_fit(
+    recording: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="a run directory, or its arrivals.parquet"),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="default: beside the recording")
+    ] = None,
+    population: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="clients; default: as the recording has"),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Fit a [clock] to a recorded run: the speed and latency of every client."""
+    from fedcore.views.clock_fit import facts, lines, write_fit
+
+    found, files = write_fit(recording, out, population)
+    if json_:
+        print(json.dumps(facts(found, files)))
+    else:
+        for line in lines(found, files):
+            print(printable(line))
+
+
 audit.register(app)
 stress.register(app)
 pretraining.register(app)
@@ -309,6 +360,24 @@ def _experiment(
         )
     source = str(resume / "config.toml")
     return Experiment.parse(stored(resume), overrides, source=source)
+
+
+def _replaying(
+    replay: Path,
+    preset: str | None,
+    set_: list[str] | None,
+    engine: str | None,
+    seed: int | None,
+) -> Experiment:
+    """The settings of a preset, or of the recorded run, that follow the recording."""
+    with importing():
+        from fedcore.rounds import recordings
+
+    experiment = _experiment(preset, set_, engine, seed, recordings.folder_of(replay))
+    experiment, notes = recordings.following(experiment, replay)
+    for note in notes.values():
+        _say(note)
+    return experiment
 
 
 def main() -> None:

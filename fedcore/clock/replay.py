@@ -24,6 +24,7 @@ from fedcore.errors import SettingsError
 
 __all__ = ["Recorded", "ReplayPlan"]
 
+TOO_LATE = ("timeout", "not needed")  # outcomes of work that was done all the same
 SILENT_OF = {outcome: slot for slot, outcome in OUTCOMES.items()}
 
 
@@ -50,14 +51,15 @@ class ReplayPlan:
         """
         self.file = settings.file
         table = read_arrivals(settings.file)
-        self._server_us = server_us
+        self.server_us = server_us
         self._update = table["update"].to_numpy()
         self._client = table["client"].to_numpy()
         self._version = table["version"].to_numpy()
         self._sent = table["sent_us"].to_numpy()
         self._back = table["back_us"].to_numpy()
         self._function = np.array(table["function"].to_pylist(), dtype=object)
-        self._outcome = np.array(table["outcome"].to_pylist(), dtype=object)
+        kinds = [text.partition(":")[0] for text in table["outcome"].to_pylist()]
+        self._outcome = np.array(kinds, dtype=object)
         self._usable: np.ndarray = self._outcome == ""
         self.last_update = int(self._update[-1])
         self.is_buffered = isinstance(settings.of, Buffered)
@@ -67,7 +69,8 @@ class ReplayPlan:
         # Rows by version, in order of arrival within one.
         self._by_version = np.argsort(self._version, kind="stable")
         self._versions = self._version[self._by_version]
-        self._refuse_twice()
+        if self.is_buffered:
+            self._refuse_twice()
         self._finish = self._ends()
         self._now = self._times()
         self._slot, self.slots = self._places()
@@ -143,32 +146,56 @@ class ReplayPlan:
             raise self._over(t)
         return np.unique(self._client[self._with_version(t)])
 
-    def exchange(self, t: int, function: str) -> Recorded:
-        """Who was asked for this function's work in round t, and who reported."""
+    def exchange(self, t: int, function: str, number: int = 0) -> Recorded:
+        """Who was asked for this function's work in round t, and who reported.
+
+        `number` counts the exchanges of a round that have the same function, from 0 on.
+        Nobody was asked in one that is not there.
+        """
         if t >= self.last_update:
             raise self._over(t)
         rows = self._with_version(t)
         rows = rows[self._function[rows] == function]
         is_second = self._outcome[rows] == LATE
-        first, second = rows[~is_second], rows[is_second]
+        exchanges = self._exchanges(rows[~is_second])
+        first = exchanges[number] if number < len(exchanges) else rows[:0]
         first = first[np.argsort(self._client[first], kind="stable")]
-        asked = self._client[first]
-        back = self._back[first].copy()
-        came = np.isin(asked, self._client[second])
-        late = dict(
-            zip(self._client[second].tolist(), self._back[second].tolist(), strict=True)
-        )
-        back[came] = [late[client] for client in asked[came].tolist()]
-        usable = self._usable[first]
+        asked, sent = self._client[first], self._sent[first]
+        back, usable = self._back[first].copy(), self._usable[first]
+        place_of = {client: place for place, client in enumerate(asked.tolist())}
+        for row in rows[is_second].tolist():
+            place = place_of.get(int(self._client[row]))
+            if place is not None and sent[place] == self._sent[row]:
+                back[place] = self._back[row]
         left_out = {}
         for row in first[~usable].tolist():
             left_out[int(self._client[row])] = str(self._outcome[row])
-        is_late = np.isin(self._outcome[first], ("timeout", "not needed"))
-        moved = asked[~usable & is_late & (back != NEVER)]
-        end = int(max(self._sent[first].max(initial=0), back[usable].max(initial=0)))
-        return Recorded(
-            asked, self._sent[first], back, asked[usable], left_out, moved, end
-        )
+        is_late = np.isin(self._outcome[first].astype(str), TOO_LATE)
+        moved = asked[is_late & (back != NEVER)]
+        end = max(int(sent.max(initial=0)), int(back[usable].max(initial=0)))
+        return Recorded(asked, sent, back, asked[usable], left_out, moved, end)
+
+    def _exchanges(self, rows: Ints) -> list[Ints]:
+        """The rows of each exchange out of those of a round with the same function.
+
+        The next one begins with a client that was asked before.
+        """
+        exchanges: list[list[int]] = []
+        asked = set[int]()
+        for row in rows.tolist():
+            client = int(self._client[row])
+            if not exchanges or client in asked:
+                exchanges.append([])
+                asked = set()
+            exchanges[-1].append(row)
+            asked.add(client)
+        return [np.array(exchange, dtype=np.int64) for exchange in exchanges]
+
+    def time(self, t: int) -> int:
+        """Microseconds at the end of round t."""
+        if t >= self.last_update:
+            raise self._over(t)
+        return int(self._now[t])
 
     # Rows
 
@@ -202,12 +229,21 @@ class ReplayPlan:
         return ends
 
     def _times(self) -> Ints:
-        """When each update was made: int64 [updates]."""
+        """When each update was made, with the server's time after it: int64 [updates].
+
+        A synchronous round without an answer in time ends when the next one begins.
+        """
         now, times = 0, np.empty(self.last_update, dtype=np.int64)
         for t in range(self.last_update):
             rows = self._rows_of(t)
             ends = self._finish[rows.start : rows.stop]
-            now = max(now, int(ends.max(initial=0))) + self._server_us
+            if not self.is_buffered:
+                ends = ends[self._usable[rows.start : rows.stop]]
+            now = max(now, int(ends.max(initial=0))) + self.server_us
+            if not self.is_buffered and t + 1 < self.last_update:
+                following = self._with_version(t + 1)
+                if len(following):
+                    now = max(now, int(self._sent[following].min()))
             times[t] = now
         return times
 

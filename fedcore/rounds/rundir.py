@@ -225,7 +225,7 @@ def stored(folder: Path | str) -> dict[str, Any]:
     return settings
 
 
-def _changed_settings(experiment: Experiment, folder: Path) -> dict[str, list[Any]]:
+def changed_settings(experiment: Experiment, folder: Path) -> dict[str, list[Any]]:
     """By dotted key: [what the run in `folder` had, what it has now]."""
     source = str(folder / "config.toml")
     settings = type(experiment).parse(stored(folder), source=source)
@@ -242,7 +242,7 @@ def _changed_settings(experiment: Experiment, folder: Path) -> dict[str, list[An
 def changed_rule(experiment: Experiment, folder: Path) -> dict[str, list[Any]]:
     """The changed settings that move the curve from here on."""
     rule = {}
-    for key, values in _changed_settings(experiment, folder).items():
+    for key, values in changed_settings(experiment, folder).items():
         if key.startswith("aggregation."):
             rule[key] = values
     return rule
@@ -251,7 +251,7 @@ def changed_rule(experiment: Experiment, folder: Path) -> dict[str, list[Any]]:
 def _refuse_changes(
     experiment: Experiment, folder: Path, may_change: tuple[str, ...]
 ) -> None:
-    changes, changed = [], _changed_settings(experiment, folder)
+    changes, changed = [], changed_settings(experiment, folder)
     schedule = experiment.local.schedule
     if "rounds" in changed and schedule != "constant":
         old, new = changed["rounds"]

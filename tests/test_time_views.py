@@ -371,7 +371,7 @@ def test_many_clients_are_drawn_in_groups(deadline: Result) -> None:
 
     n = 1000
     heard = Heard(np.arange(n), np.linspace(1, 9, n), np.ones(n, int), np.ones(n, int))
-    drawn = _arrivals(replace(read_run(Path(deadline.run_dir)), heard=heard))
+    drawn = _arrivals(replace(read_run(Path(deadline.run_dir)), heard=heard), True)
     assert drawn is not None
     assert "a twentieth of the 1,000 clients" in drawn.caption
     assert "sent 20% of" in drawn.caption

@@ -206,6 +206,7 @@ def test_the_result_has_it_as_json(deadline: Result, buffered: Result) -> None:
         assert time["time_s"] == result.history[-1]["time_s"]
         assert {"idle", "late_share", "wasted_share"} <= time.keys()
         assert {"slowest_fifth", "slowest_tenth"} <= time.keys()
+        assert time["clock"] == "simulated"
     assert buffered.time["staleness"]["max"] >= 1
     assert 0 < buffered.time["discount"] < 1
 

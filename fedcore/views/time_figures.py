@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from fedcore.rounds.history import History
 from fedcore.rounds.slow_clients import Heard, group
-from fedcore.rounds.time_summary import time_summary
+from fedcore.rounds.time_summary import clock_kind, time_summary
 from fedcore.views.figures import (
     SERIES,
     Plot,
@@ -20,7 +20,7 @@ from fedcore.views.figures import (
     time_unit,
 )
 from fedcore.views.run_record import RunRecord
-from fedcore.views.text import clock_kind, share_text, time_text, value_text
+from fedcore.views.text import share_text, time_text, value_text
 
 __all__ = ["heard_table", "time_plots"]
 

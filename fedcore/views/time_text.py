@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fedcore.rounds.slow_clients import group
-from fedcore.rounds.time_summary import time_summary
+from fedcore.rounds.time_summary import clock_kind, time_summary
 from fedcore.views.page import Fact
 from fedcore.views.run_record import RunRecord
-from fedcore.views.text import clock_kind, share_text, time_text, value_text
+from fedcore.views.text import share_text, time_text, value_text
 
 __all__ = ["time_facts", "time_sentences"]
 

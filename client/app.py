@@ -248,6 +248,7 @@ def run(message: Message, context: Context) -> Message:
         return secure.take_part(message, context, _work_for)
     clients, t = [int(client) for client in ask["clients"]], int(ask["t"])
     content, counts, failed = RecordDict(), dict[int, int](), dict[int, str]()
+    steps, work_us = list[int](), list[int]()
     try:
         assignment = Assignment(message, context, _work_for(context))
     except Exception as error:
@@ -255,7 +256,10 @@ def run(message: Message, context: Context) -> Message:
         clients = []
     for client in clients:
         try:
-            content[f"up-{client}"], counts[client] = assignment.do(client)
+            done = assignment.do(client)
+            content[f"up-{client}"], counts[client] = done.record, done.num_examples
+            steps.append(done.steps)
+            work_us.append(done.work_us)
         except Exception as error:  # one client fails, the node's others do not
             failed.update(failure([client], error).failed)
             if isinstance(error, Unwritable):
@@ -264,6 +268,8 @@ def run(message: Message, context: Context) -> Message:
         "t": t,
         "clients": [*counts],
         "num-examples": [*counts.values()],
+        "steps": steps,
+        "work-us": work_us,
         "failed": [*failed],
         "reasons": [*failed.values()],
     }

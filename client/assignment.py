@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
 from fedcore import trees
@@ -20,6 +22,15 @@ from fedcore.types import ClientFunction, Tree
 from .store import Store
 
 SERIES = re.compile(r"[A-Za-z0-9_-]*")  # names of runs, which name folders
+
+
+class Done(NamedTuple):
+    """One client's work, as its message has it."""
+
+    record: ArrayRecord
+    num_examples: int
+    steps: int  # local ones
+    work_us: int  # microseconds that it took
 
 
 class Assignment:
@@ -44,8 +55,9 @@ class Assignment:
         self.sums_alone = bool(context.node_config.get("secure", False))
         self.sums_alone |= work.sending is not None
 
-    def do(self, client: int) -> tuple[ArrayRecord, int]:
-        """The client's message, and the number of its examples; its state is kept."""
+    def do(self, client: int) -> Done:
+        """The client's message, and what goes with it; its state is kept."""
+        begin = time.perf_counter()
         up, state = self.run(client)
         if self.sums_alone and trees.leaves(up):
             raise RunError(
@@ -55,8 +67,12 @@ class Assignment:
             )
         record = wire.encode(up)
         self.keep_state(client, state)
-        # Work without a message tells nothing, nor how many examples there are.
-        return record, 0 if self.sums_alone else self.count(client)
+        if self.sums_alone:
+            # Work without a message tells nothing, nor how many examples there are.
+            return Done(record, 0, 0, 0)
+        steps = int(self.work.steps(self.fn, np.array([client]))[0])
+        work_us = round(1e6 * (time.perf_counter() - begin))
+        return Done(record, self.count(client), steps, work_us)
 
     def run(self, client: int) -> tuple[Tree, Tree]:
         """(the client's message, its new state, which is not kept yet)."""

@@ -82,6 +82,13 @@ Round = Annotated[
         help="with --resume: go back to the checkpoint of this round",
     ),
 ]
+Target = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="with a clock: the value, e.g. 0.9, whose simulated time is told",
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="print one JSON object and nothing else on stdout"),
@@ -134,6 +141,7 @@ def compare(
     set_: Set = None,
     engine: Engine = None,
     out: SharedOut = None,
+    target: Target = None,
     json_: Json = False,
 ) -> None:
     """Run several presets on the same seeds: a table and plots of all of them."""
@@ -144,11 +152,15 @@ def compare(
     for preset in presets:
         experiment = _experiment(preset, set_, engine)
         experiments.append((Path(preset).stem, experiment))
-    _compare(experiments, seeds, out or fresh("compare"), json_)
+    _compare(experiments, seeds, out or fresh("compare"), json_, target)
 
 
 def _compare(
-    experiments: Sequence[tuple[str, Experiment]], seeds: int, out: Path, json_: bool
+    experiments: Sequence[tuple[str, Experiment]],
+    seeds: int,
+    out: Path,
+    json_: bool,
+    target: float | None = None,
 ) -> None:
     with importing():
         from fedcore.views import compare as comparing
@@ -159,7 +171,7 @@ def _compare(
         runs = f"{len(experiments)} settings x {seeds} seeds in {out}"
         terminal.planned(len(experiments) * seeds, rounds, runs)
         try:
-            comparison = comparing.compare(experiments, seeds, out, terminal)
+            comparison = comparing.compare(experiments, seeds, out, terminal, target)
         except FedcoreError:
             with suppress(OSError):
                 out.rmdir()  # made for these runs, and still empty

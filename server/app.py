@@ -20,13 +20,14 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedcore.clock.settings import goal_of
+from fedcore.clock.queue import Item
+from fedcore.clock.settings import Buffered, goal_of
 from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.errors import FedcoreError, RunError, SettingsError
 from fedcore.rounds import loop
 from fedcore.rounds.rundir import open_run_dir, stored
-from fedcore.storage.checkpoint import STATE, write_atomically
+from fedcore.storage.checkpoint import STATE, Checkpoint, write_atomically
 from fedcore.storage.faults import Unwritable
 from fedcore.views.run_report import write_or_note
 from fedcore.views.terminal import Terminal, show_result
@@ -104,7 +105,7 @@ def _deploy(grid: Grid, folder: Path) -> None:
                     work,
                     experiment,
                     series=series,
-                    safe=lambda: _checkpointed(folder),
+                    safe=Safe(folder),
                     watch=folder / WATCH,
                     securing=securing,
                 )
@@ -126,24 +127,52 @@ def _engine(
     grid: Grid, work: Work, experiment: Experiment, **places: Any
 ) -> GridEngine:
     settings, schedule = experiment.engine, experiment.schedule
+    timeout = getattr(schedule, "deadline_s", None) or ROUND_TIMEOUT
+    if isinstance(schedule, Buffered):  # an evaluation waits behind a client's work
+        timeout = schedule.max_age_s
     return GridEngine(
         grid,
         work,
-        getattr(schedule, "deadline_s", None) or ROUND_TIMEOUT,
+        timeout,
         min_clients=settings.min_clients,
         report_goal=goal_of(schedule),
+        min_reports=experiment.min_reports,
         rejoin=settings.rejoin_timeout,
         limit=settings.message_limit_mb * 1e6,
         **places,
     )
 
 
-def _checkpointed(folder: Path) -> int:
-    """Rounds in the last checkpoint: clients are not asked for earlier ones again."""
-    try:
-        return int(json.loads((folder / "checkpoint" / STATE).read_bytes())["round"])
-    except FileNotFoundError:
-        return 0
+class Safe:
+    """The first version that clients may be asked for again, after a restart.
+
+    That of the oldest work in flight at the last checkpoint, else its round: devices
+    may forget the states before it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._checkpoint = Checkpoint(folder / "checkpoint")
+        self._file = folder / "checkpoint" / STATE
+        self._seen = (0, 0)  # when it was written, and that version
+
+    def __call__(self) -> int:
+        try:
+            written = self._file.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+        if written != self._seen[0]:
+            self._seen = written, self._read()
+        return self._seen[1]
+
+    def _read(self) -> int:
+        number = int(self._checkpoint.read()["round"])
+        if not self._checkpoint.has("timing"):
+            return number
+        kept = self._checkpoint.part("timing")
+        if "queue" not in kept:
+            return number
+        versions = [Item(*row).version for row in kept["queue"].tolist()]
+        return min([number, *versions])
 
 
 @contextmanager

@@ -8,6 +8,8 @@ out, counted and named.
     nodes     the nodes that are there, and the clients that each hosts
     post      messages sent, waited for until a deadline, and counted if late
     replies   what came back, read and checked
+    ledger    when each piece of work was sent, and was back
+    buffering one update of a buffered schedule; `flights` has the work in flight
     sums      sums of which nothing else can be read; `secure` is one of them
 """
 
@@ -19,16 +21,17 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedcore import trees
 from fedcore.clock.arrivals import Arrival
-from fedcore.engines.base import Work, failure
+from fedcore.clock.queue import Item
+from fedcore.clock.settings import Buffered
+from fedcore.engines.base import Work, failure, stamp
 from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout, added
 from fedcore.errors import RunError
@@ -42,9 +45,12 @@ from fedcore.storage.memory import size_text
 from fedcore.storage.rows import StateStore
 from fedcore.types import ClientFunction, Tree
 
+from .buffering import Buffer, Given
+from .flights import Flights, Parcels
+from .ledger import Ledger, Sent
 from .nodes import Nodes
 from .post import Inquiry, Post
-from .replies import Answer, Reader, twice
+from .replies import Answer, Reader, Reading, complaint, report, twice
 from .secure import EXCHANGES, Mailing
 from .sums import Securing, Sums, taken
 
@@ -64,6 +70,7 @@ class GridEngine:
         *,
         min_clients: int | None = None,
         report_goal: int | None = None,
+        min_reports: int = 1,
         rejoin: float = 0.0,
         limit: float = float("inf"),
         series: str = "",
@@ -75,7 +82,8 @@ class GridEngine:
         """A round goes on without clients that have not answered in `timeout` seconds.
 
         `min_clients` nodes have to be there before a round starts, and `report_goal`
-        reports end one. A node that goes away in a round and is back within `rejoin`
+        reports end one; a buffer is closed with `min_reports` where nobody is left to
+        be asked. A node that goes away in a round and is back within `rejoin`
         seconds is asked again. A message of more than `limit` bytes is refused.
         Clients keep their state by `series`, the same whenever one run is gone on
         with, and may forget rounds before `safe()`. The clients whose answers are
@@ -97,6 +105,10 @@ class GridEngine:
         # Of messages, by client function and the shapes of what it was sent.
         self._shapes: dict[Hashable, Tree] = {}
         self._sums = Sums(work, securing or Securing())
+        self._ledger = Ledger()
+        self._min_reports = min_reports
+        self._flights = Flights(self._post, self._nodes, self._ledger, rejoin)
+        self._buffer: Buffer | None = None  # of the last update
 
     @property
     def late(self) -> int:
@@ -115,7 +127,7 @@ class GridEngine:
         for _ in self._nodes.gather():
             yield PAUSE
         self._check_size(down)
-        reader = self._reader(fn, down, t)
+        reader = self._reader(fn, down, t, self.timeout)
         todo = clients.tolist()
         hosted, answers = self._hosts(todo)
         contents = self._contents(fn, hosted, down)
@@ -126,29 +138,92 @@ class GridEngine:
         waited_for = set(todo) - answers.keys()
         self._note_waiting(waited_for)
         inquiry = Inquiry(self._post, contents, self.timeout, self._rejoin, t)
+        noting = _Noting(self._ledger, inquiry, hosted, _sent(fn, down, t))
         for node_reply in inquiry.replies(lambda: len(reported) >= goal):
             if node_reply is None:
                 yield PAUSE
                 continue
             node, reply = node_reply
             if node in heard:
-                yield failure(hosted[node], twice(t))
+                yield complaint(hosted[node], twice(t))
                 continue
             heard.add(node)
             reading = reader.read(reply, hosted[node])
+            noting.add(node, not isinstance(reply, str), reading)
             answers |= reading.answers
             for client, answer in reading.answers.items():
                 if not isinstance(answer, str):
                     reported.add(client)
             waited_for -= set(hosted[node])
             self._note_waiting(waited_for)
-            for client, complaint in reading.complaints.items():
-                yield failure([client], complaint)
+            for client, text in reading.complaints.items():
+                yield complaint([client], text)
             while todo and todo[0] in answers:
                 client = todo.pop(0)
-                yield _report(client, answers.pop(client))
+                yield report(client, answers.pop(client))
+        noting.end()
         for client in todo:
-            yield _report(client, answers[client])
+            yield report(client, answers[client])
+
+    def buffer(
+        self,
+        fn: ClientFunction,
+        down: Tree,
+        t: int,
+        settings: Buffered,
+        pending: list[Item],
+        down_of: Callable[[int], Tree],
+    ) -> Iterator[Reports]:
+        """Reports of one server update, as `fedcore.engines.base.BufferedGrid` has it.
+
+        Raises RunError when no node is there at the start, and for a message over the
+        limit.
+        """
+        self._count_work(t)
+        for _ in self._nodes.gather():
+            yield PAUSE
+        self._check_size(down)
+        sent = Sent(t, fn.__name__, 0, trees.nbytes(down))
+        if not self._flights.has_begun:
+            self._flights.take_up(pending, sent)
+        parcels = self._parcels(fn, down, t, settings, down_of)
+        task, enough = self.work.task, max(self._min_reports, 1)
+        given = Given(sent, settings, parcels, self.work.seed, task.population, enough)
+        self._buffer = Buffer(given, self._flights, self._nodes, self._note_flights)
+        for _ in self._buffer.fill(self._rejoin):
+            yield PAUSE
+        yield from self._buffer.reports()
+
+    def sent(self) -> list[int]:
+        return [] if self._buffer is None else sorted(self._buffer.sent)
+
+    def in_flight(self) -> list[Item]:
+        return self._flights.items()
+
+    def _parcels(
+        self,
+        fn: ClientFunction,
+        down: Tree,
+        t: int,
+        settings: Buffered,
+        down_of: Callable[[int], Tree],
+    ) -> Parcels:
+        newest, age = wire.encode(down), settings.max_age_s
+
+        def content(client: int, version: int) -> RecordDict:
+            record = newest if version == t else wire.encode(down_of(version))
+            work = {**self._work_of(fn), "t": version, "k": 0, "clients": [client]}
+            return RecordDict({"down": record, "work": ConfigRecord(work)})
+
+        def read(reply: Message, client: int, version: int) -> Reading:
+            reader = self._reader(fn, down, version, age)
+            return reader.read(reply, [client])
+
+        return Parcels(content, read, age)
+
+    def _note_flights(self) -> None:
+        waiting = self._flights.note()
+        self._note_waiting({work["client"] for work in waiting}, in_flight=waiting)
 
     def _count_work(self, t: int) -> None:
         self._now = (t, self._now[1] + 1 if self._now[0] == t else 0)
@@ -190,7 +265,7 @@ class GridEngine:
                 "(a copy a client) and of the clients"
             )
 
-    def _reader(self, fn: ClientFunction, down: Tree, t: int) -> Reader:
+    def _reader(self, fn: ClientFunction, down: Tree, t: int, timeout: float) -> Reader:
         _, schema = wire.schemas(fn)
         sent = tuple((path, x.shape) for path, x in trees.flatten(down).items())
         key = fn.__name__, sent
@@ -198,7 +273,7 @@ class GridEngine:
             self._shapes[key] = message_shape(self.work, fn, down, t)
         module = type(self.work.method).__module__
         source = module.replace(".", "/") + ".py"
-        return Reader(schema, self._shapes[key], t, self.timeout, source)
+        return Reader(schema, self._shapes[key], t, timeout, source)
 
     def _hosts(self, clients: list[int]) -> tuple[dict[int, list[int]], dict[int, Any]]:
         """Clients by the node that hosts them, and answers for those without one."""
@@ -252,8 +327,15 @@ class GridEngine:
     ) -> Iterator[Readout]:
         return added(self.each(fn, clients, down, t), weight, total)
 
-    def _note_waiting(self, clients: set[int], exchange: int = 0) -> None:
+    def _note_waiting(
+        self,
+        clients: set[int],
+        exchange: int = 0,
+        in_flight: list[dict[str, Any]] | None = None,
+    ) -> None:
         """Write for `fedcore status` who is waited for, and in which exchange.
+
+        In a buffered schedule also on which version each client is at work.
 
         Not synced: the file is of use only while this process runs.
         """
@@ -265,6 +347,7 @@ class GridEngine:
             "since": time.time(),
             "late": self.late,
             "exchange": EXCHANGES.get(exchange, ""),
+            "in_flight": in_flight or [],
         }
         # A full disk ends a run where something is kept, and not for this.
         with suppress(OSError):
@@ -274,17 +357,40 @@ class GridEngine:
         return f"grid of {len(self._nodes.by_partition)} Flower nodes"
 
     def arrivals(self) -> list[Arrival]:
-        """Works that have ended since the last call."""
-        return []
+        self._ledger.note_late(self._post.take_late())
+        return self._ledger.take(self._now[0] + 1)
 
     def close(self) -> None:
         if self._safe is not None:
             self._sums.close(self._safe())
 
 
-def _report(client: int, answer: Answer) -> Reports:
-    if isinstance(answer, str):
-        return failure([client], answer)
-    up, count = answer
-    stacked = trees.map(lambda x: x[None], up)
-    return Reports(torch.tensor([client]), stacked, torch.tensor([float(count)]))
+def _sent(fn: ClientFunction, down: Tree, t: int) -> Sent | None:
+    """Work as its arrivals are recorded; an evaluation, or work alone, is not."""
+    if evaluates(fn) or not trees.leaves(down):
+        return None
+    return Sent(t, fn.__name__, 0, trees.nbytes(down))
+
+
+class _Noting(NamedTuple):
+    """Notes the arrivals of one exchange; nothing where `sent` is None."""
+
+    ledger: Ledger
+    inquiry: Inquiry
+    hosted: dict[int, list[int]]  # clients by node
+    sent: Sent | None
+
+    def add(self, node: int, has_come: bool, reading: Reading) -> None:
+        """The answers of a node, or why there is none."""
+        if self.sent is not None:
+            back_us = stamp() if has_come else -1
+            sent = self.sent._replace(sent_us=self.inquiry.sent_us[node])
+            self.ledger.add(sent, back_us, reading.answers, reading.measures)
+
+    def end(self) -> None:
+        """Late answers are noted when they come."""
+        if self.sent is None:
+            return
+        for message_id, node in self.inquiry.unanswered.items():
+            sent = self.sent._replace(sent_us=self.inquiry.sent_us[node])
+            self.ledger.expect(message_id, sent, self.hosted[node])

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedcore import __version__
@@ -102,6 +103,20 @@ class Nodes:
                 len(self.by_partition),
                 self.partitions,
             )
+
+    def meet(self) -> None:
+        """Meet new nodes, and forget those that went, without waiting."""
+        self._meet()
+
+    def host(self, client: int) -> int | None:
+        """The node that hosts a client; None where it is not there."""
+        return self.by_partition.get(client % self.partitions)
+
+    def clients(self) -> np.ndarray:
+        """Ids of the clients whose nodes are there, int64, ascending."""
+        is_there = np.zeros(self.partitions, dtype=bool)
+        is_there[[*self.by_partition]] = True
+        return np.flatnonzero(is_there[np.arange(self.population) % self.partitions])
 
     def _is_complete(self) -> bool:
         return len(self.by_partition) == self.partitions > 0

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedcore.engines.base import stamp
 from fedcore.escapes import escaped
 
 from .inbox import BAD_MESSAGE, inbox_of
@@ -30,6 +31,14 @@ NodeReply = tuple[int, Message | str]
 """A node, and its reply or the reason why there is none."""
 
 
+class LateReply(NamedTuple):
+    """A reply that nobody waits for any more."""
+
+    message_id: str
+    reply: Message | None  # None: Flower takes none any more
+    back_us: int  # as `fedcore.engines.base.stamp`
+
+
 class Post:
     """Sends messages to nodes, and takes their replies out of Flower's hands."""
 
@@ -39,6 +48,7 @@ class Post:
         self.late_answers = 0  # replies that came after the round had ended
         self._inbox = inbox_of(grid, limit)
         self._late: dict[str, float] = {}  # message id to the time at which it expires
+        self._came_late: list[LateReply] = []
 
     def push(
         self, contents: dict[int, RecordDict], kind: str, lifetime: float
@@ -63,33 +73,50 @@ class Post:
         return node_of
 
     def pull(self, message_ids: set[str]) -> Iterator[tuple[str, Message]]:
-        """Replies to these messages that are there, each with the message's id."""
-        if not message_ids:
+        """Replies to these messages that are there, each with the message's id.
+
+        Late replies to others are noted on the way.
+        """
+        wanted = message_ids | self._late.keys()
+        if not wanted:
             return
         replies: Iterable[Message]
         if self._inbox is None:
-            replies = self.grid.pull_messages(list(message_ids))
+            replies = self.grid.pull_messages(list(wanted))
         else:
-            replies = self._inbox.take(message_ids)
+            replies = self._inbox.take(wanted)
         for reply in replies:
-            if reply.metadata.reply_to_message_id in message_ids:
-                yield reply.metadata.reply_to_message_id, reply
+            message_id = reply.metadata.reply_to_message_id
+            if message_id in message_ids:
+                yield message_id, reply
+            elif message_id in self._late:
+                self._note_late(message_id, reply)
+
+    def _note_late(self, message_id: str, reply: Message) -> None:
+        del self._late[message_id]
+        self.late_answers += not reply.has_error()
+        self._came_late.append(LateReply(message_id, reply, stamp()))
 
     def expect_late(self, message_ids: set[str], expiry: float) -> None:
         """Count the replies to these messages if they come before `expiry`."""
         self._late |= dict.fromkeys(message_ids, expiry)
 
     def drop_late(self) -> None:
-        """Take late replies from Flower, count them, and throw them away."""
-        for message_id, reply in self.pull(set(self._late)):
-            self.late_answers += not reply.has_error()
-            self._late.pop(message_id, None)
+        """Take late replies from Flower and count them; their updates are not used."""
+        for _ in self.pull(set()):
+            pass
         now = time.monotonic()
         expired = [key for key, expiry in self._late.items() if expiry <= now]
         for message_id in expired:
             del self._late[message_id]
+            self._came_late.append(LateReply(message_id, None, -1))
         if self._inbox is not None:
             self._inbox.forget(expired)
+
+    def take_late(self) -> list[LateReply]:
+        """Late replies since the last call, and messages that can have none."""
+        late, self._came_late = self._came_late, []
+        return late
 
     def activation_times(self) -> dict[int, str]:
         """When each node that is online came, by node, where Flower tells."""
@@ -144,9 +171,11 @@ class Inquiry:
         self._linger = min(timeout, LINGER)
         post.drop_late()
         self._activated = post.activation_times()
+        self.sent_us = dict.fromkeys(contents, stamp())  # by node, the last time
         self._node_of = post.push(contents, "train", timeout + self._linger)
         self._waiting = set(self._node_of)
         self._away: dict[int, Away] = {}
+        self.unanswered: dict[str, int] = {}  # nodes by message, of late answers
         self._deadline = time.monotonic() + timeout
 
     def replies(self, is_enough: Callable[[], bool]) -> Iterator[NodeReply | None]:
@@ -162,7 +191,7 @@ class Inquiry:
                 looked = time.monotonic()
                 lost = self._look_after_nodes()
             for message_id, reply in self.post.pull(self._waiting - lost.keys()):
-                if self.rejoin and _is_offline(reply):
+                if self.rejoin and is_offline(reply):
                     lost[message_id] = OFFLINE
                 else:
                     self._waiting.discard(message_id)
@@ -196,6 +225,7 @@ class Inquiry:
     def _ask_again(self, node: int, activated: str) -> None:
         remaining = max(self._deadline - time.monotonic(), 0.0)
         content = {node: self._contents[node]}
+        self.sent_us[node] = stamp()
         again = self.post.push(content, "train", remaining + self._linger)
         if again:
             log.warning(
@@ -211,7 +241,12 @@ class Inquiry:
         for message_id, reason in lost.items():
             self._waiting.discard(message_id)
             self._away[self._node_of[message_id]] = Away(until, reason)
-        self.post.expect_late(set(lost), self._deadline + self._linger)
+        self._expect_late(set(lost))
+
+    def _expect_late(self, message_ids: set[str]) -> None:
+        self.post.expect_late(message_ids, self._deadline + self._linger)
+        for message_id in message_ids:
+            self.unanswered[message_id] = self._node_of[message_id]
 
     def _given_up(self, is_late: bool) -> list[int]:
         now = time.monotonic()
@@ -222,12 +257,12 @@ class Inquiry:
     def _without_reply(self) -> Iterator[NodeReply]:
         is_over = time.monotonic() > self._deadline
         reason = too_late(self.timeout) if is_over else NOT_NEEDED
-        self.post.expect_late(self._waiting, self._deadline + self._linger)
+        self._expect_late(self._waiting)
         for node in [*map(self._node_of.__getitem__, self._waiting), *self._away]:
             yield node, reason
 
 
-def _is_offline(reply: Message) -> bool:
+def is_offline(reply: Message) -> bool:
     return reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedcore import trees
+from fedcore.engines.base import failure
 from fedcore.escapes import escaped
 from fedcore.messages import wire
+from fedcore.reports import Reports
 from fedcore.types import Tree
 
 from .post import one_line, reason_of
@@ -15,10 +21,34 @@ from .post import one_line, reason_of
 MISSING = "no update: the node's answer holds none for this client"
 
 MOST_CLAIMS = 10  # beyond two a client: a few too many are named
+NO_WORK = -1  # in the place of a version
+LARGEST = 10**12  # steps, or microseconds of work, that are believed
 LONGEST = 300  # characters that are quoted of what a node sent
 
 Answer = tuple[Tree, int] | str
 """The message of one client with its number of examples, or why there is none."""
+
+
+def report(client: int, answer: Answer) -> Reports:
+    """One client's answer as a report."""
+    if isinstance(answer, str):
+        return failure([client], answer)
+    up, count = answer
+    stacked = trees.map(lambda x: x[None], up)
+    return Reports(torch.tensor([client]), stacked, torch.tensor([float(count)]))
+
+
+def complaint(clients: list[int], text: str) -> Reports:
+    """A fault of clients beside their answers: of no work that they were given."""
+    versions = dict.fromkeys(clients, NO_WORK)
+    return failure(clients, text)._replace(versions=versions)
+
+
+class Measure(NamedTuple):
+    """A client's own measure of its work: information, and nothing depends on it."""
+
+    steps: int = 0
+    work_us: int = 0  # microseconds
 
 
 class Reading(NamedTuple):
@@ -26,6 +56,7 @@ class Reading(NamedTuple):
 
     answers: dict[int, Answer]  # one for every client that was asked
     complaints: dict[int, str]  # about the rest of the reply, by client
+    measures: Mapping[int, Measure] = MappingProxyType({})  # of those that worked
 
 
 class Claim(NamedTuple):
@@ -90,7 +121,8 @@ class Reader:
         silent = allowed - answers.keys()
         if missing != MISSING and not silent:
             complaints.setdefault(asked[0], missing)
-        return Reading(answers | dict.fromkeys(silent, missing), complaints)
+        answers |= dict.fromkeys(silent, missing)
+        return Reading(answers, complaints, measures_in(content, asked))
 
     def _answer(self, content: RecordDict, claim: Claim) -> Answer:
         if claim.failure is not None:
@@ -112,6 +144,26 @@ class Reader:
                 f"bad message: it sent {problem}: "
                 f"is it running another version of {self.source}?"
             )
+
+
+def measures_in(content: RecordDict, asked: list[int]) -> dict[int, Measure]:
+    """What a reply says of the time that work took; 0 for what makes no sense."""
+    about = content.get("about")
+    if not isinstance(about, ConfigRecord):
+        return {}
+    columns = [_list(about, key) for key in ("clients", "steps", "work-us")]
+    measures: dict[int, Measure] = {}
+    for client, steps, work_us in zip(*columns, strict=False):
+        if client in asked and client not in measures:
+            measures[client] = Measure(_bounded(steps), _bounded(work_us))
+    return measures
+
+
+def _bounded(value: object) -> int:
+    """A whole number of a node; 0 in the place of anything else."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 0
+    return value if 0 <= value <= LARGEST else 0
 
 
 def twice(t: int) -> str:

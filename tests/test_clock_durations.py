@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -167,6 +169,45 @@ def test_a_duration_depends_on_the_client_and_version_alone(
     single = together[place : place + 1]
     one = small.of(single, version, steps[place : place + 1], 10_000, 20_000)
     assert one.tolist() == [found[place]]
+
+
+def normal(uniform: float) -> float:
+    return NormalDist().inv_cdf(uniform)
+
+
+def test_draws_are_those_of_their_keys() -> None:
+    settings_ = ClockSettings.model_validate(EVERYTHING)
+    durations = Durations(settings_, 100, seed=5)
+    nbytes_down, nbytes_up = 1_000_000, 250_000
+    clients, steps = np.array([8, 31]), np.array([3, 4])
+    found = durations.of(clients, 6, steps, nbytes_down, nbytes_up)
+    for place, client in enumerate(clients.tolist()):
+        # A number for each of step_s, down_mbps, up_mbps and latency_s, in this order.
+        own = uniforms(5, "clock", np.array([[client]]))[0].tolist()
+        step_s = 2 * math.exp(1.2 * normal(own[0]))
+        chances = [rank**-2 * 6 / math.pi**2 for rank in range(1, 6)]
+        rank = 1 + sum(own[1] > below for below in accumulate(chances))
+        up_mbps = 10.0 if own[2] < 0.3 else 1.0
+        latency_s = 2 * math.exp(1.2 * normal(own[3]))
+        work = uniforms(5, "clock work", np.array([[6, client]]))[0].tolist()
+        seconds = (
+            2 * latency_s
+            + 8e-6 * nbytes_down / (0.5 * rank)
+            + step_s * steps[place] * math.exp(0.4 * normal(work[0]))
+            + 8e-6 * nbytes_up / up_mbps
+        )
+        assert found[place] == pytest.approx(1e6 * seconds, abs=1)
+
+
+def test_who_was_asked_before_changes_no_duration() -> None:
+    settings_ = ClockSettings.model_validate(EVERYTHING)
+    fresh, asked = Durations(settings_, 40, seed=5), Durations(settings_, 40, seed=5)
+    for clients in (np.array([7, 20]), np.array([3, 7, 12, 20, 39]), np.arange(40)):
+        steps = np.ones(len(clients), dtype=np.int64)
+        asked.expected(clients, steps, 9, 9)
+    clients, steps = np.arange(40), np.ones(40, dtype=np.int64)
+    before = asked.of(clients, 1, steps, 9, 9)
+    assert before.tolist() == fresh.of(clients, 1, steps, 9, 9).tolist()
 
 
 def test_the_purpose_the_seed_and_the_version_are_in_the_keys() -> None:

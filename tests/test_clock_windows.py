@@ -197,9 +197,11 @@ def test_a_wrong_file_of_windows_is_refused(text: str, tmp_path: Path) -> None:
     assert f"clock.windows = {file}: {WRONG[text]}" in str(caught.value)
 
 
-def test_a_file_of_windows_may_have_any_order_and_fractions(tmp_path: Path) -> None:
+def test_windows_of_a_file_may_touch_and_have_any_order_and_fractions(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "windows.csv"
-    file.write_text(HEADER + "1,0.5,1.5\n0,30,60\n0,0,10.000001\n")
+    file.write_text(HEADER + "1,0.5,1.5\n0,50,60\n0,30,50\n0,0,10.000001\n")
     clock = ClockSettings.model_validate(
         {"step_s": 1.0, "windows": file, "period_s": 60, "at_end": "pause"}
     )

@@ -117,6 +117,15 @@ def test_weights_of_a_cohort_are_refused_for_a_buffer(
     assert 'set it to "participating"' in message
 
 
+def test_a_recorded_buffer_is_checked_as_one_on_a_clock(tmp_path: Path) -> None:
+    schedule = {"name": "trace", "file": str(tmp_path), "of": BUFFER}
+    message = refusal(experiment_of("scaffold", schedule=schedule))
+    assert "does not fit scaffold: " in message
+    message = refusal(experiment_of("fedvarp", schedule=schedule))
+    assert "does not fit fedvarp: it remembers updates as they are" in message
+    assert checked(experiment_of(schedule=schedule, clock={})) == []
+
+
 # A buffer, beside other settings
 
 
@@ -260,6 +269,23 @@ def test_rates_are_not_known_where_clients_may_be_late(
     assert checked(experiment_of(name, **settings)) == []
 
 
+def test_noise_for_one_client_is_not_enough_where_it_displaces_another() -> None:
+    participation = {"name": "bernoulli", "mean": 0.5}
+    for noise, engine in [(1.0, "vectorised"), (1.0, "grid"), (0.0, "vectorised")]:
+        experiment = experiment_of(
+            "dpfedavg",
+            method={"name": "dpfedavg", "noise_multiplier": noise},
+            participation=participation,
+            engine={"name": engine},
+            clock=CLOCK if engine == "vectorised" else {},
+            schedule={"goal": 3},
+        )
+        if noise:
+            assert "puts a slower one out of it" in refusal(experiment)
+        else:
+            assert checked(experiment) == []
+
+
 def test_windows_and_a_process_of_rounds_do_not_go_together() -> None:
     clock = {**CLOCK, "windows": "windows.csv"}
     participation = {"name": "markov"}
@@ -379,7 +405,8 @@ def test_rounds_of_tiers_wait_less(tmp_path: Path) -> None:
 def test_tiers_need_a_clock_and_enough_clients() -> None:
     participation = {"name": "tiers", "tiers": 4, "cohort": 2}
     assert checked(experiment_of(participation=participation)) == []
-    for settings in ({"clock": {}}, {"engine": {"name": "grid"}}):
+    unclocked: list[dict[str, Any]] = [{"clock": {}}, {"engine": {"name": "grid"}}]
+    for settings in unclocked:
         message = refusal(experiment_of(participation=participation, **settings))
         assert message.startswith('participation.name = "tiers" sorts clients by ')
     message = refusal(experiment_of(participation={**participation, "cohort": 3}))

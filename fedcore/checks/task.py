@@ -41,9 +41,10 @@ def _try(task: Task, kind: str, x: Tree, y: Tensor) -> None:
     """Try model, loss and metrics on a few of these examples."""
     if len(y) == 0:
         return
-    # From everywhere, as rows may be sorted by class. Copies: a model might write to
-    # its inputs.
-    rows = torch.linspace(0, len(y) - 1, min(len(y), TRIED)).long().to(y.device)
+    # From everywhere, as rows may be sorted by class; in float64, which has every row's
+    # number. Copies: a model might write to its inputs.
+    places = torch.linspace(0, len(y) - 1, min(len(y), TRIED), dtype=torch.float64)
+    rows = places.long().to(y.device)
     x, y = trees.at((x, y), rows)
     try:
         outputs = task.predict(task.init_params(), x)

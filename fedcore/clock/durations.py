@@ -40,13 +40,20 @@ sum over 90 000 rounds still fits into 64 bits."""
 _SECOND = 1_000_000  # microseconds
 _MEGABITS = 8e-6  # of a byte
 
-# A number of each client's own is drawn from the column of its name.
-_COLUMNS = {"step_s": 0, "down_mbps": 1, "up_mbps": 2, "latency_s": 3}
+# A client's own numbers, and their values where nothing is said: no limit, no latency.
+# Each is drawn from the uniform number of its place here.
+_DEFAULTS = {
+    "step_s": math.nan,
+    "down_mbps": math.inf,
+    "up_mbps": math.inf,
+    "latency_s": 0.0,
+}
 
 
 class Durations:
     """Durations of the work of a population's clients.
 
+    needs_bytes_up: whether the bytes that a client sends matter; where not, 0 will do.
     The columns of the file `clock.trace` win over the other settings. batch_size:
     examples of a step, for a file with seconds of an example. Raises SettingsError for
     a file that cannot be used.
@@ -76,16 +83,13 @@ class Durations:
                     "them; or set clock.step_s"
                 )
         self._drawn: dict[str, _Drawn] = {}
-        for name, column in _COLUMNS.items():
+        for name in _DEFAULTS:
             quantity = getattr(settings, name)
             if quantity is not None and name not in names:
-                self._drawn[name] = _Drawn(quantity, column)
-        self._names = names | self._drawn.keys()
-
-    @property
-    def needs_bytes_up(self) -> bool:
-        """Whether the bytes that a client sends matter; where not, 0 will do."""
-        return "up_mbps" in self._names
+                self._drawn[name] = _Drawn(quantity)
+        self.needs_bytes_up = "up_mbps" in names | self._drawn.keys()
+        # A row for each client that was asked; zeros, which take no memory, for others.
+        self._rows = np.zeros((population, len(_DEFAULTS)))
 
     def of(
         self,
@@ -119,36 +123,44 @@ class Durations:
     def _seconds(
         self, clients: Ints, steps: Floats, bytes_down: int, bytes_up: int
     ) -> Floats:
-        own = self._profiles(clients)
-        total = steps * own["step_s"]
-        if "latency_s" in own:
-            total = total + 2 * own["latency_s"]
-        if "down_mbps" in own:
-            total = total + _MEGABITS * bytes_down / own["down_mbps"]
-        if "up_mbps" in own:
-            total = total + _MEGABITS * bytes_up / own["up_mbps"]
-        return total
+        step_s, down_mbps, up_mbps, latency_s = self._own(clients).T
+        seconds: Floats = 2 * latency_s + _MEGABITS * bytes_down / down_mbps
+        seconds += steps * step_s
+        seconds += _MEGABITS * bytes_up / up_mbps
+        return seconds
 
-    def _profiles(self, clients: Ints) -> dict[str, Floats]:
-        """The numbers of the clients' own, [n] each, by name."""
-        if any(drawn.is_random for drawn in self._drawn.values()):
+    def _own(self, clients: Ints) -> Floats:
+        """The numbers of the clients' own, [n, 4] in the order of `_DEFAULTS`."""
+        rows = self._rows[clients]
+        is_new = rows[:, 0] == 0  # a step takes some time
+        if is_new.any():
+            new = clients[is_new]
+            self._rows[new] = self._found(new)
+            rows = self._rows[clients]
+        return rows
+
+    def _found(self, clients: Ints) -> Floats:
+        """As `_own`, from the file and from draws."""
+        is_random = any(drawn.is_random for drawn in self._drawn.values())
+        draws = np.empty((len(clients), len(_DEFAULTS)))
+        if is_random:
             draws = uniforms(self._seed, "clock", clients[:, None])
-        else:
-            draws = np.empty((len(clients), len(_COLUMNS)))
-        found: dict[str, Floats] = {}
-        if self._devices is not None:
-            for name in self._devices.names:
-                found[name] = self._devices.of(name, clients)
-        for name, drawn in self._drawn.items():
-            found[name] = drawn.of(draws[:, drawn.column])
-        return found
+        rows = np.empty((len(clients), len(_DEFAULTS)))
+        for column, (name, default) in enumerate(_DEFAULTS.items()):
+            if name in self._drawn:
+                rows[:, column] = self._drawn[name].of(draws[:, column])
+            elif self._devices is not None and name in self._devices.names:
+                rows[:, column] = self._devices.of(name, clients)
+            else:
+                rows[:, column] = default
+        return rows
 
 
 class _Drawn:
     """A quantity, as a function of a uniform number in (0, 1) of each client's own."""
 
-    def __init__(self, quantity: Quantity, column: int) -> None:
-        self._quantity, self.column = quantity, column
+    def __init__(self, quantity: Quantity) -> None:
+        self._quantity = quantity
         if isinstance(quantity, Zipf):
             # P(Z <= k) for k = 1, 2, ..., cap - 1: what is above it counts as cap.
             exponent = torch.tensor(quantity.a, dtype=torch.float64)

@@ -14,6 +14,7 @@ __all__ = [
     "Replay",
     "ScheduleSettings",
     "Synchronous",
+    "buffered_of",
     "goal_of",
 ]
 
@@ -183,7 +184,11 @@ class Replay(_Settings):
     """The order of answers is that of an earlier run: `fedcore run --replay FILE`."""
 
     name: Literal["trace"] = "trace"
-    file: Path = Field(description="arrivals.parquet of that run")
+    file: Path = Field(description="that run's directory, or its arrivals.parquet")
+    of: Annotated[Synchronous | Buffered, Field(discriminator="name")] = Field(
+        Synchronous(),
+        description="the schedule of that run: how a buffer weighs old answers",
+    )
 
 
 ScheduleSettings = Annotated[
@@ -200,3 +205,22 @@ def goal_of(schedule: Synchronous | Buffered | Replay) -> int | None:
     if isinstance(schedule, Buffered):
         return schedule.buffer
     return schedule.goal if isinstance(schedule, Synchronous) else None
+
+
+def buffered_of(schedule: Synchronous | Buffered | Replay) -> Buffered | None:
+    """The settings of a buffer, of the run or of one that it follows; else None.
+
+    >>> buffered_of(Synchronous()) is None
+    True
+    >>> buffered_of(Replay(file=Path("runs/a"), of=Buffered(buffer=4))).buffer
+    4
+    """
+    if isinstance(schedule, Replay):
+        schedule = schedule.of
+    return schedule if isinstance(schedule, Buffered) else None
+
+
+def counts_discount(schedule: Synchronous | Buffered | Replay) -> bool:
+    """Whether the weight that divides a mean has the discounts of old answers in it."""
+    buffered = buffered_of(schedule)
+    return buffered is not None and buffered.normalise == "weights"

@@ -115,6 +115,7 @@ class BufferedField(FieldRounds):
         now, arrivals = self._now(), self._arrived(tally)
         under_way = self._grid.in_flight()
         tally.bytes_down += self._size * len(self._grid.sent())
+        tally.asked.update(row.client for row in arrivals if row.outcome != "late")
         wasted = worked = busy = 0
         for arrival in arrivals:
             back = now if arrival.back_us < 0 else arrival.back_us

@@ -13,6 +13,7 @@ import torch
 
 from fedcore import trees
 from fedcore.clock.arrivals import Arrivals
+from fedcore.clock.settings import counts_discount
 from fedcore.errors import RunError, TooFewReports
 from fedcore.rng import torch_seed
 from fedcore.rounds import canary_bound
@@ -170,7 +171,7 @@ class Loop:
             self._stop,
             parts.receiving,
             parts.timing,
-            getattr(experiment.schedule, "normalise", "count") == "weights",
+            counts_discount(experiment.schedule),
         )
         self._evaluation = Evaluation(experiment, parts, self.desk)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedcore import privacy
-from fedcore.clock.settings import Buffered
+from fedcore.clock.settings import buffered_of
 from fedcore.errors import SettingsError
 from fedcore.local_settings import LocalSettings
 from fedcore.messages.links import LinkSettings
@@ -51,10 +51,10 @@ def participation_process(experiment: Experiment, task: Task) -> Process:
             )
         return task.data.label_counts(classes)
 
-    settings, schedule = experiment.participation, experiment.schedule
-    if isinstance(schedule, Buffered):
+    settings, buffer = experiment.participation, buffered_of(experiment.schedule)
+    if buffer is not None:
         # Whoever is idle works; rules are about as many answers as a buffer has.
-        size = min(schedule.buffer, task.population)
+        size = min(buffer.buffer, task.population)
         return UniformProcess(task.population, experiment.seed, size)
     if isinstance(settings, Uniform) and (settings.cohort or 0) > task.population:
         raise SettingsError(_too_large_a_cohort(experiment, task))

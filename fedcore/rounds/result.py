@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedcore.errors import FedcoreError
 from fedcore.rounds.history import History
+from fedcore.rounds.slow_clients import (
+    Speeds,
+    heard_clients,
+    last_evaluation,
+    slowest,
+)
+from fedcore.rounds.time_summary import time_summary
 from fedcore.types import Params
 
 if TYPE_CHECKING:
@@ -42,6 +50,8 @@ class Result:
     late_answers: int
     params_sha256: str
     run_dir: str
+    # By the run's clock: `time_summary`, and the slowest fifth and tenth of clients.
+    time: dict[str, Any]  # empty without a clock
     params: Params = field(repr=False)
 
     @property
@@ -59,6 +69,8 @@ class Result:
         lines["rounds"] = (
             f"{self.rounds}, {self.cohort:.4g} of {self.population} clients"
         )
+        if self.time:
+            lines["time on its clock"] = f"{self.time['time_s']:,.6g} s"
         lines["speed"] = f"{self.clients_per_second:,.0f} clients/s"
         lines["parameters"] = f"sha256 {self.params_sha256[:16]}"
         report = Path(self.run_dir) / "report.html"
@@ -104,6 +116,23 @@ def final_measures(history: History, evaluated_on: str) -> dict[str, Any]:
     return final
 
 
+def time_of(folder: Path, history: History, speeds: Speeds | None) -> dict[str, Any]:
+    """The time of a run by its own clock, and who was heard in it, ready for JSON."""
+    import pyarrow as pa
+
+    summary, rounds = time_summary(history), len(history)
+    if not summary:
+        return {}
+    try:
+        heard = heard_clients(folder, speeds, rounds)
+        evaluated = last_evaluation(folder, rounds)
+    except (OSError, KeyError, FedcoreError, pa.ArrowException):
+        return summary  # the run is done, and its report says what is missing
+    if heard is not None:
+        summary |= slowest(heard, evaluated, history.measure)
+    return summary
+
+
 def outcome(
     experiment: Experiment, task: Task, history: History, params: Params, folder: Path
 ) -> Result:
@@ -126,5 +155,6 @@ def outcome(
         late_answers=int(history.total("late_answers")),
         params_sha256=params_sha256(params),
         run_dir=str(folder),
+        time=time_of(folder, history, Speeds.of(experiment, task.population)),
         params=params,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedcore.clock.durations import Durations
-from fedcore.clock.settings import Buffered, Synchronous
+from fedcore.clock.settings import Buffered, Replay, Synchronous, buffered_of
 from fedcore.errors import SettingsError
 from fedcore.messages.adversary.settings import AdversarySettings
 from fedcore.messages.aggregation.checks import named
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedcore.method import Method
     from fedcore.task import Task
 
-__all__ = ["refuse_buffered", "refuse_schedule"]
+__all__ = ["expected_seconds", "has_clock", "refuse_schedule"]
 
 Note = Callable[[str], None]
 
@@ -69,14 +69,17 @@ def refuse_schedule(
         note("[clock] is of simulations: devices take the time that they take")
     if not is_grid:
         _refuse_without_clock(experiment)
-    if isinstance(schedule, Buffered):
-        refuse_buffered(experiment, method)
-        _refuse_sizes(experiment, schedule, task.population)
-        _refuse_rule(experiment, schedule)
-        _note_cohort(experiment, schedule, note)
+    buffer = buffered_of(schedule)
+    if buffer is not None:
+        _refuse_method(experiment, buffer, method)
+        _refuse_beside_buffer(experiment)
+        _refuse_sizes(experiment, buffer, task.population)
+        _refuse_rule(experiment, buffer)
+        _note_cohort(experiment, buffer, note)
     if isinstance(schedule, Synchronous):
         _refuse_goal(experiment, schedule, process)
         _refuse_rates(experiment, schedule, method)
+        _refuse_displaced(experiment, schedule, method, process)
         if has_clock(experiment):
             _refuse_endless(experiment, schedule)
             _refuse_two_who(experiment, process)
@@ -86,9 +89,9 @@ def refuse_schedule(
 
 def _refuse_without_clock(experiment: Experiment) -> None:
     """Refuse settings of time where a simulation has none."""
-    if experiment.clock.is_on:
-        return
     schedule = experiment.schedule
+    if experiment.clock.is_on or isinstance(schedule, Replay):  # that has its own
+        return
     if isinstance(schedule, Buffered):
         raise SettingsError(
             f"{BUFFERED} without a clock: in a simulation a clock says whose answer "
@@ -112,8 +115,10 @@ def _refuse_without_clock(experiment: Experiment) -> None:
 # The buffered schedule
 
 
-def refuse_buffered(experiment: Experiment, method: Method[Any]) -> None:
-    """Raises SettingsError where a buffer of answers cannot be the run's round."""
+def _refuse_method(
+    experiment: Experiment, schedule: Buffered, method: Method[Any]
+) -> None:
+    """Refuse a method of which a buffer of answers cannot be the round."""
     name = experiment.method.name
     reason = method.refuses("buffered")
     if reason is None and method.needs_rates():
@@ -123,15 +128,12 @@ def refuse_buffered(experiment: Experiment, method: Method[Any]) -> None:
             f"{BUFFERED} does not fit {name}: {reason}; leave schedule.name out, or "
             "choose another method, e.g. fedavg"
         )
-    schedule = experiment.schedule
-    if isinstance(schedule, Buffered) and schedule.staleness != "constant":
-        reason = method.refuses("discount")
-        if reason is not None:
-            raise SettingsError(
-                f'schedule.staleness = "{schedule.staleness}" does not fit {name}: '
-                f'{reason}; set schedule.staleness = "constant"'
-            )
-    _refuse_beside_buffer(experiment)
+    reason = method.refuses("discount")
+    if schedule.staleness != "constant" and reason is not None:
+        raise SettingsError(
+            f'schedule.staleness = "{schedule.staleness}" does not fit {name}: '
+            f'{reason}; set schedule.staleness = "constant"'
+        )
 
 
 def _refuse_beside_buffer(experiment: Experiment) -> None:
@@ -268,6 +270,28 @@ def _refuse_rates(
                 f"{experiment.method.name} ask for: leave it out, or take fedau, "
                 "which estimates them"
             )
+
+
+def _refuse_displaced(
+    experiment: Experiment,
+    schedule: Synchronous,
+    method: Method[Any],
+    process: Process,
+) -> None:
+    """Refuse a server's noise where a client that joins puts another one out."""
+    if schedule.goal is None:
+        return
+    try:
+        mechanism = method.mechanism(process)
+    except SettingsError:
+        return  # of the process: said elsewhere
+    if mechanism is not None and mechanism.noise_multiplier > 0:
+        raise SettingsError(
+            f"schedule.goal = {schedule.goal} with {experiment.method.name}: a client "
+            "that joins a round puts a slower one out of it, so that it changes the "
+            "sum by two bounds, and the accountant knows of one: set "
+            "schedule.deadline_s instead"
+        )
 
 
 def _refuse_endless(experiment: Experiment, schedule: Synchronous) -> None:

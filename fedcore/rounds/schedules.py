@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, cast
 from fedcore import trees
 from fedcore.clock.durations import Durations
 from fedcore.clock.queue import Queue
+from fedcore.clock.replay import ReplayPlan
 from fedcore.clock.settings import Buffered, Replay
 from fedcore.clock.windows import Windows
 from fedcore.engines.base import BufferedGrid, Engine, Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.rounds.buffer import BufferedRounds, Flight, Ring, first_exchange
+from fedcore.rounds.clocked import ClockedRounds
 from fedcore.rounds.field import BufferedField, FieldRounds
-from fedcore.rounds.sources import ClockSource, Source
-from fedcore.rounds.timing import SECOND, ClockedRounds, Timing
+from fedcore.rounds.replayed import ReplayedRounds
+from fedcore.rounds.sources import ClockSource, Source, TraceSource
+from fedcore.rounds.timing import SECOND, Timing, microseconds
 from fedcore.storage.rows import StateStore
 from fedcore.types import ClientFunction, Params, Tree
 
@@ -40,7 +43,7 @@ def timing_of(
     if experiment.engine.name == "grid":
         return _field(experiment, work, cast("BufferedGrid", engine), params, spill)
     if isinstance(schedule, Replay):
-        raise NotImplementedError
+        return _replayed(experiment, schedule, work, engine, params, spill)
     if not clock.is_on:
         return Timing()
     population, batch_size = work.task.population, experiment.local.batch_size
@@ -55,10 +58,7 @@ def timing_of(
             windows=windows,
         )
         source = ClockSource(queue, durations, round(clock.server_s * SECOND))
-        slots = schedule.concurrency
-        return buffered(
-            experiment, schedule, source, slots, work, engine, params, spill
-        )
+        return buffered(experiment, schedule, source, work, engine, params, spill)
     return ClockedRounds(experiment, work, engine, durations, windows)
 
 
@@ -66,13 +66,12 @@ def buffered(
     experiment: Experiment,
     settings: Buffered,
     source: Source,
-    slots: int,
     work: Work,
     engine: Engine,
     params: Params,
     spill: Callable[[str], Path],
 ) -> BufferedRounds:
-    """Rounds of this source, with room for so many works in flight."""
+    """Buffered rounds of this source."""
     timing = BufferedRounds(settings, source, work, engine)
     timing.keeps_last_only = experiment.aggregation.rule != "mean"
     if experiment.engine.name != "vectorised" and (experiment.engine.chunk or 1) == 1:
@@ -87,6 +86,30 @@ def buffered(
         store = StateStore(row, ram, partial(spill, "flight"), task.device)
         timing.flight = Flight(store)
     return timing
+
+
+def _replayed(
+    experiment: Experiment,
+    schedule: Replay,
+    work: Work,
+    engine: Engine,
+    params: Params,
+    spill: Callable[[str], Path],
+) -> Timing:
+    """The timing of a recorded run."""
+    server_us = round(experiment.clock.server_s * SECOND)
+    plan = ReplayPlan(schedule, work.task.population, server_us)
+    functions = set()
+    for name in dir(type(work.method)):
+        if hasattr(getattr(type(work.method), name), "client_data"):
+            functions.add(name)
+    plan.refuse(experiment.rounds, functions)
+    if isinstance(schedule.of, Buffered):
+        source, settings = TraceSource(plan), schedule.of
+        return buffered(experiment, settings, source, work, engine, params, spill)
+    has_windows = experiment.clock.windows is not None
+    deadline = microseconds(schedule.of.deadline_s)
+    return ReplayedRounds(plan, work, engine, deadline, has_windows)
 
 
 def _field(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from fedcore.clock.durations import Durations
 from fedcore.clock.queue import Item, Queue, Update
+from fedcore.clock.replay import ReplayPlan
 from fedcore.engines.base import Work
 from fedcore.rounds.timing import Kept
 from fedcore.types import ClientFunction
@@ -61,3 +63,23 @@ class ClockSource(Source):
 
     def kept(self) -> Kept:
         return self._queue.tensors()
+
+
+class TraceSource(Source):
+    """The updates of a recorded run."""
+
+    def __init__(self, plan: ReplayPlan) -> None:
+        self._plan, self._t = plan, 0
+        self._now = 0
+
+    def update(self, t: int, work: Work, fn: ClientFunction, sizes: Sizes) -> Update:
+        update, self._t = self._plan.update(t), t
+        self._now = update.now
+        return update
+
+    def in_flight(self) -> list[Item]:
+        return self._plan.in_flight(self._t)
+
+    def kept(self) -> Kept:
+        # What is under way stands in the recording.
+        return {"now": torch.tensor(self._now)}

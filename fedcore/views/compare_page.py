@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,16 @@ from matplotlib.figure import Figure
 from fedcore import __version__
 from fedcore.storage.checkpoint import write_atomically
 from fedcore.storage.memory import byte_unit, size_text
-from fedcore.views.comparison import Comparison, Stat, curve
+from fedcore.views.comparison import (
+    AT_HORIZON,
+    Comparison,
+    Run,
+    Stat,
+    Target,
+    TimedCurve,
+    curve,
+    timed_curve,
+)
 from fedcore.views.figures import (
     LABEL_ROOM,
     SERIES,
@@ -24,14 +34,23 @@ from fedcore.views.figures import (
     shape_axes,
     svg,
     thin,
+    time_unit,
 )
 from fedcore.views.page import THEME, render
-from fedcore.views.text import PERCENT, direction_text, rate_text
+from fedcore.views.text import (
+    PERCENT,
+    direction_text,
+    rate_text,
+    share_text,
+    value_text,
+)
+from fedcore.views.time_to import reached_text, seconds_text
 
 __all__ = ["explanation", "stat_text", "table", "write"]
 
 LINES = ("-", "--", ":", "-.")  # after nine labels the colours begin again
 COLOURS = 9
+SHARES = ("idle", "slowest_fifth_arrivals", "slowest_tenth_arrivals")
 
 
 def write(comparison: Comparison) -> None:
@@ -52,12 +71,31 @@ def write(comparison: Comparison) -> None:
 def table(comparison: Comparison) -> list[list[str]]:
     """A row for each label, the head first; a measure that no run has is left out."""
     rows: list[list[str]] = [["", *map(str, comparison.runs)]]
+    last = 1  # the place of what is about time, beside the measure that judges
     for measure, name in comparison.columns.items():
         stats = [comparison.stat(label, measure) for label in comparison.runs]
         if name and any(stats):
             cells = [stat_text(measure, stat, comparison.measure) for stat in stats]
             rows.append([name, *cells])
+            if measure in (comparison.judging_key, AT_HORIZON):
+                last = len(rows)
+    if comparison.target is not None:
+        rows[last:last] = _times_to(comparison, comparison.target)
     return [list(row) for row in zip(*rows, strict=True)]
+
+
+def _times_to(comparison: Comparison, target: Target) -> list[list[str]]:
+    """The row of times to the target, and one without a common horizon."""
+    reached = value_text(comparison.measure, target.value, 0)
+    rows = []
+    for is_equal in (True,) if comparison.has_equal_ends else (True, False):
+        name = f"time to {reached}" if is_equal else "in all its time"
+        cells = [name]
+        for label in comparison.runs:
+            found = comparison.time_to(label, is_equal)
+            cells.append("-" if found is None else reached_text(found))
+        rows.append(cells)
+    return rows
 
 
 def stat_text(measure: str, stat: Stat | None, judge: str = "accuracy") -> str:
@@ -76,9 +114,14 @@ def stat_text(measure: str, stat: Stat | None, judge: str = "accuracy") -> str:
         return size_text(stat.mean)
     if measure == "clients_per_second":
         return rate_text(stat.mean)
+    if measure == "time_s":
+        return seconds_text(stat.mean)
+    if measure in SHARES:
+        return share_text(stat.mean)
     if measure == "seconds":
         return f"{stat.mean:,.0f}" if stat.mean >= 100 else f"{stat.mean:.3g}"
-    is_of_clients = measure.startswith(("client_", "finetuned_"))
+    of_clients = ("client_", "finetuned_", "slowest_", AT_HORIZON)
+    is_of_clients = measure.startswith(of_clients)
     name = judge if is_of_clients else measure.partition("_")[2]
     if name in PERCENT:
         mean, std = f"{stat.mean:.2%}", f"{stat.std or 0:.2%}"
@@ -102,7 +145,48 @@ def explanation(comparison: Comparison) -> str:
         sentences.append(
             "The test set is measured with the model of a client that never took part."
         )
-    return " ".join(sentences)
+    return " ".join([*sentences, *_time_sentences(comparison)])
+
+
+def _time_sentences(comparison: Comparison) -> list[str]:
+    """What is to be known of the columns of the runs' clocks."""
+    target = comparison.target
+    if target is None:
+        return []
+    measure = comparison.measure
+    value, horizon = value_text(measure, target.value, 0), target.horizon_s
+    of = f"mean {measure} of clients" if comparison.is_personal else f"test {measure}"
+    text = (
+        f"time to {value}: by a run's own clock, the first evaluation whose {of}, in "
+        "the mean with the two before, is as good"
+    )
+    if target.is_default:
+        text += (
+            "; it is nine tenths of the way from the worst start to the best run, "
+            "another one is set with --target"
+        )
+    sentences = [
+        f"{text}.",
+        f'"> {seconds_text(horizon)}": not reached when the shortest run ends, by so '
+        "many of the seeds; they are in no mean.",
+    ]
+    if comparison.seeds > 1:
+        sentences.append("In brackets: 95% interval of the mean over seeds.")
+    if not comparison.has_equal_ends:
+        sentences.append(
+            "Runs end at other times, and are compared up to the first end: choose "
+            "rounds so that all take about as long."
+        )
+    if any(run.time.get("slowest_fifth") for run in _all_runs(comparison)):
+        sentences.append(
+            f"slowest fifth: {measure} of the slowest fifth of the clients, and their "
+            "share of the updates that were used; 20% where speed decides nothing."
+        )
+    return sentences
+
+
+def _all_runs(comparison: Comparison) -> list[Run]:
+    return [run for runs in comparison.runs.values() for run in runs]
 
 
 def _summary(comparison: Comparison) -> str:
@@ -181,7 +265,7 @@ def _page(comparison: Comparison) -> str:
 
 
 def _plots(comparison: Comparison) -> list[Plot]:
-    """Every measure by round and by bytes."""
+    """Every measure by round and by bytes; and by time, where all have a clock."""
     keys = [f"test_{measure}" for measure in (*comparison.measures, "distance")]
     of_clients = f"client_{comparison.measure}"
     if comparison.is_personal:
@@ -198,7 +282,7 @@ def _plots(comparison: Comparison) -> list[Plot]:
         if key == of_clients:
             measure = comparison.measure
             name = f"{measure[0].upper()}{measure[1:]} of single clients, their mean,"
-        for against in ("round", "bytes"):
+        for against in _against(comparison):
             figure, axes = new_figure(height=3.2)
             if not _draw(axes, comparison, key, against):
                 continue
@@ -209,6 +293,11 @@ def _plots(comparison: Comparison) -> list[Plot]:
     return plots
 
 
+def _against(comparison: Comparison) -> tuple[str, ...]:
+    """The costs against which measures are drawn."""
+    return ("round", "bytes") if comparison.horizon is None else ("time", "bytes")
+
+
 def _picture(comparison: Comparison) -> str:
     """Both curves side by side on white, for a paper or a README."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -216,8 +305,9 @@ def _picture(comparison: Comparison) -> str:
     key = f"test_{comparison.measure}"
     if comparison.is_personal:
         key = f"client_{comparison.measure}"
-    has_left = _draw(left, comparison, key, "round")
-    has_right = _draw(right, comparison, key, "bytes")
+    costs = _against(comparison)
+    has_left = _draw(left, comparison, key, costs[0])
+    has_right = _draw(right, comparison, key, costs[1])
     if has_left and has_right:
         handles, labels = left.get_legend_handles_labels()
         columns = min(len(labels), 5)
@@ -230,25 +320,38 @@ def _draw(axes: Axes, comparison: Comparison, key: str, against: str) -> bool:
     """Draw a line and a band for each label; False where there is nothing to draw."""
     curves = {}
     for label, runs in comparison.runs.items():
-        measured = curve(runs, key)
-        if len(measured.rounds):
-            curves[label] = measured
+        drawn = _drawn(runs, key, against, comparison.horizon is not None)
+        if len(drawn.x):
+            curves[label] = drawn
     if not curves:
         return False
-    size, unit = byte_unit(max(float(one.sent[-1]) for one in curves.values()))
-    right = 0.0
+    furthest = max(float(one.x[-1]) for one in curves.values())
+    size, xlabel = 1.0, "round"
+    if against == "bytes":
+        size, unit = byte_unit(furthest)
+        xlabel = f"{unit} sent"
+    elif against == "time":
+        size, unit = time_unit(furthest)
+        xlabel = f"simulated time, {unit}"
     everything: list[float] = []
     for number, (label, one) in enumerate(curves.items()):
-        x = one.rounds if against == "round" else one.sent / size
-        right = max(right, float(x[-1]))
         everything += one.values.ravel().tolist()
-        index = thin(range(len(x)))
-        _line_and_band(axes, number, label, x[index], one.values[:, index])
-    xlabel = "round" if against == "round" else f"{unit} sent"
+        index = thin(range(len(one.x)))
+        x = one.x[index] / size
+        _line_and_band(axes, number, label, x, one.values[:, index])
     axes.set(xlabel=xlabel, ylabel=key.replace("_", " "))
     room = 1.02 if len(curves) > 1 else LABEL_ROOM
-    shape_axes(axes, key.partition("_")[2], everything, room * right or 1)
+    shape_axes(axes, key.partition("_")[2], everything, room * furthest / size or 1)
     return True
+
+
+def _drawn(runs: Sequence[Run], key: str, against: str, has_clock: bool) -> TimedCurve:
+    """The curve of an experiment's seeds against a cost."""
+    if has_clock and against != "round":
+        return timed_curve(runs, key, against)
+    by_round = curve(runs, key)
+    x = by_round.rounds if against == "round" else by_round.sent
+    return TimedCurve(x, by_round.values)
 
 
 def _line_and_band(

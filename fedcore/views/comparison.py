@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +15,28 @@ import numpy as np
 from fedcore.config import Experiment
 from fedcore.rounds.history import History
 from fedcore.storage.json import without_nan
+from fedcore.views.time_to import (
+    TimeTo,
+    default_target,
+    end_of,
+    seconds_text,
+    time_to,
+    value_at,
+)
 
-__all__ = ["Comparison", "Curve", "Run", "Stat", "curve"]
+__all__ = [
+    "Comparison",
+    "Curve",
+    "Run",
+    "Stat",
+    "Target",
+    "TimedCurve",
+    "curve",
+    "timed_curve",
+]
 
+AT_HORIZON = "at_horizon"  # the judging measure at the end of the shortest run
+NEARLY = 0.02  # of time by which ends of runs may differ
 CLIENT_PARTS = ("mean", "std", "worst_tenth", "p10", "p90")
 TUNED_PARTS = ("mean", "worst_tenth")
 OPTIMUM = {"test_distance": "distance", "nmsd_db": "NMSD, dB"}
@@ -28,6 +49,15 @@ REST = {  # after the test measures, as the table names them; "" = in compare.js
     "client_p90": "",
     "finetuned_mean": "fine-tuned",
     "finetuned_worst_tenth": "",
+    "slowest_fifth_measure": "slowest fifth",
+    "slowest_tenth_measure": "",
+    "slowest_fifth_arrivals": "their updates",
+    "slowest_tenth_arrivals": "",
+    "time_s": "own clock",
+    "idle": "idle",
+    "late_share": "",
+    "wasted_share": "",
+    "staleness_mean": "",
     "bytes": "sent",
     "seconds": "seconds",
     "clients_per_second": "clients/s",
@@ -40,6 +70,7 @@ class Run(NamedTuple):
     seed: int
     folder: Path
     history: History
+    time: Mapping[str, Any] = MappingProxyType({})  # as of `Result.time`
 
     def values(self, judge: str) -> dict[str, float | None]:
         """Every measure at the end; None where the run has no such measure.
@@ -63,6 +94,12 @@ class Run(NamedTuple):
             values[f"client_{part}"] = clients.get(part)
         for part in TUNED_PARTS:
             values[f"finetuned_{part}"] = tuned.get(part)
+        for name in ("time_s", "idle", "late_share", "wasted_share"):
+            values[name] = self.time.get(name)
+        values["staleness_mean"] = self.time.get("staleness", {}).get("mean")
+        for name in ("slowest_fifth", "slowest_tenth"):
+            for part in ("arrivals", "measure"):
+                values[f"{name}_{part}"] = self.time.get(name, {}).get(part)
         return values
 
 
@@ -82,6 +119,22 @@ class Curve(NamedTuple):
     values: np.ndarray  # [seeds, points]
 
 
+class TimedCurve(NamedTuple):
+    """A measure by time or bytes, over seeds."""
+
+    x: np.ndarray  # [points], ascending
+    values: np.ndarray  # [seeds, points]
+
+
+class Target(NamedTuple):
+    """The value whose time is looked for, up to the end of the shortest run."""
+
+    key: str  # of the measure in a row
+    value: float
+    is_default: bool  # whether it was chosen here
+    horizon_s: float
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The runs of each experiment, by label."""
@@ -91,12 +144,17 @@ class Comparison:
     experiments: dict[str, Experiment]
     runs: dict[str, list[Run]]  # one a seed, without those that failed
     failed: dict[str, str] = field(default_factory=dict)  # "label, seed s" -> why
+    wanted: float | None = None  # value of the measure whose time is looked for
 
     def stat(self, label: str, measure: str) -> Stat | None:
         """A measure over the seeds; None where the task has no such measure."""
         values = []
+        horizon = self.horizon
         for run in self.runs[label]:
-            value = run.values(self.measure).get(measure)
+            if measure != AT_HORIZON:
+                value = run.values(self.measure).get(measure)
+            elif horizon is not None:
+                value = value_at(run.history, self.judging_key, horizon)
             if value is not None:
                 values.append(value)
         if not values:
@@ -124,6 +182,57 @@ class Comparison:
         return next(iter(self.measures))
 
     @property
+    def judging_key(self) -> str:
+        """The measure that judges the runs, as a row names it."""
+        kind = "client" if self.is_personal else "test"
+        return f"{kind}_{self.measure}"
+
+    @cached_property
+    def horizon(self) -> float | None:
+        """The end of the shortest run by its own clock; None where one has none."""
+        return end_of([run.history for runs in self.runs.values() for run in runs])
+
+    @cached_property
+    def target(self) -> Target | None:
+        """The value whose time is looked for; None without a clock."""
+        if self.horizon is None:
+            return None
+        value, key = self.wanted, self.judging_key
+        if value is None:
+            is_higher = self.measures[self.measure]
+            experiments = []
+            for runs in self.runs.values():
+                experiments.append([run.history for run in runs])
+            value = default_target(experiments, key, is_higher, self.horizon)
+        if value is None:
+            return None
+        return Target(key, value, self.wanted is None, self.horizon)
+
+    def time_to(self, label: str, is_equal: bool = True) -> TimeTo | None:
+        """When the runs of an experiment reached the target; None without a clock.
+
+        By the end of the shortest run of all, or else of the shortest of its own.
+        """
+        target, runs = self.target, self.runs[label]
+        histories = [run.history for run in runs]
+        by = self.horizon if is_equal else end_of(histories)
+        if target is None or by is None or not runs:
+            return None
+        is_higher = self.measures[self.measure]
+        return time_to(histories, target.key, target.value, is_higher, by)
+
+    @property
+    def has_equal_ends(self) -> bool:
+        """Whether all runs end at about the same time by their clocks."""
+        ends = []
+        for runs in self.runs.values():
+            for run in runs:
+                times = run.history.times
+                if times is not None:
+                    ends.append(float(times[-1]))
+        return not ends or max(ends) <= (1 + NEARLY) * min(ends)
+
+    @property
     def columns(self) -> dict[str, str]:
         """Every measure, and its name in the table; "" = in compare.json only."""
         kinds = ["test"]
@@ -134,6 +243,8 @@ class Comparison:
         for kind in dict.fromkeys(kinds):
             for name in self.measures:
                 tests[f"{kind}_{name}"] = f"{kind} {name}"
+        if self.horizon is not None and not self.has_equal_ends:
+            tests[AT_HORIZON] = f"at {seconds_text(self.horizon)}"
         return tests | REST
 
     @property
@@ -159,10 +270,14 @@ class Comparison:
             for measure in {"test_accuracy": "", **self.columns}:
                 stat = self.stat(label, measure)
                 entry[measure] = None if stat is None else stat._asdict()
+            for name, is_equal in (("time_to", True), ("time_to_in_all", False)):
+                found = self.time_to(label, is_equal)
+                entry[name] = None if found is None else found.to_dict()
             methods[label] = entry
         content = {
             "folder": str(self.folder),
             "seeds": self.seeds,
+            "target": self.target._asdict() if self.target else None,
             "methods": methods,
             "failed": self.failed,
         }
@@ -189,3 +304,28 @@ def curve(runs: Sequence[Run], key: str) -> Curve:
     mean_sent = [np.mean([totals[number] for totals in sent]) for number in points]
     measured = [[values[number] for number in points] for values in seeds]
     return Curve(np.array(points), np.array(mean_sent), np.array(measured))
+
+
+def timed_curve(runs: Sequence[Run], key: str, against: str) -> TimedCurve:
+    """A measure by "time" or "bytes", over seeds that are evaluated at other moments.
+
+    Values between two evaluations are those of the line between them, as it is drawn.
+    Only where every seed has been evaluated, before and after.
+    """
+    seeds = []
+    for run in runs:
+        times, points = run.history.times, run.history.points(key)
+        x = times if against == "time" else run.history.sent()
+        if x is None or not points:
+            return TimedCurve(np.array([]), np.array([]))
+        at = np.array([x[number] for number, _ in points], dtype=np.float64)
+        values = [v["mean"] if isinstance(v, dict) else v for _, v in points]
+        seeds.append((at, np.array(values, dtype=np.float64)))
+    if not seeds:
+        return TimedCurve(np.array([]), np.array([]))
+    first = max(at[0] for at, _ in seeds)
+    last = min(at[-1] for at, _ in seeds)
+    everything = np.unique(np.concatenate([at for at, _ in seeds]))
+    grid = everything[(everything >= first) & (everything <= last)]
+    measured = [np.interp(grid, at, values) for at, values in seeds]
+    return TimedCurve(grid, np.array(measured))

@@ -6,7 +6,7 @@ from fedcore.storage.memory import size_text
 from fedcore.views.comparison import CLIENT_PARTS
 from fedcore.views.figures import thin
 from fedcore.views.run_record import RunRecord
-from fedcore.views.text import value_text
+from fedcore.views.text import clock_kind, value_text
 
 __all__ = ["evaluation_table"]
 
@@ -28,7 +28,10 @@ def evaluation_table(run: RunRecord) -> list[list[str]]:
         number = order.index(name) if name in order else len(order)
         return number, name, kind != "test", kind
 
+    times = run.history.times
     head = ["round", "sent"]
+    if times is not None:
+        head.append(f"{clock_kind(run.settings)} time")
     for key in sorted(tests, key=place):
         head.append(key.replace("_", " "))
     for key in sorted(clients, key=place):
@@ -40,6 +43,8 @@ def evaluation_table(run: RunRecord) -> list[list[str]]:
     body = []
     for row in thin(evaluated):
         line = [str(row["round"]), size_text(float(sent[row["round"]]))]
+        if times is not None:
+            line.append(f"{times[row['round']]:,.7g} s")
         for key in sorted(tests, key=place):
             line.append(value_text(key.partition("_")[2], row.get(key), 2))
         for key in sorted(clients, key=place):

@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from cycler import cycler
@@ -42,6 +42,7 @@ __all__ = [
     "svg",
     "thin",
     "ticks",
+    "time_unit",
 ]
 
 T = TypeVar("T")
@@ -158,12 +159,26 @@ def ticks(integer: bool) -> MaxNLocator:
     return MaxNLocator(6, integer=integer, steps=[1, 2, 5, 10])
 
 
-def log_scale(axes: Axes) -> None:
-    """A logarithmic y axis whose numbers are written out."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+def time_unit(seconds: float) -> tuple[float, str]:
+    """(seconds of the unit in which this long a time is drawn, its name).
+
+    >>> time_unit(90.0), time_unit(9000.0)
+    ((1.0, 's'), (60.0, 'minutes'))
+    """
+    units = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0}
+    for name, size in units.items():
+        if seconds >= 4 * size:
+            return size, name
+    return 1.0, "s"
+
+
+def log_scale(axes: Axes, of: Literal["x", "y"] = "y") -> None:
+    """A logarithmic axis whose numbers are written out."""
+    axes.set(**{f"{of}scale": "log"})
+    axis = axes.xaxis if of == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def shape_axes(axes: Axes, measure: str, values: Sequence[float], right: float) -> None:

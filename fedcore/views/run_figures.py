@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,26 +14,25 @@ from fedcore.rounds.history import History
 from fedcore.rounds.rundir import PERCENTILES
 from fedcore.storage.memory import byte_unit
 from fedcore.views.figures import (
-    INK,
     LABEL_ROOM,
     SERIES,
     Plot,
-    log_scale,
     mark_of,
     new_figure,
     plot,
     shape_axes,
     thin,
     ticks,
+    time_unit,
 )
+from fedcore.views.round_figures import round_plots
 from fedcore.views.run_record import Measured, RunRecord
 from fedcore.views.secret_text import average_of_training
-from fedcore.views.text import PERCENT, shortened, time_text, value_text
+from fedcore.views.text import PERCENT, clock_kind, value_text
+from fedcore.views.time_figures import time_plots
 
 __all__ = ["partition_text", "sections"]
 
-BARS = 60  # of one plot; more rounds are averaged in groups
-REASONS = 5  # told apart in the plot
 QUANTILES = (0, 0.1, 0.5, 0.9, 1)  # of a list that a method logged
 Points = list[tuple[int, Any]]  # (round, value)
 
@@ -44,7 +43,8 @@ def sections(run: RunRecord) -> list[tuple[str, list[Plot]]]:
         ("Learning", _learning(run)),
         ("Clients", _clients(run)),
         ("Method", _method(run.history)),
-        ("Rounds", _rounds(run.history)),
+        ("Time", time_plots(run)),
+        ("Rounds", round_plots(run.history)),
         ("Data", _partition(run)),
     ]
 
@@ -66,14 +66,16 @@ def partition_text(section: dict[str, Any]) -> str:
 
 
 def _learning(run: RunRecord) -> list[Plot]:
-    """Every test measure by round and by bytes, the one that judges the run first."""
+    """Every test measure by round, time and bytes; that which judges the run first."""
     has_sent = run.history.total("bytes_down") + run.history.total("bytes_up") > 0
     measures = {"loss"}
     for row in run.history:
         for key in row:
             if key.startswith("test_"):
                 measures.add(key.removeprefix("test_"))
-    plots, average = [], average_of_training(run.history)
+    plots: list[Plot] = []
+    by_bytes: list[Plot] = []
+    average = average_of_training(run.history)
     order = list(dict.fromkeys([*run.history.measures, *sorted(measures)]))
     for measure in [name for name in order if name in measures]:
         test = thin(run.history.points(f"test_{measure}"))
@@ -83,9 +85,13 @@ def _learning(run: RunRecord) -> list[Plot]:
             others[name] = thin(run.history.points(f"{name}_{measure}"))
         if test or train:
             plots.append(_by_round(measure, test, train, others, average))
+        if test and run.history.times is not None:
+            plots.append(_by_time(run, measure, test))
         if test and has_sent:
-            plots.append(_by_bytes(run.history, measure, test))
-    return plots
+            drawn = _by_bytes(run.history, measure, test)
+            # Two figures stand side by side: by round and by another cost.
+            (plots if run.history.times is None else by_bytes).append(drawn)
+    return [*plots, *by_bytes]
 
 
 def _by_round(
@@ -127,6 +133,25 @@ def _by_round(
         figure.legend(loc="outside upper left", ncols=2)
     kind = "Test" if test else "Training"
     return plot(figure, f"{kind} {measure} by round", " ".join(sentences))
+
+
+def _by_time(run: RunRecord, measure: str, test: Points) -> Plot:
+    times = run.history.times
+    assert times is not None
+    size, unit = time_unit(times[-1])
+    points = [(times[number] / size, value) for number, value in test]
+    kind = clock_kind(run.settings)
+    figure, axes = new_figure()
+    axes.set(xlabel=f"{kind} time, {unit}", ylabel=measure)
+    right = LABEL_ROOM * times[test[-1][0]] / size
+    shape_axes(axes, measure, [value for _, value in test], right or 1)
+    _line(axes, points, measure)
+    captions = {
+        "simulated": "On the simulated clock of the run ([clock]): not the computer's.",
+        "recorded": "On the clock of the run that this one follows.",
+        "device": "On the clock of the server, without what it evaluates and saves.",
+    }
+    return plot(figure, f"Test {measure} by {kind} time", captions[kind])
 
 
 def _by_bytes(history: History, measure: str, test: Points) -> Plot:
@@ -265,7 +290,8 @@ def _method(history: History) -> list[Plot]:
     keys = set()
     for row in history:
         for key in row:
-            if key.startswith("server_") or key == "nmsd_db":
+            is_of_time = key == "server_discount" and "staleness" in row
+            if (key.startswith("server_") and not is_of_time) or key == "nmsd_db":
                 keys.add(key)
     plots = []
     for key in sorted(keys):
@@ -332,102 +358,6 @@ def _band(axes: Axes, points: Points) -> np.ndarray:
     marker = mark_of(points)
     axes.plot(rounds, median, color=SERIES[4], marker=marker, label="median")
     return bands
-
-
-# Rounds
-
-
-class Layer(NamedTuple):
-    """One colour of the bars of `_who_took_part`."""
-
-    label: str
-    counts: list[int]  # of each round
-
-
-def _rounds(history: History) -> list[Plot]:
-    """The clients of each round, and the time it took."""
-    if len(history) == 0:
-        return []
-    return [_who_took_part(history), _seconds(history)]
-
-
-def _who_took_part(history: History) -> Plot:
-    rounds = len(history)
-    layers = _layers(history)
-    num_bars = min(rounds, BARS)
-    x = _grouped([row["round"] for row in history], num_bars)
-    asked = _grouped([row["cohort"] for row in history], num_bars)
-    width = 0.86 * rounds / num_bars
-    # Without usable updates and other reasons.
-    figure, axes = new_figure(height=2.9 + 0.12 * (len(layers) - 2))
-    bottom = np.zeros(num_bars)
-    for number, layer in enumerate(layers):
-        heights = _grouped(layer.counts, num_bars)
-        if number == 0 or heights.any():
-            color, label = SERIES[number], shortened(layer.label)
-            axes.bar(x, heights, width, bottom, color=color, linewidth=0, label=label)
-            bottom += heights
-    edges = np.append(x - width / 1.72, x[-1] + width / 1.72)
-    axes.stairs(asked, edges, color=INK, linewidth=1.2, label="asked", baseline=None)
-    skipped = [row["round"] for row in history if row.get("skipped")]
-    if skipped:
-        zeros = np.zeros(len(skipped))
-        cross: dict[str, Any] = {"color": SERIES[5], "clip_on": False, "zorder": 4}
-        axes.plot(skipped, zeros, "x", label="skipped", **cross)
-    top = max(asked.max(), bottom.max(), 1) * 1.05
-    axes.set(xlabel="round", ylabel="clients", xlim=(0, rounds + 1), ylim=(0, top))
-    axes.xaxis.set_major_locator(ticks(integer=True))
-    axes.yaxis.set_major_locator(ticks(integer=True))
-    figure.legend(loc="outside upper left", ncols=2)
-    caption = (
-        "Each round: clients asked, clients whose update was used, "
-        "and the others by reason."
-    )
-    if num_bars < rounds:
-        caption += f" Means over {rounds // num_bars} or so rounds."
-    return plot(figure, "Who took part", caption)
-
-
-def _layers(history: History) -> list[Layer]:
-    """Counts of every round: usable updates, frequent reasons, all other reasons."""
-    frequent = [reason for reason, _ in history.dropped().most_common(REASONS)]
-    layers = [Layer("usable update", [row["reports"] for row in history])]
-    for reason in frequent:
-        counts = [row["dropped"].get(reason, 0) for row in history]
-        layers.append(Layer(reason, counts))
-    others = []
-    for row in history:
-        rare = row["dropped"].keys() - set(frequent)
-        others.append(sum(row["dropped"][reason] for reason in rare))
-    return [*layers, Layer("other reasons", others)]
-
-
-def _grouped(values: Sequence[float], num_groups: int) -> np.ndarray:
-    """Means of consecutive values. [num_groups]"""
-    return np.array([np.mean(group) for group in np.array_split(values, num_groups)])
-
-
-def _seconds(history: History) -> Plot:
-    points = thin(history.points("seconds"))
-    figure, axes = new_figure()
-    axes.set(xlabel="round", ylabel="seconds")
-    axes.plot(*zip(*points, strict=True), color=SERIES[2], marker=mark_of(points))
-    seconds = np.array([row["seconds"] for row in history])
-    median = float(np.median(seconds))
-    if seconds.min() > 0 and seconds.max() > 8 * median:
-        log_scale(axes)
-    else:
-        axes.set_ylim(0, float(seconds.max()) * 1.1 or 1)
-    axes.set_xlim(0, len(history) + 1)
-    axes.xaxis.set_major_locator(ticks(integer=True))
-    caption = f"Median {time_text(median)}, without evaluation."
-    first_round = history.rows[0].get("first_round_s")
-    if first_round:
-        caption += (
-            " From start to the end of the first round, with everything loaded: "
-            f"{time_text(first_round)}."
-        )
-    return plot(figure, "Seconds a round", caption)
 
 
 # Data

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedcore import methods
+from fedcore.clock.settings import ClockSettings
 from fedcore.config import Experiment
 from fedcore.errors import FedcoreError, SettingsError
 from fedcore.privacy import covers
@@ -21,11 +22,12 @@ from fedcore.rounds.client_table import read_clients
 from fedcore.rounds.history import History
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.rundir import stored
+from fedcore.rounds.slow_clients import Heard, Speeds, heard_clients
 from fedcore.rounds.trouble import Trouble, troubles
 from fedcore.rounds.watch import clients_text
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.tasks import TASKS, build_task
-from fedcore.views.text import shortened
+from fedcore.views.text import clock_kind, shortened
 
 __all__ = ["RunRecord", "read_run"]
 
@@ -62,6 +64,7 @@ class RunRecord:
     tuned: Measured  # at the last evaluation after fine-tuning
     troubles: list[Trouble]  # clients that were left out, clipped, hardly weighted
     federation: Federation
+    heard: Heard | None  # clients by speed; None without a clock, or where all are same
     notes: list[str]
 
     @property
@@ -128,6 +131,7 @@ def read_run(folder: Path) -> RunRecord:
         tuned=tuned,
         troubles=_troubles(folder, len(history), notes),
         federation=federation,
+        heard=_heard(folder, settings, history, federation.population, notes),
         notes=notes,
     )
 
@@ -222,6 +226,33 @@ def _last_evaluation(
     for name in NO_MEASURE & columns.keys():
         del columns[name]
     return {name: values[kept] for name, values in columns.items()}
+
+
+def _heard(
+    folder: Path,
+    settings: dict[str, Any],
+    history: History,
+    population: int | None,
+    notes: list[str],
+) -> Heard | None:
+    """The clients by speed, where the run has a clock and its arrivals can be read."""
+    import pyarrow as pa
+
+    if history.times is None:
+        return None
+    speeds = None
+    clock = ClockSettings.model_validate(settings.get("clock", {}))
+    if clock.is_on and population is not None and clock_kind(settings) == "simulated":
+        batch_size = settings.get("local", {}).get("batch_size")
+        speeds = Speeds(clock, settings["seed"], batch_size, population)
+    try:
+        return heard_clients(folder, speeds, len(history))
+    except (OSError, KeyError, FedcoreError, pa.ArrowException) as error:
+        notes.append(
+            f"arrivals.parquet cannot be read ({_brief(error)}): who was heard, by "
+            "speed, is not drawn."
+        )
+        return None
 
 
 def _federation(folder: Path, settings: dict[str, Any], notes: list[str]) -> Federation:

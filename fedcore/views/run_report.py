@@ -35,6 +35,8 @@ from fedcore.views.text import (
     time_text,
     value_text,
 )
+from fedcore.views.time_figures import heard_table
+from fedcore.views.time_text import time_facts, time_sentences
 
 __all__ = ["write_or_note", "write_report"]
 
@@ -104,6 +106,7 @@ def _page(run: RunRecord) -> str:
         dropped=_dropped(run),
         troubles=_troubles(run.troubles),
         num_troubles=len(run.troubles),
+        heard=heard_table(run),
         evaluations=evaluation_table(run),
         samples=_samples(run.history),
         config=(run.folder / "config.toml").read_text(),
@@ -129,6 +132,7 @@ def summary(run: RunRecord) -> str:
         _clients_text(run),
         _tuned_text(run),
         *_requests_text(run),
+        *time_sentences(run),
     ]
     return " ".join(filter(None, sentences))
 
@@ -353,9 +357,12 @@ def _cost_facts(run: RunRecord) -> list[Fact]:
     found = history.last("canaries")
     if found:
         facts.append(Fact("measured by canaries", *canary_bound.describe(found)))
+    clock = time_facts(run)
+    facts += clock
     seconds = history.total("seconds") + history.total("evaluation_s")
     speed = f"{rate_text(history.clients_per_second)} clients a second"
-    facts.append(Fact("time", time_text(seconds), f"{speed} without evaluation"))
+    name = "computer's time" if clock else "time"
+    facts.append(Fact(name, time_text(seconds), f"{speed} without evaluation"))
     return facts
 
 

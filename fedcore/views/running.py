@@ -18,6 +18,7 @@ from fedcore.rounds.loop import Result
 from fedcore.rounds.observer import Observer, Quiet
 from fedcore.task import Task
 from fedcore.views.terminal import Terminal
+from fedcore.views.text import time_text
 
 __all__ = ["NotebookBar", "run"]
 
@@ -126,8 +127,12 @@ class NotebookBar(Quiet):
         number = int(row["round"])
         if number < self._rounds and time.monotonic() - self._drawn < DRAWN:
             return
-        loss = row.get("train_loss")
-        self._show(number, "" if loss is None else f"loss {loss:.4f}")
+        facts, loss, time_s = [], row.get("train_loss"), row.get("time_s")
+        if time_s is not None:
+            facts.append(f"{time_text(time_s)} simulated")
+        if loss is not None:
+            facts.append(f"loss {loss:.4f}")
+        self._show(number, ", ".join(facts))
 
     def note(self, message: str) -> None:
         self._display(_Html(f"<p>note: {html.escape(message)}</p>", message))

@@ -31,7 +31,14 @@ from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.storage.memory import size_text
 from fedcore.views.secret_text import secret_text
-from fedcore.views.text import PERCENT, rate_text, time_text, value_text
+from fedcore.views.text import (
+    PERCENT,
+    clock_kind,
+    rate_text,
+    share_text,
+    time_text,
+    value_text,
+)
 
 __all__ = ["AuditTerminal", "Terminal", "show_result"]
 
@@ -39,6 +46,12 @@ EVERY = 10.0  # seconds between lines where there is no terminal
 LONG = 10.0  # seconds of a run, from which on they are estimated
 DRAWN = 0.2  # seconds between two numbers beside the bar
 FEW = 5  # failing clients in the table at the end
+# Of `Result.time`, and what is said of them.
+TIME_SHARES = {
+    "idle": "idle",
+    "wasted_share": "of the work wasted",
+    "late_share": "late",
+}
 SHOWN = 3  # test measures in a line of progress, that which judges the run first
 
 
@@ -69,6 +82,7 @@ class Terminal:
         self._printed = time.monotonic()
         self._history = History()  # of the run, from its first round on
         self._test = ""  # the last test measures
+        self._clock = ""  # the kind of the run's own clock
         self._planned = 0  # rounds of several runs, until they have been estimated
         self._is_estimated = False
 
@@ -83,6 +97,7 @@ class Terminal:
     ) -> None:
         self._engine, self._rounds, self._test = engine, experiment.rounds, ""
         self._history, first = history, len(history)
+        self._clock = clock_kind(experiment.model_dump(include={"engine", "schedule"}))
         line = (
             f"{experiment.method.name} on {experiment.task}, {population} clients, "
             f"seed {experiment.seed}, {experiment.rounds} rounds"
@@ -143,8 +158,13 @@ class Terminal:
             self._test = ", ".join(["", *measured[:SHOWN]])
 
     def _facts(self, row: dict[str, Any]) -> str:
-        """Speed until now, loss of the round, and the last test measures."""
+        """Speed until now, loss of the round, and the last test measures.
+
+        Before them the time by the run's own clock, where it has one.
+        """
         facts = f"{rate_text(self._history.clients_per_second)} clients/s"
+        if row.get("time_s") is not None:
+            facts = f"{time_text(row['time_s'])} {self._clock}, {facts}"
         if row.get("train_loss") is not None:
             facts += f", loss {row['train_loss']:.4f}"
         return facts + self._test
@@ -293,6 +313,7 @@ def show_result(result: Result, report: Path | None) -> None:
     lines["rounds"] = f"{result.rounds}, {cohort}"
     speed = f"{rate_text(result.clients_per_second)} clients/s without evaluation"
     lines["speed"] = f"{speed}, first round done after {result.first_round_s:.1f} s"
+    lines |= _time_lines(result, judge)
     down, up = size_text(result.bytes_down), size_text(result.bytes_up)
     lines["sent"] = f"{down} down, {up} up"
     reasons = [f"{reason} {n}" for reason, n in result.dropped.items()]
@@ -317,6 +338,34 @@ def show_result(result: Result, report: Path | None) -> None:
     width = max(21, 2 + max(map(len, lines)))
     for name, text in lines.items():
         print(escaped(f"{name:<{width}}{text}"))
+
+
+def _time_lines(result: Result, judge: str) -> dict[str, str]:
+    """The time by the run's own clock, and who was heard; none without a clock."""
+    time = result.time
+    if not time:
+        return {}
+    is_grid = result.engine == "grid"
+    each = time_text(time["time_s"] / max(result.rounds, 1))
+    kind = "device time" if is_grid else "simulated time"
+    whole = time_text(time["time_s"])
+    lines = {kind: f"{whole} ({time['time_s']:,.6g} s), {each} a round"}
+    parts = []
+    for name, what in TIME_SHARES.items():
+        if time.get(name) is not None:
+            parts.append(f"{share_text(time[name])} {what}")
+    if parts:
+        lines["clients' time"] = ", ".join(parts)
+    staleness = time.get("staleness")
+    if staleness:
+        weight = f", weight by it {time['discount']:.3g}" if "discount" in time else ""
+        mean, most = staleness["mean"], staleness["max"]
+        lines["staleness"] = f"mean {mean:.3g}, largest {most}{weight}"
+    slow = time.get("slowest_fifth")
+    if slow:
+        share, value = share_text(slow["arrivals"]), _number(judge, slow["measure"])
+        lines["slowest fifth"] = f"{share} of the updates used, {judge} {value}"
+    return lines
 
 
 def _failing_text(failing: list[dict[str, Any]], num: int) -> str:

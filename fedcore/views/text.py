@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.cells import cell_len
 
@@ -10,9 +11,11 @@ from fedcore.escapes import escaped
 
 __all__ = [
     "PERCENT",
+    "clock_kind",
     "count_text",
     "direction_text",
     "rate_text",
+    "share_text",
     "shortened",
     "table_text",
     "time_text",
@@ -82,6 +85,17 @@ def direction_text(measure: str, is_higher_better: bool) -> str:
     return f"{measure} ({'higher' if is_higher_better else 'lower'} is better)"
 
 
+def share_text(share: float | None) -> str:
+    """A share in percent.
+
+    >>> share_text(0.166), share_text(0.0), share_text(None)
+    ('16.6%', '0%', '-')
+    """
+    if share is None:
+        return "-"
+    return f"{100 * share:.3g}%"
+
+
 def rate_text(clients_per_second: float) -> str:
     """`History.clients_per_second` as every view shows it.
 
@@ -106,6 +120,18 @@ def time_text(seconds: float) -> str:
     if minutes < 120:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def clock_kind(settings: Mapping[str, Any]) -> str:
+    """The kind of a run's own clock: that of devices, recorded, or simulated.
+
+    >>> clock_kind({"engine": {"name": "grid"}}), clock_kind({})
+    ('device', 'simulated')
+    """
+    if settings.get("engine", {}).get("name") == "grid":
+        return "device"
+    is_replay = settings.get("schedule", {}).get("name") == "trace"
+    return "recorded" if is_replay else "simulated"
 
 
 def shortened(text: str, most: int = 24) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from fedcore.client.marks import Marks
 from fedcore.client.store import StateError, Store
-from fedcore.server.app import _checkpointed as checkpointed
+from fedcore.server.app import Safe
 from fedcore.server.grid import GridEngine
 from fedcore.server.journal import Entry, Journal, Void
 from fedcore.server.secure import answers_in
@@ -222,7 +222,7 @@ def engine_of(grid: FakeGrid, folder: Path) -> Callable[[Any], GridEngine]:
             work,
             60,
             series="s",
-            safe=lambda: checkpointed(folder / "run"),
+            safe=Safe(folder / "run"),
             state=kept,
             securing=securing,
         )

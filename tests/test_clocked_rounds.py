@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from fedcore.rounds.loop import Loop
 from fedcore.task import Task
 from fedcore.types import Batches, Model, Params
 from tests.helpers import loop_of, slow
-from tests.test_buffer import Stop, StopAfter, rows_of
+from tests.test_buffer import Stop, StopAfter, buffered, rows_of
 
 PULLS = {
     "task": "tests.test_buffered_methods:pulls",
@@ -101,8 +102,8 @@ class Exponential:
 
 
 ORDER = [
-    (10, 10, None, 2.928968),
-    slow(13, 10, None, 1.346800),
+    slow(10, 10, None, 2.928968),
+    (13, 10, None, 1.346800),
     slow(30, 30, None, 3.994987),
     slow(39, 30, None, 1.424575),
     (10, None, 2.0, 1.904092),
@@ -203,12 +204,11 @@ def test_who_is_busy_is_in_the_checkpoint(tmp_path: Path) -> None:
     }
     run = Experiment.parse(settings)
     whole = loop.run(run, tmp_path / "whole")
-    for number in (1, 4, 6):
-        folder = tmp_path / f"stopped-{number}"
-        with pytest.raises(Stop):
-            loop.run(run, folder, observer=StopAfter(number))
-        assert loop.run(run, resume=folder).params_sha256 == whole.params_sha256
-        assert rows_of(folder) == rows_of(tmp_path / "whole")
+    folder = tmp_path / "stopped"
+    with pytest.raises(Stop):
+        loop.run(run, folder, observer=StopAfter(4))
+    assert loop.run(run, resume=folder).params_sha256 == whole.params_sha256
+    assert rows_of(folder) == rows_of(tmp_path / "whole")
 
 
 # Two exchanges in a round
@@ -418,3 +418,52 @@ def test_work_that_waits_for_the_server_is_idle(tmp_path: Path) -> None:
     # 1 begins at 22, and client 2 at 32.
     expected = [1 - 12 / 36, 1 - 2 / 30, 1 - 3 / 30, 1 - 7 / 30]
     assert [row["idle"] for row in done] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ditto"])
+def test_an_interrupted_first_update_leaves_no_trace(
+    method: str, tmp_path: Path
+) -> None:
+    schedule = {"name": "buffered", "buffer": 1, "concurrency": 3}
+    run = loop_of(pulled(method, schedule=schedule), tmp_path)
+    each = run.engine.each
+
+    def interrupted(*work: Any) -> Any:
+        yield from each(*work)
+        raise KeyboardInterrupt
+
+    run.engine.each = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.round()
+    for store in run.stores.values():
+        store.rollback()
+    run.engine.each = each  # type: ignore[method-assign]
+    passes = 2 if method == "ditto" else 1
+    times = [row["time_s"] / passes for row in rows(run, 6)]
+    assert times == [2, 3, 4, 6, 6, 7]
+
+
+# Specification (f) 14
+
+
+@pytest.mark.parametrize("method", ["fedavg", slow("fedvarp"), slow("ditto")])
+def test_who_works_when_does_not_depend_on_where_and_in_what_pieces(
+    method: str, tmp_path: Path
+) -> None:
+    engines: list[dict[str, Any]] = [
+        {"name": "sequential"},
+        {"name": "vectorised", "chunk": 1},
+        {"name": "vectorised", "chunk": 3},
+    ]
+    recorded = []
+    for number, engine in enumerate(engines):
+        folder = tmp_path / str(number)
+        run = buffered(method, 4, 8, engine=engine, participation__dropout=0.2)
+        loop.run(run, folder)
+        times = [row["time_s"] for row in rows_of(folder)]
+        arrivals = pq.read_table(folder / "arrivals.parquet").to_pydict()
+        recorded.append((times, arrivals))
+    assert len(recorded[0][1]["client"]) > 24
+    assert "dropout" in recorded[0][1]["outcome"]
+    for other in recorded[1:]:
+        assert other == recorded[0]

@@ -426,18 +426,19 @@ def test_an_interrupted_first_update_leaves_no_trace(
 ) -> None:
     schedule = {"name": "buffered", "buffer": 1, "concurrency": 3}
     run = loop_of(pulled(method, schedule=schedule), tmp_path)
-    each = run.engine.each
+    engine: Any = run.engine
+    each = engine.each
 
     def interrupted(*work: Any) -> Any:
         yield from each(*work)
         raise KeyboardInterrupt
 
-    run.engine.each = interrupted  # type: ignore[method-assign]
+    engine.each = interrupted
     with pytest.raises(KeyboardInterrupt):
         run.round()
     for store in run.stores.values():
         store.rollback()
-    run.engine.each = each  # type: ignore[method-assign]
+    engine.each = each
     passes = 2 if method == "ditto" else 1
     times = [row["time_s"] / passes for row in rows(run, 6)]
     assert times == [2, 3, 4, 6, 6, 7]

@@ -6,6 +6,7 @@ id, never by Flower's random node id. Whatever a reply holds that it should not 
 out, counted and named.
 
     nodes     the nodes that are there, and the clients that each hosts
+    orders    what messages say
     post      messages sent, waited for until a deadline, and counted if late
     replies   what came back, read and checked
     ledger    when each piece of work was sent, and was back
@@ -18,12 +19,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -32,25 +32,21 @@ from fedcore.clock.arrivals import Arrival
 from fedcore.clock.queue import Item
 from fedcore.clock.settings import Buffered
 from fedcore.engines.base import Work, failure, stamp
-from fedcore.engines.message_shape import message_shape
 from fedcore.engines.readout import Readout, added
-from fedcore.errors import RunError
-from fedcore.messages import wire
 from fedcore.messages.secure.ask import Ask, SecretTotal
 from fedcore.method import evaluates
 from fedcore.reports import Reports, RunningSum, Weight
 from fedcore.storage.checkpoint import write_atomically
-from fedcore.storage.faults import writing
-from fedcore.storage.memory import size_text
 from fedcore.storage.rows import StateStore
 from fedcore.types import ClientFunction, Tree
 
 from .buffering import Buffer, Given
-from .flights import Flights, Parcels
+from .flights import Flights
 from .ledger import Ledger, Sent
 from .nodes import Nodes
+from .orders import Orders
 from .post import Inquiry, Post
-from .replies import Answer, Reader, Reading, complaint, report, twice
+from .replies import Answer, Reading, complaint, report, twice
 from .secure import EXCHANGES, Mailing
 from .sums import Securing, Sums, taken
 
@@ -92,18 +88,15 @@ class GridEngine:
         `securing` is about secure sums.
         """
         self.work, self.timeout = work, timeout
-        self._goal, self._rejoin, self._limit = report_goal, rejoin, limit
-        self._series, self._safe = series, safe
-        self._watch, self._state = watch, state
+        self._goal, self._rejoin = report_goal, rejoin
+        self._safe, self._watch = safe, watch
         self._post = Post(grid, limit)
         self._nodes = Nodes(
             self._post, work.task.population, min_clients, work.task.base_sha256
         )
         self.states: StateStore | None = None
         self.choices: dict[str, Any] = {}
-        self._now = (-1, -1)  # t, and how often clients were given work in it, from 0
-        # Of messages, by client function and the shapes of what it was sent.
-        self._shapes: dict[Hashable, Tree] = {}
+        self._orders = Orders(work, limit, series, safe, state)
         self._sums = Sums(work, securing or Securing())
         self._ledger = Ledger()
         self._min_reports = min_reports
@@ -123,14 +116,14 @@ class GridEngine:
         Raises RunError when no node is there at the start, and for a message over the
         limit.
         """
-        self._count_work(t)
+        self._orders.begin(t)
         for _ in self._nodes.gather():
             yield PAUSE
-        self._check_size(down)
-        reader = self._reader(fn, down, t, self.timeout)
+        self._orders.check_size(down)
+        reader = self._orders.reader(fn, down, t, self.timeout)
         todo = clients.tolist()
         hosted, answers = self._hosts(todo)
-        contents = self._contents(fn, hosted, down)
+        contents = self._orders.contents(fn, hosted, down)
         # A round has its goal; an evaluation hears everybody.
         goal = len(todo) if self._goal is None or evaluates(fn) else self._goal
         reported: set[int] = set()
@@ -179,14 +172,14 @@ class GridEngine:
         Raises RunError when no node is there at the start, and for a message over the
         limit.
         """
-        self._count_work(t)
+        self._orders.begin(t)
         for _ in self._nodes.gather():
             yield PAUSE
-        self._check_size(down)
+        self._orders.check_size(down)
         sent = Sent(t, fn.__name__, 0, trees.nbytes(down))
         if not self._flights.has_begun:
             self._flights.take_up(pending, sent)
-        parcels = self._parcels(fn, down, t, settings, down_of)
+        parcels = self._orders.parcels(fn, down, t, settings, down_of)
         task, enough = self.work.task, max(self._min_reports, 1)
         given = Given(sent, settings, parcels, self.work.seed, task.population, enough)
         self._buffer = Buffer(given, self._flights, self._nodes, self._note_flights)
@@ -200,33 +193,9 @@ class GridEngine:
     def in_flight(self) -> list[Item]:
         return self._flights.items()
 
-    def _parcels(
-        self,
-        fn: ClientFunction,
-        down: Tree,
-        t: int,
-        settings: Buffered,
-        down_of: Callable[[int], Tree],
-    ) -> Parcels:
-        newest, age = wire.encode(down), settings.max_age_s
-
-        def content(client: int, version: int) -> RecordDict:
-            record = newest if version == t else wire.encode(down_of(version))
-            work = {**self._work_of(fn), "t": version, "k": 0, "clients": [client]}
-            return RecordDict({"down": record, "work": ConfigRecord(work)})
-
-        def read(reply: Message, client: int, version: int) -> Reading:
-            reader = self._reader(fn, down, version, age)
-            return reader.read(reply, [client])
-
-        return Parcels(content, read, age)
-
     def _note_flights(self) -> None:
         waiting = self._flights.note()
         self._note_waiting({work["client"] for work in waiting}, in_flight=waiting)
-
-    def _count_work(self, t: int) -> None:
-        self._now = (t, self._now[1] + 1 if self._now[0] == t else 0)
 
     def secret_sum(self, ask: Ask, into: SecretTotal) -> Iterator[Reports]:
         """Let clients add up what is asked for, masked from end to end.
@@ -234,8 +203,8 @@ class GridEngine:
         A sum that an earlier start of this server had is taken from its journal. Raises
         TooFewReports where it cannot be read.
         """
-        self._count_work(ask.t)
-        asking = self._sums.begin(ask, self._now, self._work_of(ask.fn))
+        self._orders.begin(ask.t)
+        asking = self._sums.begin(ask, self._orders.now, self._orders.work_of(ask.fn))
         entry = asking.recalled()
         if entry is not None:
             log.warning("round %d goes on with a sum that was made before", ask.t + 1)
@@ -243,7 +212,7 @@ class GridEngine:
             return
         for _ in self._nodes.gather():
             yield PAUSE
-        self._check_size(ask.down)
+        self._orders.check_size(ask.down)
         hosted, missing = self._hosts(ask.clients.tolist())
         for client, reason in missing.items():
             yield failure([client], str(reason))
@@ -254,26 +223,6 @@ class GridEngine:
             self._post, self.timeout, self._rejoin, goal, self._note_waiting
         )
         yield from asking.run(hosted, mailing, into)
-
-    def _check_size(self, down: Tree) -> None:
-        size = trees.nbytes(down)
-        if size > self._limit:
-            raise RunError(
-                f"a message of {size_text(size)} to every client, over the limit of "
-                f"{size_text(int(self._limit))}: use a smaller model, or raise "
-                "engine.message_limit_mb, also in the memory of the server "
-                "(a copy a client) and of the clients"
-            )
-
-    def _reader(self, fn: ClientFunction, down: Tree, t: int, timeout: float) -> Reader:
-        _, schema = wire.schemas(fn)
-        sent = tuple((path, x.shape) for path, x in trees.flatten(down).items())
-        key = fn.__name__, sent
-        if key not in self._shapes:
-            self._shapes[key] = message_shape(self.work, fn, down, t)
-        module = type(self.work.method).__module__
-        source = module.replace(".", "/") + ".py"
-        return Reader(schema, self._shapes[key], t, timeout, source)
 
     def _hosts(self, clients: list[int]) -> tuple[dict[int, list[int]], dict[int, Any]]:
         """Clients by the node that hosts them, and answers for those without one."""
@@ -291,30 +240,6 @@ class GridEngine:
                     f"{nodes.partitions} is not there"
                 )
         return hosted, answers
-
-    def _contents(
-        self, fn: ClientFunction, hosted: dict[int, list[int]], down: Tree
-    ) -> dict[int, RecordDict]:
-        """The message to each node."""
-        work, record = self._work_of(fn), wire.encode(down)
-        contents = {}
-        for node, clients in hosted.items():
-            records: dict[str, Any] = {"down": record}
-            records["work"] = ConfigRecord({**work, "clients": clients})
-            contents[node] = RecordDict(records)
-        return contents
-
-    def _work_of(self, fn: ClientFunction) -> dict[str, Any]:
-        """What every message says of the work that it asks for."""
-        t, k = self._now
-        safe = self._safe() if self._safe else t
-        work: dict[str, Any] = {"function": fn.__name__, "t": t, "k": k}
-        work |= {"series": self._series, "safe": safe}
-        if self._state is not None:
-            with writing(self._state):
-                self._state.mkdir(parents=True, exist_ok=True)
-            work["state"] = str(self._state.resolve())
-        return work
 
     def mean(
         self,
@@ -342,7 +267,7 @@ class GridEngine:
         if self._watch is None:
             return
         note = {
-            "round": self._now[0] + 1,
+            "round": self._orders.now[0] + 1,
             "waiting_for": sorted(clients),
             "since": time.time(),
             "late": self.late,
@@ -358,7 +283,7 @@ class GridEngine:
 
     def arrivals(self) -> list[Arrival]:
         self._ledger.note_late(self._post.take_late())
-        return self._ledger.take(self._now[0] + 1)
+        return self._ledger.take(self._orders.now[0] + 1)
 
     def close(self) -> None:
         if self._safe is not None:

@@ -24,7 +24,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedcore import trees
+from fedcore.clock.settings import Buffered
 from fedcore.config import Experiment
 from fedcore.deploy import certs
 from fedcore.engines.base import Engine, Work
@@ -42,11 +45,11 @@ from fedcore.rounds.rundir import (
     write_settings,
 )
 from fedcore.rounds.saving import read_header
-from fedcore.rounds.setup import prepare
+from fedcore.rounds.setup import Parts, prepare
 from fedcore.storage.checkpoint import Checkpoint, write_atomically
 from fedcore.storage.faults import writing
-from fedcore.storage.memory import size_text
-from fedcore.storage.rows import StateStore
+from fedcore.storage.memory import require, size_text
+from fedcore.storage.rows import ROWS, StateStore
 
 from .app import CERTS_DIR, OUTCOME, RUN_DIR, SERIES, WATCH
 from .bundle import bundle_of
@@ -127,10 +130,31 @@ def _refuse_settings(experiment: Experiment, out: Path | None) -> tuple[int, str
             "model, or raise the limit, also in the memory of the server (a copy a "
             "client) and of the clients"
         )
+    if isinstance(experiment.schedule, Buffered):
+        _refuse_memory(experiment, experiment.schedule, parts)
     base = parts.task.base_sha256
     if out is not None and has_round(out):
         refuse_other_base(out, base)
     return parts.task.population, base
+
+
+def _refuse_memory(experiment: Experiment, schedule: Buffered, parts: Parts) -> None:
+    """Raises SettingsError where all work in flight would not fit in memory.
+
+    Each client has a message in the SuperLink, and an answer here; what they start
+    from is kept, in files beyond checkpoint.state_ram_gb.
+    """
+    ring = parts.timing.stores()["ring"]
+    clients = min(schedule.concurrency, parts.task.population)
+    blocks = -(-(clients + 1) // ROWS)
+    models = min(
+        blocks * ROWS * ring.row_bytes, experiment.checkpoint.state_ram_gb * 1e9
+    )
+    need = 2 * clients * ring.row_bytes + int(models)
+    what = (
+        f"schedule.concurrency = {schedule.concurrency}: messages, answers and models"
+    )
+    require(need, torch.device("cpu"), what)
 
 
 def _begin(experiment: Experiment, out: Path, base: str) -> None:

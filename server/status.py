@@ -30,9 +30,10 @@ NAMED = 20  # clients that are named
 def status(run_dir: Path) -> dict[str, Any]:
     """The state of a server that runs in a run directory.
 
-    {"listen", "round", "exchange", "waiting_for", "waiting_s", "late_answers", "run",
-    "nodes": [{"name", "status", "last_seen_s"}], "trouble": [{"client", "rounds",
-    "left_out", "in_a_row", "reason", "clipped", "capped", "weight", "norm_ratio"}],
+    {"listen", "round", "exchange", "waiting_for", "waiting_s", "in_flight": [{"client",
+    "version", "seconds"}] of a buffered schedule, "late_answers", "run", "nodes":
+    [{"name", "status", "last_seen_s"}], "trouble": [{"client", "rounds", "left_out",
+    "in_a_row", "reason", "clipped", "capped", "weight", "norm_ratio"}],
     "num_trouble"}: rounds up to the last checkpoint, the worst clients first. Raises
     SettingsError when no server runs there, RunError when its SuperLink does not
     answer.
@@ -57,12 +58,19 @@ def status(run_dir: Path) -> dict[str, Any]:
         "exchange": waiting.get("exchange", ""),
         "waiting_for": waiting["waiting_for"],
         "waiting_s": seconds if waiting["waiting_for"] else 0.0,
+        "in_flight": [_work_of(work) for work in waiting.get("in_flight", [])],
         "late_answers": waiting.get("late", 0),
         "run": json.loads((run_dir / SERIES).read_text())["series"],
         "nodes": [_row(node) for node in nodes],
         "trouble": [_facts_of(client) for client in trouble[:NAMED]],
         "num_trouble": len(trouble),
     }
+
+
+def _work_of(work: dict[str, Any]) -> dict[str, Any]:
+    """A client's work, and for how many seconds it has had it."""
+    seconds = round(max(time.time() - work["since"], 0.0), 1)
+    return {"client": work["client"], "version": work["version"], "seconds": seconds}
 
 
 def _nodes(run_dir: Path, facts: dict[str, Any]) -> list[Any]:
@@ -139,6 +147,14 @@ def text(facts: dict[str, Any]) -> str:
             f"waiting for {len(clients)} clients: {', '.join(map(str, clients))}; "
             f"last answer {facts['waiting_s']:g} s ago"
         )
+    longest = sorted(facts.get("in_flight", []), key=lambda work: -work["seconds"])
+    for work in longest[:NAMED]:
+        lines.append(
+            f"client {work['client']} works on version {work['version']}, "
+            f"for {work['seconds']:g} s"
+        )
+    if len(longest) > NAMED:
+        lines.append(f"and {len(longest) - NAMED} more clients, for less long")
     if facts["late_answers"]:
         lines.append(
             f"{facts['late_answers']} answers came after their round had ended, "

@@ -49,7 +49,7 @@ def times_of(folder: Path) -> list[float]:
 
 
 CONSTANT = {**BUFFERED, "staleness": "constant"}
-RUNS = {
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fedavg": ("fedavg", {"schedule": BUFFERED}),
     "weights": ("fedavg", {"schedule": {**BUFFERED, "normalise": "weights"}}),
     "dropout and server": (

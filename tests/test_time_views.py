@@ -206,6 +206,7 @@ def test_the_result_has_it_as_json(deadline: Result, buffered: Result) -> None:
         assert time["time_s"] == result.history[-1]["time_s"]
         assert {"idle", "late_share", "wasted_share"} <= time.keys()
         assert {"slowest_fifth", "slowest_tenth"} <= time.keys()
+        assert time["clock"] == "simulated"
     assert buffered.time["staleness"]["max"] >= 1
     assert 0 < buffered.time["discount"] < 1
 
@@ -371,7 +372,7 @@ def test_many_clients_are_drawn_in_groups(deadline: Result) -> None:
 
     n = 1000
     heard = Heard(np.arange(n), np.linspace(1, 9, n), np.ones(n, int), np.ones(n, int))
-    drawn = _arrivals(replace(read_run(Path(deadline.run_dir)), heard=heard))
+    drawn = _arrivals(replace(read_run(Path(deadline.run_dir)), heard=heard), True)
     assert drawn is not None
     assert "a twentieth of the 1,000 clients" in drawn.caption
     assert "sent 20% of" in drawn.caption

@@ -71,7 +71,7 @@ class ReplayPlan:
         self._versions = self._version[self._by_version]
         if self.is_buffered:
             self._refuse_twice()
-        self._finish = self._ends()
+        self._finish = _ends(self._sent, self._back)
         self._now = self._times()
         self._slot, self.slots = self._places()
         self._flight: tuple[int, dict[int, Item]] = (-1, {})  # update, by row
@@ -157,7 +157,7 @@ class ReplayPlan:
         rows = self._with_version(t)
         rows = rows[self._function[rows] == function]
         is_second = self._outcome[rows] == LATE
-        exchanges = self._exchanges(rows[~is_second])
+        exchanges = _exchanges(rows[~is_second], self._client)
         first = exchanges[number] if number < len(exchanges) else rows[:0]
         first = first[np.argsort(self._client[first], kind="stable")]
         asked, sent = self._client[first], self._sent[first]
@@ -174,22 +174,6 @@ class ReplayPlan:
         moved = asked[is_late & (back != NEVER)]
         end = max(int(sent.max(initial=0)), int(back[usable].max(initial=0)))
         return Recorded(asked, sent, back, asked[usable], left_out, moved, end)
-
-    def _exchanges(self, rows: Ints) -> list[Ints]:
-        """The rows of each exchange out of those of a round with the same function.
-
-        The next one begins with a client that was asked before.
-        """
-        exchanges: list[list[int]] = []
-        asked = set[int]()
-        for row in rows.tolist():
-            client = int(self._client[row])
-            if not exchanges or client in asked:
-                exchanges.append([])
-                asked = set()
-            exchanges[-1].append(row)
-            asked.add(client)
-        return [np.array(exchange, dtype=np.int64) for exchange in exchanges]
 
     def time(self, t: int) -> int:
         """Microseconds at the end of round t."""
@@ -217,16 +201,6 @@ class ReplayPlan:
         rows = self._with_version(t)
         started: Ints = rows[self._usable[rows]]
         return started
-
-    def _ends(self) -> Ints:
-        """When each piece of work came to its end: int64 [rows].
-
-        One without an answer ends as soon as the order allows.
-        """
-        is_back = self._back != NEVER
-        so_far = np.maximum.accumulate(np.where(is_back, self._back, self._sent))
-        ends: Ints = np.where(is_back, self._back, so_far)
-        return ends
 
     def _times(self) -> Ints:
         """When each update was made, with the server's time after it: int64 [updates].
@@ -312,3 +286,30 @@ class ReplayPlan:
             f"round {t + 1}: {self.file} holds {self.last_update} updates; set rounds "
             "to at most that"
         )
+
+
+def _exchanges(rows: Ints, client: Ints) -> list[Ints]:
+    """The rows of each exchange out of those of a round with the same function.
+
+    The next one begins with a client that was asked before. client: of every row.
+    """
+    exchanges: list[list[int]] = []
+    asked = set[int]()
+    for row in rows.tolist():
+        if not exchanges or client[row] in asked:
+            exchanges.append([])
+            asked = set()
+        exchanges[-1].append(row)
+        asked.add(int(client[row]))
+    return [np.array(exchange, dtype=np.int64) for exchange in exchanges]
+
+
+def _ends(sent: Ints, back: Ints) -> Ints:
+    """When each piece of work came to its end: int64 [rows].
+
+    One without an answer ends as soon as the order allows.
+    """
+    is_back = back != NEVER
+    so_far = np.maximum.accumulate(np.where(is_back, back, sent))
+    ends: Ints = np.where(is_back, back, so_far)
+    return ends

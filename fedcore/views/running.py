@@ -16,9 +16,10 @@ from fedcore.rounds import loop
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.rounds.observer import Observer, Quiet
+from fedcore.rounds.time_summary import clock_kind
 from fedcore.task import Task
 from fedcore.views.terminal import Terminal
-from fedcore.views.text import clock_kind, time_text
+from fedcore.views.text import time_text
 
 __all__ = ["NotebookBar", "run"]
 

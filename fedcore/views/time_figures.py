@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from fedcore.rounds.history import History
 from fedcore.rounds.slow_clients import Heard, group
-from fedcore.rounds.time_summary import time_summary
+from fedcore.rounds.time_summary import clock_kind, time_summary
 from fedcore.views.figures import (
     SERIES,
     Plot,
@@ -20,7 +20,7 @@ from fedcore.views.figures import (
     time_unit,
 )
 from fedcore.views.run_record import RunRecord
-from fedcore.views.text import clock_kind, share_text, time_text, value_text
+from fedcore.views.text import share_text, time_text, value_text
 
 __all__ = ["heard_table", "time_plots"]
 
@@ -51,11 +51,9 @@ def time_plots(run: RunRecord) -> list[Plot]:
     for drawn in (_shares(run, times), _staleness(run.history)):
         if drawn is not None:
             plots.append(drawn)
-    arrivals = _arrivals(run)
-    if arrivals is not None:
-        # It has a row of its own where it would stand alone in one.
-        plots.append(arrivals._replace(wide=len(plots) % 2 == 0))
-    return plots
+    # It has a row of its own where it would stand alone in one.
+    arrivals = _arrivals(run, is_wide=len(plots) % 2 == 0)
+    return plots if arrivals is None else [*plots, arrivals]
 
 
 def heard_table(run: RunRecord) -> list[list[str]]:
@@ -165,12 +163,12 @@ def _staleness(history: History) -> Plot | None:
     return plot(figure, "Staleness by round", _means(caption, len(rounds)))
 
 
-def _arrivals(run: RunRecord) -> Plot | None:
+def _arrivals(run: RunRecord, is_wide: bool) -> Plot | None:
     """Updates of each client, or of groups of them, against how fast they are."""
     heard = run.heard
     if heard is None:
         return None
-    figure, axes = new_figure()
+    figure, axes = new_figure(width=6.4 if is_wide else 4.7)
     if len(heard.clients) <= DOTS:
         each, ylabel = _dots(axes, heard), "pieces of work"
     else:
@@ -182,7 +180,7 @@ def _arrivals(run: RunRecord) -> Plot | None:
         f"{each} The slowest fifth of the clients sent {share_text(slow.arrivals)} of "
         "the updates that were used; where speed decided nothing it would be 20%."
     )
-    return plot(figure, "Arrivals by speed", caption)
+    return plot(figure, "Arrivals by speed", caption, is_wide)
 
 
 def _dots(axes: Any, heard: Heard) -> str:

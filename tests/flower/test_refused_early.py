@@ -13,6 +13,7 @@ import fedcore.server.link
 import fedcore.server.serve
 import pytest
 
+import fedcore.storage.memory
 from fedcore.config import Experiment
 from fedcore.deploy import certs
 from fedcore.errors import RunError, SettingsError
@@ -232,3 +233,17 @@ def _fails(work: Any) -> Any:
         mean = each
 
     return Unlucky(work, StateStore((), 0, Path))
+
+
+def test_work_in_flight_that_would_not_fit_in_memory_is_refused(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*SMALL, "schedule.name=buffered", "schedule.buffer=2"]
+    settings += ["schedule.concurrency=6", "participation.name=uniform"]
+    assert "it went on to listen" in serve(cli, tmp_path / "a", *settings)[1]
+    monkeypatch.setattr(fedcore.storage.memory, "available", lambda device: 100_000)
+    status, err = serve(cli, tmp_path / "b", *settings)
+    assert status == 2
+    assert "schedule.concurrency = 6: messages, answers and models: " in err
+    assert "100 kB are free" in err
+    assert not (tmp_path / "b").exists()

@@ -91,3 +91,16 @@ def test_the_exchange_of_a_secure_sum_is_shown() -> None:
     facts |= {"num_trouble": 0, "exchange": "survivors"}
     lines = fedcore.server.status.text(facts).split("\n")
     assert lines[1] == "round 3, a secure sum: survivors"
+
+
+def test_work_in_flight_is_shown_the_oldest_first() -> None:
+    facts: dict[str, Any] = {"run": "r", "listen": "l", "round": 9, "nodes": []}
+    facts |= {"waiting_for": [], "waiting_s": 0.0, "late_answers": 0, "trouble": []}
+    works = []
+    for client in range(25):
+        works.append({"client": client, "version": 5, "seconds": float(client)})
+    facts |= {"num_trouble": 0, "in_flight": works}
+    lines = fedcore.server.status.text(facts).split("\n")[2:]
+    assert lines[0] == "client 24 works on version 5, for 24 s"
+    assert lines[-1] == "and 5 more clients, for less long"
+    assert len(lines) == fedcore.server.status.NAMED + 1

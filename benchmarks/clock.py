@@ -57,6 +57,7 @@ def parts() -> None:
     log_normal = {"name": "lognormal", "median": 1.0, "sigma": 1.2}
     drawn = {"step_s": log_normal, "up_mbps": log_normal, "jitter": 0.2}
     clients = np.sort(np.random.default_rng(0).choice(MANY, 1000, replace=False))
+    again = np.sort(clients % 10_000)
     steps = np.full(1000, 5)
     rows: list[list[str]] = []
 
@@ -68,6 +69,7 @@ def parts() -> None:
         trace = lookalike_devices(Path(folder) / "devices.csv", rows=10_000)
         hours = lookalike_windows(Path(folder) / "hours.csv", clients=1000)
         own = Durations(ClockSettings.model_validate(drawn), MANY, 0)
+        known = Durations(ClockSettings.model_validate(drawn), 10_000, 0)
         read = Durations(ClockSettings(trace=trace), MANY, 0)
         values = {"step_s": 1.0, "windows": hours}
         lost = Windows.of(ClockSettings.model_validate(values))
@@ -76,6 +78,10 @@ def parts() -> None:
     row(
         "durations, drawn, with jitter",
         lambda n: own.of(clients[:n], 7, steps[:n], *bytes_both),
+    )
+    row(
+        "the same of 10 000 clients, who were asked before",
+        lambda n: known.of(again[:n], 7, steps[:n], *bytes_both),
     )
     row(
         "durations of a trace, without jitter",

@@ -44,7 +44,7 @@ from fedcore.views.figures import SERIES, STYLE, svg
 
 PRESET = "benchmarks/time.toml"
 TUNED_ON = 100  # a seed that no result is of
-LOCAL = (0.1, 0.3)  # step sizes of clients that are tried
+LOCAL = (0.03, 0.1)  # step sizes of clients that are tried
 RARE = (8, 9)  # classes of the slowest clients, where speed is tied to data
 EVERY_S = 900.0  # simulated seconds between evaluations
 HOUR = 3600.0
@@ -72,7 +72,7 @@ def buffered(buffer: int, staleness: str, method: str = "fedavg") -> dict[str, A
     return settings
 
 
-USUAL = (0.5, 1.0, 2.0)
+USUAL = (1.0, 2.0, 4.0)
 SCHEDULES = (
     Schedule("wait for all 30", synchronous(30), USUAL),
     Schedule("deadline 8 min", synchronous(30, deadline_s=480.0), USUAL),
@@ -81,7 +81,7 @@ SCHEDULES = (
     Schedule("FedBuff, K = 10, s = 1", buffered(10, "constant"), (), "FedBuff, K = 10"),
     Schedule("FedAsync, K = 1", buffered(1, "polynomial"), (0.2, 0.6, 1.8)),
     Schedule("CA2FL, K = 10", buffered(10, "constant", "fedvarp"), USUAL),
-    Schedule("ACE, K = 1", buffered(1, "constant", "mifa"), (0.01, 0.03, 0.1)),
+    Schedule("ACE, K = 1", buffered(1, "constant", "mifa"), (0.03, 0.1, 0.3)),
 )
 WAIT, FIRST, FEDBUFF = "wait for all 30", "first 30 of 39", "FedBuff, K = 10"
 

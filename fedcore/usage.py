@@ -102,9 +102,8 @@ def call(app: typer.Typer) -> int:
 def _fault(error: click.UsageError, typed: Sequence[str]) -> str:
     """The fault in one line, and what to type instead."""
     context = error.ctx
-    name = context.info_name if context is not None else "fedcore"
     is_group = context is None or isinstance(context.command, click.Group)
-    command = "fedcore" if is_group else f"fedcore {name}"
+    command = "fedcore" if context is None else context.command_path
     if isinstance(error, click.NoSuchOption):
         return f"{error.option_name}: {_no_option(error, command, typed)}"
     if isinstance(error, click.MissingParameter) and error.param is not None:
@@ -116,7 +115,8 @@ def _fault(error: click.UsageError, typed: Sequence[str]) -> str:
     extra = re.search(r"unexpected extra arguments? \((.*)\)", message)
     if extra is not None:
         return f"{extra[1]}: {_no_argument(extra[1], command, typed)}"
-    if is_group and message.startswith("No such command"):
+    is_top = is_group and (context is None or context.parent is None)
+    if is_top and message.startswith("No such command"):
         word = typed[0] if typed else ""
         return f"{word}: {_no_command(word, context)}"
     return f"{message[:1].lower()}{message[1:]}; see {command} --help"

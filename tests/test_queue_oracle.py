@@ -159,7 +159,7 @@ def windows_of(week: list[list[bool]], pauses: bool) -> Windows:
     return Windows(kinds, starts, ends, len(week[0]), pauses=pauses)
 
 
-@settings(derandomize=True, max_examples=150)
+@settings(derandomize=True, max_examples=100)
 @given(
     population=st.integers(1, 7),
     dropout=st.sampled_from([0.0, 0.3]),

@@ -37,6 +37,7 @@ LONGEST = 10**14
 """Microseconds (three years) that a piece of work takes at most, whatever is drawn: a
 sum over 90 000 rounds still fits into 64 bits."""
 
+_KEPT = 100_000  # clients whose numbers are kept once they are drawn
 _SECOND = 1_000_000  # microseconds
 _MEGABITS = 8e-6  # of a byte
 
@@ -88,8 +89,10 @@ class Durations:
             if quantity is not None and name not in names:
                 self._drawn[name] = _Drawn(quantity)
         self.needs_bytes_up = "up_mbps" in names | self._drawn.keys()
-        # A row for each client that was asked; zeros, which take no memory, for others.
-        self._rows = np.zeros((population, len(_DEFAULTS)))
+        # A row for each client, of zeros until it is asked. Of many clients few are
+        # asked twice, and rows far apart in memory are not found faster than drawn.
+        kept = population if population <= _KEPT else 0
+        self._rows = np.zeros((kept, len(_DEFAULTS)))
 
     def of(
         self,
@@ -131,6 +134,8 @@ class Durations:
 
     def _own(self, clients: Ints) -> Floats:
         """The numbers of the clients' own, [n, 4] in the order of `_DEFAULTS`."""
+        if len(self._rows) == 0:
+            return self._found(clients)
         rows = self._rows[clients]
         is_new = rows[:, 0] == 0  # a step takes some time
         if is_new.any():

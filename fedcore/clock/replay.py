@@ -51,7 +51,7 @@ class ReplayPlan:
         """
         self.file = settings.file
         table = read_arrivals(settings.file)
-        self._server_us = server_us
+        self.server_us = server_us
         self._update = table["update"].to_numpy()
         self._client = table["client"].to_numpy()
         self._version = table["version"].to_numpy()
@@ -69,8 +69,9 @@ class ReplayPlan:
         # Rows by version, in order of arrival within one.
         self._by_version = np.argsort(self._version, kind="stable")
         self._versions = self._version[self._by_version]
-        self._refuse_twice()
-        self._finish = self._ends()
+        if self.is_buffered:
+            self._refuse_twice()
+        self._finish = _ends(self._sent, self._back)
         self._now = self._times()
         self._slot, self.slots = self._places()
         self._flight: tuple[int, dict[int, Item]] = (-1, {})  # update, by row
@@ -145,21 +146,26 @@ class ReplayPlan:
             raise self._over(t)
         return np.unique(self._client[self._with_version(t)])
 
-    def exchange(self, t: int, function: str) -> Recorded:
-        """Who was asked for this function's work in round t, and who reported."""
+    def exchange(self, t: int, function: str, number: int = 0) -> Recorded:
+        """Who was asked for this function's work in round t, and who reported.
+
+        `number` counts the exchanges of a round that have the same function, from 0 on.
+        Nobody was asked in one that is not there.
+        """
         if t >= self.last_update:
             raise self._over(t)
         rows = self._with_version(t)
         rows = rows[self._function[rows] == function]
         is_second = self._outcome[rows] == LATE
-        first, second = rows[~is_second], rows[is_second]
+        exchanges = _exchanges(rows[~is_second], self._client)
+        first = exchanges[number] if number < len(exchanges) else rows[:0]
         first = first[np.argsort(self._client[first], kind="stable")]
         asked, sent = self._client[first], self._sent[first]
         back, usable = self._back[first].copy(), self._usable[first]
         place_of = {client: place for place, client in enumerate(asked.tolist())}
-        for row in second.tolist():
+        for row in rows[is_second].tolist():
             place = place_of.get(int(self._client[row]))
-            if place is not None:
+            if place is not None and sent[place] == self._sent[row]:
                 back[place] = self._back[row]
         left_out = {}
         for row in first[~usable].tolist():
@@ -196,16 +202,6 @@ class ReplayPlan:
         started: Ints = rows[self._usable[rows]]
         return started
 
-    def _ends(self) -> Ints:
-        """When each piece of work came to its end: int64 [rows].
-
-        One without an answer ends as soon as the order allows.
-        """
-        is_back = self._back != NEVER
-        so_far = np.maximum.accumulate(np.where(is_back, self._back, self._sent))
-        ends: Ints = np.where(is_back, self._back, so_far)
-        return ends
-
     def _times(self) -> Ints:
         """When each update was made, with the server's time after it: int64 [updates].
 
@@ -217,7 +213,7 @@ class ReplayPlan:
             ends = self._finish[rows.start : rows.stop]
             if not self.is_buffered:
                 ends = ends[self._usable[rows.start : rows.stop]]
-            now = max(now, int(ends.max(initial=0))) + self._server_us
+            now = max(now, int(ends.max(initial=0))) + self.server_us
             if not self.is_buffered and t + 1 < self.last_update:
                 following = self._with_version(t + 1)
                 if len(following):
@@ -290,3 +286,30 @@ class ReplayPlan:
             f"round {t + 1}: {self.file} holds {self.last_update} updates; set rounds "
             "to at most that"
         )
+
+
+def _exchanges(rows: Ints, client: Ints) -> list[Ints]:
+    """The rows of each exchange out of those of a round with the same function.
+
+    The next one begins with a client that was asked before. client: of every row.
+    """
+    exchanges: list[list[int]] = []
+    asked = set[int]()
+    for row in rows.tolist():
+        if not exchanges or client[row] in asked:
+            exchanges.append([])
+            asked = set()
+        exchanges[-1].append(row)
+        asked.add(int(client[row]))
+    return [np.array(exchange, dtype=np.int64) for exchange in exchanges]
+
+
+def _ends(sent: Ints, back: Ints) -> Ints:
+    """When each piece of work came to its end: int64 [rows].
+
+    One without an answer ends as soon as the order allows.
+    """
+    is_back = back != NEVER
+    so_far = np.maximum.accumulate(np.where(is_back, back, sent))
+    ends: Ints = np.where(is_back, back, so_far)
+    return ends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,6 +58,7 @@ class ReplayedRounds(Timing):
     def begin(self, t: int, kept: Kept) -> None:
         self._t, self._order = t, int(kept.get("order", 0))
         self._now = self._begin = now_of(kept)
+        self._calls = Counter[str]()  # exchanges of this round, by client function
         self._exchanges: list[Exchanged] = []
         self._late: list[tuple[ClientFunction, Tensor, Tree]] = []
         self._asked, self._left_out = set[int](), set[int]()
@@ -71,8 +73,9 @@ class ReplayedRounds(Timing):
     ) -> Asked:
         if evaluates(fn) or len(clients) == 0:
             return super().ask(fn, clients, down, absent)
-        done = self._plan.exchange(self._t, fn.__name__)
-        self._refuse_others(fn, clients, done)
+        done = self._plan.exchange(self._t, fn.__name__, self._calls[fn.__name__])
+        self._calls[fn.__name__] += 1
+        self._refuse_others(fn, clients, absent, done)
         end = done.end
         if self._deadline is not None and "timeout" in done.left_out.values():
             end = max(end, int(done.sent.max()) + self._deadline)
@@ -100,16 +103,27 @@ class ReplayedRounds(Timing):
         return Asked(torch.from_numpy(done.reported), there, len(there), left_out)
 
     def _refuse_others(
-        self, fn: ClientFunction, clients: Tensor, done: Recorded
+        self,
+        fn: ClientFunction,
+        clients: Tensor,
+        absent: frozenset[int],
+        done: Recorded,
     ) -> None:
-        """Raises SettingsError where the recording asks for somebody else."""
-        others = np.setdiff1d(done.asked, clients.numpy())
-        if len(others):
-            raise SettingsError(
-                f"{self._plan.file}: round {self._t + 1} asked client {others[0]} for "
-                f"{fn.__name__}, which is not in this run's cohort: give the preset, "
-                "the settings and the seed of the recorded run"
-            )
+        """Raises SettingsError where other clients are asked than in the recording."""
+        here = clients.numpy()
+        gone, more = np.setdiff1d(done.asked, here), np.setdiff1d(here, done.asked)
+        more = more[~np.isin(more, [*absent])]
+        if len(gone) == len(more) == 0:
+            return
+        if len(gone):
+            client, problem = int(gone[0]), "was asked there, and is not here,"
+        else:
+            client, problem = int(more[0]), "was not asked there"
+        raise SettingsError(
+            f"{self._plan.file}: round {self._t + 1}: client {client} {problem} for "
+            f"{fn.__name__}: give the preset, the settings and the seed of the "
+            "recorded run"
+        )
 
     def late_work(self) -> Iterator[Reports]:
         for fn, clients, down in self._late:
@@ -128,7 +142,8 @@ class ReplayedRounds(Timing):
             worked += int(took.sum())
             wasted += int(took[is_late].sum())
             room += len(took) * (end - sent)
-        self._now = max(self._now, self._plan.time(self._t))  # with the server's
+        self._now += self._plan.server_us
+        self._now = max(self._now, self._plan.time(self._t))
         row = {
             "time_s": self._now / SECOND,
             "idle": share(room - worked, room),

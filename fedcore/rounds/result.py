@@ -18,7 +18,7 @@ from fedcore.rounds.slow_clients import (
     last_evaluation,
     slowest,
 )
-from fedcore.rounds.time_summary import time_summary
+from fedcore.rounds.time_summary import clock_kind, time_summary
 from fedcore.types import Params
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Result:
     late_answers: int
     params_sha256: str
     run_dir: str
-    # By the run's clock: `time_summary`, and the slowest fifth and tenth of clients.
+    # By the run's `clock_kind` of clock: `time_summary`, the slowest fifth and tenth.
     time: dict[str, Any]  # empty without a clock
     params: Params = field(repr=False)
 
@@ -70,7 +70,7 @@ class Result:
             f"{self.rounds}, {self.cohort:.4g} of {self.population} clients"
         )
         if self.time:
-            lines["time on its clock"] = f"{self.time['time_s']:,.6g} s"
+            lines[f"{self.time['clock']} time"] = f"{self.time['time_s']:,.6g} s"
         lines["speed"] = f"{self.clients_per_second:,.0f} clients/s"
         lines["parameters"] = f"sha256 {self.params_sha256[:16]}"
         report = Path(self.run_dir) / "report.html"
@@ -137,6 +137,10 @@ def outcome(
     experiment: Experiment, task: Task, history: History, params: Params, folder: Path
 ) -> Result:
     """The outcome of a run in `folder` up to the last round in `history`."""
+    spent = time_of(folder, history, Speeds.of(experiment, task.population))
+    if spent:
+        settings = experiment.model_dump(include={"engine", "schedule"})
+        spent["clock"] = clock_kind(settings)
     return Result(
         method=experiment.method.name,
         engine=experiment.engine.name,
@@ -155,6 +159,6 @@ def outcome(
         late_answers=int(history.total("late_answers")),
         params_sha256=params_sha256(params),
         run_dir=str(folder),
-        time=time_of(folder, history, Speeds.of(experiment, task.population)),
+        time=spent,
         params=params,
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fedcore.clock.arrivals import LATE, read_arrivals
 from fedcore.clock.durations import Durations
 from fedcore.clock.settings import ClockSettings, Replay
 from fedcore.rounds.client_table import read_clients
@@ -86,9 +87,7 @@ def heard_clients(folder: Path, speeds: Speeds | None, up_to: int) -> Heard | No
     has arrived, or all clients are equally fast. Raises OSError, KeyError,
     SettingsError or pyarrow's ArrowException for a file that cannot be read.
     """
-    import pyarrow.parquet as pq
-
-    heard = _heard(pq.read_table(folder / "arrivals.parquet"), speeds, up_to)
+    heard = _heard(read_arrivals(folder), speeds, up_to)
     if heard is None or heard.seconds.min() == heard.seconds.max():
         return None
     return heard
@@ -171,8 +170,10 @@ def _heard(table: pa.Table, speeds: Speeds | None, up_to: int) -> Heard | None:
         seconds = _expected(columns, speeds, ids)
     place = np.searchsorted(ids, columns["client"])
     is_usable = columns["outcome"] == ""
+    # An answer that was late in the field has a row of its round already.
+    is_unused = ~is_usable & (columns["outcome"] != LATE)
     usable = np.bincount(place[is_usable], minlength=len(ids))
-    unused = np.bincount(place[~is_usable], minlength=len(ids))
+    unused = np.bincount(place[is_unused], minlength=len(ids))
     order = np.lexsort((ids, seconds))
     return Heard(ids[order], seconds[order], usable[order], unused[order])
 

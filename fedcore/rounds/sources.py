@@ -46,10 +46,10 @@ class ClockSource(Source):
 
     def __init__(self, queue: Queue, durations: Durations, server_us: int) -> None:
         self._queue, self._durations, self._server_us = queue, durations, server_us
+        self._start = queue.tensors()
 
     def begin(self, kept: Kept) -> None:
-        if "queue" in kept:
-            self._queue.restore(kept)
+        self._queue.restore(kept if "queue" in kept else self._start)
 
     def update(self, t: int, work: Work, fn: ClientFunction, sizes: Sizes) -> Update:
         def durations(clients: np.ndarray) -> np.ndarray:

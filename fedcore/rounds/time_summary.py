@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fedcore.rounds.history import History
 
-__all__ = ["time_summary"]
+__all__ = ["clock_kind", "time_summary"]
 
 
 def time_summary(history: History) -> dict[str, Any]:
@@ -49,6 +50,18 @@ def time_summary(history: History) -> dict[str, Any]:
         if discount is not None:
             summary["discount"] = discount
     return summary
+
+
+def clock_kind(settings: Mapping[str, Any]) -> str:
+    """The kind of a run's own clock: that of devices, recorded, or simulated.
+
+    >>> clock_kind({"engine": {"name": "grid"}}), clock_kind({})
+    ('device', 'simulated')
+    """
+    if settings.get("engine", {}).get("name") == "grid":
+        return "device"
+    is_replay = settings.get("schedule", {}).get("name") == "trace"
+    return "recorded" if is_replay else "simulated"
 
 
 def _column(history: History, name: str) -> np.ndarray:

@@ -106,6 +106,9 @@ class Exchanged(NamedTuple):
     late: dict[int, str]  # clients that were not waited for, with the reason
 
 
+LATE = ("timeout", "not needed", "unavailable")  # kinds of reasons of the clock
+
+
 def recorded(each: Exchanged, tally: Tally, t: int, first: int) -> list[Arrival]:
     """The rows of an exchange of round t, in order of arrival, from `first` on."""
     arrivals: list[Arrival] = []
@@ -114,8 +117,10 @@ def recorded(each: Exchanged, tally: Tally, t: int, first: int) -> list[Arrival]
     for place in order.tolist():
         client, back = int(each.clients[place]), int(each.back[place])
         outcome = each.late.get(client, "")
-        if tally.failed_in.get(client, each.fn) == each.fn:
-            outcome = outcome or tally.failed.get(client, "")
+        if not outcome and tally.failed_in.get(client, each.fn) == each.fn:
+            reason = tally.failed.get(client, "")
+            if reason.split(":")[0] not in LATE:  # that was in another exchange
+                outcome = reason
         arrivals.append(
             Arrival(
                 t + 1,

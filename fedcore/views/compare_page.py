@@ -77,7 +77,7 @@ def table(comparison: Comparison) -> list[list[str]]:
         if name and any(stats):
             cells = [stat_text(measure, stat, comparison.measure) for stat in stats]
             rows.append([name, *cells])
-            if measure in (comparison.judging_key, AT_HORIZON):
+            if measure in (comparison.judging_column, AT_HORIZON):
                 last = len(rows)
     if comparison.target is not None:
         rows[last:last] = _times_to(comparison, comparison.target)

@@ -146,14 +146,20 @@ class Comparison:
     failed: dict[str, str] = field(default_factory=dict)  # "label, seed s" -> why
     wanted: float | None = None  # value of the measure whose time is looked for
 
+    @cached_property
+    def _values(self) -> dict[str, list[dict[str, float | None]]]:
+        """Every measure of every run, by label: they are asked for one by one."""
+        found: dict[str, list[dict[str, float | None]]] = {}
+        for label, runs in self.runs.items():
+            found[label] = [run.values(self.measure) for run in runs]
+        return found
+
     def stat(self, label: str, measure: str) -> Stat | None:
         """A measure over the seeds; None where the task has no such measure."""
-        values = []
-        horizon = self.horizon
-        for run in self.runs[label]:
-            if measure != AT_HORIZON:
-                value = run.values(self.measure).get(measure)
-            elif horizon is not None:
+        values, horizon = [], self.horizon
+        for run, of_run in zip(self.runs[label], self._values[label], strict=True):
+            value = of_run.get(measure)
+            if measure == AT_HORIZON and horizon is not None:
                 value = value_at(run.history, self.judging_key, horizon)
             if value is not None:
                 values.append(value)
@@ -186,6 +192,11 @@ class Comparison:
         """The measure that judges the runs, as a row names it."""
         kind = "client" if self.is_personal else "test"
         return f"{kind}_{self.measure}"
+
+    @property
+    def judging_column(self) -> str:
+        """The measure that judges the runs, as a column of the table."""
+        return "client_mean" if self.is_personal else f"test_{self.measure}"
 
     @cached_property
     def horizon(self) -> float | None:
@@ -239,13 +250,19 @@ class Comparison:
         for runs in self.runs.values():
             for run in runs:
                 kinds += run.history.extra_tests
-        tests = {}
+        columns = {}
         for kind in dict.fromkeys(kinds):
             for name in self.measures:
-                tests[f"{kind}_{name}"] = f"{kind} {name}"
-        if self.horizon is not None and not self.has_equal_ends:
-            tests[AT_HORIZON] = f"at {seconds_text(self.horizon)}"
-        return tests | REST
+                columns[f"{kind}_{name}"] = f"{kind} {name}"
+        columns |= REST
+        if self.horizon is None or self.has_equal_ends:
+            return columns
+        ordered = {}
+        for key, name in columns.items():
+            ordered[key] = name
+            if key == self.judging_column:
+                ordered[AT_HORIZON] = f"at {seconds_text(self.horizon)}"
+        return ordered
 
     @property
     def is_personal(self) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from fedcore.rounds.time_summary import clock_kind
 from fedcore.storage.memory import size_text
 from fedcore.views.comparison import CLIENT_PARTS
 from fedcore.views.figures import thin
 from fedcore.views.run_record import RunRecord
-from fedcore.views.text import clock_kind, value_text
+from fedcore.views.text import value_text
 
 __all__ = ["evaluation_table"]
 

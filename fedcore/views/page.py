@@ -275,7 +275,8 @@ The first {{ troubles|length - 1 }} of {{ num_troubles }} clients that were left
 clipped, weighted below half of the mean, or three times as long as the median;
 clients.parquet has all.</p>
 {% endif %}</details>{% endif %}
-{% if heard %}<details open><summary>Who was heard, by speed</summary>
+{% if heard %}<details open>
+<summary>Clients by speed: who was heard, and what they get</summary>
 {{ table(heard[0], heard[1:]) }}</details>{% endif %}
 {% for when, text in samples %}<details open>
 <summary>Text that the model writes, {{ when }}</summary><pre>{{ text }}</pre></details>

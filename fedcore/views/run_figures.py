@@ -12,6 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from fedcore.data.plot import partition_figure
 from fedcore.rounds.history import History
 from fedcore.rounds.rundir import PERCENTILES
+from fedcore.rounds.time_summary import clock_kind
 from fedcore.storage.memory import byte_unit
 from fedcore.views.figures import (
     LABEL_ROOM,
@@ -28,7 +29,7 @@ from fedcore.views.figures import (
 from fedcore.views.round_figures import round_plots
 from fedcore.views.run_record import Measured, RunRecord
 from fedcore.views.secret_text import average_of_training
-from fedcore.views.text import PERCENT, clock_kind, value_text
+from fedcore.views.text import PERCENT, value_text
 from fedcore.views.time_figures import time_plots
 
 __all__ = ["partition_text", "sections"]

@@ -23,11 +23,12 @@ from fedcore.rounds.history import History
 from fedcore.rounds.result import params_sha256
 from fedcore.rounds.rundir import stored
 from fedcore.rounds.slow_clients import Heard, Speeds, heard_clients
+from fedcore.rounds.time_summary import clock_kind
 from fedcore.rounds.trouble import Trouble, troubles
 from fedcore.rounds.watch import clients_text
 from fedcore.storage.checkpoint import Checkpoint
 from fedcore.tasks import TASKS, build_task
-from fedcore.views.text import clock_kind, shortened
+from fedcore.views.text import shortened
 
 __all__ = ["RunRecord", "read_run"]
 

@@ -16,6 +16,7 @@ from fedcore.rounds import loop
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
 from fedcore.rounds.observer import Observer, Quiet
+from fedcore.rounds.time_summary import clock_kind
 from fedcore.task import Task
 from fedcore.views.terminal import Terminal
 from fedcore.views.text import time_text
@@ -110,6 +111,7 @@ class NotebookBar(Quiet):
         self._display = display
         self._handle: Any = None
         self._rounds, self._title = 0, ""
+        self._clock = ""  # the kind of the run's own clock
         self._history = History()
         self._drawn = 0.0
 
@@ -117,6 +119,7 @@ class NotebookBar(Quiet):
         self, experiment: Experiment, engine: Engine, population: int, history: History
     ) -> None:
         self._rounds, self._history = experiment.rounds, history
+        self._clock = clock_kind(experiment.model_dump(include={"engine", "schedule"}))
         self._title = (
             f"{experiment.method.name} on {experiment.task}, {population} clients, "
             f"seed {experiment.seed}"
@@ -129,7 +132,7 @@ class NotebookBar(Quiet):
             return
         facts, loss, time_s = [], row.get("train_loss"), row.get("time_s")
         if time_s is not None:
-            facts.append(f"{time_text(time_s)} simulated")
+            facts.append(f"{time_text(time_s)} {self._clock}")
         if loss is not None:
             facts.append(f"loss {loss:.4f}")
         self._show(number, ", ".join(facts))

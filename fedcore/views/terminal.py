@@ -29,11 +29,11 @@ from fedcore.rounds import canary_bound
 from fedcore.rounds.example_privacy import described
 from fedcore.rounds.history import History
 from fedcore.rounds.loop import Result
+from fedcore.rounds.time_summary import clock_kind
 from fedcore.storage.memory import size_text
 from fedcore.views.secret_text import secret_text
 from fedcore.views.text import (
     PERCENT,
-    clock_kind,
     rate_text,
     share_text,
     time_text,
@@ -345,9 +345,8 @@ def _time_lines(result: Result, judge: str) -> dict[str, str]:
     time = result.time
     if not time:
         return {}
-    is_grid = result.engine == "grid"
     each = time_text(time["time_s"] / max(result.rounds, 1))
-    kind = "device time" if is_grid else "simulated time"
+    kind = f"{time['clock']} time"
     whole = time_text(time["time_s"])
     lines = {kind: f"{whole} ({time['time_s']:,.6g} s), {each} a round"}
     parts = []

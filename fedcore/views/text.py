@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.cells import cell_len
 
@@ -11,7 +10,6 @@ from fedcore.escapes import escaped
 
 __all__ = [
     "PERCENT",
-    "clock_kind",
     "count_text",
     "direction_text",
     "rate_text",
@@ -120,18 +118,6 @@ def time_text(seconds: float) -> str:
     if minutes < 120:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min"
-
-
-def clock_kind(settings: Mapping[str, Any]) -> str:
-    """The kind of a run's own clock: that of devices, recorded, or simulated.
-
-    >>> clock_kind({"engine": {"name": "grid"}}), clock_kind({})
-    ('device', 'simulated')
-    """
-    if settings.get("engine", {}).get("name") == "grid":
-        return "device"
-    is_replay = settings.get("schedule", {}).get("name") == "trace"
-    return "recorded" if is_replay else "simulated"
 
 
 def shortened(text: str, most: int = 24) -> str:

@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from fedcore.rounds.history import History
 from fedcore.rounds.slow_clients import Heard, group
-from fedcore.rounds.time_summary import time_summary
+from fedcore.rounds.time_summary import clock_kind, time_summary
 from fedcore.views.figures import (
     SERIES,
     Plot,
@@ -20,7 +20,7 @@ from fedcore.views.figures import (
     time_unit,
 )
 from fedcore.views.run_record import RunRecord
-from fedcore.views.text import clock_kind, share_text, time_text, value_text
+from fedcore.views.text import share_text, time_text, value_text
 
 __all__ = ["heard_table", "time_plots"]
 
@@ -48,10 +48,12 @@ def time_plots(run: RunRecord) -> list[Plot]:
     if times is None:
         return []
     plots = [_seconds_each(run, times)]
-    for drawn in (_shares(run, times), _staleness(run.history), _arrivals(run)):
+    for drawn in (_shares(run, times), _staleness(run.history)):
         if drawn is not None:
             plots.append(drawn)
-    return plots
+    # It has a row of its own where it would stand alone in one.
+    arrivals = _arrivals(run, is_wide=len(plots) % 2 == 0)
+    return plots if arrivals is None else [*plots, arrivals]
 
 
 def heard_table(run: RunRecord) -> list[list[str]]:
@@ -101,14 +103,16 @@ def _seconds_each(run: RunRecord, times: np.ndarray) -> Plot:
         f"Median {time_text(median)}, {time_text(float(times[-1]))} in all, "
         "by the run's own clock."
     )
-    return plot(figure, f"{kind.capitalize()} seconds a round", _means(caption, took))
+    return plot(
+        figure, f"{kind.capitalize()} seconds a round", _means(caption, len(took))
+    )
 
 
 def _shares(run: RunRecord, times: np.ndarray) -> Plot | None:
     """Idle time, late clients and wasted work, by the run's own clock."""
     figure, axes = new_figure()
     size, unit = time_unit(float(times[-1]))
-    summary, spoken, num_rounds = time_summary(run.history), [], len(run.history)
+    summary, spoken = time_summary(run.history), []
     for number, (key, label) in enumerate(SHARES.items()):
         points = run.history.points(key)
         if not any(value for _, value in points):
@@ -127,7 +131,7 @@ def _shares(run: RunRecord, times: np.ndarray) -> Plot | None:
     figure.legend(loc="outside upper left", ncols=2)
     caption = f"Over the whole run: {', '.join(spoken)}."
     title = "Waiting, lateness and waste"
-    return plot(figure, title, _means(caption, np.arange(num_rounds)))
+    return plot(figure, title, _means(caption, len(times) - 1))
 
 
 def _staleness(history: History) -> Plot | None:
@@ -156,15 +160,15 @@ def _staleness(history: History) -> Plot | None:
     )
     if "discount" in summary:
         caption += f" Their mean weight by age is {summary['discount']:.3g}."
-    return plot(figure, "Staleness by round", _means(caption, rounds))
+    return plot(figure, "Staleness by round", _means(caption, len(rounds)))
 
 
-def _arrivals(run: RunRecord) -> Plot | None:
+def _arrivals(run: RunRecord, is_wide: bool) -> Plot | None:
     """Updates of each client, or of groups of them, against how fast they are."""
     heard = run.heard
     if heard is None:
         return None
-    figure, axes = new_figure()
+    figure, axes = new_figure(width=6.4 if is_wide else 4.7)
     if len(heard.clients) <= DOTS:
         each, ylabel = _dots(axes, heard), "pieces of work"
     else:
@@ -176,7 +180,7 @@ def _arrivals(run: RunRecord) -> Plot | None:
         f"{each} The slowest fifth of the clients sent {share_text(slow.arrivals)} of "
         "the updates that were used; where speed decided nothing it would be 20%."
     )
-    return plot(figure, "Arrivals by speed", caption)
+    return plot(figure, "Arrivals by speed", caption, is_wide)
 
 
 def _dots(axes: Any, heard: Heard) -> str:
@@ -224,13 +228,18 @@ def _grouped(
     x: np.ndarray, y: np.ndarray, combine: Any = np.mean
 ) -> tuple[np.ndarray, np.ndarray]:
     """At most GROUPS points: the last x, and the mean of y, of neighbours."""
-    groups = min(GROUPS, len(x))
-    ends = [part[-1] for part in np.array_split(x, groups)]
-    means = [combine(part) for part in np.array_split(y, groups)]
+    edges = np.arange(_size(len(x)), len(x), _size(len(x)))
+    ends = [part[-1] for part in np.split(x, edges)]
+    means = [combine(part) for part in np.split(y, edges)]
     return np.array(ends, dtype=float), np.array(means, dtype=float)
 
 
-def _means(caption: str, values: np.ndarray) -> str:
-    """The caption; it says so where rounds are drawn in groups."""
-    size = len(values) / GROUPS
-    return caption if size <= 1 else f"{caption} Drawn in groups of about {size:.2g}."
+def _size(num_rounds: int) -> int:
+    """The number of rounds that one point stands for."""
+    return -(-num_rounds // GROUPS)
+
+
+def _means(caption: str, num_rounds: int) -> str:
+    """The caption; it says so where a point stands for several rounds."""
+    size = _size(num_rounds)
+    return caption if size <= 1 else f"{caption} A point stands for {size} rounds."

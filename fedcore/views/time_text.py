@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fedcore.rounds.slow_clients import group
-from fedcore.rounds.time_summary import time_summary
+from fedcore.rounds.time_summary import clock_kind, time_summary
 from fedcore.views.page import Fact
 from fedcore.views.run_record import RunRecord
-from fedcore.views.text import clock_kind, share_text, time_text, value_text
+from fedcore.views.text import share_text, time_text, value_text
 
 __all__ = ["time_facts", "time_sentences"]
 
@@ -18,7 +18,7 @@ def time_facts(run: RunRecord) -> list[Fact]:
         return []
     each = time_text(time["time_s"] / len(run.history))
     detail = f"{time['time_s']:,.6g} s, {each} a round"
-    if "idle" in time:
+    if time.get("idle"):
         detail += f"; clients idle {share_text(time['idle'])}"
     kind = clock_kind(run.settings)
     facts = [Fact(f"{kind} time", time_text(time["time_s"]), detail)]
@@ -38,15 +38,12 @@ def time_sentences(run: RunRecord) -> list[str]:
         return []
     spent = time_text(time["time_s"])
     sentences = [f"The run took {spent} of {clock_kind(run.settings)} time."]
-    if "idle" in time:
-        wasted = ""
-        if time.get("wasted_share"):
-            share = share_text(time["wasted_share"])
-            wasted = f", and {share} of their work came to nothing"
-        sentences.append(
-            f"Clients that were to work were idle for {share_text(time['idle'])} of "
-            f"it{wasted}."
-        )
+    if time.get("idle"):
+        share = share_text(time["idle"])
+        sentences.append(f"Clients that were to work were idle for {share} of it.")
+    if time.get("wasted_share"):
+        share = share_text(time["wasted_share"])
+        sentences.append(f"Of the clients' work {share} came to nothing.")
     if "staleness" in time:
         mean, most = time["staleness"]["mean"], time["staleness"]["max"]
         sentences.append(

@@ -22,8 +22,9 @@ from fedcore.config import Experiment
 from fedcore.engines.base import Work
 from fedcore.rounds.loop import Loop, Quiet
 from tests.flower.fake import FakeGrid, in_place_of
+from tests.flower.paced import replayed
 from tests.flower.test_grid import preset_of
-from tests.helpers import equal, loop_of, small
+from tests.helpers import LAYERED, equal, loop_of, small
 
 NODES = 8
 
@@ -230,6 +231,45 @@ def test_synchronous_rounds_record_late_answers_when_they_come(tmp_path: Path) -
     assert [(a.client, a.version, a.update) for a in late] == [(2, 0, 2)]
     assert late[0].sent_us == first[2].sent_us
     assert late[0].work_us > 0
+
+
+# A simulation that follows the arrivals
+
+
+PACES = {0: 2, 1: 3, 2: 5, 3: 9, 4: 14, 5: 1, 6: 1, 7: 22}
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedvarp", "mifa", "ditto", "fedsim"])
+def test_a_replay_of_a_buffered_run_has_its_model(method: str, tmp_path: Path) -> None:
+    schedule: dict[str, Any] = {"buffer": 3, "concurrency": 6}
+    if method in ("fedvarp", "mifa"):
+        schedule["staleness"] = "constant"
+    own = LAYERED if method == "fedsim" else {}
+    e = experiment(method, **own, rounds=10, schedule=schedule)
+    field = Field(tmp_path, e, PACES)
+    result = field.loop.run()
+    field.loop.close()
+    assert max(a.update - a.version for a in field.kept) > 2
+    assert replayed(field.folder, tmp_path / "again") == result.params_sha256
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold"])
+def test_a_replay_of_synchronous_rounds_has_their_model(
+    method: str, tmp_path: Path
+) -> None:
+    e = small(
+        method,
+        population=NODES,
+        participation__cohort=NODES,
+        engine__name="grid",
+        evaluation__every=100,
+        schedule={"goal": NODES - 2},
+    )
+    field = Field(tmp_path, e, PACES, report_goal=NODES - 2)
+    result = field.loop.run()
+    field.loop.close()
+    assert {a.outcome for a in field.kept} == {"", "not needed", "late"}
+    assert replayed(field.folder, tmp_path / "again") == result.params_sha256
 
 
 # Bad weather

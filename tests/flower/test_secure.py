@@ -31,7 +31,7 @@ from fedcore.messages.secure.ask import Ask, Part, SecretTotal
 from fedcore.messages.secure.fields import by_client, flat
 from fedcore.messages.secure.primitives import Refused
 from fedcore.messages.secure.ring import Encoded, Ring
-from fedcore.rounds import loop
+from fedcore.rounds import opening
 from fedcore.rounds.loop import run
 from fedcore.rounds.secret import SecretSums
 from fedcore.rounds.setup import work_of
@@ -78,14 +78,14 @@ def gone(reply: Message) -> list[Message]:
 
 def without(clients: dict[int, list[int]], patch: pytest.MonkeyPatch) -> None:
     """In this process these clients, by round t, drop out."""
-    answering = loop.answering
+    answering = opening.answering
 
     def some(cohort: torch.Tensor, dropout: float, seed: int, t: int) -> torch.Tensor:
         there = answering(cohort, dropout, seed, t)
         absent = torch.tensor(clients.get(t, []), dtype=torch.int64)
         return there[~torch.isin(there, absent)]
 
-    patch.setattr(loop, "answering", some)
+    patch.setattr(opening, "answering", some)
 
 
 # Where all goes well

@@ -255,7 +255,7 @@ def loop_round(
         loop.memory,
         loop.task,
         loop.experiment.seed,
-        loop.rates,
+        loop.parts.rates,
         zeros,
     )
 

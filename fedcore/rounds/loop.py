@@ -131,7 +131,7 @@ class Loop:
         parts = prepare(experiment, folder, make_engine, observer.note)
         if back_to is not None:
             refuse_same_noise_twice(experiment, parts.mechanism, bool(self._changed))
-        self._parts = parts
+        self.parts = parts
         self.task, self.method, self.process = parts.task, parts.method, parts.process
         self.engine, self.memory = parts.engine, parts.memory
         self.stores, self.canaries = parts.stores, parts.canaries
@@ -312,7 +312,7 @@ class Loop:
 
     def open_round(self, t: int, cohort: torch.Tensor) -> OpenRound:
         """Round t with this cohort, whose doors lead to the engine."""
-        return opened(self.experiment, self._parts, self.desk, self.state, t, cohort)
+        return opened(self.experiment, self.parts, self.desk, self.state, t, cohort)
 
     def _attempt(self, r: OpenRound) -> tuple[Any, str | None]:
         return attempted(self.experiment, self.method, self.state.server, r)

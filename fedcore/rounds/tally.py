@@ -183,7 +183,7 @@ class Tally:
         if self.is_broken:
             dropped["server not finite"] += 1
         row: dict[str, Any] = {
-            "cohort": len(self.asked),
+            "cohort": len(self.asked) + self.again,
             "reports": self.num_reports,
             "dropped": dict(dropped),
             "skipped": self.is_skipped,

@@ -21,7 +21,7 @@ from fedcore.storage.pieces import Pieces
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["LATE", "NEVER", "Arrival", "Arrivals", "read_arrivals"]
+__all__ = ["LATE", "NEVER", "Arrival", "Arrivals", "Columns", "read_arrivals"]
 
 NAME = "arrivals"
 TABLE = f"{NAME}.parquet"
@@ -47,6 +47,10 @@ class Arrival(NamedTuple):
     work_us: int  # by the device's own clock; 0 in a simulation
 
 
+Columns = dict[str, np.ndarray | list[str]]
+"""Pieces of work in order of arrival, by the names of Arrival's fields: int64 [n] for
+each of the numbers, n strings for each of the texts."""
+
 TEXTS = ("function", "outcome")
 NUMBERS = tuple(name for name in Arrival._fields if name not in TEXTS)
 
@@ -64,9 +68,18 @@ class Arrivals:
         """The rows of one round, in order of arrival; the work is that of the new."""
         if not arrivals:
             return
-        columns = dict(zip(Arrival._fields, zip(*arrivals, strict=True), strict=True))
+        columns: Columns = {}
+        for name, values in zip(
+            Arrival._fields, zip(*arrivals, strict=True), strict=True
+        ):
+            is_text = name in TEXTS
+            columns[name] = [*values] if is_text else np.array(values, dtype=np.int64)
+        self.add_columns(columns)
+
+    def add_columns(self, columns: Columns) -> None:
+        """As `add`; the work is not that of each row."""
         for name, numbers in self._numbers.items():
-            numbers.extend(columns[name])
+            numbers.frombytes(np.asarray(columns[name], dtype=np.int64).tobytes())
         for name, texts in self._texts.items():
             texts.extend(columns[name])
 

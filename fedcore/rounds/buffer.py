@@ -143,8 +143,8 @@ class BufferedRounds(Timing):
         if not useful:
             return
         for reports in self._engine.each(fn, torch.tensor(useful), down, self._t):
-            now, later = _divided(reports, fresh)
-            flight.put(later, slot_of)
+            flight.put(reports, slot_of)
+            now = _only(reports, fresh)
             ids = [*now.clients.tolist(), *now.failed]
             yield aged(now, self._t, dict.fromkeys(ids, self._t), self.settings)
 
@@ -248,18 +248,21 @@ class Flight:
         }
 
     def put(self, reports: Reports, slot_of: dict[int, int]) -> None:
-        """Keep these reports, and failures, in the slots of their clients."""
-        n = len(reports.clients)
-        if n:
-            slots = [slot_of[client] for client in reports.clients.tolist()]
+        """Keep the reports, and failures, of clients that have a slot."""
+        ids = reports.clients.tolist()
+        places = [place for place, client in enumerate(ids) if client in slot_of]
+        if places:
+            slots = [slot_of[ids[place]] for place in places]
             rows = {
                 "client": reports.clients,
                 "up": reports.up,
                 "num_examples": reports.num_examples,
-                "reason": torch.zeros(n, LONGEST, dtype=torch.uint8),
+                "reason": torch.zeros(len(ids), LONGEST, dtype=torch.uint8),
             }
-            self.store.put(slots, rows)
+            self.store.put(slots, rows, places)
         for client, reason in reports.failed.items():
+            if client not in slot_of:
+                continue
             row = dict(self.store.initial)
             text = reason.encode()[:LONGEST]
             row["reason"] = torch.zeros(LONGEST, dtype=torch.uint8)
@@ -327,23 +330,17 @@ def _pieces(items: list[Item], size: int) -> Iterator[list[Item]]:
         yield piece
 
 
-def _divided(reports: Reports, fresh: set[int]) -> tuple[Reports, Reports]:
-    """(those of clients in `fresh`, the others); failures too."""
-    is_fresh = torch.tensor(
-        [i in fresh for i in reports.clients.tolist()], dtype=torch.bool
-    )
-    halves = []
-    for rows in (is_fresh, ~is_fresh):
+def _only(reports: Reports, fresh: set[int]) -> Reports:
+    """The reports, and failures, of clients in `fresh`."""
+    ids = reports.clients.tolist()
+    places = [place for place, client in enumerate(ids) if client in fresh]
+    failed = {i: reason for i, reason in reports.failed.items() if i in fresh}
+    if len(places) < len(ids):
+        rows = torch.tensor(places, dtype=torch.int64)
         there = rows.to(reports.num_examples.device)
-        up, counts = reports.up, reports.num_examples
-        if len(rows):
-            up, counts = trees.at((up, counts), there)
-        halves.append(Reports(reports.clients[rows], up, counts))
-    failed_now, failed_later = dict[int, str](), dict[int, str]()
-    for client, reason in reports.failed.items():
-        (failed_now if client in fresh else failed_later)[client] = reason
-    now, later = halves
-    return now._replace(failed=failed_now), later._replace(failed=failed_later)
+        up, counts = trees.at((reports.up, reports.num_examples), there)
+        reports = Reports(reports.clients[rows], up, counts)
+    return reports._replace(failed=failed)
 
 
 def _last_of_each(arrived: list[Arrived]) -> list[Arrived]:

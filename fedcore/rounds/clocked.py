@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.clock.arrivals import Arrival
+from fedcore.clock.arrivals import Columns
 from fedcore.clock.durations import Durations
 from fedcore.clock.exchange import exchange
 from fedcore.clock.settings import Synchronous
@@ -169,13 +169,14 @@ class ClockedRounds(Timing):
             "late_share": share(len(self._late), len(self._asked)),
             "wasted_share": share(self._wasted, self._worked),
         }
-        arrivals: list[Arrival] = []
+        arrivals, order = list[Columns](), self._order
         for each in self._exchanges:
-            arrivals += recorded(each, tally, self._t, self._order + len(arrivals))
+            arrivals.append(recorded(each, tally, self._t, order))
+            order += len(each.clients)
         busy = [pair for pair in sorted(self._busy.items()) if pair[1] > self._now]
         kept = {
             "now": torch.tensor(self._now),
-            "order": torch.tensor(self._order + len(arrivals)),
+            "order": torch.tensor(order),
             "busy": torch.tensor(busy, dtype=torch.int64).reshape(-1, 2),
         }
-        return Spent(row, kept, arrivals)
+        return Spent(row, kept, [], arrivals)

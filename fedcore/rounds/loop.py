@@ -282,6 +282,8 @@ class Loop:
         self.clients.close_round(t + 1, tally)
         spent = self.timing.end(tally)
         self.arrivals.add(spent.arrivals)
+        for columns in spent.exchanges:
+            self.arrivals.add_columns(columns)
         sent = tally.messages(self.state.sent)
         kept = (r.aggregation, r.adversary)
         if problem is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.clock.arrivals import Arrival
+from fedcore.clock.arrivals import Columns
 from fedcore.clock.replay import Recorded, ReplayPlan
 from fedcore.engines.base import Engine, Work
 from fedcore.errors import SettingsError
@@ -131,10 +131,11 @@ class ReplayedRounds(Timing):
         self._late = []
 
     def end(self, tally: Tally) -> Spent:
-        arrivals: list[Arrival] = []
+        arrivals, order = list[Columns](), self._order
         worked = wasted = room = 0
         for each in self._exchanges:
-            arrivals += recorded(each, tally, self._t, self._order + len(arrivals))
+            arrivals.append(recorded(each, tally, self._t, order))
+            order += len(each.clients)
             sent, end = int(each.sent.min(initial=self._now)), self._now
             back = np.where(each.back < 0, end, np.minimum(each.back, end))
             took = back - each.sent
@@ -150,5 +151,5 @@ class ReplayedRounds(Timing):
             "late_share": share(len(self._left_out), len(self._asked)),
             "wasted_share": share(wasted, worked),
         }
-        order = torch.tensor(self._order + len(arrivals))
-        return Spent(row, {"now": torch.tensor(self._now), "order": order}, arrivals)
+        kept = {"now": torch.tensor(self._now), "order": torch.tensor(order)}
+        return Spent(row, kept, [], arrivals)

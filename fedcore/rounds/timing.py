@@ -7,14 +7,14 @@ round to round is in it, but in tensors that are in the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from fedcore import trees
-from fedcore.clock.arrivals import Arrival
+from fedcore.clock.arrivals import Arrival, Columns
 from fedcore.engines.base import Engine, Work
 from fedcore.engines.message_shape import message_shape
 from fedcore.errors import RunError
@@ -48,6 +48,7 @@ class Spent(NamedTuple):
     row: dict[str, Any]  # columns of metrics.jsonl
     kept: Kept
     arrivals: list[Arrival]
+    exchanges: Sequence[Columns] = ()  # arrivals that are in columns from the start
 
 
 class Timing:
@@ -109,35 +110,40 @@ class Exchanged(NamedTuple):
 LATE = ("timeout", "not needed", "unavailable")  # kinds of reasons of the clock
 
 
-def recorded(each: Exchanged, tally: Tally, t: int, first: int) -> list[Arrival]:
+def recorded(each: Exchanged, tally: Tally, t: int, first: int) -> Columns:
     """The rows of an exchange of round t, in order of arrival, from `first` on."""
-    arrivals: list[Arrival] = []
-    never = np.iinfo(np.int64).max
+    never, n = np.iinfo(np.int64).max, len(each.clients)
     order = np.lexsort((each.clients, np.where(each.back < 0, never, each.back)))
-    for place in order.tolist():
-        client, back = int(each.clients[place]), int(each.back[place])
-        outcome = each.late.get(client, "")
-        if not outcome and tally.failed_in.get(client, each.fn) == each.fn:
-            reason = tally.failed.get(client, "")
-            if reason.split(":")[0] not in LATE:  # that was in another exchange
-                outcome = reason
-        arrivals.append(
-            Arrival(
-                t + 1,
-                first + len(arrivals),
-                client,
-                t,
-                each.fn,
-                int(each.sent[place]),
-                back,
-                outcome.split(":")[0],
-                each.bytes_down,
-                each.bytes_up if back >= 0 else 0,
-                int(each.steps[place]),
-                0,
-            )
-        )
-    return arrivals
+    clients, back = each.clients[order], each.back[order]
+    return {
+        "update": np.full(n, t + 1),
+        "order": np.arange(first, first + n),
+        "client": clients,
+        "version": np.full(n, t),
+        "function": [each.fn] * n,
+        "sent_us": each.sent[order],
+        "back_us": back,
+        "outcome": _outcomes(each, clients, tally),
+        "bytes_down": np.full(n, each.bytes_down),
+        "bytes_up": np.where(back >= 0, each.bytes_up, 0),
+        "steps": each.steps[order],
+        "work_us": np.zeros(n, dtype=np.int64),
+    }
+
+
+def _outcomes(each: Exchanged, clients: np.ndarray, tally: Tally) -> list[str]:
+    """The outcome of each client's work: "", or the kind of reason that it is lost."""
+    outcomes = [""] * len(clients)
+    if not each.late and not tally.failed:  # of most rounds
+        return outcomes
+    for place, client in enumerate(clients.tolist()):
+        reason = each.late.get(client, "")
+        if not reason and tally.failed_in.get(client, each.fn) == each.fn:
+            failure = tally.failed.get(client, "")
+            if failure.split(":")[0] not in LATE:  # that was in another exchange
+                reason = failure
+        outcomes[place] = reason.split(":")[0]
+    return outcomes
 
 
 def keeps_state(engine: Engine) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from fedcore.storage.faults import writing
 from fedcore.types import Tree
 
 ROWS = 64  # clients in a block, the unit of allocation and of checkpointing
+LARGE = 1 << 15  # bytes of a row of a tensor that are not worth a copy in between
 CPU = torch.device("cpu")
 
 
@@ -91,9 +92,15 @@ class StateStore:
         """The initial row, as a block of its own."""
         return trees.map(lambda x: x[None], self.initial)
 
-    def put(self, clients: Tensor | list[int], rows: Tree) -> None:
+    def put(
+        self,
+        clients: Tensor | list[int],
+        rows: Tree,
+        of: Sequence[int] | None = None,
+    ) -> None:
         """New rows, stacked [n, ...], from any device.
 
+        `of` says which of the rows are the clients'; None: they are in their order.
         They count from now on, and are kept by the next `commit`.
         """
         if self.is_stateless:
@@ -101,7 +108,8 @@ class StateStore:
         rows = trees.to(rows, CPU)
         places: dict[int, list[int]] = {}  # of new rows, by number of the block
         inside: dict[int, list[int]] = {}
-        for place, client in enumerate(_ids(clients)):
+        ids = _ids(clients)
+        for place, client in zip(of or range(len(ids)), ids, strict=True):
             if client in self._pending:
                 self._replaced.append(self._pending[client])
             row = self._pending[client] = self._take_free_row()
@@ -246,9 +254,15 @@ def _copy_rows(to: Tree, targets: list[int], source: Tree, rows: list[int]) -> N
         trees.map(lambda x, new: x[target].copy_(new[row]), to, source)
         return
     into, of = torch.tensor(targets), torch.tensor(rows)
-    trees.map(
-        lambda x, new: x.index_copy_(0, into, new.index_select(0, of)), to, source
-    )
+
+    def copy(x: Tensor, new: Tensor) -> None:
+        if x.nbytes < LARGE * len(x):
+            x.index_copy_(0, into, new.index_select(0, of))
+            return
+        for target, row in zip(targets, rows, strict=True):
+            x[target].copy_(new[row])
+
+    trees.map(copy, to, source)
 
 
 def _zeros(row: Tensor) -> Tensor:

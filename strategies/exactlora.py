@@ -317,12 +317,9 @@ class ExactLoRA(Method[Settings]):
     # Before the run
 
     def refuses(self, setting: Setting) -> str | None:
-        if setting == "buffered":
-            return (
-                "it takes the product of every client's factors, which have to start "
-                "from the same ones"
-            )
         products = "it takes the product of every client's factors"
+        if setting == "buffered":
+            return f"{products}, which start from the same ones"
         if setting == "secure":
             return products
         if setting == "rule":

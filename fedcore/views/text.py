@@ -97,10 +97,11 @@ def share_text(share: float | None) -> str:
 def rate_text(clients_per_second: float) -> str:
     """`History.clients_per_second` as every view shows it.
 
-    >>> rate_text(1234.5), rate_text(0.123)
-    ('1,234', '0.12')
+    >>> rate_text(1234.5), rate_text(0.123), rate_text(293.4996)
+    ('1,234', '0.12', '294')
     """
-    rate = clients_per_second
+    # To the digits that a result keeps: else its last one could be rounded otherwise.
+    rate = round(clients_per_second, 2)
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 

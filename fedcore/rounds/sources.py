@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,23 +22,24 @@ class Sizes(NamedTuple):
     up: int
 
 
-class Source:
+class Source(Protocol):
     """Updates one after another."""
 
     def begin(self, kept: Kept) -> None:
         """Go on from what a round has kept."""
+        return
 
     def update(self, t: int, work: Work, fn: ClientFunction, sizes: Sizes) -> Update:
         """What happens up to server update t + 1."""
-        raise NotImplementedError
+        ...
 
     def in_flight(self) -> list[Item]:
         """Work that is under way after the update, with its slots."""
-        raise NotImplementedError
+        ...
 
     def kept(self) -> Kept:
         """What a checkpoint keeps."""
-        raise NotImplementedError
+        ...
 
 
 class ClockSource(Source):
